@@ -1,0 +1,61 @@
+"""Which addresses a connection may go to."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from typing import Final
+
+import httpcore
+import httpx
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+AddressCheck = Callable[[Address], bool]
+
+ADDRESSES: Final = "cogview.addresses"
+"""The request extension that holds an `AddressCheck`."""
+
+_NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
+_COMPATIBLE = ipaddress.IPv6Network("::/96")
+_ISATAP = (0x00005EFE, 0x02005EFE)
+
+
+class AddressRefusedError(httpcore.ConnectError, httpx.ConnectError):
+    """When a name leads only to addresses that the request may not go to. One class in both libraries' families."""
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the public internet, seen through every form that wraps an IPv4 address in IPv6."""
+    if isinstance(address, ipaddress.IPv6Address):
+        wrapped = _wrapped(address)
+        if wrapped:
+            return all(is_public(inner) for inner in wrapped)
+        if address.is_site_local:
+            return False
+    return address.is_global and not (
+        address.is_multicast
+        or address.is_reserved
+        or address.is_unspecified
+        or address.is_loopback
+        or address.is_link_local
+    )
+
+
+def is_loopback(address: Address) -> bool:
+    """Whether an address is this machine's own."""
+    return address.is_loopback
+
+
+def _wrapped(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.ipv4_mapped or any(address in network for network in _NAT64):
+        return [low]
+    if address in _COMPATIBLE and int(address) > 1:
+        return [low]
+    if address.sixtofour:
+        return [address.sixtofour]
+    if address.teredo:
+        return list(address.teredo)
+    if (int(address) >> 32) & 0xFFFFFFFF in _ISATAP:
+        return [low]
+    return []

@@ -1,0 +1,252 @@
+"""Request bodies and replies of the endpoint, and which error a reply is: pure functions, no I/O.
+
+The codes are those of the provider's error table (docs.bigmodel.cn, "Error codes"); decisions are taken on the code, never on
+the text, which is Chinese on one platform and English on the other and changes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from langchain_cogview.content_filter import ContentFilter, read_entries
+from langchain_cogview.errors import (
+    CogViewAuthenticationError,
+    CogViewBalanceError,
+    CogViewBusyError,
+    CogViewConfigurationError,
+    CogViewContentFilterError,
+    CogViewError,
+    CogViewInvalidRequestError,
+    CogViewMalformedReplyError,
+    CogViewNotFoundError,
+    CogViewOutcomeUnknownError,
+    CogViewPermissionError,
+    CogViewPromptTooLongError,
+    CogViewRateLimitError,
+    CogViewServerError,
+)
+
+if TYPE_CHECKING:
+    from langchain_cogview.request import ImageRequest
+
+MAX_REPLY_BYTES: Final = 1_000_000
+MAX_URL_CHARACTERS: Final = 8192
+
+CODES: Final[dict[str, type[CogViewError]]] = {
+    **dict.fromkeys(("401", "1000", "1001", "1002", "1003", "1004", "1005"), CogViewAuthenticationError),
+    **dict.fromkeys(("1110", "1111", "1112", "1120", "1121", "1220"), CogViewPermissionError),
+    **dict.fromkeys(("1113", "1304", *map(str, range(1308, 1312)), *map(str, range(1313, 1322))), CogViewBalanceError),
+    **dict.fromkeys(("1210", "1212", "1213", "1214", "1215", "1231"), CogViewInvalidRequestError),
+    **dict.fromkeys(("1211", "1221", "1222"), CogViewNotFoundError),
+    **dict.fromkeys(("1200", "1230", "1234"), CogViewOutcomeUnknownError),
+    **dict.fromkeys(("1300", "1301"), CogViewContentFilterError),
+    **dict.fromkeys(("1302", "1303"), CogViewRateLimitError),
+    **dict.fromkeys(("1305", "1312"), CogViewBusyError),
+    "1261": CogViewPromptTooLongError,
+}
+
+_STATUSES: Final[dict[int, type[CogViewError]]] = {
+    401: CogViewAuthenticationError,
+    402: CogViewBalanceError,
+    403: CogViewPermissionError,
+    404: CogViewNotFoundError,
+    405: CogViewNotFoundError,
+    408: CogViewOutcomeUnknownError,
+    410: CogViewNotFoundError,
+    429: CogViewRateLimitError,
+    503: CogViewServerError,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesReply:
+    """A success.
+
+    Attributes:
+        urls: Where the pictures are; one in practice.
+        content_filter: What the filter said of a picture that was made all the same.
+        created: Unix seconds of the request.
+        response_id: The service's own id of the reply.
+        sandbox: Whether the sandbox made it.
+        warnings: What was odd in the reply.
+    """
+
+    urls: tuple[str, ...]
+    content_filter: tuple[ContentFilter, ...] = ()
+    created: int | None = None
+    response_id: str | None = None
+    sandbox: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
+    """The body of one POST: one picture, unset fields left out."""
+    fields = {
+        "model": request.model,
+        "prompt": request.prompt,
+        "quality": request.quality,
+        "size": request.size,
+        "user_id": request.user_id,
+        "watermark_enabled": request.watermark_enabled,
+        "request_id": request_id,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def decoded_body(raw: bytes, encoding: str) -> bytes:
+    """Undo a Content-Encoding, within the bound of a reply.
+
+    Raises:
+        CogViewMalformedReplyError: For an encoding other than gzip and deflate, broken data, or more than 1 MB.
+    """
+    name = encoding.strip().lower()
+    if name in {"", "identity"}:
+        return raw
+    if name not in {"gzip", "x-gzip", "deflate"}:
+        raise CogViewMalformedReplyError("The service's reply is compressed in a way that was not asked for.")
+    for window in (47, -15):  # gzip or zlib by their heads, then the headless deflate that some servers send
+        decoder = zlib.decompressobj(window)
+        try:
+            body = decoder.decompress(raw, MAX_REPLY_BYTES + 1)
+        except zlib.error:
+            continue
+        if len(body) <= MAX_REPLY_BYTES and decoder.eof:
+            return body
+        break
+    raise CogViewMalformedReplyError("The service's compressed reply is broken or larger than 1 MB.")
+
+
+def read_reply(status: int, body: bytes, *, sandbox: bool = False) -> ImagesReply:
+    """Read one reply, whatever it is.
+
+    Raises:
+        CogViewError: The class says what became of the request.
+    """
+    reply = _parsed(body)
+    fields = reply if isinstance(reply, dict) else {}
+    entries = read_entries(fields.get("content_filter")) + read_entries(fields.get("contentFilter"))
+    failure = _failure(fields)
+    if 200 <= status < 300:  # noqa: PLR2004
+        urls, bad = _urls(fields.get("data"))
+        if urls:
+            warnings = ["The reply held an unusable entry beside the picture."] if bad else []
+            if failure:
+                warnings.append(f"The reply held an error beside the picture (code {failure.code or 'none'}).")
+            return ImagesReply(
+                urls, entries, _seconds(fields.get("created")), _short(fields.get("id")), sandbox, tuple(warnings)
+            )
+    raise _error(status, failure, entries, body)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    code: str | None
+    message: str | None
+    status: int | None = None
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _failure(fields: dict[str, Any]) -> _Failure | None:
+    error = fields.get("error")
+    if isinstance(error, dict):
+        return _Failure(_short(error.get("code")), _text(error.get("message")))
+    if error:
+        return _Failure(None, _text(error))
+    if "data" not in fields and (fields.get("success") is False or "code" in fields):
+        # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
+        message = _text(fields.get("msg") or fields.get("message"))
+        code = _short(fields.get("code"))
+        named = re.match(r"\s*([45]\d\d)\b", message or "") or re.fullmatch(r"([45]\d\d)", code or "")
+        return _Failure(None if named else code, message, int(named[1]) if named else None)
+    return None
+
+
+def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, ...], body: bytes) -> CogViewError:
+    code = failure.code if failure else None
+    judged = failure.status if failure and failure.status else status
+    kind = CODES.get(code or "")
+    if kind is None and entries and (judged < 300 or judged == 400):  # noqa: PLR2004
+        kind = CogViewContentFilterError
+    message = None
+    if kind is None:
+        kind, message = _judged_by_status(judged, said_error=failure is not None)
+    facts: dict[str, Any] = {
+        "code": code,
+        "status": status,
+        "detail": failure.message if failure else body[:400].decode("utf-8", "replace"),
+    }
+    if kind is CogViewContentFilterError:
+        return CogViewContentFilterError(content_filter=entries, **facts)
+    return kind(message, **facts)
+
+
+def _judged_by_status(status: int, *, said_error: bool) -> tuple[type[CogViewError], str | None]:
+    if status in _STATUSES:
+        return _STATUSES[status], None
+    if status >= 500:  # noqa: PLR2004
+        return CogViewOutcomeUnknownError, None
+    if status >= 400:  # noqa: PLR2004
+        return CogViewInvalidRequestError, None
+    if status >= 300:  # noqa: PLR2004
+        return (
+            CogViewConfigurationError,
+            "The base URL answered with a redirect, which is not followed: check base_url.",
+        )
+    if said_error:
+        return (
+            CogViewMalformedReplyError,
+            "The service answered with an error that is not known; a picture may have been charged.",
+        )
+    return CogViewMalformedReplyError, None
+
+
+def _urls(data: Any) -> tuple[tuple[str, ...], int]:
+    items = data if isinstance(data, list) else [data]
+    read = [_url(item.get("url")) if isinstance(item, dict) else None for item in items[:64]]
+    found = tuple(dict.fromkeys(url for url in read if url))
+    return found, sum(url is None for url in read)
+
+
+def _url(value: Any) -> str | None:
+    if not isinstance(value, str) or len(value) > MAX_URL_CHARACTERS:
+        return None
+    url = value.strip()
+    if not url.isprintable() or any(c.isspace() for c in url):
+        return None
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        url.encode()
+    except ValueError:
+        return None
+    return url if usable else None
+
+
+def _seconds(value: Any) -> int | None:
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 16:  # noqa: PLR2004
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 else None
+
+
+def _short(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    if isinstance(value, int) and abs(value) > 10**12:
+        return None
+    text = str(value).strip()[:64]
+    return text if text and text.isascii() and text.isprintable() else None
+
+
+def _text(value: Any) -> str | None:
+    return value[:4000] if isinstance(value, str) and value.strip() else None

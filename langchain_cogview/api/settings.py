@@ -1,0 +1,145 @@
+"""Where the service is and with what key: from arguments and environment, checked before any request.
+
+No function here raises while it holds a key in plain text, so that no traceback can show one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from langchain_cogview.errors import CogViewConfigurationError
+
+if TYPE_CHECKING:
+    from langchain_cogview.catalog import Region
+
+BASE_URLS: Final[dict[Region, str]] = {
+    "china": "https://open.bigmodel.cn/api/paas/v4",
+    "international": "https://api.z.ai/api/paas/v4",
+}
+KEY_VARIABLES: Final[dict[Region, str]] = {"china": "ZHIPUAI_API_KEY", "international": "ZAI_API_KEY"}
+BASE_URL_VARIABLE: Final = "COGVIEW_BASE_URL"
+SANDBOX_SCHEME: Final = "sandbox:"
+SANDBOX_ENDPOINT: Final = "https://sandbox.invalid/api/paas/v4"
+"""What requests to the sandbox in this process are addressed to; `.invalid` names are never looked up."""
+
+_CONSOLES: Final[dict[Region, str]] = {
+    "china": "https://open.bigmodel.cn (user centre, API keys)",
+    "international": "https://z.ai (manage API keys)",
+}
+_ROUTES = ("/async/images/generations", "/images/generations", "/chat/completions", "/async-result")
+_HOSTS: Final[dict[str, Region]] = {"open.bigmodel.cn": "china", "api.z.ai": "international"}
+
+
+def environment(name: str) -> str | None:
+    """A variable of the environment; an empty one counts as not set."""
+    return os.environ.get(name, "").strip() or None
+
+
+def is_sandbox(base_url: str | None) -> bool:
+    """Whether a base URL names the offline service in this process."""
+    return bool(base_url) and str(base_url).startswith(SANDBOX_SCHEME)
+
+
+def normal_base_url(text: str) -> str:
+    """A base URL as requests are made with: a pasted route or trailing slash is taken off, the API's path put on.
+
+    Raises:
+        CogViewConfigurationError: When it is no http(s) URL, or holds a query or a user name.
+    """
+    url = text.strip()
+    if is_sandbox(url):
+        return url
+    if url and "://" not in url:
+        url = f"https://{url}"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and url.isprintable() and " " not in url
+        usable = usable and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise CogViewConfigurationError(
+            "The base URL is not an http or https URL.",
+            hint=f"Use {BASE_URLS['china']}, {BASE_URLS['international']}, 'sandbox:' or your gateway's URL.",
+        )
+    if parts.query or parts.fragment or parts.username or parts.password:
+        raise CogViewConfigurationError(
+            "The base URL holds a query, a fragment or a user name.",
+            hint="Give scheme, host and path alone; the key goes into api_key.",
+        )
+    path = parts.path.rstrip("/")
+    for route in _ROUTES:
+        path = path.removesuffix(route)
+    if parts.hostname in _HOSTS:
+        if "/coding/" in f"{path}/":
+            raise CogViewConfigurationError(
+                "The base URL is the coding plan's, which does not cover images.",
+                hint=f"Use {BASE_URLS[_HOSTS[parts.hostname]]} with an ordinary API key.",
+            )
+        if path in {"", "/api", "/api/paas"}:
+            path = "/api/paas/v4"
+    return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
+
+
+def region_of(base_url: str | None, region: Region | None) -> Region:
+    """The platform: what was said, else what the base URL's host tells, else the one whose key is set, else China."""
+    host = urlsplit(base_url).hostname if base_url and not is_sandbox(base_url) else None
+    told = _HOSTS.get(host or "")
+    if region and told and region != told:
+        raise CogViewConfigurationError(
+            f"region={region!r} does not go with the base URL {base_url}, which is {told}.",
+            hint="Leave one of the two out.",
+        )
+    only_international = bool(os.environ.get("ZAI_API_KEY")) and not os.environ.get("ZHIPUAI_API_KEY")
+    return region or told or ("international" if only_international else "china")
+
+
+def key_problem(key: SecretStr) -> str | None:
+    """What is wrong with a key's form; never shows any of it. None when nothing is."""
+    text = key.get_secret_value()
+    if not text.strip():
+        return "is empty"
+    if text.lower().startswith("bearer "):
+        return "starts with 'Bearer '; give the key alone"
+    if any(quote in text for quote in "\"'`“”‘’"):
+        return "has quotation marks in it"
+    if any(c.isspace() for c in text):
+        return "has a blank or a line end in it"
+    if not (text.isascii() and text.isprintable()):
+        return "has a character that no key has"
+    return None
+
+
+def found_key(key: SecretStr | None, region: Region) -> SecretStr:
+    """The key to use: the one given, else the platform's variable.
+
+    Raises:
+        CogViewConfigurationError: When there is none, or its form is wrong.
+    """
+    variable = KEY_VARIABLES[region]
+    source = "api_key"
+    if key is None:
+        source = variable
+        key = SecretStr(os.environ.get(variable, ""))
+        if not key.get_secret_value():
+            raise CogViewConfigurationError(*_missing(region))
+    problem = key_problem(key)
+    if problem:
+        raise CogViewConfigurationError(
+            f"The API key in {source} {problem}.", hint="Copy it from the provider's console as it stands there."
+        )
+    return key
+
+
+def _missing(region: Region) -> tuple[str]:
+    other: Region = "international" if region == "china" else "china"
+    note = ""
+    if os.environ.get(KEY_VARIABLES[other]):
+        note = f" {KEY_VARIABLES[other]} is set, but that is the other platform's key: pass region={other!r} to use it."
+    ways = "; ".join(f"{KEY_VARIABLES[each]} for a key from {_CONSOLES[each]}" for each in (region, other))
+    text = f"There is no API key for region={region!r}.{note} Set {ways}; or pass api_key=...; "
+    return (text + "or try it without a key: base_url='sandbox:'.",)

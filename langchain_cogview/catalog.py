@@ -1,0 +1,236 @@
+"""Every image model of the endpoint: sizes, qualities, price, in-flight limit. The only such table.
+
+Facts are from the provider's documentation as of `PRICES_AS_OF` (docs.bigmodel.cn and docs.z.ai, "CogView-4", "GLM-Image",
+"Pricing"); the in-flight limits were seen by users and can differ by account.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
+from typing import Final, Literal
+
+Region = Literal["china", "international"]
+Quality = Literal["standard", "hd"]
+
+DEFAULT_MODEL: Final = "cogview-4-250304"
+PRICES_AS_OF: Final = date(2026, 10, 1)
+
+SIZE_WORDS: Final[dict[str, tuple[int, int]]] = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}
+"""Aspect ratio (width, height) behind each word that can be said in place of a size."""
+
+_PIXELS = re.compile(r"(\d{1,6})\s*[xX×*]\s*(\d{1,6})")
+_RATIO = re.compile(r"(\d{1,4}(?:\.\d{1,4})?)\s*[::/]\s*(\d{1,4}(?:\.\d{1,4})?)")
+_LISTED_RATIO_TOLERANCE = 0.06
+_TYPICAL_PIXELS = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRule:
+    """Which custom sizes a model takes: each side in pixels, and the product of both."""
+
+    multiple: int
+    max_pixels: int
+    min_side: int = 512
+    max_side: int = 2048
+
+    def allows(self, width: int, height: int) -> bool:
+        """Whether `width`x`height` pixels is legal."""
+        sides = (width, height)
+        return (
+            all(self.min_side <= side <= self.max_side and side % self.multiple == 0 for side in sides)
+            and width * height <= self.max_pixels
+        )
+
+    def nearest(self, width: int, height: int) -> tuple[int, int]:
+        """The legal size nearest to `width`x`height`, once both sides are within the bounds."""
+        width, height = self._fit(width), self._fit(height)
+        candidates = (
+            (side, min(height, self.max_pixels // side // self.multiple * self.multiple))
+            for side in range(self.min_side, self.max_side + 1, self.multiple)
+        )
+        legal = (size for size in candidates if self.allows(*size))
+        return min(legal, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)
+
+    def _fit(self, side: int) -> int:
+        return min(max(round(side / self.multiple) * self.multiple, self.min_side), self.max_side)
+
+    def __str__(self) -> str:
+        return (
+            f"each side {self.min_side} to {self.max_side} pixels and divisible by {self.multiple}, "
+            f"at most {self.max_pixels:,} pixels in all"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is known of one model.
+
+    Attributes:
+        name: As it is sent.
+        regions: The platforms that offer it.
+        sizes: The documented sizes, `WIDTHxHEIGHT` in pixels; the first is the default.
+        rule: Which other sizes are legal; None where nothing is known.
+        qualities: Allowed values of `quality`; the first is the default.
+        prices: Per picture, by ISO currency code; empty where unknown.
+        in_flight: Requests under way at once that an ordinary account is allowed.
+        max_prompt_characters: None where no limit is documented.
+        tasks: Whether the task endpoint takes it.
+        documented: False for models that are gone from the documentation.
+    """
+
+    name: str
+    regions: frozenset[Region] = frozenset({"china"})
+    sizes: tuple[str, ...] = ()
+    rule: SizeRule | None = None
+    qualities: tuple[Quality, ...] = ("standard", "hd")
+    prices: dict[str, Decimal] = field(default_factory=dict)
+    in_flight: int = 5
+    max_prompt_characters: int | None = None
+    tasks: bool = False
+    documented: bool = True
+
+    @property
+    def default_size(self) -> str | None:
+        """The size that the service draws when none is sent."""
+        return self.sizes[0] if self.sizes else None
+
+    def price(self, region: Region) -> tuple[Decimal, str] | None:
+        """The price of one picture and its currency on a platform; None where unknown."""
+        currency = "CNY" if region == "china" else "USD"
+        amount = self.prices.get(currency)
+        return None if amount is None else (amount, currency)
+
+
+_COGVIEW_SIZES = ("1024x1024", "768x1344", "864x1152", "1344x768", "1152x864", "1440x720", "720x1440")
+_COGVIEW_RULE = SizeRule(multiple=16, max_pixels=2**21)
+_BOTH: Final[frozenset[Region]] = frozenset({"china", "international"})
+
+MODELS: Final[dict[str, ModelInfo]] = {
+    info.name: info
+    for info in (
+        ModelInfo(
+            "cogview-4-250304",
+            _BOTH,
+            _COGVIEW_SIZES,
+            _COGVIEW_RULE,
+            prices={"CNY": Decimal("0.06"), "USD": Decimal("0.01")},
+        ),
+        ModelInfo("cogview-4", sizes=_COGVIEW_SIZES, rule=_COGVIEW_RULE, prices={"CNY": Decimal("0.06")}),
+        ModelInfo("cogview-3-flash", sizes=_COGVIEW_SIZES, rule=_COGVIEW_RULE, prices={"CNY": Decimal(0)}, in_flight=1),
+        ModelInfo(
+            "glm-image",
+            _BOTH,
+            ("1280x1280", "1568x1056", "1056x1568", "1472x1088", "1088x1472", "1728x960", "960x1728"),
+            SizeRule(multiple=32, max_pixels=2**22),
+            qualities=("hd",),
+            prices={"CNY": Decimal("0.10"), "USD": Decimal("0.015")},
+            in_flight=1,
+            max_prompt_characters=1000,
+            tasks=True,
+        ),
+        ModelInfo("cogview-3-plus", sizes=_COGVIEW_SIZES, rule=_COGVIEW_RULE, documented=False),
+        ModelInfo("cogview-3", sizes=_COGVIEW_SIZES, rule=_COGVIEW_RULE, documented=False),
+    )
+}
+
+
+def find_model(name: str) -> ModelInfo | None:
+    """What is known of a model; its name is compared without regard to case. None for an unknown one."""
+    return MODELS.get(name.strip().lower())
+
+
+def model_info(name: str) -> ModelInfo:
+    """What is known of a model; for an unknown one, a record that allows everything."""
+    return find_model(name) or ModelInfo(name, _BOTH, documented=False)
+
+
+def model_warning(name: str) -> str | None:
+    """What to tell somebody who uses a model that is not in the documentation; None for a documented one."""
+    info = find_model(name)
+    if info is not None:
+        return (
+            None
+            if info.documented
+            else f"The model {info.name!r} is gone from the provider's documentation; it may no longer answer."
+        )
+    close = difflib.get_close_matches(name.strip().lower(), MODELS, n=1, cutoff=0.7)
+    guess = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(MODELS)}."
+    return f"The model {name!r} is not known to this version; it is sent as it is, with its sizes unchecked.{guess}"
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """Width and height in pixels of `1024x1024` (also `×`, `*`, blanks); None where `text` is no such size."""
+    match = _PIXELS.fullmatch(text.strip())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def parse_ratio(text: str) -> float | None:
+    """Width divided by height of a word (`portrait`) or a ratio (`16:9`); None where `text` is neither."""
+    words = SIZE_WORDS.get(text.strip().lower())
+    if words:
+        return words[0] / words[1]
+    match = _RATIO.fullmatch(text.strip())
+    if not match or not float(match[1]) or not float(match[2]):
+        return None
+    return float(match[1]) / float(match[2])
+
+
+def legal_size(model: ModelInfo, text: str) -> str:
+    """Turn what somebody said of a size into a legal `WIDTHxHEIGHT` of the model.
+
+    A word or ratio becomes the nearest documented size, or where none is near, a custom one of about a megapixel.
+
+    Raises:
+        ValueError: With the rule and the nearest legal size in its text.
+    """
+    pixels = parse_size(text)
+    if pixels:
+        size = f"{pixels[0]}x{pixels[1]}"
+        if size in model.sizes or (min(pixels) > 0 if model.rule is None else model.rule.allows(*pixels)):
+            return size
+        raise ValueError(_illegal_size(model, text, pixels))
+    ratio = parse_ratio(text)
+    if ratio is None:
+        raise ValueError(_illegal_size(model, text, None))
+    nearest = _size_of_ratio(model, ratio)
+    if nearest is None:
+        raise ValueError(_illegal_size(model, text, None))
+    return nearest
+
+
+def _size_of_ratio(model: ModelInfo, ratio: float) -> str | None:
+    listed = min(model.sizes or _COGVIEW_SIZES, key=lambda size: _distance(size, ratio))
+    if _distance(listed, ratio) <= _LISTED_RATIO_TOLERANCE:
+        return listed
+    if model.rule is None or not 1 / 4 <= ratio <= 4:  # noqa: PLR2004  2048/512, the widest legal picture
+        return None
+    width, height = math.sqrt(_TYPICAL_PIXELS * ratio), math.sqrt(_TYPICAL_PIXELS / ratio)
+    stretch = max(1.0, model.rule.min_side / min(width, height))
+    width, height = model.rule.nearest(round(width * stretch), round(height * stretch))
+    return f"{width}x{height}"
+
+
+def _distance(size: str, ratio: float) -> float:
+    width, height = parse_size(size) or (1, 1)
+    return abs(math.log(width / height / ratio))
+
+
+def _illegal_size(model: ModelInfo, text: str, pixels: tuple[int, int] | None) -> str:
+    shown = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
+    sentence = f"The size {shown!r} is not legal for {model.name}."
+    if model.sizes:
+        sentence += f" Use one of {', '.join(model.sizes)}"
+        sentence += f", or a custom size: {model.rule}." if model.rule else "."
+    else:
+        sentence += " Give it as WIDTHxHEIGHT in pixels, such as 1024x1024."
+    if pixels and model.rule:
+        width, height = model.rule.nearest(*pixels)
+        sentence += f" The nearest legal size is {width}x{height}."
+    elif not pixels:
+        sentence += " Words and ratios work too: square, portrait, landscape, 16:9."
+    return sentence

@@ -1,0 +1,51 @@
+"""One total time limit for a call, however many steps it has."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import tenacity
+
+DEADLINE: Final = "cogview.deadline"
+"""The request extension that holds a `Deadline`, for transports that know it."""
+
+
+class Deadline:
+    """A moment on the monotonic clock that every step of a call looks at.
+
+    Args:
+        seconds: From now on; None never ends.
+    """
+
+    __slots__ = ("_end", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds: Final = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def remaining(self) -> float | None:
+        """Seconds left, 0.0 when it has passed, None when it never ends."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return self.remaining() == 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Whether a wait of `seconds` ends before it."""
+        left = self.remaining()
+        return left is None or seconds < left
+
+    def stops(self, state: tenacity.RetryCallState) -> bool:
+        """Whether to give up rather than wait: a stop condition for tenacity."""
+        return not self.allows(state.upcoming_sleep)
+
+    def clamp(self, seconds: float | None) -> float | None:
+        """The shorter of `seconds` and the time that is left."""
+        left = self.remaining()
+        if left is None or seconds is None:
+            return seconds if left is None else left
+        return min(left, seconds)

@@ -1,0 +1,318 @@
+"""The errors of this package.
+
+    CogViewError(ModelError)                     everything below; says what happened, then what to do
+    ├── CogViewConfigurationError                key, base URL, proxy or certificate settings, before any request
+    ├── CogViewInvalidRequestError               400: an argument is wrong            [the model can act on it]
+    │   └── CogViewPromptTooLongError            1261: over the model's limit         [the model can act on it]
+    ├── CogViewContentFilterError                1300, 1301: the filter blocked it    [the model can act on it]
+    ├── CogViewAuthenticationError               401, 1000-1005: the key was refused
+    ├── CogViewPermissionError                   403, 111x, 112x: the account may not do this
+    │   └── CogViewBalanceError                  1113 and kin: balance, plan or cap; answered 429 but never sent again
+    ├── CogViewNotFoundError                     404, 1211, 1221, 1222: no such model or route
+    ├── CogViewRateLimitError                    429, 1302, 1303: too many requests in flight; retryable
+    │   └── CogViewBusyError                     1305, 1312: the model is overloaded; retryable
+    ├── CogViewServerError                       503: the service says that it did not run; retryable
+    ├── CogViewConnectionError                   the request was never sent; retryable
+    ├── CogViewTimeoutError                      the deadline passed before the request was sent; retryable
+    ├── CogViewOutcomeUnknownError               a picture may have been made and charged; never sent again
+    │   └── CogViewMalformedReplyError           the reply could not be understood
+    ├── CogViewDownloadError                     the picture's bytes could not be had; its URL may still be good
+    │   └── CogViewExpiredURLError               the link has ended
+    └── CogViewStorageError                      the bytes could not be written, or are no longer there
+
+Each has also the LangChain class that says the same (`ModelRateLimitError`, ...), so that LangChain's own retry middleware
+decides right. Those marked are `ToolException` too: an agent goes on with a text; `CogViewOutcomeUnknownError` is one so
+that the model is told not to call again by itself.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Final, Self
+
+from langchain_core.exceptions import (
+    ModelAPIError,
+    ModelAuthenticationError,
+    ModelConnectionError,
+    ModelError,
+    ModelInvalidRequestError,
+    ModelNotFoundError,
+    ModelPermissionDeniedError,
+    ModelRateLimitError,
+    ModelTimeoutError,
+)
+from langchain_core.tools import ToolException
+
+from langchain_cogview.content_filter import ContentFilter, most_severe
+
+try:
+    from langchain_core.exceptions import ModelRefusalError  # type: ignore[attr-defined,unused-ignore]
+except ImportError:  # since langchain-core 1.8
+    ModelRefusalError = ModelInvalidRequestError  # type: ignore[misc,unused-ignore]
+
+MAX_SERVER_TEXT: Final = 200
+MAX_MODEL_TEXT: Final = 500
+
+
+class Outcome(StrEnum):
+    """What became of a paid request that did not give a picture."""
+
+    NOT_RUN = "not_run"
+    """It provably did not run: it may be sent again."""
+    UNKNOWN = "unknown"
+    """A picture may have been made and charged: it must not be sent again."""
+    FINAL = "final"
+    """It was refused, and would be refused again."""
+
+
+def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
+    """Foreign text made safe to show: one line, printable, at most `limit` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: limit * 8]).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class CogViewError(ModelError):
+    """Base of all errors of this package.
+
+    Args:
+        message: What happened, in our words.
+        hint: What to do.
+        code: The service's business code, such as `"1113"`.
+        status: The HTTP status.
+        request_id: The id under which the request was sent; quote it to the provider.
+        detail: What the service, or the network, said; cut to 200 printable characters.
+
+    Attributes:
+        outcome: What became of the request; the class tells.
+        attempts: How often the request was sent.
+        retry_after: Seconds that the service asked to wait; None where it said nothing.
+        batch_results: On an error raised by `batch` or `abatch`: one result or exception for each input, in order.
+    """
+
+    outcome: Outcome = Outcome.FINAL
+    default_message = "The picture could not be made."
+    default_hint = ""
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        hint: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        request_id: str | None = None,
+        detail: str | None = None,
+    ) -> None:
+        self.message = message or self.default_message
+        self.hint = self.default_hint if hint is None else hint
+        self.code = code
+        self.status = status
+        self.request_id = request_id
+        self.detail = printable(detail) if detail else None
+        self.attempts = 0
+        self.retry_after: float | None = None
+        self.batch_results: list[Any] | None = None
+        super().__init__(self.message)
+
+    @property
+    def may_have_been_charged(self) -> bool:
+        """Whether a picture may have been paid for."""
+        return self.outcome is Outcome.UNKNOWN
+
+    @property
+    def text_for_model(self) -> str:
+        """What an agent's model reads: our own words, at most 500 characters, never the service's."""
+        return printable(f"No image was made. {self.message} {self.hint}", MAX_MODEL_TEXT)
+
+    def __str__(self) -> str:
+        facts = [
+            f"code {self.code}" if self.code else "",
+            f"HTTP {self.status}" if self.status else "",
+            f"request id {self.request_id}" if self.request_id else "",
+            f"sent {self.attempts} times" if self.attempts > 1 else "",
+            f"detail: {self.detail!r}" if self.detail else "",
+        ]
+        known = ", ".join(fact for fact in facts if fact)
+        text = " ".join(part for part in (self.message, self.hint) if part)
+        return f"{text} ({known})" if known else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # State goes apart from the constructor, so that `batch_results` may hold this very error.
+        return _rebuild, (type(self), self.message), self.__dict__
+
+    @classmethod
+    def _blank(cls, message: str) -> Self:
+        error = cls.__new__(cls, message)
+        error.args = (message,)
+        return error
+
+
+def _rebuild(cls: type[CogViewError], message: str) -> CogViewError:
+    return cls._blank(message)
+
+
+class CogViewConfigurationError(CogViewError):
+    """When a setting is missing or wrong; nothing was sent."""
+
+    outcome = Outcome.NOT_RUN
+
+
+class CogViewInvalidRequestError(CogViewError, ModelInvalidRequestError, ToolException, ValueError):
+    """When an argument is wrong, by our check before the request or by the service's."""
+
+    default_message = "The request was refused as invalid."
+    default_hint = "Check the prompt, size, quality and user_id."
+
+
+class CogViewPromptTooLongError(CogViewInvalidRequestError):
+    """When the prompt is over the model's limit."""
+
+    default_message = "The prompt is longer than the model allows."
+    default_hint = "Shorten the prompt."
+
+
+class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):  # type: ignore[misc,unused-ignore]
+    """When the content filter blocked the prompt or the picture. The same prompt is blocked again; nothing is charged.
+
+    Attributes:
+        content_filter: The entries that the service sent; may be empty.
+    """
+
+    default_message = "The content filter blocked this request."
+    default_hint = "The same prompt will be blocked again: reword it. False positives are common."
+
+    def __init__(
+        self, message: str | None = None, *, content_filter: tuple[ContentFilter, ...] = (), **facts: Any
+    ) -> None:
+        self.content_filter = tuple(content_filter)
+        worst = most_severe(self.content_filter)
+        if message is None and worst is not None:
+            message = f"The content filter blocked the {worst.stage if worst.stage != 'other' else 'request'}"
+            message += "." if worst.level is None else f" at level {worst.level} ({worst.severity})."
+        super().__init__(message, **facts)
+
+
+class CogViewAuthenticationError(CogViewError, ModelAuthenticationError):
+    """When the key was refused."""
+
+    default_message = "The API key was refused."
+    default_hint = (
+        "Keys are per platform: one from open.bigmodel.cn (ZHIPUAI_API_KEY, region='china') is not good on z.ai "
+        "(ZAI_API_KEY, region='international'), nor the other way round. Check the key and the region."
+    )
+
+
+class CogViewPermissionError(CogViewError, ModelPermissionDeniedError):
+    """When the account may not do this."""
+
+    default_message = "The account is not allowed to do this."
+    default_hint = "Look at the account's state and its access to the model in the provider's console."
+
+
+class CogViewBalanceError(CogViewPermissionError):
+    """When balance, plan or a cap is used up."""
+
+    default_message = "The account has no balance or no resource package for this model, or a cap is reached."
+    default_hint = (
+        "Recharge in the provider's console, or use a key that is not a coding-plan key: those do not cover images."
+    )
+
+
+class CogViewNotFoundError(CogViewError, ModelNotFoundError):
+    """When the model or the route does not exist there."""
+
+    default_message = "The service does not know this model or route."
+    default_hint = "Check the model's name, the region and the base URL."
+
+
+class CogViewRateLimitError(CogViewError, ModelRateLimitError):
+    """When more requests are in flight than the account is allowed, after all attempts."""
+
+    outcome = Outcome.NOT_RUN
+    default_message = "More requests are in flight than the account is allowed for this model."
+    default_hint = "Lower max_concurrency, raise max_retries, or try again later; the console shows the limit."
+
+
+class CogViewBusyError(CogViewRateLimitError):
+    """When the model is overloaded, after all attempts."""
+
+    default_message = "The model is overloaded at the moment."
+    default_hint = "Try again in a few minutes, or raise max_retries and timeout."
+
+
+class CogViewServerError(CogViewError, ModelAPIError):
+    """When the service says that it is unavailable and did not run the request, after all attempts."""
+
+    outcome = Outcome.NOT_RUN
+    default_message = "The service is unavailable; the request did not run."
+    default_hint = "Try again later."
+
+
+class CogViewConnectionError(CogViewError, ModelConnectionError):
+    """When the service could not be reached; the request was never sent."""
+
+    outcome = Outcome.NOT_RUN
+    default_message = "The service could not be reached; nothing was sent."
+    default_hint = "Check the network, the proxy settings and the base URL."
+
+
+class CogViewTimeoutError(CogViewError, ModelTimeoutError):
+    """When the deadline passed before the request was sent."""
+
+    outcome = Outcome.NOT_RUN
+    default_message = "The time limit passed before the request was sent; nothing was made or charged."
+    default_hint = "Raise timeout (seconds), or try again later."
+
+
+class CogViewOutcomeUnknownError(CogViewError, ToolException):
+    """When the request was sent but no answer tells what became of it. It is not sent again by itself."""
+
+    outcome = Outcome.UNKNOWN
+    default_message = "The request was sent, but no answer tells whether a picture was made; it may have been charged."
+    default_hint = (
+        "Do not send it again by itself: that can pay twice. Look in the provider's console, or ask the person; "
+        "retry_unknown=True sends it again all the same."
+    )
+
+    @property
+    def text_for_model(self) -> str:
+        """What an agent's model reads."""
+        return printable(
+            f"No image was received. {self.message} Do NOT call this tool again for this picture by yourself: "
+            "it can be charged twice. Tell the user what happened and let them decide."
+            + (f" Request id: {self.request_id}." if self.request_id else ""),
+            MAX_MODEL_TEXT,
+        )
+
+
+class CogViewMalformedReplyError(CogViewOutcomeUnknownError):
+    """When the reply could not be understood; a picture may have been made and charged."""
+
+    default_message = "The service's reply could not be understood; a picture may have been made and charged."
+
+
+class CogViewDownloadError(CogViewError):
+    """When the bytes of a picture that was made could not be had. Fetching is free and may be repeated.
+
+    Attributes:
+        transient: Whether a later try may do better.
+    """
+
+    transient = False
+
+    default_message = "The picture was made, but its bytes could not be fetched."
+    default_hint = "Its URL is on the result; fetching again costs nothing: image.read() tries again."
+
+
+class CogViewExpiredURLError(CogViewDownloadError):
+    """When the link has ended, or the host refuses it."""
+
+    default_message = "The picture's link has expired or is refused."
+    default_hint = "Links live from a day to a week: set output_dir, or call save() in time."
+
+
+class CogViewStorageError(CogViewError):
+    """When bytes could not be written, or a saved file is gone."""
+
+    default_message = "The picture could not be written."
+    default_hint = "Check that the folder exists, is writable and has space left; image.save(path) writes it elsewhere."

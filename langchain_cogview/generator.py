@@ -1,0 +1,436 @@
+"""`CogViewImageGenerator`, the Runnable."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, cast
+
+import httpx
+from langchain_core.rate_limiters import BaseRateLimiter
+from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
+from langchain_core.runnables.config import get_config_list
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
+
+from langchain_cogview.api.client import ImagesClient
+from langchain_cogview.api.retry import RetryPolicy
+from langchain_cogview.api.settings import (
+    BASE_URL_VARIABLE,
+    BASE_URLS,
+    SANDBOX_ENDPOINT,
+    environment,
+    found_key,
+    is_sandbox,
+    normal_base_url,
+    region_of,
+)
+from langchain_cogview.api.transport import ASHARED, SHARED, asender, sender
+from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info
+from langchain_cogview.drawing import ImageCall, ImageOutcome
+from langchain_cogview.errors import CogViewConfigurationError, CogViewContentFilterError, CogViewInvalidRequestError
+from langchain_cogview.events import CONTENT_FILTER_EVENT, ContentFilterEvent, adispatch, content_filter_event, dispatch
+from langchain_cogview.inputs import ImageInput, arguments_of
+from langchain_cogview.request import ImageRequest, checked_request, describe_validation, unknown_argument
+from langchain_cogview.result import ImageFailure, ImageResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+
+_REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
+_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter")
+
+
+class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
+    """Pictures from Zhipu's CogView endpoint, as a Runnable.
+
+    Setup:
+        Install `langchain-cogview`, and set `ZHIPUAI_API_KEY` (a key from open.bigmodel.cn, mainland China) or
+        `ZAI_API_KEY` (a key from z.ai, international). A key is good on its own platform only.
+
+    Instantiation:
+        >>> from langchain_cogview import CogViewImageGenerator
+        >>> generator = CogViewImageGenerator(base_url="sandbox:", size="16:9")  # offline; leave base_url out for the service
+
+    Invocation:
+        >>> result = generator.invoke("a cute little kitten")
+        >>> result.images[0].width, result.images[0].height
+        (1344, 768)
+
+        Per call: `generator.invoke({"prompt": "a kitten", "size": "square"})`, `generator.bind(quality="hd")`.
+
+    Async, many, in a chain:
+        `await generator.ainvoke(...)`, `generator.batch([...])`, `prompt_template | generator`.
+
+    Args:
+        model: One of the catalog's models, or any other, with a warning.
+        api_key: None: from the platform's environment variable.
+        region: `china` or `international`. None: as the base URL or the key that is set tells, else China.
+        base_url: The API's, or `"sandbox:"` for the offline service. None: `COGVIEW_BASE_URL`, else the region's.
+        size: As in `ImageRequest`. None: the model's default.
+        quality: `standard` or `hd`. None: the model's default.
+        n: Pictures for each call; each is one request, and one price.
+        user_id: The end user, for the provider's abuse reports; 6 to 128 characters.
+        watermark_enabled: False only for accounts that signed the provider's waiver.
+        timeout: Seconds for one picture in all: look-up, connect, answer, waits between attempts, download and save. Waiting
+            for a place (`rate_limiter`, or others of the same call) comes before it. None: no limit.
+        max_retries: Further attempts of a request that provably did not run.
+        retry_unknown: Also send again what may have been made and charged. Can pay twice.
+        max_concurrency: Requests in flight of one `batch`, `abatch` or call with `n`. None: the catalog's figure for the model.
+        rate_limiter: A LangChain rate limiter, asked before every attempt.
+        http_client: Used for sync API requests as it is, and never closed. Pictures are fetched by connections of our own.
+        http_async_client: The same for async ones.
+        download: Fetch the bytes. False: the result has the URL alone, which ends after a day to a week.
+        output_dir: A folder, made when missing: each picture is saved there under a name made of time and hash. None: the
+            bytes stay in memory on the result.
+        allowed_image_hosts: Fetch pictures from these hosts only, such as `"*.ufileos.com"`. None: any public host.
+        include_prompt_in_events: Put the prompt into `cogview.content_filter` events.
+
+    Raises:
+        CogViewConfigurationError: Key or base URL missing or malformed, unknown argument; before any request.
+        CogViewInvalidRequestError: An argument of a call is illegal; before any request.
+        CogViewError: As the class says, when no picture was made; see `langchain_cogview.errors`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True, protected_namespaces=()
+    )
+
+    model: str = DEFAULT_MODEL
+    api_key: SecretStr | None = Field(default=None, repr=False)
+    region: Region | None = None
+    base_url: str | None = None
+    size: str | None = None
+    quality: Quality | None = None
+    n: int = 1
+    user_id: str | None = None
+    watermark_enabled: bool | None = None
+    timeout: float | timedelta | None = 120.0
+    max_retries: int = Field(default=2, ge=0, le=100)
+    retry_unknown: bool = False
+    max_concurrency: int | None = Field(default=None, ge=1)
+    rate_limiter: BaseRateLimiter | None = Field(default=None, exclude=True, repr=False)
+    http_client: httpx.Client | None = Field(default=None, exclude=True, repr=False)
+    http_async_client: httpx.AsyncClient | None = Field(default=None, exclude=True, repr=False)
+    download: bool = True
+    output_dir: Path | None = None
+    allowed_image_hosts: tuple[str, ...] | None = None
+    include_prompt_in_events: bool = False
+
+    # Found from arguments and environment. Not fields, so that an instance made anew with another region or base URL
+    # (configurable_fields does that for each call) finds its own.
+    _key: SecretStr | None = PrivateAttr(default=None)
+    _region: Region = PrivateAttr(default="china")
+    _base_url: str = PrivateAttr(default="")
+
+    if not TYPE_CHECKING:  # the type checker and editors see the fields
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Wrapped before anything can raise, so that no traceback shows the key.
+            if isinstance(kwargs.get("api_key"), str):
+                kwargs["api_key"] = SecretStr(kwargs["api_key"])
+            _check_names(kwargs, type(self).model_fields)
+            super().__init__(*args, **kwargs)
+
+    @field_validator("timeout")
+    @classmethod
+    def _timeout_is_a_time(cls, value: float | timedelta | None) -> float | None:
+        seconds = value.total_seconds() if isinstance(value, timedelta) else value
+        if seconds is not None and not 0 < seconds <= 86_400:  # noqa: PLR2004
+            raise ValueError("The time limit is in seconds: more than 0, at most 86,400 (a day), or None for none.")
+        return seconds
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _folder_is_local(cls, value: Any) -> Any:
+        if isinstance(value, str) and ("://" in value or not value.strip()):
+            raise ValueError("output_dir takes a local folder, such as 'pictures'.")
+        return Path(value).expanduser() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        defaults = {name: getattr(self, name) for name in _REQUEST_DEFAULTS}
+        problem = None
+        try:
+            request = ImageRequest(prompt="-", **defaults)
+        except ValidationError as error:
+            problem = describe_validation(error)
+        if problem:
+            raise ValueError(problem)
+        for warning in request.warnings:
+            warnings.warn(warning, stacklevel=2)
+        if not self.download and self.output_dir is not None:
+            raise ValueError("output_dir needs the bytes: leave download=False out.")
+        self._find_service()
+        return self
+
+    def _find_service(self) -> None:
+        base_url = self.base_url or environment(BASE_URL_VARIABLE)
+        self._region = region_of(normal_base_url(base_url) if base_url else None, self.region)
+        self._base_url = normal_base_url(base_url or BASE_URLS[self._region])
+        if is_sandbox(self._base_url):
+            if self.http_client is not None or self.http_async_client is not None:
+                raise CogViewConfigurationError(
+                    "The sandbox in this process is not reached by an HTTP client.",
+                    hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
+                )
+            self._key = SecretStr("sandbox")
+        else:
+            self._key = found_key(self.api_key, self._region)
+
+    # --- LangChain's view
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """LangChain may serialize it; the key becomes a reference to its variable."""
+        return True
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """Which field is a secret, and under which variable it is found."""
+        return {"api_key": "ZAI_API_KEY" if self._region == "international" else "ZHIPUAI_API_KEY"}
+
+    def invoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
+        """Make the pictures of one request.
+
+        Args:
+            input: A prompt, the arguments of `ImageRequest` as a dict or object, a prompt value, or messages.
+            config: LangChain's.
+            **kwargs: Arguments of `ImageRequest`; what `input` says goes before them.
+        """
+        draw = partial(self._draw, overrides=kwargs)
+        return self._call_with_config(draw, input, self._traced(input, config, kwargs), run_type="llm")
+
+    async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
+        """Make the pictures of one request. The twin of `invoke`."""
+        draw = partial(self._adraw, overrides=kwargs)
+        return await self._acall_with_config(draw, input, self._traced(input, config, kwargs), run_type="llm")
+
+    def batch(
+        self,
+        inputs: list[ImageInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[ImageResult]:
+        """Make the pictures of many requests, `max_concurrency` in flight.
+
+        Every input is drawn, whatever happens to others: nothing paid is lost.
+
+        Args:
+            inputs: As for `invoke`.
+            config: LangChain's; its `max_concurrency` goes before the field.
+            return_exceptions: Give exceptions in the list in place of raising.
+            **kwargs: As for `invoke`.
+
+        Raises:
+            CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
+        """
+        results = super().batch(inputs, self._bounded(config, len(inputs)), return_exceptions=True, **kwargs)
+        return results if return_exceptions else _all_or_first_error(results)
+
+    async def abatch(
+        self,
+        inputs: list[ImageInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[ImageResult]:
+        """Make the pictures of many requests. The twin of `batch`."""
+        results = await super().abatch(inputs, self._bounded(config, len(inputs)), return_exceptions=True, **kwargs)
+        return results if return_exceptions else _all_or_first_error(results)
+
+    def close(self) -> None:
+        """Close idle sync connections. They belong to the process; later calls open new ones."""
+        SHARED.close()
+
+    async def aclose(self) -> None:
+        """Close idle async connections of the running event loop."""
+        await ASHARED.aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    def __getstate__(self) -> dict[Any, Any]:
+        held = [name for name in _INJECTED if getattr(self, name) is not None]
+        if held:
+            raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
+        state = super().__getstate__()
+        # The key stays in this process; the other one finds it in its environment.
+        state["__dict__"] = {**state["__dict__"], "api_key": None}
+        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None}
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # Settings are values; what was injected is used as it is, by the copy too.
+        return self.model_copy()
+
+    # --- one request
+
+    def _draw(
+        self,
+        given: ImageInput,
+        run_manager: CallbackManagerForChainRun,
+        config: RunnableConfig,
+        *,
+        overrides: dict[str, Any],
+    ) -> ImageResult:
+        request, notes = self._request(given, overrides)
+        call = self._call(request)
+        if request.n == 1:
+            outcomes = [call.draw()]
+        else:
+            with ThreadPoolExecutor(min(request.n, self._places(request.model)), "cogview") as executor:
+                outcomes = list(executor.map(lambda _: call.draw(), range(request.n)))
+        for event in self._filter_events(request, outcomes, run_manager.metadata):
+            dispatch(CONTENT_FILTER_EVENT, event, config)
+        return self._result(request, outcomes, notes)
+
+    async def _adraw(
+        self,
+        given: ImageInput,
+        run_manager: AsyncCallbackManagerForChainRun,
+        config: RunnableConfig,
+        *,
+        overrides: dict[str, Any],
+    ) -> ImageResult:
+        request, notes = self._request(given, overrides)
+        call = self._call(request)
+        places = asyncio.Semaphore(self._places(request.model))
+
+        async def one() -> ImageOutcome:
+            async with places:
+                return await call.adraw()
+
+        outcomes = await asyncio.gather(*(one() for _ in range(request.n)))
+        for event in self._filter_events(request, outcomes, run_manager.metadata):
+            await adispatch(CONTENT_FILTER_EVENT, event, config)
+        return self._result(request, outcomes, notes)
+
+    # --- pure steps
+
+    def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
+        said, notes = arguments_of(given)
+        values = {name: getattr(self, name) for name in _REQUEST_DEFAULTS} | overrides | said
+        if "prompt" not in values:
+            raise CogViewInvalidRequestError(
+                "Nothing was sent: there is no prompt.", hint="Pass a string, or a dict with the key 'prompt'."
+            )
+        request = checked_request(values)
+        return request, request.warnings + notes
+
+    def _call(self, request: ImageRequest) -> ImageCall:
+        if self._key is None:  # came through pickle
+            self._find_service()
+        # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
+        once: dict[str, Any] = {"stream": True, "follow_redirects": False}
+        injected, ainjected = self.http_client, self.http_async_client
+        client = ImagesClient(
+            base_url=SANDBOX_ENDPOINT if is_sandbox(self._base_url) else self._base_url,
+            api_key=cast("SecretStr", self._key),
+            send=partial(injected.send, **once) if injected else sender(self._base_url),
+            asend=partial(ainjected.send, **once) if ainjected else asender(self._base_url),
+            policy=RetryPolicy(max_retries=self.max_retries, retry_unknown=self.retry_unknown),
+            rate_limiter=self.rate_limiter,
+        )
+        return ImageCall(
+            request=request,
+            client=client,
+            base_url=self._base_url,
+            timeout=cast("float | None", self.timeout),
+            download=self.download,
+            folder=self.output_dir,
+            allowed_hosts=self.allowed_image_hosts,
+        )
+
+    def _places(self, model: str) -> int:
+        return self.max_concurrency or model_info(model).in_flight
+
+    def _bounded(self, config: RunnableConfig | list[RunnableConfig] | None, length: int) -> list[RunnableConfig]:
+        return [
+            {**each, "max_concurrency": each.get("max_concurrency") or self._places(self.model)}
+            for each in (get_config_list(config, length) if length else [])
+        ]
+
+    def _traced(self, given: ImageInput, config: RunnableConfig | None, overrides: dict[str, Any]) -> RunnableConfig:
+        config = ensure_config(config)
+        said = overrides.get("model")
+        if isinstance(given, dict):
+            said = given.get("model", said)
+        elif isinstance(given, ImageRequest) and "model" in given.model_fields_set:
+            said = given.model
+        metadata = {"ls_provider": "zhipuai", "ls_model_name": str(said or self.model), "ls_model_type": "image"}
+        return {**config, "metadata": {**(config.get("metadata") or {}), **metadata}}
+
+    def _filter_events(
+        self, request: ImageRequest, outcomes: Sequence[ImageOutcome], metadata: dict[str, Any] | None
+    ) -> list[ContentFilterEvent]:
+        events = []
+        for outcome in outcomes:
+            if isinstance(outcome, CogViewContentFilterError):
+                entries, blocked, request_id = outcome.content_filter, True, outcome.request_id
+            elif not isinstance(outcome, Exception) and outcome[0].content_filter:
+                entries, blocked, request_id = outcome[0].content_filter, False, outcome[0].request_id
+            else:
+                continue
+            events.append(
+                content_filter_event(
+                    entries,
+                    blocked=blocked,
+                    model=request.model,
+                    request_id=request_id,
+                    tool_call_id=(metadata or {}).get("tool_call_id"),
+                    sandbox=is_sandbox(self._base_url),
+                    prompt=request.prompt if self.include_prompt_in_events else None,
+                )
+            )
+        return events
+
+    def _result(self, request: ImageRequest, outcomes: Sequence[ImageOutcome], notes: tuple[str, ...]) -> ImageResult:
+        images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
+        errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
+        if not images:
+            _, first = errors[0]
+            for index, other in errors[1:]:
+                first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
+            raise first
+        return ImageResult(
+            images=tuple(images),
+            failures=tuple(ImageFailure.of(error, index) for index, error in errors),
+            prompt=request.prompt,
+            model=request.model,
+            size=request.drawn_size,
+            quality=request.drawn_quality,
+            sandbox=any(image.sandbox for image in images),
+            warnings=tuple(dict.fromkeys([*notes, *(note for image in images for note in image.warnings)])),
+        )
+
+
+def _check_names(values: dict[str, Any], known: Any) -> None:
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise CogViewConfigurationError(unknown_argument(unknown[0], known))
+
+
+def _all_or_first_error(results: list[Any]) -> list[ImageResult]:
+    for result in results:
+        if isinstance(result, Exception):
+            result.batch_results = results  # type: ignore[attr-defined]
+            raise result
+    return results

@@ -1,0 +1,1 @@
+"""Picture bytes: formats, downloads, where they stay, how they are shown."""

@@ -1,0 +1,297 @@
+"""Fetch a picture from a URL that somebody else chose.
+
+The request carries no key and no cookie, follows no redirect, and goes to public addresses only; the connection itself asks
+`LinkRules.check` for every address. Just after the paid reply a link can answer 404, or for a moment with something that is
+no picture; fetching is free, so it is tried again after about 1, 2, 4 and 8 seconds, inside the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+import httpx
+import tenacity
+
+from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError, is_loopback, is_public
+from langchain_cogview.deadline import DEADLINE, Deadline
+from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
+from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect, sniff
+from langchain_cogview.images.store import PictureFile
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+
+MAX_PICTURE_BYTES: Final = 32 * 2**20
+WAITS: Final = (1.0, 2.0, 4.0, 8.0)
+"""Seconds before the second, third, ... GET."""
+
+_SNIFF_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Bytes that were fetched and found whole.
+
+    Attributes:
+        info: Type and dimensions, read from the bytes.
+        size_bytes: Their number.
+        sha256: Their hash, in hexadecimal.
+        path: The file that holds them; None when they are in `content`.
+        content: The bytes, when they are in no file.
+        problem: Why they could not be written into the folder asked for.
+    """
+
+    info: ImageInfo
+    size_bytes: int
+    sha256: str
+    path: Path | None = None
+    content: bytes | None = None
+    problem: str | None = None
+
+
+def expires_at(url: str) -> datetime | None:
+    """When a signed link ends, as its `Expires` (Unix seconds) tells; None where it does not."""
+    try:
+        query = dict(parse_qsl(urlsplit(url).query, max_num_fields=100))
+        seconds = next((value for name, value in query.items() if name.lower() == "expires"), "")
+        return datetime.fromtimestamp(int(seconds), UTC) if seconds.isascii() and seconds.isdigit() else None
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRules:
+    """Which links may be fetched.
+
+    Attributes:
+        base_host: Host of the API's base URL. Where it is a loopback one, links on the same host may be plain http.
+        allowed_hosts: When given, only these hosts; `*.example.com` takes every host below.
+    """
+
+    base_host: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
+
+    def check(self, url: str) -> AddressCheck:
+        """The check for the addresses of a link.
+
+        Raises:
+            CogViewDownloadError: When the link itself may not be fetched.
+        """
+        try:
+            parts = urlsplit(url)
+            host = (parts.hostname or "").lower()
+        except ValueError:
+            host, parts = "", urlsplit("")
+        if not host or parts.username is not None or parts.password is not None:
+            raise _refused("it is not a plain link")
+        if self.allowed_hosts is not None and not any(_matches(host, allowed) for allowed in self.allowed_hosts):
+            raise _refused(f"its host {host[:100]!r} is not in allowed_image_hosts")
+        local = self.base_host is not None and host == self.base_host and _is_loopback_name(host)
+        if parts.scheme != "https" and not (local and parts.scheme == "http"):
+            raise _refused("it is not https")
+        return is_loopback if local else is_public
+
+
+def _is_loopback_name(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _matches(host: str, allowed: str) -> bool:
+    allowed = allowed.strip().lower()
+    return host.endswith(allowed[1:]) if allowed.startswith("*.") else host == allowed
+
+
+def _refused(why: str) -> CogViewDownloadError:
+    return CogViewDownloadError(
+        f"The picture's link was not fetched: {why}.", hint="Its URL is on the result: look at it before opening it."
+    )
+
+
+def _not_yet(message: str, **facts: Any) -> CogViewDownloadError:
+    error = CogViewDownloadError(message, **facts)
+    error.transient = True
+    return error
+
+
+class _Download:
+    """The steps of one download without its I/O."""
+
+    def __init__(self, url: str, deadline: Deadline, rules: LinkRules) -> None:
+        self.url, self.deadline = url, deadline
+        self._check = rules.check(url)
+
+    def loop(self) -> dict[str, Any]:
+        return {
+            "retry": tenacity.retry_if_exception(lambda error: getattr(error, "transient", False)),
+            "wait": tenacity.wait_chain(*(tenacity.wait_fixed(seconds) for seconds in WAITS)),
+            "stop": lambda state: state.attempt_number > len(WAITS) or self.deadline.stops(state),
+            "reraise": True,
+        }
+
+    def request(self) -> httpx.Request:
+        left = self.deadline.remaining()
+        if left is not None and left <= 0:
+            raise CogViewDownloadError("The time limit passed before the picture was fetched.")
+        try:
+            return httpx.Request(
+                "GET",
+                self.url,
+                headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "langchain-cogview"},
+                extensions={
+                    "timeout": {"connect": left, "read": left, "write": left, "pool": left},
+                    DEADLINE: self.deadline,
+                    ADDRESSES: self._check,
+                },
+            )
+        except (httpx.InvalidURL, ValueError):
+            raise _refused("it is not a plain link") from None
+
+    def accept(self, response: httpx.Response) -> None:
+        """Judge the head of a reply."""
+        status = response.status_code
+        if status in {401, 403}:
+            ended = expires_at(self.url)
+            when = f" It ended at {ended:%Y-%m-%d %H:%M} UTC." if ended and ended <= datetime.now(UTC) else ""
+            raise CogViewExpiredURLError(
+                f"The picture's link has expired or is refused (HTTP {status}).{when}", status=status
+            )
+        if status in {404, 408, 425, 429} or status >= 500:  # noqa: PLR2004
+            raise _not_yet(f"The picture is not there yet (HTTP {status}).", status=status)
+        if 300 <= status < 400:  # noqa: PLR2004
+            raise CogViewDownloadError("The picture's link redirects, which is not followed.", status=status)
+        if status != 200:  # noqa: PLR2004
+            raise CogViewDownloadError(f"The picture's link answered with HTTP {status}.", status=status)
+        if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
+            raise CogViewDownloadError("The picture came compressed, which was not asked for.")
+        length = response.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) > MAX_PICTURE_BYTES:
+            raise _too_large()
+
+    def take(self, chunk: bytes, file: PictureFile, head: bytearray) -> None:
+        """Check and write one chunk."""
+        if len(head) < _SNIFF_BYTES:
+            head += chunk[:_SNIFF_BYTES]
+            if len(head) >= _SNIFF_BYTES and sniff(bytes(head)) is None:
+                raise _not_yet("The link gave something that is no PNG, JPEG or WebP.")
+        if file.size + len(chunk) > MAX_PICTURE_BYTES:
+            raise _too_large()
+        try:
+            file.write(chunk)
+        except OSError as error:
+            raise CogViewStorageError(f"There is no room for the picture's bytes: {error.strerror}.") from None
+
+    def finish(self, file: PictureFile) -> Picture:
+        """Look at the whole picture, then let it stay."""
+        file.file.seek(0)
+        try:
+            info = inspect(file.file)
+        except ImageFormatError as error:
+            raise _not_yet(f"The link gave no whole picture: {error}.") from None
+        path = file.keep(info)
+        return Picture(info, file.size, file.sha256, path, None if path else file.read(), file.problem)
+
+
+def _too_large() -> CogViewDownloadError:
+    return CogViewDownloadError(f"The picture is larger than {MAX_PICTURE_BYTES // 2**20} MiB.")
+
+
+def _as_ours(error: Exception) -> CogViewDownloadError:
+    if isinstance(error, httpx.TimeoutException | TimeoutError):
+        return CogViewDownloadError("The time limit passed while the picture was fetched.")
+    if isinstance(error, AddressRefusedError):
+        return _refused("its host has no public address")
+    return _not_yet(f"The picture's host could not be read ({type(error).__name__}).", detail=str(error))
+
+
+_FOREIGN = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, UnicodeError)
+
+
+def fetch(
+    send: Callable[[httpx.Request], httpx.Response],
+    url: str,
+    *,
+    deadline: Deadline,
+    folder: Path | None = None,
+    rules: LinkRules = LinkRules(),
+) -> Picture:
+    """Fetch, check and keep one picture.
+
+    Args:
+        send: Sends one request and gives the response with its body unread.
+        url: Where the picture is.
+        deadline: For everything, waits and writing included.
+        folder: Where the file goes; None keeps the bytes in memory.
+        rules: Which links may be fetched.
+
+    Raises:
+        CogViewDownloadError: When no whole picture came.
+        CogViewStorageError: When there is no room even in memory.
+    """
+    download = _Download(url, deadline, rules)
+    for attempt in tenacity.Retrying(sleep=time.sleep, **download.loop()):
+        with attempt:
+            return _once(send, download, folder)
+    raise AssertionError  # tenacity ends with a result or an exception
+
+
+async def afetch(
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]],
+    url: str,
+    *,
+    deadline: Deadline,
+    folder: Path | None = None,
+    rules: LinkRules = LinkRules(),
+) -> Picture:
+    """Fetch, check and keep one picture. The twin of `fetch`."""
+    download = _Download(url, deadline, rules)
+    async for attempt in tenacity.AsyncRetrying(sleep=asyncio.sleep, **download.loop()):
+        with attempt:
+            return await _aonce(asend, download, folder)
+    raise AssertionError  # tenacity ends with a result or an exception
+
+
+def _once(send: Callable[[httpx.Request], httpx.Response], download: _Download, folder: Path | None) -> Picture:
+    request = download.request()
+    try:
+        response = send(request)
+        with contextlib.closing(response):
+            download.accept(response)
+            with contextlib.closing(PictureFile(folder)) as file:
+                head = bytearray()
+                for chunk in response.iter_raw():
+                    download.take(chunk, file, head)
+                    if download.deadline.passed:
+                        raise httpx.ReadTimeout("The time limit passed.")
+                return download.finish(file)
+    except _FOREIGN as error:
+        raise _as_ours(error) from None
+
+
+async def _aonce(
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]], download: _Download, folder: Path | None
+) -> Picture:
+    request = download.request()
+    try:
+        async with asyncio.timeout(download.deadline.remaining()):
+            response = await asend(request)
+            async with contextlib.aclosing(response):
+                download.accept(response)
+                with contextlib.closing(PictureFile(folder)) as file:
+                    head = bytearray()
+                    async for chunk in response.aiter_raw():
+                        download.take(chunk, file, head)
+                    return download.finish(file)
+    except _FOREIGN as error:
+        raise _as_ours(error) from None

@@ -1,0 +1,169 @@
+"""Where the bytes of a picture stay: whole or absent, under a name of ours, never over another file.
+
+On Linux the bytes go into a file without a name, which gets one only when it is whole: a process that is killed leaves
+nothing behind. Elsewhere a temporary file takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, cast
+
+if TYPE_CHECKING:
+    from langchain_cogview.images.formats import ImageInfo
+
+_IN_MEMORY_BYTES: Final = 1 << 20
+_NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
+
+
+class PictureFile:
+    """The bytes of one download: written into the folder at once, or kept aside where there is none.
+
+    Args:
+        folder: Where the file will be; made when missing. None: the bytes are read back by the caller.
+
+    Attributes:
+        problem: Why the folder could not be used; the bytes are kept aside all the same.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.problem: str | None = None
+        self.size = 0
+        self._folder = folder
+        self._hash = hashlib.sha256()
+        self._temporary: Path | None = None
+        self.file: BinaryIO = self._opened()
+
+    def write(self, chunk: bytes) -> None:
+        """Append bytes; a full disk moves all of them aside."""
+        self.size += len(chunk)
+        self._hash.update(chunk)
+        rest = memoryview(chunk)
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            self._move_aside(error, rest)
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def keep(self, info: ImageInfo) -> Path | None:
+        """Give the file its name, made of time and hash; None where the bytes are not in the folder."""
+        if self._folder is None or self.problem:
+            return None
+        stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{self.sha256[:16]}"
+        try:
+            for number in range(1, 1000):
+                path = self._folder / f"{stem}{'' if number == 1 else f'-{number}'}{info.extension}"
+                with contextlib.suppress(FileExistsError):
+                    self._link(path)
+                    return path
+        except OSError as error:
+            self.problem = _reason(error)
+        return None
+
+    def read(self) -> bytes:
+        """All bytes."""
+        self.file.seek(0)
+        return self.file.read()
+
+    def close(self) -> None:
+        """Let go of the file; what has no name by now is gone."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            self._temporary = None
+
+    def _opened(self) -> BinaryIO:
+        if self._folder is None:
+            return _aside()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder = self._folder.resolve(strict=True)
+            return self._unnamed() or self._named()
+        except OSError as error:
+            self.problem = _reason(error)
+            return _aside()
+
+    def _unnamed(self) -> BinaryIO | None:
+        flag = getattr(os, "O_TMPFILE", None)
+        if flag is None or not Path("/proc/self/fd").is_dir():
+            return None
+        try:
+            return os.fdopen(os.open(self._folder or ".", flag | os.O_RDWR | os.O_CLOEXEC, 0o666), "w+b", buffering=0)
+        except OSError as error:
+            if error.errno in _NO_UNNAMED_FILES:
+                return None
+            raise
+
+    def _named(self) -> BinaryIO:
+        self._temporary, descriptor = _temporary_file(self._folder or Path())
+        return os.fdopen(descriptor, "w+b", buffering=0)
+
+    def _link(self, path: Path) -> None:
+        if self._temporary:
+            os.link(self._temporary, path)
+            return
+        # With a folder descriptor linkat follows the link in /proc; without one Python calls link, which does not.
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(f"/proc/self/fd/{self.file.fileno()}", path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        finally:
+            os.close(folder)
+
+    def _move_aside(self, error: OSError, rest: memoryview) -> None:
+        if self.problem or self._folder is None:
+            raise error  # aside, too, there is no room
+        self.problem = _reason(error)
+        written, aside = self.file, _aside()
+        missing = self.size - len(rest)
+        written.seek(0)
+        while missing > 0 and (piece := written.read(min(missing, 1 << 16))):
+            aside.write(piece)
+            missing -= len(piece)
+        aside.write(rest)
+        self.close()
+        self.file = aside
+
+
+def _aside() -> BinaryIO:
+    return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES))
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
+
+
+def _temporary_file(folder: Path) -> tuple[Path, int]:
+    path = folder / f".cogview-{secrets.token_hex(8)}.part"
+    return path, os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of the caller's naming, whole or not at all; an existing one is replaced.
+
+    Raises:
+        OSError: As the system says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, descriptor = _temporary_file(path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -1,0 +1,167 @@
+"""The arguments of one call: validated against the catalog before anything is sent."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from langchain_cogview.catalog import DEFAULT_MODEL, Quality, legal_size, model_info, model_warning
+from langchain_cogview.errors import CogViewInvalidRequestError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_PICTURES: Final = 100
+
+NOT_TAKEN: Final[dict[str, str]] = {
+    "seed": "The endpoint takes no seed: the same prompt gives another picture each time. Keep what you like with output_dir.",
+    "negative_prompt": "The endpoint takes no negative prompt: say in the prompt what the picture should show.",
+    "response_format": "The endpoint always answers with a URL; the bytes are fetched for you: result.images[0].read().",
+    "image": "The endpoint takes no reference image: describe the picture in the prompt.",
+    "style": "The endpoint takes no style: describe it in the prompt.",
+    "user": "The end user goes into user_id (6 to 128 characters).",
+    "num_images": "The number of pictures is n.",
+    "width": "Width and height go into size, such as '1344x768'.",
+    "height": "Width and height go into size, such as '1344x768'.",
+    "aspect_ratio": "The aspect ratio goes into size, such as '16:9' or 'portrait'.",
+    "model_name": "The model goes into model.",
+    "watermark": "The watermark is watermark_enabled; false only for accounts that signed the provider's waiver.",
+    "request_timeout": "The total time limit is timeout, in seconds.",
+    "temperature": "The endpoint takes no temperature.",
+    "stream": "The endpoint does not stream: a picture comes whole.",
+}
+"""What people try, and what to say to it."""
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> str:
+    """What to tell somebody who passed an argument that does not exist. Never shows the argument's value."""
+    shown = printable(str(name), 60)
+    if name in NOT_TAKEN:
+        return f"There is no argument {shown!r}. {NOT_TAKEN[name]}"
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(known))}."
+    return f"There is no argument {shown!r}. {hint}"
+
+
+def describe_validation(error: ValidationError) -> str:
+    """A pydantic error as one short line: field and message, without the values and pydantic's links."""
+    lines = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in item["loc"])
+        text = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {text}" if where else text)
+    return "; ".join(lines)
+
+
+class ImageRequest(BaseModel):
+    """One request for pictures.
+
+    Args:
+        prompt: What the picture shows; not blank, at most 1,000 characters for `glm-image`.
+        model: The model's name; case is ignored. An unknown one passes, with a warning.
+        size: `WIDTHxHEIGHT` in pixels (`×` works too), a ratio (`16:9`) or a word (`square`, `portrait`, `landscape`);
+            becomes the nearest legal size. None: the model's default.
+        quality: `standard` or `hd`, as the model allows. None: the model's default.
+        n: How many pictures; each is one call, and one price.
+        user_id: The end user, for the provider's abuse reports; 6 to 128 characters.
+        watermark_enabled: False only for accounts that signed the provider's waiver. None: the service's default (true).
+
+    Raises:
+        pydantic.ValidationError: With the rule, and the nearest legal size where it is the size.
+
+    Example:
+        >>> ImageRequest(prompt="a kitten", size="16:9").size
+        '1344x768'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=())
+
+    prompt: str = Field(min_length=1)
+    model: str = Field(default=DEFAULT_MODEL, min_length=1, max_length=128)
+    size: str | None = None
+    quality: Quality | None = None
+    n: int = Field(default=1, ge=1, le=MAX_PICTURES)
+    user_id: str | None = Field(default=None, min_length=6, max_length=128)
+    watermark_enabled: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name in values:
+                if name not in cls.model_fields:
+                    raise ValueError(unknown_argument(name, cls.model_fields))
+        return values
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("The prompt is blank. Describe the picture.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("The prompt holds half a character (a lone surrogate). Send valid Unicode text.") from None
+        return prompt
+
+    @field_validator("model")
+    @classmethod
+    def _model_as_documented(cls, model: str) -> str:
+        if not model.strip() or not model.isprintable():
+            raise ValueError("The model's name is blank or not printable.")
+        return model_info(model.strip()).name
+
+    @field_validator("size")
+    @classmethod
+    def _size_is_legal(cls, size: str | None, info: ValidationInfo) -> str | None:
+        model = info.data.get("model")
+        return size if size is None or model is None else legal_size(model_info(model), size)
+
+    @field_validator("quality")
+    @classmethod
+    def _quality_is_legal(cls, quality: Quality | None, info: ValidationInfo) -> Quality | None:
+        model = info.data.get("model")
+        if quality and model and quality not in model_info(model).qualities:
+            raise ValueError(f"{model} knows only quality {' and '.join(map(repr, model_info(model).qualities))}.")
+        return quality
+
+    @model_validator(mode="after")
+    def _prompt_fits(self) -> Self:
+        limit = model_info(self.model).max_prompt_characters
+        if limit is not None and len(self.prompt) > limit:
+            raise ValueError(
+                f"The prompt has {len(self.prompt):,} characters; {self.model} takes at most {limit:,}. Shorten it."
+            )
+        return self
+
+    @property
+    def drawn_size(self) -> str | None:
+        """The size that will be drawn: the one asked for, else the model's default; None where unknown."""
+        return self.size or model_info(self.model).default_size
+
+    @property
+    def drawn_quality(self) -> Quality:
+        """The quality that will be drawn: the one asked for, else the model's default."""
+        return self.quality or model_info(self.model).qualities[0]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the sender should know, such as an unknown model."""
+        warning = model_warning(self.model)
+        return (warning,) if warning else ()
+
+
+def checked_request(values: dict[str, Any]) -> ImageRequest:
+    """Validate the arguments of a call.
+
+    Raises:
+        CogViewInvalidRequestError: With field and rule; nothing has been sent.
+    """
+    problem = None
+    try:
+        return ImageRequest.model_validate(values)
+    except ValidationError as error:
+        problem = describe_validation(error)
+    raise CogViewInvalidRequestError(f"Nothing was sent: {problem}", hint="")

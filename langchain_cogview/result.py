@@ -1,0 +1,444 @@
+"""What a call gives: pictures, what went wrong with others, and their plain JSON form.
+
+>>> result = generator.invoke("a kitten")            # doctest: +SKIP
+>>> result.images[0].path, result.images[0].width    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+from urllib.parse import urlsplit
+
+from langchain_core.messages import ToolMessage
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+
+from langchain_cogview.artifact import ARTIFACT_TYPE, ARTIFACT_VERSION, ImageArtifact
+from langchain_cogview.content_filter import ContentFilter
+from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import (
+    CogViewContentFilterError,
+    CogViewDownloadError,
+    CogViewError,
+    CogViewInvalidRequestError,
+    CogViewStorageError,
+    Outcome,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from langchain_core.messages import BaseMessage
+
+_READ_SECONDS = 60.0
+
+
+class GeneratedImage(BaseModel):
+    """One picture.
+
+    Attributes:
+        id: Short and ours; what an agent calls it.
+        url: Where the service keeps it, for a day to a week; None where it is not known.
+        expires_at: When the link ends, where the URL tells it.
+        path: The saved file; None where it was not saved.
+        mime_type: `image/png`, `image/jpeg` or `image/webp`, by the bytes. None where they were not fetched.
+        width: In pixels, from the bytes.
+        height: In pixels, from the bytes.
+        size_bytes: Number of bytes.
+        sha256: Of the bytes, in hexadecimal.
+        content_filter: What the filter said of it, though it was made.
+        request_id: Ours, the same on every attempt.
+        response_id: The service's.
+        created: Unix seconds, as the service says.
+        model: Which model drew.
+        size: As asked for, or the model's default.
+        quality: As asked for, or the model's default.
+        prompt: What was asked for.
+        sandbox: Whether it is a placeholder of the offline service.
+        warnings: What could not be done, such as saving it.
+    """
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    id: str
+    url: str | None = None
+    expires_at: datetime | None = None
+    path: Path | None = None
+    mime_type: str | None = None
+    width: int | None = None
+    height: int | None = None
+    size_bytes: int | None = None
+    sha256: str | None = None
+    content_filter: tuple[ContentFilter, ...] = ()
+    request_id: str
+    response_id: str | None = None
+    created: int | None = None
+    model: str
+    size: str | None = None
+    quality: str | None = None
+    prompt: str
+    sandbox: bool = False
+    warnings: tuple[str, ...] = ()
+
+    _content: bytes | None = PrivateAttr(default=None)
+    _base_url: str | None = PrivateAttr(default=None)
+
+    def with_content(self, content: bytes | None, base_url: str | None) -> Self:
+        """The same picture holding its bytes in memory; they are in no repr, JSON or trace."""
+        self._content = content
+        self._base_url = base_url
+        return self
+
+    def read(self) -> bytes:
+        """The picture's bytes, as the service made them: from memory, from its file, else fetched from its URL (free).
+
+        Raises:
+            CogViewStorageError: When the saved file cannot be read.
+            CogViewDownloadError: When the URL gives no whole picture any more.
+        """
+        content = self.at_hand()
+        if content is None:
+            from langchain_cogview.api.transport import sender  # noqa: PLC0415
+            from langchain_cogview.images.download import fetch  # noqa: PLC0415
+
+            where = self._where()
+            content = fetch(sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=_rules(where)).content
+            self._content = content
+        return content or b""
+
+    async def aread(self) -> bytes:
+        """The twin of `read`, without blocking the event loop while it fetches."""
+        content = self.at_hand()
+        if content is None:
+            from langchain_cogview.api.transport import asender  # noqa: PLC0415
+            from langchain_cogview.images.download import afetch  # noqa: PLC0415
+
+            where = self._where()
+            picture = await afetch(asender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=_rules(where))
+            content = self._content = picture.content
+        return content or b""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bytes, whole or not at all, and tell where.
+
+        Args:
+            path: A file, which is replaced, or an existing folder, where the file gets the picture's id as its name. A
+                name without an ending gets the right one.
+
+        Raises:
+            CogViewStorageError: When it cannot be written.
+            CogViewDownloadError: When the bytes are not at hand and the URL gives them no more.
+        """
+        from langchain_cogview.images.store import write_whole  # noqa: PLC0415
+
+        content = self.read()
+        target = Path(path).expanduser()
+        ending = self._ending(content)
+        if target.is_dir():
+            target /= f"{self.id}{ending}"
+        elif not target.suffix:
+            target = target.with_name(target.name + ending)
+        try:
+            write_whole(target, content)
+        except OSError as error:
+            raise CogViewStorageError(
+                f"The picture could not be written to {printable(str(target), 120)}: {error.strerror}."
+            ) from None
+        return target
+
+    def to_pil(self) -> Any:
+        """The picture as a `PIL.Image.Image`, decoded.
+
+        Raises:
+            ImportError: When Pillow is not installed; names the extra that brings it.
+        """
+        try:
+            from PIL import Image  # noqa: PLC0415
+        except ImportError:
+            raise ImportError('to_pil needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
+        picture = Image.open(io.BytesIO(self.read()))
+        picture.load()
+        return picture
+
+    def show(self) -> None:
+        """Show the picture: in a notebook as output, elsewhere with the system's viewer (needs Pillow)."""
+        from langchain_cogview.images.display import show  # noqa: PLC0415
+
+        show(self, self.to_pil)
+
+    def at_hand(self) -> bytes | None:
+        """The bytes without fetching: from memory or the saved file; None where they are in neither."""
+        if self._content is not None:
+            return self._content
+        if self.path is None:
+            return None
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise CogViewStorageError(
+                f"The saved file {printable(self.path.name, 120)} cannot be read: {error.strerror}.",
+                hint="If it was moved, open it where it is now; while the link lives, the URL still gives it.",
+            ) from None
+
+    def _where(self) -> str | None:
+        return self._base_url or ("sandbox:" if self.sandbox else None)
+
+    def _link(self) -> str:
+        if self.url is None:
+            raise CogViewDownloadError("This picture has neither a file nor a URL.", hint="")
+        return self.url
+
+    def _ending(self, content: bytes) -> str:
+        from langchain_cogview.images.formats import EXTENSIONS, sniff  # noqa: PLC0415
+
+        return EXTENSIONS.get(sniff(content[:32]) or "", "")
+
+    def __repr_args__(self) -> Any:
+        yield "id", self.id
+        yield "size", f"{self.width}x{self.height}" if self.width else self.size
+        yield "mime_type", self.mime_type
+        if self.path:
+            yield "path", self.path.name
+        if self.sandbox:
+            yield "sandbox", True
+        if self.warnings:
+            yield "warnings", len(self.warnings)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        from langchain_cogview.images.display import bundle  # noqa: PLC0415
+
+        return bundle(self)
+
+
+def _rules(base_url: str | None) -> Any:
+    from langchain_cogview.images.download import LinkRules  # noqa: PLC0415
+
+    return LinkRules(base_host=base_host(base_url))
+
+
+def base_host(base_url: str | None) -> str | None:
+    """The host of an http(s) base URL; None for the sandbox."""
+    return urlsplit(base_url).hostname if base_url and base_url.startswith("http") else None
+
+
+class ImageFailure(BaseModel):
+    """One picture that was not made, beside others that were.
+
+    Attributes:
+        index: Which of the `n`, from 0.
+        error: Name of the error's class, such as `CogViewContentFilterError`.
+        message: What happened.
+        hint: What to do.
+        code: The service's business code.
+        status: The HTTP status.
+        request_id: Ours, the same on every attempt.
+        outcome: `not_run`, `unknown` (a picture may have been charged) or `final`.
+        content_filter: The filter's entries where it was blocked.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    error: str
+    message: str
+    hint: str = ""
+    code: str | None = None
+    status: int | None = None
+    request_id: str | None = None
+    outcome: Outcome = Outcome.FINAL
+    content_filter: tuple[ContentFilter, ...] = ()
+
+    @classmethod
+    def of(cls, error: Exception, index: int) -> Self:
+        """The record of an exception."""
+        if not isinstance(error, CogViewError):
+            return cls(index=index, error=type(error).__name__, message=printable(str(error)) or type(error).__name__)
+        return cls(
+            index=index,
+            error=type(error).__name__,
+            message=error.message,
+            hint=error.hint,
+            code=error.code,
+            status=error.status,
+            request_id=error.request_id,
+            outcome=error.outcome,
+            content_filter=error.content_filter if isinstance(error, CogViewContentFilterError) else (),
+        )
+
+
+class ImageResult(BaseModel):
+    """What one call gives: at least one picture.
+
+    The attributes of the first picture can be read from the result itself: `result.path`, `result.url`, `result.sha256`.
+
+    Attributes:
+        images: The pictures that were made.
+        failures: Those of the `n` that were not.
+        prompt: What was asked for.
+        model: Which model drew.
+        size: As asked for, or the model's default.
+        quality: As asked for, or the model's default.
+        sandbox: Whether the offline service made it.
+        warnings: What holds for the whole call, then what holds for each picture.
+    """
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    images: tuple[GeneratedImage, ...]
+    failures: tuple[ImageFailure, ...] = ()
+    prompt: str
+    model: str
+    size: str | None = None
+    quality: str | None = None
+    sandbox: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> GeneratedImage:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def url(self) -> str | None:
+        """The first picture's URL."""
+        return self.image.url
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When the first picture's link ends, where its URL tells it."""
+        return self.image.expires_at
+
+    @property
+    def path(self) -> Path | None:
+        """The first picture's file."""
+        return self.image.path
+
+    @property
+    def mime_type(self) -> str | None:
+        """The first picture's type, by its bytes."""
+        return self.image.mime_type
+
+    @property
+    def width(self) -> int | None:
+        """The first picture's width in pixels, from its bytes."""
+        return self.image.width
+
+    @property
+    def height(self) -> int | None:
+        """The first picture's height in pixels, from its bytes."""
+        return self.image.height
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The first picture's number of bytes."""
+        return self.image.size_bytes
+
+    @property
+    def sha256(self) -> str | None:
+        """The first picture's hash."""
+        return self.image.sha256
+
+    @property
+    def request_id(self) -> str:
+        """The first picture's request id."""
+        return self.image.request_id
+
+    @property
+    def created(self) -> int | None:
+        """When the first picture was asked for, in Unix seconds."""
+        return self.image.created
+
+    @property
+    def content_filter(self) -> tuple[ContentFilter, ...]:
+        """What the filter said of all pictures that were made."""
+        return tuple(entry for image in self.images for entry in image.content_filter)
+
+    def read(self) -> bytes:
+        """The first picture's bytes; see `GeneratedImage.read`."""
+        return self.image.read()
+
+    async def aread(self) -> bytes:
+        """The first picture's bytes; see `GeneratedImage.aread`."""
+        return await self.image.aread()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the pictures and tell where the first is.
+
+        Args:
+            path: As in `GeneratedImage.save`. Of several pictures the further ones get `-2`, `-3`, ... before the ending.
+        """
+        first = self.image.save(path)
+        for number, image in enumerate(self.images[1:], 2):
+            folder = Path(path).expanduser()
+            image.save(folder if folder.is_dir() else first.with_stem(f"{first.stem}-{number}"))
+        return first
+
+    def to_pil(self) -> Any:
+        """The first picture as a `PIL.Image.Image`; see `GeneratedImage.to_pil`."""
+        return self.image.to_pil()
+
+    def show(self) -> None:
+        """Show every picture; see `GeneratedImage.show`."""
+        for image in self.images:
+            image.show()
+
+    def to_artifact(self) -> ImageArtifact:
+        """Plain JSON without bytes: survives a checkpointer, a queue, a database."""
+        fields = self.model_dump(mode="json")
+        return cast("ImageArtifact", {"type": ARTIFACT_TYPE, "version": ARTIFACT_VERSION, **fields})
+
+    @classmethod
+    def from_artifact(cls, artifact: Mapping[str, Any]) -> Self:
+        """The result of a `to_artifact`.
+
+        Raises:
+            CogViewInvalidRequestError: When it is none, or of a later version.
+        """
+        if not isinstance(artifact, Mapping) or artifact.get("type") != ARTIFACT_TYPE:
+            raise CogViewInvalidRequestError(
+                "This is no artifact of a CogView result.", hint="Pass ToolMessage.artifact."
+            )
+        if artifact.get("version") != ARTIFACT_VERSION:
+            raise CogViewInvalidRequestError(
+                f"This artifact has version {printable(str(artifact.get('version')), 20)}; this package reads version "
+                f"{ARTIFACT_VERSION}.",
+                hint="Upgrade langchain-cogview.",
+            )
+        try:
+            return cls.model_validate({name: value for name, value in artifact.items() if name in cls.model_fields})
+        except ValidationError as error:
+            where = ", ".join(".".join(map(str, item["loc"])) for item in error.errors(include_input=False))
+            raise CogViewInvalidRequestError(f"This artifact is damaged at {printable(where, 100)}.", hint="") from None
+
+    def __repr_args__(self) -> Any:
+        yield "images", list(self.images)
+        if self.failures:
+            yield "failures", [failure.error for failure in self.failures]
+        yield "model", self.model
+        if self.content_filter:
+            yield "content_filter", [str(entry) for entry in self.content_filter]
+        if self.warnings:
+            yield "warnings", len(self.warnings)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        from langchain_cogview.images.display import result_bundle  # noqa: PLC0415
+
+        return result_bundle(self)
+
+
+def images_from_messages(messages: Iterable[BaseMessage] | Mapping[str, Any]) -> list[GeneratedImage]:
+    """The pictures that an agent's tool calls made, in order.
+
+    Args:
+        messages: An agent's messages, or its whole output (`{"messages": [...]}`).
+    """
+    if isinstance(messages, Mapping):
+        messages = messages.get("messages") or []
+    found: list[GeneratedImage] = []
+    for message in messages:
+        artifact = message.artifact if isinstance(message, ToolMessage) else None
+        if isinstance(artifact, Mapping) and artifact.get("type") == ARTIFACT_TYPE:
+            found.extend(ImageResult.from_artifact(artifact).images)
+    return found

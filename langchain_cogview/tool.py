@@ -1,0 +1,283 @@
+"""`CogViewImageTool`, the BaseTool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from langchain_core.callbacks import AsyncCallbackManagerForToolRun, CallbackManagerForToolRun  # noqa: TC002  BaseTool reads the annotations of _run
+from langchain_core.tools import BaseTool, ToolException
+from langchain_core.tools.base import ToolExceptionHandlerOutput
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+
+from langchain_cogview.catalog import ModelInfo, legal_size, model_info
+from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, printable
+from langchain_cogview.generator import CogViewImageGenerator
+from langchain_cogview.request import describe_validation, unknown_argument
+
+if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+
+    from langchain_cogview.artifact import ImageArtifact
+    from langchain_cogview.result import ImageResult
+
+TOOL_NAME: Final = "cogview_generate_image"
+TOOL_DESCRIPTION: Final = (
+    "Make a picture from a text description. Use it when the user asks for an image, drawing, photo or illustration. "
+    "The picture is shown to the user by the application; you get a short confirmation, not the picture. "
+    "Each call costs money: call it once for each picture that the user asked for."
+)
+DEFAULT_OUTPUT_DIR: Final = "cogview_images"
+_PATH_CHARACTERS = 160
+
+# The id of the call that is being run: BaseTool keeps it from `_run`, and an injected argument would break plain `invoke`.
+_tool_call_id: ContextVar[str | None] = ContextVar("cogview_tool_call_id", default=None)
+
+
+def _text_of_error(error: ToolException) -> str:
+    if isinstance(error, CogViewError):
+        return error.text_for_model
+    return "No image was made. The image tool failed. Tell the user; do not try again by yourself."
+
+
+def _text_of_bad_arguments(error: Any) -> str:
+    said = describe_validation(error) if isinstance(error, ValidationError) else "the arguments are not valid"
+    return printable(f"No image was made. Wrong arguments: {said}", MAX_MODEL_TEXT)
+
+
+class CogViewImageTool(BaseTool):
+    """Lets an agent make pictures with Zhipu's CogView endpoint.
+
+    Setup:
+        Install `langchain-cogview`, and set `ZHIPUAI_API_KEY` (a key from open.bigmodel.cn, mainland China) or
+        `ZAI_API_KEY` (a key from z.ai, international).
+
+    Instantiation:
+        >>> from langchain_cogview import CogViewImageTool
+        >>> tool = CogViewImageTool(base_url="sandbox:", output_dir="pictures")  # offline; leave base_url out for the service
+
+    Invocation with args:
+        >>> tool.invoke({"prompt": "a cute little kitten"})    # doctest: +SKIP
+        'Made 1 image: 3f2a9c1b (1024x1024, saved as pictures/...png). ...'
+
+    Invocation with a ToolCall, as an agent does it; the message's artifact holds the result as plain JSON:
+        >>> message = tool.invoke(
+        ...     {"type": "tool_call", "id": "1", "name": tool.name, "args": {"prompt": "a kitten"}}
+        ... )    # doctest: +SKIP
+        >>> message.artifact["images"][0]["path"]    # doctest: +SKIP
+
+    Agent:
+        >>> from langchain.agents import create_agent    # doctest: +SKIP
+        >>> agent = create_agent("openai:gpt-5", tools=[tool])    # doctest: +SKIP
+        >>> output = agent.invoke({"messages": "Draw me a kitten"})    # doctest: +SKIP
+        >>> images_from_messages(output)[0].show()    # doctest: +SKIP
+
+    A blocked prompt, wrong arguments and an unknown outcome become a text for the model, and the agent goes on. Errors that no
+    model can mend (key, balance, limits, network) are raised; they are LangChain's `ModelError`s, which its retry middleware
+    understands.
+
+    Args:
+        generator: What makes the pictures. None: one is made of the other arguments.
+        content_format: What the model gets: `text` alone, or `image_url`, the text and a block with the link. Chat APIs of
+            OpenAI's form refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini take them.
+        name: What the model calls it.
+        description: What the model reads of it.
+        **kwargs: Arguments of `CogViewImageGenerator`, when no `generator` is given. `output_dir` is then `cogview_images`
+            unless said otherwise: the artifact has no bytes, and a link does not last.
+    """
+
+    name: str = TOOL_NAME
+    description: str = TOOL_DESCRIPTION
+    args_schema: Any = None
+    response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
+    handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
+    handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
+    generator: CogViewImageGenerator
+    content_format: Literal["text", "image_url"] = "text"
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    def __init__(self, *, generator: CogViewImageGenerator | None = None, **kwargs: Any) -> None:
+        # Wrapped before anything can raise, so that no traceback shows the key.
+        if isinstance(kwargs.get("api_key"), str):
+            kwargs["api_key"] = SecretStr(kwargs["api_key"])
+        own, settings = self._sorted(kwargs)
+        if generator is None:
+            if settings.get("download", True):
+                settings.setdefault("output_dir", DEFAULT_OUTPUT_DIR)
+            generator = CogViewImageGenerator(**settings)
+        elif settings:
+            raise CogViewConfigurationError(
+                f"{', '.join(sorted(settings))} cannot be given beside generator=.", hint="Set it on the generator."
+            )
+        if own.get("args_schema") is None:
+            own["args_schema"] = arguments_schema(generator)
+        super().__init__(generator=generator, **own)
+
+    @classmethod
+    def _sorted(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        own, settings = {}, {}
+        for name, value in kwargs.items():
+            if name in cls.model_fields:
+                own[name] = value
+            elif name in CogViewImageGenerator.model_fields:
+                settings[name] = value
+            else:
+                known = sorted({*cls.model_fields, *CogViewImageGenerator.model_fields})
+                raise CogViewConfigurationError(unknown_argument(name, known))
+        return own, settings
+
+    # --- a run
+
+    def run(self, *args: Any, tool_call_id: str | None = None, **kwargs: Any) -> Any:
+        """LangChain's; remembers the tool call's id for the events."""
+        token = _tool_call_id.set(tool_call_id)
+        try:
+            return super().run(*args, tool_call_id=tool_call_id, **kwargs)
+        finally:
+            _tool_call_id.reset(token)
+
+    async def arun(self, *args: Any, tool_call_id: str | None = None, **kwargs: Any) -> Any:
+        """LangChain's; remembers the tool call's id for the events."""
+        token = _tool_call_id.set(tool_call_id)
+        try:
+            return await super().arun(*args, tool_call_id=tool_call_id, **kwargs)
+        finally:
+            _tool_call_id.reset(token)
+
+    def _run(
+        self,
+        prompt: str,
+        size: str | None = None,
+        quality: str | None = None,
+        run_manager: CallbackManagerForToolRun | None = None,
+    ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+        given = _given(prompt, size, quality)
+        return self._answer(self.generator.invoke(given, _child(run_manager)))
+
+    async def _arun(
+        self,
+        prompt: str,
+        size: str | None = None,
+        quality: str | None = None,
+        run_manager: AsyncCallbackManagerForToolRun | None = None,
+    ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+        given = _given(prompt, size, quality)
+        return self._answer(await self.generator.ainvoke(given, _child(run_manager)))
+
+    # --- what the model reads
+
+    def _answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+        text = text_for_model(result)
+        if self.content_format == "text":
+            return text, result.to_artifact()
+        links = [{"type": "image_url", "image_url": {"url": image.url}} for image in result.images if image.url]
+        return [{"type": "text", "text": text}, *links], result.to_artifact()
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        # The schema's class is made for this instance; the other process makes its own.
+        state["__dict__"] = {**state["__dict__"], "args_schema": None}
+        return state
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self.args_schema = arguments_schema(self.generator)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CogViewImageTool:
+        return self.model_copy()
+
+
+def _given(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
+    said = {"prompt": prompt, "size": size, "quality": quality}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _child(run_manager: Any) -> RunnableConfig:
+    config: RunnableConfig = {"metadata": {"tool_call_id": _tool_call_id.get()}}
+    if run_manager:
+        config["callbacks"] = run_manager.get_child()
+    return config
+
+
+def text_for_model(result: ImageResult) -> str:
+    """What the model reads of a result: short ids, whether it worked, and what not to do. At most 500 characters."""
+    count = len(result.images)
+    pictures = []
+    for image in result.images[:3]:
+        facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
+        if image.path:
+            path = str(image.path)
+            facts.append(f"saved as {path if len(path) <= _PATH_CHARACTERS // min(count, 3) else image.path.name}")
+        pictures.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
+    more = f" and {count - 3} more" if count > 3 else ""  # noqa: PLR2004
+    text = f"Made {count} image{'s' if count > 1 else ''}: {'; '.join(pictures)}{more}."
+    if result.failures:
+        text += f" {len(result.failures)} of {count + len(result.failures)} could not be made."
+    if result.sandbox:
+        text += " It is a sandbox placeholder, not a real picture."
+    if any(image.path is None for image in result.images):
+        text += " It is not saved as a file; the application has its link."
+    text += " The user already sees it: do not write a link, and do not call this tool again unless asked."
+    return printable(text, MAX_MODEL_TEXT)
+
+
+def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
+    """The arguments that a model may decide, as the generator's model allows them."""
+    info = model_info(generator.model)
+    limit = info.max_prompt_characters
+    sizes = _offered_sizes(info, generator.size)
+    qualities = list(info.qualities)
+    size_text = "Width x height in pixels."
+    if sizes:
+        size_text += f" {sizes[0]} unless the user wants another shape: wide for landscapes, tall for portraits."
+    quality = generator.quality or qualities[0]
+    fields: dict[str, Any] = {
+        "prompt": (
+            str,
+            Field(
+                min_length=1,
+                max_length=limit,
+                description="What the picture shows: subject, style, colours, composition. In the user's language."
+                + (f" At most {limit} characters." if limit else ""),
+            ),
+        ),
+        "size": (
+            Annotated[str, AfterValidator(partial(legal_size, info)), *([_enum(sizes)] if sizes else [])],
+            Field(default=sizes[0] if sizes else None, description=size_text),
+        ),
+        "quality": (
+            Literal[tuple(qualities)],
+            Field(
+                default=quality,
+                description="hd has finer detail and takes longer." if len(qualities) > 1 else "The only one.",
+            ),
+        ),
+    }
+    return create_model(
+        "CogViewImageArguments",
+        __config__=ConfigDict(extra="forbid", hide_input_in_errors=True),
+        __doc__="Arguments of the image tool.",
+        **fields,
+    )
+
+
+def _enum(values: tuple[str, ...]) -> WithJsonSchema:
+    # The schema offers the documented sizes; the check takes every legal one, and words.
+    return WithJsonSchema({"type": "string", "enum": list(values)})
+
+
+def _offered_sizes(info: ModelInfo, default: str | None) -> tuple[str, ...]:
+    first = legal_size(info, default) if default else info.default_size
+    return tuple(dict.fromkeys(size for size in (first, *info.sizes) if size))
