@@ -222,15 +222,13 @@ def _distance(size: str, ratio: float) -> float:
 
 def _illegal_size(model: ModelInfo, text: str, pixels: tuple[int, int] | None) -> str:
     shown = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
-    sentence = f"The size {shown!r} is not legal for {model.name}."
-    if model.sizes:
-        sentence += f" Use one of {', '.join(model.sizes)}"
-        sentence += f", or a custom size: {model.rule}." if model.rule else "."
-    else:
-        sentence += " Give it as WIDTHxHEIGHT in pixels, such as 1024x1024."
+    # The nearest size goes first: an agent's model may get a shortened text.
+    sentence = f"The size {shown!r} is not legal for {model.name}"
     if pixels and model.rule:
         width, height = model.rule.nearest(*pixels)
-        sentence += f" The nearest legal size is {width}x{height}."
-    elif not pixels:
-        sentence += " Words and ratios work too: square, portrait, landscape, 16:9."
-    return sentence
+        sentence += f"; the nearest legal size is {width}x{height}"
+    if not model.sizes:
+        return f"{sentence}. Give it as WIDTHxHEIGHT in pixels, such as 1024x1024."
+    sentence += f". Use one of {', '.join(model.sizes)}"
+    sentence += f", or a custom size: {model.rule}." if model.rule else "."
+    return sentence if pixels else f"{sentence} Words and ratios work too: square, portrait, landscape, 16:9."

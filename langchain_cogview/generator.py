@@ -31,7 +31,12 @@ from langchain_cogview.api.settings import (
 from langchain_cogview.api.transport import ASHARED, SHARED, asender, sender
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info
 from langchain_cogview.drawing import ImageCall, ImageOutcome
-from langchain_cogview.errors import CogViewConfigurationError, CogViewContentFilterError, CogViewInvalidRequestError
+from langchain_cogview.errors import (
+    CogViewConfigurationError,
+    CogViewContentFilterError,
+    CogViewInvalidRequestError,
+    CogViewNotFoundError,
+)
 from langchain_cogview.events import CONTENT_FILTER_EVENT, ContentFilterEvent, adispatch, content_filter_event, dispatch
 from langchain_cogview.inputs import ImageInput, arguments_of
 from langchain_cogview.request import ImageRequest, checked_request, describe_validation, unknown_argument
@@ -407,6 +412,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
         if not images:
             _, first = errors[0]
+            if isinstance(first, CogViewNotFoundError) and request.warnings:
+                first.hint = " ".join((first.hint, *request.warnings))
             for index, other in errors[1:]:
                 first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
             raise first

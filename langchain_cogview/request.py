@@ -100,10 +100,6 @@ class ImageRequest(BaseModel):
     def _prompt_says_something(cls, prompt: str) -> str:
         if not prompt.strip():
             raise ValueError("The prompt is blank. Describe the picture.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError("The prompt holds half a character (a lone surrogate). Send valid Unicode text.") from None
         return prompt
 
     @field_validator("model")

@@ -195,6 +195,13 @@ class GeneratedImage(BaseModel):
 
         return EXTENSIONS.get(sniff(content[:32]) or "", "")
 
+    def __eq__(self, other: object) -> bool:
+        # The bytes at hand are no part of what the picture is: the artifact's picture equals the one that it was made of.
+        return self.__dict__ == other.__dict__ if isinstance(other, GeneratedImage) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.request_id, self.sha256))
+
     def __repr_args__(self) -> Any:
         yield "id", self.id
         yield "size", f"{self.width}x{self.height}" if self.width else self.size

@@ -129,7 +129,8 @@ class CogViewImageTool(BaseTool):
     def _sorted(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         own, settings = {}, {}
         for name, value in kwargs.items():
-            if name in cls.model_fields:
+            # `response_format` is LangChain's, but people mean that of other image APIs.
+            if name in cls.model_fields and (name != "response_format" or value == "content_and_artifact"):
                 own[name] = value
             elif name in CogViewImageGenerator.model_fields:
                 settings[name] = value

@@ -1,0 +1,6 @@
+"""The service, offline: the same wire format without key, cost or network."""
+
+from langchain_cogview.sandbox.server import SandboxServer
+from langchain_cogview.sandbox.service import Sandbox, SandboxRequest
+
+__all__ = ["Sandbox", "SandboxRequest", "SandboxServer"]

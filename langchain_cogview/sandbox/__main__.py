@@ -1,0 +1,51 @@
+"""`python -m langchain_cogview.sandbox`: the sandbox on a port, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Final
+
+from langchain_cogview.sandbox.server import SandboxServer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEFAULT_PORT: Final = 8765
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C (or a termination signal); the exit code: 0, or 1 where the port cannot be had."""
+    parser = argparse.ArgumentParser(
+        prog="python -m langchain_cogview.sandbox",
+        description="The CogView image endpoint on a port of this machine, without key, cost or network.",
+    )
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
+    port = parser.parse_args(argv).port
+    server = SandboxServer(port=port)
+    try:
+        server.start()
+    except (OSError, OverflowError) as error:
+        sys.stderr.write(f"The port {port} cannot be had ({error}). Choose another with --port, or 0 for a free one.\n")
+        return 1
+    sys.stdout.write(
+        f"CogView sandbox at {server.base_url} until Ctrl-C. Give it as base_url, with any api_key, to "
+        "CogViewImageGenerator (langchain-cogview), ZhipuAiClient (zai-sdk) or OpenAI (openai).\n"
+    )
+    sys.stdout.flush()
+    # Set here because a shell lets its background jobs ignore Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Real agents with a scripted model: they draw, survive what can be survived, and their checkpoints stay small."""
+
+import asyncio
+import json
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
+from langchain_core.messages import AIMessage, ToolMessage
+from langgraph.checkpoint.memory import InMemorySaver
+
+from langchain_cogview import (
+    CogViewBalanceError,
+    CogViewImageTool,
+    collect_content_filter_events,
+    images_from_messages,
+)
+
+
+class Scripted(FakeMessagesListChatModel):
+    """Says what the script says, whatever tools it is given."""
+
+    def bind_tools(self, tools, **kwargs):
+        return self
+
+
+def wants(*prompts, **args):
+    calls = [
+        {"type": "tool_call", "id": f"call-{number}", "name": "cogview_generate_image", "args": {"prompt": prompt, **args}}
+        for number, prompt in enumerate(prompts)
+    ]
+    return AIMessage("", tool_calls=calls)
+
+
+def agent_of(tool, *script, **options):
+    return create_agent(Scripted(responses=[*script, AIMessage("Here you are.")]), tools=[tool], **options)
+
+
+def run(agent, how, **kwargs):
+    given = {"messages": "Draw me a kitten"}
+    return agent.invoke(given, **kwargs) if how == "invoke" else asyncio.run(agent.ainvoke(given, **kwargs))
+
+
+both = pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+
+
+@pytest.fixture
+def tool(sandbox, tmp_path):
+    return CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
+
+
+@both
+def test_an_agent_draws_and_the_picture_is_in_its_output(tool, how):
+    output = run(agent_of(tool, wants("a kitten", size="1344x768")), how)
+    image = images_from_messages(output)[0]
+    assert image.path.read_bytes().startswith(b"\x89PNG")
+    assert (image.width, image.height) == (1344, 768)
+    assert output["messages"][-1].content == "Here you are."
+
+
+@both
+def test_an_agent_survives_a_blocked_prompt_and_an_illegal_size(tool, sandbox, how):
+    agent = agent_of(tool, wants("[[content-filter]] a kitten"), wants("a kitten", size="1x1"), wants("a fine kitten"))
+    with collect_content_filter_events() as events:
+        output = run(agent, how)
+    texts = [message for message in output["messages"] if isinstance(message, ToolMessage)]
+    assert [message.status for message in texts] == ["error", "error", "success"]
+    assert all("No image was made" in message.content for message in texts[:2])
+    assert len(images_from_messages(output)) == 1
+    assert [(event["tool_call_id"], event["blocked"]) for event in events] == [("call-0", True)]
+
+
+@both
+def test_parallel_calls_keep_their_own_ids(tool, how):
+    with collect_content_filter_events() as events:
+        output = run(agent_of(tool, wants("[[flagged]] a", "b", "[[flagged:0]] c")), how)
+    assert len(images_from_messages(output)) == 3
+    assert {event["tool_call_id"]: event["level"] for event in events} == {"call-0": 3, "call-2": 0}
+
+
+@both
+def test_an_empty_account_ends_the_run_with_its_error(tool, how):
+    with pytest.raises(CogViewBalanceError):
+        run(agent_of(tool, wants("[[balance]]")), how)
+
+
+@both
+def test_a_checkpoint_keeps_the_artifact_and_stays_small(tool, how):
+    saver = InMemorySaver()
+    agent = agent_of(tool, wants("a", "b", "c", "d", "e"), checkpointer=saver)
+    config = {"configurable": {"thread_id": "1"}}
+    run(agent, how, config=config)
+    kept = images_from_messages(agent.get_state(config).values)
+    assert len(kept) == 5
+    assert all(image.read().startswith(b"\x89PNG") for image in kept)
+    values = saver.get_tuple(config).checkpoint["channel_values"]
+    assert len(json.dumps(values, default=str)) < 20_000
+
+
+async def test_filter_events_come_through_the_agents_event_stream(tool):
+    agent = agent_of(tool, wants("[[flagged]] a kitten"))
+    names = [event["name"] async for event in agent.astream_events({"messages": "x"}, version="v2") if event["event"] == "on_custom_event"]
+    assert names == ["cogview.content_filter"]

@@ -1,0 +1,362 @@
+"""What the author of a chain relies on."""
+
+import asyncio
+import copy
+import io
+import json
+import pickle
+import time
+
+import httpx
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.load import dumpd, dumps
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+from langchain_core.rate_limiters import InMemoryRateLimiter
+from langchain_core.runnables import ConfigurableField, RunnablePassthrough
+from PIL import Image
+
+from langchain_cogview import (
+    CogViewBalanceError,
+    CogViewConfigurationError,
+    CogViewContentFilterError,
+    CogViewImageGenerator,
+    CogViewInvalidRequestError,
+    CogViewNotFoundError,
+    CogViewOutcomeUnknownError,
+    CogViewRateLimitError,
+    ImageRequest,
+    ImageResult,
+    Sandbox,
+)
+from tests.conftest import FAKE_KEY
+
+
+def prompts(sandbox: Sandbox) -> list[str]:
+    return [request.prompt for request in sandbox.requests]
+
+
+def test_a_prompt_gives_a_picture_with_its_facts(generator, sandbox):
+    result = generator.invoke("a kitten")
+    image = result.images[0]
+    picture = Image.open(io.BytesIO(image.read()))
+    assert picture.size == (image.width, image.height) == (1024, 1024)
+    assert (image.mime_type, image.size_bytes) == ("image/png", len(image.read()))
+    assert image.url.startswith("https://sandbox.invalid/")
+    assert image.expires_at.timestamp() > time.time()
+    assert image.created == pytest.approx(time.time(), abs=60)
+    assert (result.model, result.size, result.quality) == ("cogview-4-250304", "1024x1024", "standard")
+    assert result.request_id == sandbox.requests[0].request_id
+    assert result.sandbox
+    assert result.warnings == ()
+
+
+CHAT = ChatPromptTemplate.from_messages([("human", "draw {what}")])
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ("draw a cat", "draw a cat"),
+        ({"prompt": "draw a cat"}, "draw a cat"),
+        (ImageRequest(prompt="draw a cat"), "draw a cat"),
+        (PromptTemplate.from_template("draw {what}").invoke({"what": "a cat"}), "draw a cat"),
+        (CHAT.invoke({"what": "a cat"}), "draw a cat"),
+        (HumanMessage("draw a cat"), "draw a cat"),
+        (AIMessage([{"type": "text", "text": "draw a cat"}]), "draw a cat"),
+        ([SystemMessage("be kind"), HumanMessage("draw a cat")], "draw a cat"),
+        ({"prompt": CHAT.invoke({"what": "a cat"})}, "draw a cat"),
+    ],
+)
+def test_every_kind_of_input_paints_its_text_and_nothing_else(generator, sandbox, given, prompt):
+    generator.invoke(given)
+    asyncio.run(generator.ainvoke(given))
+    assert prompts(sandbox) == [prompt, prompt]
+
+
+def test_left_out_messages_are_told(generator):
+    result = generator.invoke([SystemMessage("be kind"), HumanMessage("a cat")])
+    assert "1 before it were left out" in result.warnings[0]
+
+
+@pytest.mark.parametrize("given", [42, None, [], ["a"], {"size": "square"}, {"prompt": 3}, {1: 2, "prompt": "x"}, b"x"])
+def test_an_input_that_says_no_prompt_is_refused_before_any_request(generator, sandbox, given):
+    with pytest.raises(CogViewInvalidRequestError, match="Nothing was sent"):
+        generator.invoke(given)
+    with pytest.raises(CogViewInvalidRequestError, match="Nothing was sent"):
+        asyncio.run(generator.ainvoke(given))
+    assert sandbox.requests == []
+
+
+def test_it_stands_in_a_chain(generator, sandbox):
+    chain = {"what": RunnablePassthrough()} | CHAT | generator | (lambda result: result.images[0].width)
+    assert chain.invoke("a cat") == 1024
+    assert list(chain.stream("a cat")) == [1024]
+    assert asyncio.run(chain.ainvoke("a cat")) == 1024
+    assert prompts(sandbox) == ["draw a cat"] * 3
+
+
+def test_arguments_can_be_given_for_one_call(generator, sandbox):
+    generator.invoke({"prompt": "x", "size": "16:9", "quality": "hd", "user_id": "user-1"})
+    generator.bind(size="square").invoke("x")
+    generator.bind(size="square").invoke({"prompt": "x", "size": "720x1440"})
+    generator.configurable_fields(size=ConfigurableField(id="size")).with_config(configurable={"size": "9:16"}).invoke("x")
+    assert [request.body.get("size") for request in sandbox.requests] == ["1344x768", "1024x1024", "720x1440", "768x1344"]
+    assert sandbox.requests[0].body["quality"] == "hd"
+    assert sandbox.requests[0].body["user_id"] == "user-1"
+
+
+def test_a_configured_model_brings_its_own_sizes(generator):
+    chain = generator.configurable_fields(model=ConfigurableField(id="model"))
+    result = chain.with_config(configurable={"model": "glm-image"}).invoke("x")
+    assert (result.model, result.size, result.quality) == ("glm-image", "1280x1280", "hd")
+
+
+def test_a_configured_base_url_finds_its_own_key(monkeypatch, sandbox):
+    monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
+    chain = CogViewImageGenerator().configurable_fields(base_url=ConfigurableField(id="base_url"))
+    assert chain.with_config(configurable={"base_url": sandbox.base_url}).invoke("x").sandbox
+
+
+def test_several_pictures_are_one_call_each(generator, sandbox):
+    result = generator.bind(n=3).invoke("a kitten")
+    assert len(result.images) == 3
+    assert len(sandbox.requests) == 3
+    assert len({request.request_id for request in sandbox.requests}) == 3
+    assert {image.request_id for image in result.images} == {request.request_id for request in sandbox.requests}
+
+
+@pytest.mark.parametrize("run", ["invoke", "ainvoke"])
+def test_pictures_that_were_made_are_kept_beside_those_that_failed(generator, sandbox, run):
+    sandbox.fail_next("content-filter", level=1)
+    sandbox.fail_next("balance")
+    given = {"prompt": "a kitten", "n": 4}
+    result = generator.invoke(given) if run == "invoke" else asyncio.run(generator.ainvoke(given))
+    assert len(result.images) == 2
+    assert {failure.error for failure in result.failures} == {"CogViewContentFilterError", "CogViewBalanceError"}
+    blocked = next(failure for failure in result.failures if failure.content_filter)
+    assert (blocked.content_filter[0].level, blocked.code) == (1, "1301")
+    assert ImageResult.from_artifact(json.loads(json.dumps(result.to_artifact()))) == result
+
+
+def test_when_all_fail_the_first_error_is_raised_and_the_others_are_noted(generator, sandbox):
+    sandbox.fail_next("balance", times=3)
+    with pytest.raises(CogViewBalanceError) as caught:
+        generator.invoke({"prompt": "x", "n": 3})
+    assert len(caught.value.__notes__) == 2
+
+
+@pytest.mark.parametrize("run", ["batch", "abatch"])
+def test_a_blocked_prompt_in_a_batch_costs_no_other_picture(generator, sandbox, run):
+    inputs = ["a", "[[content-filter]] b", "c", "[[balance]] d", "e"]
+
+    def go(**options):
+        return generator.batch(inputs, **options) if run == "batch" else asyncio.run(generator.abatch(inputs, **options))
+
+    results = go(return_exceptions=True)
+    assert [type(result).__name__ for result in results] == [
+        "ImageResult", "CogViewContentFilterError", "ImageResult", "CogViewBalanceError", "ImageResult",
+    ]  # fmt: skip
+    with pytest.raises(CogViewContentFilterError) as caught:
+        go()
+    assert [type(result) for result in caught.value.batch_results] == [type(result) for result in results]
+    assert [result.prompt for result in caught.value.batch_results if isinstance(result, ImageResult)] == ["a", "c", "e"]
+    assert len(sandbox.requests) == 10
+
+
+def test_a_batch_keeps_to_the_models_limit_in_flight():
+    with Sandbox(in_flight_limit=5, latency=0.02) as limited:
+        generator = CogViewImageGenerator(base_url=limited.base_url, max_retries=0)
+        assert len(generator.batch([f"p{i}" for i in range(30)])) == 30
+        assert len(asyncio.run(generator.abatch([f"p{i}" for i in range(30)]))) == 30
+        assert len(generator.batch(["a"] * 3, {"max_concurrency": 1})) == 3
+
+
+def test_an_empty_batch_is_an_empty_list(generator):
+    assert generator.batch([]) == []
+    assert asyncio.run(generator.abatch([])) == []
+
+
+def test_a_limit_is_waited_for_and_sent_again_under_the_same_id(generator, sandbox):
+    sandbox.fail_next("rate-limit", times=2, retry_after=0)
+    generator.invoke("x")
+    assert len(sandbox.requests) == 3
+    assert len({request.request_id for request in sandbox.requests}) == 1
+    sandbox.fail_next("rate-limit", times=3, retry_after=0)
+    with pytest.raises(CogViewRateLimitError) as caught:
+        generator.invoke("y")
+    assert caught.value.attempts == 3
+    assert caught.value.request_id == sandbox.requests[-1].request_id
+
+
+def test_a_balance_error_is_not_sent_again(generator, sandbox):
+    with pytest.raises(CogViewBalanceError, match="balance.*coding-plan"):
+        generator.invoke("[[balance]]")
+    assert len(sandbox.requests) == 1
+
+
+def test_an_unknown_outcome_is_not_sent_again_unless_asked(generator, sandbox):
+    with pytest.raises(CogViewOutcomeUnknownError):
+        generator.invoke("[[server-error]]")
+    assert len(sandbox.requests) == 1
+    sandbox.fail_next("server-error")
+    again = CogViewImageGenerator(base_url=sandbox.base_url, retry_unknown=True)
+    assert again.invoke("x").images
+    assert len(sandbox.requests) == 3
+
+
+def test_a_wait_that_does_not_fit_the_time_gives_up_at_once(sandbox):
+    sandbox.fail_next("rate-limit", retry_after=30)
+    began = time.monotonic()
+    with pytest.raises(CogViewRateLimitError) as caught:
+        CogViewImageGenerator(base_url=sandbox.base_url, timeout=5).invoke("x")
+    assert time.monotonic() - began < 4
+    assert caught.value.retry_after == 30
+
+
+def test_a_picture_that_is_not_there_yet_is_waited_for(generator, sandbox):
+    assert generator.invoke("[[not-yet]]").images[0].width == 1024
+    assert len(sandbox.requests) == 1
+
+
+def test_a_failed_download_keeps_the_result_with_its_url_and_a_warning(generator, sandbox):
+    result = generator.invoke("[[expired-url]]")
+    assert result.url
+    assert result.path is None
+    assert "expired" in result.warnings[0]
+    assert len(sandbox.requests) == 1
+
+
+def test_pictures_are_saved_under_our_names(sandbox, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=folder)
+    result = generator.invoke("../../etc/passwd \n kitten")
+    again = asyncio.run(generator.ainvoke("../../etc/passwd \n kitten"))
+    assert {result.path, again.path} == set(folder.iterdir())
+    assert result.path.read_bytes() == again.path.read_bytes() == result.read()
+    assert "passwd" not in result.path.name
+    assert result.images[0]._content is None
+
+
+def test_an_output_dir_that_cannot_be_written_keeps_the_picture_with_a_warning(sandbox, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("x")
+    result = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=blocked).invoke("x")
+    assert result.path is None
+    assert "could not be saved in output_dir" in result.warnings[0]
+    assert Image.open(io.BytesIO(result.read())).size == (1024, 1024)
+
+
+def test_without_download_only_the_url_is_given(sandbox):
+    result = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("x")
+    assert result.url and result.sha256 is None and sandbox.downloads == []
+    assert result.read().startswith(b"\x89PNG")
+
+
+class Recorder(BaseCallbackHandler):
+    def __init__(self):
+        self.runs = []
+
+    def on_chain_start(self, serialized, inputs, *, metadata=None, **kwargs):
+        self.runs.append((kwargs.get("name"), metadata, kwargs.get("run_type")))
+
+
+def test_traces_carry_provider_and_model(generator):
+    recorder = Recorder()
+    generator.invoke("x", {"callbacks": [recorder], "metadata": {"mine": 1}})
+    asyncio.run(generator.ainvoke({"prompt": "x", "model": "glm-image"}, {"callbacks": [recorder]}))
+    generator.bind(model="cogview-4").invoke("x", {"callbacks": [recorder]})
+    names, metadata, _ = zip(*recorder.runs, strict=True)
+    assert names == ("CogViewImageGenerator",) * 3
+    assert metadata[0]["mine"] == 1
+    assert [each["ls_model_name"] for each in metadata] == ["cogview-4-250304", "glm-image", "cogview-4"]
+    assert {each["ls_provider"] for each in metadata} == {"zhipuai"}
+
+
+async def test_events_of_the_run_are_streamed(generator):
+    events = [event async for event in generator.astream_events("x", version="v2")]
+    assert events[0]["event"].endswith("_start")
+    assert isinstance(events[-1]["data"]["output"], ImageResult)
+
+
+def test_the_rate_limiter_is_asked_before_every_attempt(sandbox):
+    class Counting(InMemoryRateLimiter):
+        asked = 0
+
+        def acquire(self, *, blocking=True):
+            self.asked += 1
+            return True
+
+    limiter = Counting(requests_per_second=1000)
+    sandbox.fail_next("rate-limit", times=2, retry_after=0)
+    CogViewImageGenerator(base_url=sandbox.base_url, rate_limiter=limiter).invoke("x")
+    assert limiter.asked == 3
+
+
+def reply_with(recorded):
+    def answer(request: httpx.Request) -> httpx.Response:
+        recorded.append(request)
+        return httpx.Response(200, json={"data": [{"url": "https://host.invalid/x.png"}]})
+
+    return httpx.MockTransport(answer)
+
+
+def test_injected_clients_are_used_and_left_open():
+    seen = []
+    client, aclient = httpx.Client(transport=reply_with(seen)), httpx.AsyncClient(transport=reply_with(seen))
+    generator = CogViewImageGenerator(api_key=FAKE_KEY, http_client=client, http_async_client=aclient, download=False)
+    with generator:
+        assert generator.invoke("x").url == "https://host.invalid/x.png"
+
+    async def go():
+        async with generator:
+            await generator.ainvoke("x")
+        assert not aclient.is_closed
+        await aclient.aclose()
+
+    asyncio.run(go())
+    assert not client.is_closed
+    client.close()
+    assert [request.headers["authorization"] for request in seen] == [f"Bearer {FAKE_KEY}"] * 2
+    assert [str(request.url) for request in seen] == ["https://open.bigmodel.cn/api/paas/v4/images/generations"] * 2
+
+
+def test_the_sandbox_in_process_takes_no_http_client():
+    with httpx.Client() as client, pytest.raises(CogViewConfigurationError, match="not reached by an HTTP client"):
+        CogViewImageGenerator(base_url="sandbox:", http_client=client)
+
+
+def test_an_unknown_model_is_explained_when_the_service_refuses_it(generator):
+    with pytest.raises(CogViewNotFoundError, match="Did you mean 'cogview-4'"):
+        generator.invoke({"prompt": "x", "model": "cogview4"})
+
+
+def test_the_key_is_in_no_text_and_no_serialized_form():
+    generator = CogViewImageGenerator(api_key=FAKE_KEY)
+    shown = (repr(generator), str(generator), dumps(generator), str(dumpd(generator)), str(generator.model_dump()), generator.model_dump_json())
+    assert all(FAKE_KEY not in text for text in shown)
+    assert dumpd(generator)["kwargs"]["api_key"]["id"] == ["ZHIPUAI_API_KEY"]
+    assert dumpd(CogViewImageGenerator(api_key=FAKE_KEY, region="international"))["kwargs"]["api_key"]["id"] == ["ZAI_API_KEY"]
+    assert FAKE_KEY.encode() not in pickle.dumps(generator)
+
+
+def test_a_pickled_generator_finds_its_key_where_it_arrives(monkeypatch):
+    generator = pickle.loads(pickle.dumps(CogViewImageGenerator(api_key=FAKE_KEY)))
+    with pytest.raises(CogViewConfigurationError, match="no API key"):
+        generator.invoke("x")
+    monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
+    assert generator._call(ImageRequest(prompt="x")).client.api_key.get_secret_value() == FAKE_KEY
+
+
+def test_what_was_injected_refuses_to_be_pickled_and_is_shared_by_a_copy():
+    with httpx.Client() as client:
+        generator = CogViewImageGenerator(api_key=FAKE_KEY, http_client=client)
+        with pytest.raises(TypeError, match="http_client cannot be pickled"):
+            pickle.dumps(generator)
+        assert copy.deepcopy(generator).http_client is client
+
+
+def test_a_named_sandbox_that_is_gone_is_told():
+    with pytest.raises(CogViewConfigurationError, match="no sandbox"):
+        CogViewImageGenerator(base_url="sandbox:nowhere").invoke("x")

@@ -1,0 +1,58 @@
+"""The public face and the house's order."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import langchain_cogview
+
+PACKAGE = Path(langchain_cogview.__file__).parent
+
+
+def test_public_names_are_sorted_and_all_there():
+    assert langchain_cogview.__all__ == sorted(langchain_cogview.__all__)
+    for name in langchain_cogview.__all__:
+        assert getattr(langchain_cogview, name).__doc__
+    assert dir(langchain_cogview) == langchain_cogview.__all__
+    with pytest.raises(AttributeError):
+        langchain_cogview.nothing  # noqa: B018
+
+
+def test_public_names_are_those_of_the_rooms():
+    assert sorted(langchain_cogview._ROOM_OF) == langchain_cogview.__all__
+
+
+def test_the_layers_keep_their_direction():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    optional = {"PIL", "IPython", "typer", "rich", "socksio", "langchain", "langgraph"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & optional, path
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, langchain_cogview; print([m for m in ('langchain_core', 'httpx', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_using_the_core_imports_no_extra():
+    code = (
+        "import sys; from langchain_cogview import CogViewImageTool; CogViewImageTool(api_key='a.b');"
+        "print([m for m in ('PIL', 'IPython', 'typer', 'langchain_cogview.sandbox') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_private_parts_of_langchain_are_not_imported():
+    for path in PACKAGE.rglob("*.py"):
+        assert "langchain_core._" not in path.read_text(), path

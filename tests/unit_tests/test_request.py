@@ -1,0 +1,61 @@
+"""Arguments are checked before anything is sent."""
+
+import pytest
+from pydantic import ValidationError
+
+from langchain_cogview import CogViewInvalidRequestError, ImageRequest
+from langchain_cogview.request import NOT_TAKEN, checked_request
+
+
+def test_sizes_are_turned_into_legal_ones_of_the_model():
+    assert ImageRequest(prompt="x", size="16:9").size == "1344x768"
+    assert ImageRequest(prompt="x", size="16:9", model="glm-image").size == "1728x960"
+    assert ImageRequest(prompt="x", size="2048×2048", model="GLM-Image").size == "2048x2048"
+    assert ImageRequest(prompt="x").drawn_size == "1024x1024"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"prompt": ""}, "prompt: String should have at least 1 character"),
+        ({"prompt": " \n\t"}, "The prompt is blank"),
+        ({"prompt": "\ud800"}, "valid string"),
+        ({"prompt": None}, "prompt"),
+        ({}, "prompt: Field required"),
+        ({"prompt": "x", "user_id": "12345"}, "user_id: String should have at least 6"),
+        ({"prompt": "x", "user_id": "1" * 129}, "user_id: String should have at most 128"),
+        ({"prompt": "x", "size": "2048x2048"}, "nearest legal size"),
+        ({"prompt": "x", "quality": "best"}, "quality: Input should be 'standard' or 'hd'"),
+        ({"prompt": "x", "model": "glm-image", "quality": "standard"}, "glm-image knows only quality 'hd'"),
+        ({"prompt": "x" * 1001, "model": "glm-image"}, "1,001 characters; glm-image takes at most 1,000"),
+        ({"prompt": "x", "model": " "}, "blank"),
+        ({"prompt": "x", "n": 0}, "n: Input should be greater"),
+        ({"prompt": "x", "n": 101}, "n: Input should be less"),
+        ({"prompt": "x", "promt": "y"}, "Did you mean 'prompt'?"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_rule(values, text):
+    with pytest.raises(CogViewInvalidRequestError) as caught:
+        checked_request(values)
+    assert text in str(caught.value)
+    assert "Nothing was sent" in str(caught.value)
+    with pytest.raises(ValidationError):
+        ImageRequest(**values)
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_people_try_gets_an_answer(name):
+    with pytest.raises(CogViewInvalidRequestError) as caught:
+        checked_request({"prompt": "x", name: "SECRET VALUE"})
+    assert NOT_TAKEN[name] in str(caught.value)
+    assert "SECRET VALUE" not in str(caught.value)
+
+
+def test_a_prompt_of_the_limit_passes():
+    assert ImageRequest(prompt="画" * 1000, model="glm-image").prompt
+
+
+def test_an_unknown_model_passes_with_a_warning():
+    request = ImageRequest(prompt="x", model="cogview-5", size="640x480")
+    assert request.size == "640x480"
+    assert "cogview-5" in request.warnings[0]

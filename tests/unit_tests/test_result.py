@@ -1,0 +1,155 @@
+"""What a result gives, and what survives of it."""
+
+import asyncio
+import io
+import json
+import pickle
+import sys
+from datetime import UTC, datetime
+
+import pytest
+from langchain_core.messages import AIMessage, ToolMessage
+from PIL import Image
+
+from langchain_cogview import (
+    CogViewDownloadError,
+    CogViewImageGenerator,
+    CogViewInvalidRequestError,
+    CogViewStorageError,
+    GeneratedImage,
+    ImageResult,
+    images_from_messages,
+)
+from langchain_cogview.images.download import expires_at
+
+
+@pytest.fixture
+def result(generator):
+    return generator.invoke({"prompt": "a kitten", "size": "512x512"})
+
+
+@pytest.fixture
+def saved(sandbox, tmp_path):
+    return CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path, size="512x512").invoke("a kitten")
+
+
+def test_the_repr_is_short_and_shows_no_url(result):
+    assert repr(result) == (
+        f"ImageResult(images=[GeneratedImage(id='{result.images[0].id}', size='512x512', mime_type='image/png', "
+        "sandbox=True)], model='cogview-4-250304')"
+    )
+    assert "http" not in str(result)
+
+
+def test_the_first_picture_can_be_read_from_the_result(result):
+    for name in ("url", "expires_at", "path", "mime_type", "width", "height", "size_bytes", "sha256", "request_id", "created"):
+        assert getattr(result, name) == getattr(result.images[0], name)
+    assert result.read() == asyncio.run(result.aread()) == result.images[0].read()
+    assert result.to_pil().size == (512, 512)
+
+
+def test_save_writes_the_bytes_as_they_came_and_tells_where(result, tmp_path):
+    assert result.save(tmp_path / "kitten.png") == tmp_path / "kitten.png"
+    assert (tmp_path / "kitten.png").read_bytes() == result.read()
+    assert result.save(tmp_path / "new" / "kitten") == tmp_path / "new" / "kitten.png"
+    assert result.save(tmp_path) == tmp_path / f"{result.images[0].id}.png"
+    assert sorted(path.name for path in tmp_path.rglob(".cogview*")) == []
+
+
+def test_save_numbers_several_pictures(generator, tmp_path):
+    many = generator.invoke({"prompt": "x", "n": 3, "size": "512x512"})
+    many.save(str(tmp_path / "k.png"))
+    assert {path.name for path in tmp_path.iterdir()} == {"k.png", "k-2.png", "k-3.png"}
+
+
+def test_save_into_a_place_that_cannot_be_written_is_our_error(result, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CogViewStorageError, match="could not be written"):
+        result.save(tmp_path / "file" / "kitten.png")
+
+
+def test_the_artifact_is_plain_json_without_bytes_and_comes_back_equal(result, saved):
+    for each in (result, saved):
+        artifact = each.to_artifact()
+        text = json.dumps(artifact)
+        assert json.loads(text) == artifact
+        assert len(text) < 3000
+        assert (artifact["type"], artifact["version"]) == ("cogview.image_result", 1)
+        back = ImageResult.from_artifact(json.loads(text))
+        assert back == each
+        assert hash(back.images[0]) == hash(each.images[0])
+    assert ImageResult.from_artifact(saved.to_artifact()).read() == saved.read()
+
+
+def test_the_artifact_has_the_documented_keys(result):
+    from langchain_cogview import artifact as documented
+
+    artifact = result.to_artifact()
+    assert set(artifact) == set(documented.ImageArtifact.__annotations__)
+    assert set(artifact["images"][0]) == set(documented.GeneratedImageArtifact.__annotations__)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"type": "other"}, {"type": "cogview.image_result", "version": 2}, {"type": "cogview.image_result", "version": 1}, [], "x"])
+def test_what_is_no_artifact_is_told(given):
+    with pytest.raises(CogViewInvalidRequestError):
+        ImageResult.from_artifact(given)
+
+
+def test_a_pickled_result_keeps_its_bytes(result):
+    assert pickle.loads(pickle.dumps(result)).read() == result.read()
+
+
+def test_a_saved_file_that_is_gone_is_told(saved):
+    saved.path.unlink()
+    with pytest.raises(CogViewStorageError, match="cannot be read"):
+        saved.read()
+
+
+def test_a_picture_without_file_and_url_is_told():
+    image = GeneratedImage(id="1", request_id="1", model="m", prompt="p")
+    for read in (image.read, lambda: asyncio.run(image.aread())):
+        with pytest.raises(CogViewDownloadError, match="neither a file nor a URL"):
+            read()
+
+
+def test_images_are_found_in_an_agents_messages(result):
+    messages = [AIMessage("x"), ToolMessage("x", tool_call_id="1", artifact=result.to_artifact()), ToolMessage("y", tool_call_id="2"), ToolMessage("y", tool_call_id="3", artifact={"other": 1})]
+    assert images_from_messages(messages) == list(result.images)
+    assert images_from_messages({"messages": messages}) == list(result.images)
+    assert images_from_messages([]) == []
+
+
+def test_a_notebook_gets_one_small_picture_and_a_text(generator):
+    bundle = generator.invoke("a kitten")._repr_mimebundle_()
+    assert set(bundle) <= {"image/png", "image/jpeg", "text/plain"}
+    assert len(json.dumps(bundle)) <= 60_000
+
+
+def test_a_large_picture_is_shown_small(tmp_path):
+    noise = Image.effect_noise((1024, 1024), 80).convert("RGB")
+    noise.save(tmp_path / "noise.png")
+    image = GeneratedImage(id="1", request_id="1", model="m", prompt="p", path=tmp_path / "noise.png", mime_type="image/png")
+    bundle = image._repr_mimebundle_()
+    assert len(json.dumps(bundle)) <= 60_000
+    import base64
+
+    assert Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).width > 100
+
+
+def test_several_pictures_are_shown_side_by_side_with_the_prompt_escaped(generator):
+    html = generator.invoke({"prompt": "<script>alert(1)</script> \"'", "n": 2})._repr_mimebundle_()["text/html"]
+    assert html.count("<img") == 2
+    assert "<script" not in html
+    assert len(html) <= 150_000
+
+
+def test_without_pillow_a_text_names_the_extra(result, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'pip install "langchain-cogview\[images\]"'):
+        result.to_pil()
+
+
+def test_a_link_tells_when_it_ends():
+    assert expires_at("https://x/y.png?UCloudPublicKey=R&Signature=R&Expires=1762327333") == datetime.fromtimestamp(1762327333, UTC)
+    for url in ("https://x/y.png", "https://x/?Expires=soon", "https://x/?Expires=" + "9" * 40, "https://[", "https://x/?" + "a=b&" * 200):
+        assert expires_at(url) is None

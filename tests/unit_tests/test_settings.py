@@ -1,0 +1,135 @@
+"""Where the service is and with what key; wrong settings are told before any request, never with the key."""
+
+import traceback
+
+import pytest
+
+from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, CogViewImageTool
+from langchain_cogview.api.settings import normal_base_url
+from tests.conftest import FAKE_KEY
+
+CHINA, INTERNATIONAL = "https://open.bigmodel.cn/api/paas/v4", "https://api.z.ai/api/paas/v4"
+
+
+def where(**settings):
+    generator = CogViewImageGenerator(**settings)
+    return generator._base_url, generator._region, generator._key.get_secret_value()
+
+
+def test_the_variable_that_is_set_tells_the_platform(monkeypatch):
+    monkeypatch.setenv("ZAI_API_KEY", "z.key")
+    assert where() == (INTERNATIONAL, "international", "z.key")
+    monkeypatch.setenv("ZHIPUAI_API_KEY", "c.key")
+    assert where() == (CHINA, "china", "c.key")
+    assert where(region="international") == (INTERNATIONAL, "international", "z.key")
+
+
+def test_the_base_url_tells_the_platform_and_its_key(monkeypatch):
+    monkeypatch.setenv("ZAI_API_KEY", "z.key")
+    monkeypatch.setenv("ZHIPUAI_API_KEY", "c.key")
+    assert where(base_url="https://api.z.ai")[1:] == ("international", "z.key")
+    monkeypatch.setenv("COGVIEW_BASE_URL", f"{INTERNATIONAL}/")
+    assert where() == (INTERNATIONAL, "international", "z.key")
+
+
+def test_a_key_is_never_taken_to_the_other_platform(monkeypatch):
+    monkeypatch.setenv("ZAI_API_KEY", "z.key")
+    with pytest.raises(CogViewConfigurationError, match="ZAI_API_KEY is set, but that is the other platform's key"):
+        CogViewImageGenerator(region="china")
+    with pytest.raises(CogViewConfigurationError, match="does not go with the base URL"):
+        CogViewImageGenerator(region="china", base_url=INTERNATIONAL)
+
+
+def test_a_missing_key_names_both_variables_both_consoles_and_the_sandbox():
+    with pytest.raises(CogViewConfigurationError) as caught:
+        CogViewImageGenerator()
+    for part in ("ZHIPUAI_API_KEY", "ZAI_API_KEY", "open.bigmodel.cn", "z.ai", "sandbox:"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "normal"),
+    [
+        ("https://open.bigmodel.cn", CHINA),
+        ("https://open.bigmodel.cn/api", CHINA),
+        ("open.bigmodel.cn/api/paas/v4/", CHINA),
+        ("https://open.bigmodel.cn/api/paas/v4/images/generations", CHINA),
+        ("https://api.z.ai/api/paas/v4/chat/completions/", INTERNATIONAL),
+        ("https://api.z.ai/api/paas/v4/async/images/generations", INTERNATIONAL),
+        ("http://127.0.0.1:8765/api/paas/v4", "http://127.0.0.1:8765/api/paas/v4"),
+        ("https://gateway.example.com/zhipu/", "https://gateway.example.com/zhipu"),
+        ("sandbox:", "sandbox:"),
+    ],
+)
+def test_a_pasted_url_is_made_normal(given, normal):
+    assert normal_base_url(given) == normal
+
+
+@pytest.mark.parametrize("given", ["ftp://x", "http://", "https://[", "https://x:99999/", "https://u:p@host/", "https://host/?a=b", "https://a b/", "https://api.z.ai/api/coding/paas/v4"])
+def test_a_base_url_that_cannot_be_used_is_refused(given):
+    with pytest.raises(CogViewConfigurationError) as caught:
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url=given)
+    assert "u:p" not in str(caught.value)
+
+
+BAD_KEYS = {
+    "blank inside": FAKE_KEY[:10] + " " + FAKE_KEY[10:],
+    "blank around": f" {FAKE_KEY}",
+    "quotes": f'"{FAKE_KEY}"',
+    "newline": f"{FAKE_KEY}\n",
+    "bearer": f"Bearer {FAKE_KEY}",
+    "empty": "   ",
+    "not ascii": f"{FAKE_KEY}密",
+}
+
+
+@pytest.mark.parametrize("make", [CogViewImageGenerator, CogViewImageTool])
+@pytest.mark.parametrize("kind", BAD_KEYS)
+@pytest.mark.parametrize("source", ["argument", "environment"])
+def test_a_malformed_key_is_told_and_never_shown(make, kind, source, monkeypatch):
+    key = BAD_KEYS[kind]
+    if source == "environment":
+        monkeypatch.setenv("ZHIPUAI_API_KEY", key)
+    with pytest.raises(CogViewConfigurationError) as caught:
+        make(api_key=key) if source == "argument" else make()
+    if kind == "empty" and source == "argument":
+        assert "is empty" in str(caught.value)
+        return
+    if not key.strip():
+        return
+    frames = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    shown = str(caught.value) + "".join(
+        str(frame.locals) for frame in frames.stack if "langchain_cogview" in frame.filename
+    )
+    assert FAKE_KEY[:10] not in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"seed": 1}, "takes no seed"),
+        ({"negative_prompt": FAKE_KEY}, "takes no negative prompt"),
+        ({"response_format": "b64_json"}, "always answers with a URL"),
+        ({"zhipuai_api_key": FAKE_KEY}, "Did you mean 'api_key'?"),
+        ({"sise": "x"}, "Did you mean 'size'?"),
+    ],
+)
+@pytest.mark.parametrize("make", [CogViewImageGenerator, CogViewImageTool])
+def test_an_argument_that_does_not_exist_gets_an_answer_without_its_value(make, settings, text):
+    with pytest.raises(CogViewConfigurationError) as caught:
+        make(base_url="sandbox:", **settings)
+    assert text in str(caught.value)
+    assert FAKE_KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"timeout": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"max_retries": -1}, {"max_concurrency": 0}, {"output_dir": "s3://bucket"}, {"output_dir": " "}, {"download": False, "output_dir": "x"}, {"n": 0}, {"user_id": "12345"}, {"quality": "best"}, {"size": "1x1"}])
+def test_a_setting_that_makes_no_sense_is_refused_at_once(settings):
+    with pytest.raises(ValueError) as caught:
+        CogViewImageGenerator(api_key=FAKE_KEY, **settings)
+    assert FAKE_KEY not in str(caught.value)
+    assert FAKE_KEY not in repr(caught.value.errors())
+
+
+def test_an_unknown_model_warns_when_the_generator_is_made():
+    with pytest.warns(UserWarning, match="Did you mean 'cogview-4'"):
+        CogViewImageGenerator(base_url="sandbox:", model="cogview4")
