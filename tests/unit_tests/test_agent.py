@@ -9,12 +9,7 @@ from langchain_core.language_models.fake_chat_models import FakeMessagesListChat
 from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
 
-from langchain_cogview import (
-    CogViewBalanceError,
-    CogViewImageTool,
-    collect_content_filter_events,
-    images_from_messages,
-)
+from langchain_cogview import CogViewBalanceError, CogViewImageTool, collect_content_filter_events, images_from_messages
 
 
 class Scripted(FakeMessagesListChatModel):
@@ -26,7 +21,12 @@ class Scripted(FakeMessagesListChatModel):
 
 def wants(*prompts, **args):
     calls = [
-        {"type": "tool_call", "id": f"call-{number}", "name": "cogview_generate_image", "args": {"prompt": prompt, **args}}
+        {
+            "type": "tool_call",
+            "id": f"call-{number}",
+            "name": "cogview_generate_image",
+            "args": {"prompt": prompt, **args},
+        }
         for number, prompt in enumerate(prompts)
     ]
     return AIMessage("", tool_calls=calls)
@@ -99,5 +99,9 @@ def test_a_checkpoint_keeps_the_artifact_and_stays_small(tool, how):
 
 async def test_filter_events_come_through_the_agents_event_stream(tool):
     agent = agent_of(tool, wants("[[flagged]] a kitten"))
-    names = [event["name"] async for event in agent.astream_events({"messages": "x"}, version="v2") if event["event"] == "on_custom_event"]
+    names = [
+        event["name"]
+        async for event in agent.astream_events({"messages": "x"}, version="v2")
+        if event["event"] == "on_custom_event"
+    ]
     assert names == ["cogview.content_filter"]

@@ -106,7 +106,9 @@ def test_max_level_selects_the_severe_ones(generator):
 
 async def test_events_come_through_astream_events(generator, tool):
     for runnable, given in ((generator, FLAGGED), (tool, call(BLOCKED))):
-        custom = [event async for event in runnable.astream_events(given, version="v2") if event["event"] == "on_custom_event"]
+        custom = [
+            event async for event in runnable.astream_events(given, version="v2") if event["event"] == "on_custom_event"
+        ]
         assert [event["name"] for event in custom] == ["cogview.content_filter"]
         assert custom[0]["data"]["model"] == "cogview-4-250304"
 

@@ -22,7 +22,9 @@ def test_every_documented_size_passes_its_own_rule(name):
 def test_words_and_ratios_give_a_legal_size_of_that_shape(name, word):
     size = parse_size(legal_size(MODELS[name], word))
     assert MODELS[name].rule.allows(*size)
-    width, height = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}.get(word) or map(float, word.replace("/", ":").split(":"))
+    width, height = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}.get(word) or map(
+        float, word.replace("/", ":").split(":")
+    )
     assert size[0] / size[1] == pytest.approx(width / height, rel=0.07)
 
 

@@ -101,8 +101,15 @@ def test_arguments_can_be_given_for_one_call(generator, sandbox):
     generator.invoke({"prompt": "x", "size": "16:9", "quality": "hd", "user_id": "user-1"})
     generator.bind(size="square").invoke("x")
     generator.bind(size="square").invoke({"prompt": "x", "size": "720x1440"})
-    generator.configurable_fields(size=ConfigurableField(id="size")).with_config(configurable={"size": "9:16"}).invoke("x")
-    assert [request.body.get("size") for request in sandbox.requests] == ["1344x768", "1024x1024", "720x1440", "768x1344"]
+    generator.configurable_fields(size=ConfigurableField(id="size")).with_config(configurable={"size": "9:16"}).invoke(
+        "x"
+    )
+    assert [request.body.get("size") for request in sandbox.requests] == [
+        "1344x768",
+        "1024x1024",
+        "720x1440",
+        "768x1344",
+    ]
     assert sandbox.requests[0].body["quality"] == "hd"
     assert sandbox.requests[0].body["user_id"] == "user-1"
 
@@ -152,7 +159,9 @@ def test_a_blocked_prompt_in_a_batch_costs_no_other_picture(generator, sandbox, 
     inputs = ["a", "[[content-filter]] b", "c", "[[balance]] d", "e"]
 
     def go(**options):
-        return generator.batch(inputs, **options) if run == "batch" else asyncio.run(generator.abatch(inputs, **options))
+        return (
+            generator.batch(inputs, **options) if run == "batch" else asyncio.run(generator.abatch(inputs, **options))
+        )
 
     results = go(return_exceptions=True)
     assert [type(result).__name__ for result in results] == [
@@ -161,7 +170,11 @@ def test_a_blocked_prompt_in_a_batch_costs_no_other_picture(generator, sandbox, 
     with pytest.raises(CogViewContentFilterError) as caught:
         go()
     assert [type(result) for result in caught.value.batch_results] == [type(result) for result in results]
-    assert [result.prompt for result in caught.value.batch_results if isinstance(result, ImageResult)] == ["a", "c", "e"]
+    assert [result.prompt for result in caught.value.batch_results if isinstance(result, ImageResult)] == [
+        "a",
+        "c",
+        "e",
+    ]
     assert len(sandbox.requests) == 10
 
 
@@ -334,10 +347,19 @@ def test_an_unknown_model_is_explained_when_the_service_refuses_it(generator):
 
 def test_the_key_is_in_no_text_and_no_serialized_form():
     generator = CogViewImageGenerator(api_key=FAKE_KEY)
-    shown = (repr(generator), str(generator), dumps(generator), str(dumpd(generator)), str(generator.model_dump()), generator.model_dump_json())
+    shown = (
+        repr(generator),
+        str(generator),
+        dumps(generator),
+        str(dumpd(generator)),
+        str(generator.model_dump()),
+        generator.model_dump_json(),
+    )
     assert all(FAKE_KEY not in text for text in shown)
     assert dumpd(generator)["kwargs"]["api_key"]["id"] == ["ZHIPUAI_API_KEY"]
-    assert dumpd(CogViewImageGenerator(api_key=FAKE_KEY, region="international"))["kwargs"]["api_key"]["id"] == ["ZAI_API_KEY"]
+    assert dumpd(CogViewImageGenerator(api_key=FAKE_KEY, region="international"))["kwargs"]["api_key"]["id"] == [
+        "ZAI_API_KEY"
+    ]
     assert FAKE_KEY.encode() not in pickle.dumps(generator)
 
 

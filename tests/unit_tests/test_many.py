@@ -20,7 +20,9 @@ def prompts():
     if not PARTI.exists():
         return OWN
     with PARTI.open(encoding="utf-8", newline="") as file:
-        return list(dict.fromkeys(row["Prompt"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)))
+        return list(
+            dict.fromkeys(row["Prompt"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        )
 
 
 @pytest.mark.timeout(300)

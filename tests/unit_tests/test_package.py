@@ -27,7 +27,11 @@ def test_public_names_are_those_of_the_rooms():
 
 def test_the_layers_keep_their_direction():
     done = subprocess.run(
-        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
@@ -36,13 +40,23 @@ def test_optional_packages_are_imported_where_they_are_used():
     optional = {"PIL", "IPython", "typer", "rich", "socksio", "langchain", "langgraph"}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not {name.split(".")[0] for name in names} & optional, path
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, langchain_cogview; print([m for m in ('langchain_core', 'httpx', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, langchain_cogview; print([m for m in ('langchain_core', 'httpx', 'pydantic') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_using_the_core_imports_no_extra():
@@ -50,7 +64,9 @@ def test_using_the_core_imports_no_extra():
         "import sys; from langchain_cogview import CogViewImageTool; CogViewImageTool(api_key='a.b');"
         "print([m for m in ('PIL', 'IPython', 'typer', 'langchain_cogview.sandbox') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_private_parts_of_langchain_are_not_imported():

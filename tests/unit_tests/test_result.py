@@ -42,7 +42,18 @@ def test_the_repr_is_short_and_shows_no_url(result):
 
 
 def test_the_first_picture_can_be_read_from_the_result(result):
-    for name in ("url", "expires_at", "path", "mime_type", "width", "height", "size_bytes", "sha256", "request_id", "created"):
+    for name in (
+        "url",
+        "expires_at",
+        "path",
+        "mime_type",
+        "width",
+        "height",
+        "size_bytes",
+        "sha256",
+        "request_id",
+        "created",
+    ):
         assert getattr(result, name) == getattr(result.images[0], name)
     assert result.read() == asyncio.run(result.aread()) == result.images[0].read()
     assert result.to_pil().size == (512, 512)
@@ -89,7 +100,18 @@ def test_the_artifact_has_the_documented_keys(result):
     assert set(artifact["images"][0]) == set(documented.GeneratedImageArtifact.__annotations__)
 
 
-@pytest.mark.parametrize("given", [None, {}, {"type": "other"}, {"type": "cogview.image_result", "version": 2}, {"type": "cogview.image_result", "version": 1}, [], "x"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        {},
+        {"type": "other"},
+        {"type": "cogview.image_result", "version": 2},
+        {"type": "cogview.image_result", "version": 1},
+        [],
+        "x",
+    ],
+)
 def test_what_is_no_artifact_is_told(given):
     with pytest.raises(CogViewInvalidRequestError):
         ImageResult.from_artifact(given)
@@ -113,7 +135,12 @@ def test_a_picture_without_file_and_url_is_told():
 
 
 def test_images_are_found_in_an_agents_messages(result):
-    messages = [AIMessage("x"), ToolMessage("x", tool_call_id="1", artifact=result.to_artifact()), ToolMessage("y", tool_call_id="2"), ToolMessage("y", tool_call_id="3", artifact={"other": 1})]
+    messages = [
+        AIMessage("x"),
+        ToolMessage("x", tool_call_id="1", artifact=result.to_artifact()),
+        ToolMessage("y", tool_call_id="2"),
+        ToolMessage("y", tool_call_id="3", artifact={"other": 1}),
+    ]
     assert images_from_messages(messages) == list(result.images)
     assert images_from_messages({"messages": messages}) == list(result.images)
     assert images_from_messages([]) == []
@@ -128,7 +155,9 @@ def test_a_notebook_gets_one_small_picture_and_a_text(generator):
 def test_a_large_picture_is_shown_small(tmp_path):
     noise = Image.effect_noise((1024, 1024), 80).convert("RGB")
     noise.save(tmp_path / "noise.png")
-    image = GeneratedImage(id="1", request_id="1", model="m", prompt="p", path=tmp_path / "noise.png", mime_type="image/png")
+    image = GeneratedImage(
+        id="1", request_id="1", model="m", prompt="p", path=tmp_path / "noise.png", mime_type="image/png"
+    )
     bundle = image._repr_mimebundle_()
     assert len(json.dumps(bundle)) <= 60_000
     import base64
@@ -150,6 +179,14 @@ def test_without_pillow_a_text_names_the_extra(result, monkeypatch):
 
 
 def test_a_link_tells_when_it_ends():
-    assert expires_at("https://x/y.png?UCloudPublicKey=R&Signature=R&Expires=1762327333") == datetime.fromtimestamp(1762327333, UTC)
-    for url in ("https://x/y.png", "https://x/?Expires=soon", "https://x/?Expires=" + "9" * 40, "https://[", "https://x/?" + "a=b&" * 200):
+    assert expires_at("https://x/y.png?UCloudPublicKey=R&Signature=R&Expires=1762327333") == datetime.fromtimestamp(
+        1762327333, UTC
+    )
+    for url in (
+        "https://x/y.png",
+        "https://x/?Expires=soon",
+        "https://x/?Expires=" + "9" * 40,
+        "https://[",
+        "https://x/?" + "a=b&" * 200,
+    ):
         assert expires_at(url) is None

@@ -28,7 +28,13 @@ def test_what_provably_did_not_run_is_sent_again():
     policy = RetryPolicy()
     for error in (e.CogViewRateLimitError(), e.CogViewBusyError(), e.CogViewServerError(), e.CogViewConnectionError()):
         assert policy.sends_again(error)
-    for error in (e.CogViewBalanceError(), e.CogViewAuthenticationError(), e.CogViewContentFilterError(), e.CogViewTimeoutError(), ValueError()):
+    for error in (
+        e.CogViewBalanceError(),
+        e.CogViewAuthenticationError(),
+        e.CogViewContentFilterError(),
+        e.CogViewTimeoutError(),
+        ValueError(),
+    ):
         assert not policy.sends_again(error)
     assert not policy.sends_again(transport_error(Fault.UNTRUSTED, Phase.CONNECTING))
 
@@ -61,7 +67,10 @@ def test_retry_after_is_seconds_or_a_date():
         assert parse_retry_after(nothing) is None
 
 
-@given(st.text(max_size=60) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,4} [A-Z][a-z]{2} \d{1,9} \d\d:\d\d:\d\d [A-Z]{1,4}[+-]?\d{0,9}"))
+@given(
+    st.text(max_size=60)
+    | st.from_regex(r"[A-Z][a-z]{2}, \d{1,4} [A-Z][a-z]{2} \d{1,9} \d\d:\d\d:\d\d [A-Z]{1,4}[+-]?\d{0,9}")
+)
 def test_any_retry_after_is_a_wait_or_nothing(text):
     wait = parse_retry_after(text)
     assert wait is None or wait >= 0

@@ -65,7 +65,19 @@ def test_a_pasted_url_is_made_normal(given, normal):
     assert normal_base_url(given) == normal
 
 
-@pytest.mark.parametrize("given", ["ftp://x", "http://", "https://[", "https://x:99999/", "https://u:p@host/", "https://host/?a=b", "https://a b/", "https://api.z.ai/api/coding/paas/v4"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ftp://x",
+        "http://",
+        "https://[",
+        "https://x:99999/",
+        "https://u:p@host/",
+        "https://host/?a=b",
+        "https://a b/",
+        "https://api.z.ai/api/coding/paas/v4",
+    ],
+)
 def test_a_base_url_that_cannot_be_used_is_refused(given):
     with pytest.raises(CogViewConfigurationError) as caught:
         CogViewImageGenerator(api_key=FAKE_KEY, base_url=given)
@@ -122,7 +134,23 @@ def test_an_argument_that_does_not_exist_gets_an_answer_without_its_value(make, 
     assert FAKE_KEY not in str(caught.value)
 
 
-@pytest.mark.parametrize("settings", [{"timeout": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"max_retries": -1}, {"max_concurrency": 0}, {"output_dir": "s3://bucket"}, {"output_dir": " "}, {"download": False, "output_dir": "x"}, {"n": 0}, {"user_id": "12345"}, {"quality": "best"}, {"size": "1x1"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timeout": 0},
+        {"timeout": -1},
+        {"timeout": float("nan")},
+        {"max_retries": -1},
+        {"max_concurrency": 0},
+        {"output_dir": "s3://bucket"},
+        {"output_dir": " "},
+        {"download": False, "output_dir": "x"},
+        {"n": 0},
+        {"user_id": "12345"},
+        {"quality": "best"},
+        {"size": "1x1"},
+    ],
+)
 def test_a_setting_that_makes_no_sense_is_refused_at_once(settings):
     with pytest.raises(ValueError) as caught:
         CogViewImageGenerator(api_key=FAKE_KEY, **settings)

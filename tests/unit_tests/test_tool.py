@@ -89,7 +89,7 @@ def test_the_schema_shows_the_authors_defaults_first(sandbox):
 
 
 def test_an_unknown_model_gets_a_tool_without_a_list_of_sizes():
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="not known"):
         tool = CogViewImageTool(base_url="sandbox:", model="cogview-9")
     assert "enum" not in convert_to_openai_tool(tool)["function"]["parameters"]["properties"]["size"]
 

@@ -33,10 +33,23 @@ def outcome(script, how, tmp_path):
         try:
             result = generator.invoke("x") if how == "sync" else asyncio.run(generator.ainvoke("x"))
         except CogViewError as error:
-            facts = (type(error), error.code, error.status, error.outcome, error.attempts, (error.detail or "")[:20], error.text_for_model.replace(error.request_id, "ID"))
+            facts = (
+                type(error),
+                error.code,
+                error.status,
+                error.outcome,
+                error.attempts,
+                (error.detail or "")[:20],
+                error.text_for_model.replace(error.request_id, "ID"),
+            )
         else:
             image = result.images[0]
-            facts = (image.sha256, image.content_filter, image.warnings and image.warnings[0][:40], image.path is not None)
+            facts = (
+                image.sha256,
+                image.content_filter,
+                image.warnings and image.warnings[0][:40],
+                image.path is not None,
+            )
         return facts, len(sandbox.requests), len(sandbox.downloads)
 
 
