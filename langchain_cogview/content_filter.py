@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final, Literal
-
-from pydantic import BaseModel, ConfigDict
 
 Stage = Literal["prompt", "picture", "history", "other"]
 
@@ -12,7 +11,8 @@ _STAGES: Final[dict[str, Stage]] = {"user": "prompt", "assistant": "picture", "h
 _MEANINGS: Final = {0: "most severe", 1: "severe", 2: "moderate", 3: "mildest"}
 
 
-class ContentFilter(BaseModel):
+@dataclass(frozen=True, slots=True)
+class ContentFilter:
     """One entry of the filter, as the service sends it in `content_filter`.
 
     Attributes:
@@ -20,8 +20,6 @@ class ContentFilter(BaseModel):
             None where the service left it out.
         level: 0 is the most severe, 3 the mildest. None where the service left it out.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     role: str | None = None
     level: int | None = None

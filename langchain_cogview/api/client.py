@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import ssl
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import httpx
 import tenacity
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 ROUTE: Final = "/images/generations"
 SANDBOX_HEADER: Final = "x-cogview-sandbox"
+_KEY_PART_CHARACTERS = 12
 
 
 class RateLimiter(Protocol):
@@ -172,45 +172,99 @@ class ImagesClient:
             "User-Agent": "langchain-cogview",
         }
 
-    @staticmethod
-    def _told(error: CogViewError, body: dict[str, Any], attempts: int) -> CogViewError:
+    def _told(self, error: CogViewError, body: dict[str, Any], attempts: int) -> CogViewError:
         error.request_id = body.get("request_id")
         error.attempts = attempts
         return error
 
-    # --- one attempt, twice: only "send", "wait" and "read" differ
+    def _redacted(self, text: str) -> str:
+        """A foreign text without the key: services and gateways repeat what they were sent."""
+        key = self.api_key.get_secret_value()
+        for part in (key, *key.split(".")):
+            if len(part) >= _KEY_PART_CHARACTERS:
+                text = text.replace(part, "[key]")
+        return text
+
+    def _judged(self, received: _Received | CogViewError) -> ImagesReply:
+        if isinstance(received, CogViewError):
+            raise received
+        try:
+            return read_reply(received.status, received.body, sandbox=received.sandbox)
+        except CogViewError as error:
+            error.retry_after = received.retry_after
+            raise
+
+    def _received(self, response: httpx.Response, content: bytes, encoding: str) -> _Received | CogViewError:
+        if len(content) <= MAX_REPLY_BYTES:
+            body = decoded_body(content, encoding)
+            if body is not None:
+                # Latin-1 gives every byte back as it was.
+                body = self._redacted(body.decode("latin-1")).encode("latin-1")
+                retry_after = parse_retry_after(response.headers.get("retry-after"))
+                return _Received(response.status_code, body, SANDBOX_HEADER in response.headers, retry_after)
+        return CogViewMalformedReplyError(
+            "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
+            "a picture may have been made and charged.",
+            status=response.status_code,
+        )
+
+    def _as_ours(self, error: Exception, progress: _Progress) -> CogViewError:
+        if isinstance(error, CogViewError):
+            return error
+        said = self._redacted(str(error))
+        if isinstance(error, httpx.TimeoutException | TimeoutError):
+            fault = Fault.TIMEOUT
+        elif isinstance(error, _SETTINGS) or (isinstance(error, RuntimeError) and not progress.traced):
+            fault = Fault.SETTINGS
+        elif isinstance(error, _RUBBISH):
+            fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.RUBBISH
+        elif "CERTIFICATE_VERIFY_FAILED" in said:
+            fault = Fault.UNTRUSTED
+        else:
+            fault = Fault.BROKEN
+        return transport_error(fault, progress.phase(error), detail=f"{type(error).__name__}: {said}".rstrip(": "))
+
+    # --- one attempt, twice: only "send", "wait" and "read" differ. Errors are given back rather than raised: httpx's hold
+    # the request, and these frames what the service said, and so perhaps the key; no traceback and no chain shows them.
 
     def _once(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
+        return self._judged(self._exchanged(body, deadline))
+
+    def _exchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
         progress = _Progress()
         try:
             response = self.send(self._request(body, deadline, progress))
             with contextlib.closing(response):
-                reply = _Reply(response)
-                for chunk in reply.given() or response.iter_raw():
-                    reply.add(chunk)
-                    if deadline.passed:
-                        raise httpx.ReadTimeout("The time limit passed.")
-            return reply.read()
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            # httpx's errors hold the request, and so the key: the chain ends here, the text goes on in `detail`.
-            raise _as_ours(error, progress) from None
+                content, encoding = _read_already(response)
+                if not response.is_closed:
+                    for chunk in response.iter_raw():
+                        content += chunk
+                        if len(content) > MAX_REPLY_BYTES:
+                            break
+                        if deadline.passed:
+                            return transport_error(Fault.TIMEOUT, Phase.SENT)
+                return self._received(response, content, encoding)
+        except Exception as error:  # noqa: BLE001
+            return self._as_ours(error, progress)
 
     async def _aonce(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
+        return self._judged(await self._aexchanged(body, deadline))
+
+    async def _aexchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
         progress = _Progress()
         try:
             async with asyncio.timeout(deadline.remaining()):
                 response = await self.asend(self._request(body, deadline, progress.anote))
                 async with contextlib.aclosing(response):
-                    reply = _Reply(response)
-                    for chunk in reply.given():
-                        reply.add(chunk)
+                    content, encoding = _read_already(response)
                     if not response.is_closed:
                         async for chunk in response.aiter_raw():
-                            reply.add(chunk)
-            return reply.read()
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            # httpx's errors hold the request, and so the key: the chain ends here, the text goes on in `detail`.
-            raise _as_ours(error, progress) from None
+                            content += chunk
+                            if len(content) > MAX_REPLY_BYTES:
+                                break
+                    return self._received(response, content, encoding)
+        except Exception as error:  # noqa: BLE001
+            return self._as_ours(error, progress)
 
     def _wait_for_leave(self, deadline: Deadline) -> None:
         while self.rate_limiter and not self.rate_limiter.acquire(blocking=False):
@@ -225,53 +279,17 @@ class ImagesClient:
             await asyncio.sleep(0.05)
 
 
-class _Reply:
-    """One reply as it comes in, never more than the bound."""
+class _Received(NamedTuple):
+    """A whole reply, without the key."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        self._status = response.status_code
-        self._headers = response.headers
-        self._encoding = response.headers.get("content-encoding", "")
-        self._chunks: list[bytes] = []
-        self._size = 0
-
-    def given(self) -> tuple[bytes, ...]:
-        """The body of a reply that an injected client has read (and decompressed) already; else nothing."""
-        if not self._response.is_stream_consumed:
-            return ()
-        self._encoding = ""
-        return (self._response.content,)
-
-    def add(self, chunk: bytes) -> None:
-        self._size += len(chunk)
-        if self._size > MAX_REPLY_BYTES:
-            raise CogViewMalformedReplyError(
-                "The service's reply is larger than 1 MB; a picture may have been made and charged.",
-                status=self._status,
-            )
-        self._chunks.append(chunk)
-
-    def read(self) -> ImagesReply:
-        try:
-            body = decoded_body(b"".join(self._chunks), self._encoding)
-            return read_reply(self._status, body, sandbox=SANDBOX_HEADER in self._headers)
-        except CogViewError as error:
-            error.status = self._status
-            error.retry_after = parse_retry_after(self._headers.get("retry-after"))
-            raise
+    status: int
+    body: bytes
+    sandbox: bool
+    retry_after: float | None
 
 
-def _as_ours(error: Exception, progress: _Progress) -> CogViewError:
-    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, httpx.TimeoutException | TimeoutError):
-        fault = Fault.TIMEOUT
-    elif isinstance(error, _SETTINGS):
-        fault = Fault.SETTINGS
-    elif isinstance(error, _RUBBISH):
-        fault = Fault.BROKEN if "disconnected" in str(error).lower() else Fault.RUBBISH
-    elif "CERTIFICATE_VERIFY_FAILED" in str(error) or isinstance(error, ssl.SSLCertVerificationError):
-        fault = Fault.UNTRUSTED
-    else:
-        fault = Fault.BROKEN
-    return transport_error(fault, progress.phase(error), detail=detail)
+def _read_already(response: httpx.Response) -> tuple[bytes, str]:
+    """What an injected client has read (and decompressed) by itself, and the encoding of what is still to come."""
+    if response.is_stream_consumed:
+        return response.content, ""
+    return b"", response.headers.get("content-encoding", "")

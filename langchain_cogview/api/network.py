@@ -169,6 +169,36 @@ class SyncBackend(httpcore.NetworkBackend):
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
 
 
+class _AsyncStream(httpcore.AsyncNetworkStream):
+    def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
+        self._inner = inner
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
+        return await self._inner.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return _AsyncStream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+        except BaseException:
+            # httpcore closes the socket for errors, but not when the task is cancelled.
+            await self._inner.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
 class AsyncBackend(httpcore.AsyncNetworkBackend):
     """Opens connections to checked addresses."""
 
@@ -188,9 +218,10 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
         for number, address in enumerate(addresses, 1):
             last = number == len(addresses)
             try:
-                return await self._inner.connect_tcp(
+                inner = await self._inner.connect_tcp(
                     address, port, _connect_share(timeout, last=last), local_address, socket_options
                 )
+                return _AsyncStream(inner)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if last:
                     raise

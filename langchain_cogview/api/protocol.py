@@ -98,27 +98,25 @@ def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def decoded_body(raw: bytes, encoding: str) -> bytes:
+def decoded_body(raw: bytes, encoding: str) -> bytes | None:
     """Undo a Content-Encoding, within the bound of a reply.
 
-    Raises:
-        CogViewMalformedReplyError: For an encoding other than gzip and deflate, broken data, or more than 1 MB.
+    Returns:
+        None for an encoding other than gzip and deflate, broken data, or more than 1 MB.
     """
     name = encoding.strip().lower()
     if name in {"", "identity"}:
         return raw
     if name not in {"gzip", "x-gzip", "deflate"}:
-        raise CogViewMalformedReplyError("The service's reply is compressed in a way that was not asked for.")
+        return None
     for window in (47, -15):  # gzip or zlib by their heads, then the headless deflate that some servers send
         decoder = zlib.decompressobj(window)
         try:
             body = decoder.decompress(raw, MAX_REPLY_BYTES + 1)
         except zlib.error:
             continue
-        if len(body) <= MAX_REPLY_BYTES and decoder.eof:
-            return body
-        break
-    raise CogViewMalformedReplyError("The service's compressed reply is broken or larger than 1 MB.")
+        return body if len(body) <= MAX_REPLY_BYTES and decoder.eof else None
+    return None
 
 
 def read_reply(status: int, body: bytes, *, sandbox: bool = False) -> ImagesReply:
@@ -152,7 +150,10 @@ class _Failure:
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body)
+        try:
+            return json.loads(body)
+        except UnicodeDecodeError:  # in another encoding, the codes can be read all the same
+            return json.loads(body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 
