@@ -1,0 +1,299 @@
+"""The `cogview` command: a picture from a shell, and the tool's JSON schema. Typer is the extra `cli`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+from langchain_cogview.catalog import DEFAULT_MODEL
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ImportError:
+    typer = None  # type: ignore[assignment]
+    TyperGroup = object  # type: ignore[assignment,misc]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from langchain_cogview.result import GeneratedImage
+
+TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip install "langchain-cogview[cli]"'
+EXIT_CODES: Final = {  # what each means, and the errors (CogView...Error) that bring it
+    0: ("made",),
+    1: ("another failure",),
+    2: ("wrong usage or settings: not made", "Configuration", "InvalidRequest", "PromptTooLong", "NotFound"),
+    3: ("blocked by the content filter", "ContentFilter"),
+    4: ("key, permission or balance", "Authentication", "Permission", "Balance"),
+    5: ("limit, busy, network or time: not charged, try later", "RateLimit", "Busy", "Server", "Connection", "Timeout"),
+    6: ("made, but not saved where asked: the error output says where it is", "Download", "ExpiredURL", "Storage"),
+    7: ("outcome unknown: a picture may have been made and charged", "OutcomeUnknown", "MalformedReply"),
+    130: ("interrupted",),
+}
+_CODES: Final = {f"CogView{kind}Error": code for code, (_, *kinds) in EXIT_CODES.items() for kind in kinds}
+_UNKNOWN = "Look in the provider's console before you run it again: that can pay twice."
+_HINTS: Final = {  # in place of those that name Python's arguments
+    "CogViewRateLimitError": "Try again later, with fewer pictures at once (--n); the console shows the limit.",
+    "CogViewBusyError": "Try again in a few minutes.",
+    "CogViewTimeoutError": "Raise --timeout (seconds), or try again later.",
+    "CogViewOutcomeUnknownError": _UNKNOWN,
+    "CogViewMalformedReplyError": _UNKNOWN,
+}
+_SHELL_WORDS: Final = (
+    ("; or pass api_key=...", ""),
+    ("base_url='sandbox:'", "--sandbox"),
+    ("region='", "--region '"),
+    (": set output_dir, or call save() in time", ""),
+    ("Its URL is on the result; fetching again costs nothing: image.read() tries again.", ""),
+)
+
+
+class DrawByDefault(TyperGroup):
+    """The group of commands, where anything that names none is the prompt and options of `draw`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put in the word that may be left out."""
+        if not args:
+            args = ["--help"]
+        elif args[0] not in {*self.commands, "--version", *ctx.help_option_names}:
+            args = ["draw", *args]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The usage line is the one of `draw`."""
+        return self.commands["draw"].collect_usage_pieces(ctx)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """One page for all: the options of `draw` stand with the group's own."""
+        page = copy.copy(self)
+        page.params = [*self.commands["draw"].params, *self.params]
+        super(DrawByDefault, page).format_help(ctx, formatter)
+
+
+def application() -> typer.Typer:
+    """The command as a typer application; plain text wherever it does not write to a terminal."""
+    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
+    codes = "\n".join(f"{code}: {meaning}" for code, (meaning, *_) in EXIT_CODES.items())
+    app = typer.Typer(
+        cls=DrawByDefault,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich" if terminal else None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=("" if terminal else "\b\n") + f"Exit codes, of several pictures the highest:\n{codes}",
+    )
+    app.callback(invoke_without_command=True)(_common)
+    app.command("draw")(draw)
+    app.command("schema")(schema)
+    return app
+
+
+def main() -> int:
+    """Run the command with the arguments of this process, which typer ends; 2 where there is no typer."""
+    if typer is None:
+        _say(TYPER_MISSING)
+        return 2
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold bytes or letters that the stream's encoding does not have
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+    application()(prog_name="cogview")
+    return 0
+
+
+def _common(*, version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Make pictures with Zhipu's CogView. The key is read from ZHIPUAI_API_KEY or ZAI_API_KEY."""
+    if version:
+        from importlib.metadata import version as installed  # noqa: PLC0415
+
+        raise typer.Exit(_print(f"langchain-cogview {installed('langchain-cogview')}"))
+
+
+def draw(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What the picture shows; - reads the standard input.")
+    ],
+    *,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="File (replaced if there) or folder.")] = None,
+    size: Annotated[str | None, typer.Option(help="As 1024x1024, 16:9, square, portrait, landscape.")] = None,
+    quality: Annotated[str | None, typer.Option(help="standard or hd.")] = None,
+    model: Annotated[str, typer.Option(help="One of the provider's image models.")] = DEFAULT_MODEL,
+    n: Annotated[int, typer.Option("--n", help="How many pictures (a.png, a-2.png, ...), each at its price.")] = 1,
+    user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
+    region: Annotated[str | None, typer.Option(help="china or international. Default: as the key that is set.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one picture in all.")] = 120.0,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="A placeholder, offline: no key, no cost.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the whole result as JSON, not just the path.")] = False,
+) -> None:
+    """Make a picture. The word draw can be left out, unless the prompt is the word schema or draw."""
+    if base_url is not None and (sandbox or not base_url.strip()):
+        raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+    given = {"size": size, "quality": quality, "user_id": user_id, "region": region}
+    given["base_url"] = "sandbox:" if sandbox else base_url
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings |= {"model": model, "n": n, "timeout": timeout}
+    try:
+        text = prompt if prompt != "-" else sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
+    except UnicodeDecodeError:
+        raise typer.BadParameter("The prompt on the standard input is not text in UTF-8.") from None
+    _finish(lambda: _draw(text, output, settings, as_json=as_json))
+
+
+def schema(model: Annotated[str, typer.Option(help="The model that the tool would use.")] = DEFAULT_MODEL) -> None:
+    """Write the tool's JSON schema, as an LLM gets it. Needs no key."""
+    _finish(lambda: _schema(model))
+
+
+def _schema(model: str) -> int:
+    from langchain_core.utils.function_calling import convert_to_openai_tool  # noqa: PLC0415
+
+    from langchain_cogview.tool import CogViewImageTool  # noqa: PLC0415
+
+    return _print(_json(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
+
+
+def _finish(work: Callable[[], int]) -> NoReturn:
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from langchain_cogview.errors import CogViewError  # noqa: PLC0415
+    from langchain_cogview.request import describe_validation  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}")
+        try:
+            code = work()
+        except CogViewError as error:
+            _say(f"Error: {error.message}", _HINTS.get(type(error).__name__, error.hint))
+            facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
+            said = ", ".join(fact for fact in facts if fact)
+            about = error.request_id and f"Request id: {error.request_id}"
+            _say(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
+            code = _CODES.get(type(error).__name__, 1)
+        except ValidationError as error:
+            _say(f"Error: {describe_validation(error)}")
+            code = 2
+        except KeyboardInterrupt:
+            _say("Interrupted. A request that was already sent may have been charged.")
+            code = 130
+    raise typer.Exit(code)
+
+
+def _draw(prompt: str, output: str | None, settings: dict[str, Any], *, as_json: bool) -> int:
+    from langchain_cogview.catalog import model_warning  # noqa: PLC0415
+    from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
+
+    generator = CogViewImageGenerator(**settings)
+    target = _target(output)
+    result = generator.invoke(prompt)
+    codes, images = [0], []
+    for number, image in enumerate(result.images, 1):
+        path = _saved(image, number, target, codes)
+        images.append(image.model_copy(update={"path": path}))
+        if path and not as_json:
+            codes.append(_print(str(path)))
+        _say(*(f"Content filter: {entry}" for entry in image.content_filter))
+    shown = model_warning(result.model)  # when the generator was made
+    _say(*(f"Warning: {each}" for each in result.warnings if each != shown))
+    _say("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
+    for failure in result.failures:
+        which, hint = f"Picture {failure.index + 1} of {generator.n}", _HINTS.get(failure.error, failure.hint)
+        _say(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
+        codes.append(_CODES.get(failure.error, 1))
+    if as_json:
+        codes.append(_print(_json(result.model_copy(update={"images": tuple(images)}).to_artifact())))
+    return max(codes)
+
+
+def _target(output: str | None) -> Path | None:
+    """Where the picture will be; what cannot work is found before anything is paid."""
+    from langchain_cogview.errors import CogViewConfigurationError  # noqa: PLC0415
+
+    problem = "it is no name of a file" if output in {"", "-"} else ""
+    try:
+        target = Path(output or "").expanduser()
+        if output and output.endswith("/"):
+            target.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mode = target.stat().st_mode
+            problem = problem or ("" if S_ISREG(mode) or S_ISDIR(mode) else "it is neither a file nor a folder")
+        folder = target if target.is_dir() else target.parent
+        there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            problem = problem or f"{there.absolute()} is not a folder that can be written to"
+    except (OSError, RuntimeError) as error:
+        problem = getattr(error, "strerror", None) or str(error).rstrip(".")
+    if problem:
+        raise CogViewConfigurationError(
+            f"The picture cannot be written to {output or 'the current folder'}: {problem}.",
+            hint="Nothing was sent. Choose another place with -o.",
+        )
+    return target if output else None
+
+
+def _saved(image: GeneratedImage, number: int, target: Path | None, codes: list[int]) -> Path | None:
+    """The file that holds the picture: the target, else one in the current folder, else in the temporary one."""
+    from langchain_cogview.errors import CogViewStorageError  # noqa: PLC0415
+    from langchain_cogview.images.formats import EXTENSIONS  # noqa: PLC0415
+
+    name = f"cogview-{image.id}"
+    target = target or Path(name)
+    if number > 1 and target.name != name and not target.is_dir():
+        target = target.with_stem(f"{target.stem}-{number}")
+    for place in (target, Path(name), None) if image.at_hand() is not None else ():
+        try:
+            path = image.save(place or Path(tempfile.gettempdir(), name))
+        except (CogViewStorageError, OSError) as error:
+            _say(f"Error: {getattr(error, 'message', error)}")
+            continue
+        if place is not target:
+            _say(f"The picture was made and is kept in {path}")
+            codes.append(6)
+        elif path.suffix.lower().replace(".jpeg", ".jpg") != EXTENSIONS[image.mime_type or ""]:
+            _say(f"Warning: {path} holds a picture of type {image.mime_type}, whatever its ending says.")
+        return path
+    _say(f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}")
+    codes.append(6)
+    return None
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout or sys.stdout.encoding.lower() != "utf-8")
+    return text.encode("utf-8", "backslashreplace").decode()  # a path's byte that is no letter: JSON writes it alike
+
+
+def _print(text: str) -> int:
+    """Write to the standard output; 1 where nobody takes it."""
+    try:
+        if sys.stdout:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
+        return 1
+    return 0
+
+
+def _say(*lines: str | None) -> None:
+    """Write lines to the error output, in a shell's words where they name Python's arguments."""
+    for line in filter(None, lines if sys.stderr else ()):
+        for python, shell in _SHELL_WORDS:
+            line = line.replace(python, shell)  # noqa: PLW2901
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

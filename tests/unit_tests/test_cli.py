@@ -1,0 +1,523 @@
+"""What a user relies on: one line on stdout for each picture, the rest on stderr, and exit codes that a script can act on."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, cli, errors
+from langchain_cogview.images import store
+
+KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
+SANDBOX_NOTE = "Sandbox: this is a placeholder, not a real picture.\n"
+SCRIPT = Path(sysconfig.get_path("scripts"), "cogview")
+MODULE = (sys.executable, "-m", "langchain_cogview.cli")
+
+
+def command(*arguments: str, folder: Path, by: tuple[str, ...] = MODULE, **options) -> subprocess.CompletedProcess:
+    """The real command, piped."""
+    options = {"text": True, "capture_output": True, **options}
+    return subprocess.run([*by, *arguments], cwd=folder, timeout=60, check=False, **options)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cogview(*arguments: str, **options) -> Result:
+    """The same command in this process."""
+    result = CliRunner().invoke(cli.application(), list(arguments), **options)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def drawn(prompt: str, *arguments: str, **options) -> Result:
+    return cogview(prompt, "--sandbox", *arguments, **options)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
+# --- a picture, by the real command
+
+
+def test_the_installed_command_writes_the_path_and_nothing_else_to_stdout(tmp_path):
+    done = command("A cute little kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, by=(str(SCRIPT),))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "kitten.png\n", SANDBOX_NOTE)
+    assert size_of(tmp_path / "kitten.png") == (1024, 1024)
+    assert [each.name for each in tmp_path.iterdir()] == ["kitten.png"]
+
+
+def test_json_is_the_only_thing_on_stdout_and_is_the_artifact(tmp_path):
+    done = command("一只小猫 [[flagged]]", "-o", "猫.png", "--size", "16:9", "--sandbox", "--json", folder=tmp_path)
+    assert done.returncode == 0
+    result = ImageResult.from_artifact(json.loads(done.stdout))
+    assert (result.path, result.prompt, result.size) == (Path("猫.png"), "一只小猫 [[flagged]]", "1344x768")
+    assert size_of(tmp_path / "猫.png") == (1344, 768)
+    assert done.stderr == f"Content filter: picture (level 3, mildest)\n{SANDBOX_NOTE}"
+    assert "一只小猫" in done.stdout
+
+
+def test_on_a_terminal_a_picture_is_still_one_plain_line(tmp_path):
+    seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path)
+    assert (code, seen) == (0, f"kitten.png\n{SANDBOX_NOTE}")
+
+
+def test_help_is_plain_when_piped_and_may_be_drawn_on_a_terminal(tmp_path):
+    piped = command("--help", folder=tmp_path, env=dict(os.environ) | {"FORCE_COLOR": "1"})
+    seen, code = on_a_terminal(*MODULE, "--help", folder=tmp_path)
+    assert piped.returncode == code == 0
+    assert piped.stderr == ""
+    assert piped.stdout.isascii()
+    assert "\x1b" not in piped.stdout
+    assert "╭" in seen
+    for text in (piped.stdout, seen):
+        for number, (meaning, *_) in cli.EXIT_CODES.items():
+            assert f"{number}: {meaning}\n" in text.replace(" " * 2, "").replace(" \n", "\n")
+
+
+def on_a_terminal(*arguments: str, folder: Path) -> tuple[str, int]:
+    ours, theirs = pty.openpty()
+    environment = dict(os.environ) | {"TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while piece := os.read(ours, 65536):
+            seen += piece
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    return seen.decode().replace("\r\n", "\n"), process.wait(60)
+
+
+def test_ctrl_c_ends_with_130_and_says_that_it_may_cost(tmp_path):
+    process = subprocess.Popen(
+        [*MODULE, "a cat [[slow:60]]", "--model", "cogview-3", "--sandbox"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr.readline().startswith("Warning: The model 'cogview-3'")  # it is about to draw
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == "Interrupted. A request that was already sent may have been charged.\n"
+
+
+def test_without_typer_one_line_tells_what_to_install(tmp_path):
+    blocked = "import sys; sys.modules['typer'] = None; from langchain_cogview.cli import main; sys.exit(main())"
+    done = command("a kitten", folder=tmp_path, by=(sys.executable, "-c", blocked))
+    line = 'The cogview command needs typer. Install it with: pip install "langchain-cogview[cli]"\n'
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_help_comes_without_loading_langchain(tmp_path):
+    code = (
+        "import sys; from langchain_cogview import cli; sys.argv[1:] = ['--help']\n"
+        "try: cli.main()\n"
+        "finally: sys.stderr.write(str(sorted({'langchain_core', 'pydantic', 'httpx'} & {*sys.modules})))"
+    )
+    assert command(folder=tmp_path, by=(sys.executable, "-c", code)).stderr == "[]"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_stdout_does_not_lose_the_path(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = command(
+            "a kitten",
+            "-o",
+            "k.png",
+            "--sandbox",
+            folder=tmp_path,
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: The standard output cannot be written (No space left on device). It would have been:\n"
+        f"k.png\n{SANDBOX_NOTE}"
+    )
+    assert size_of(tmp_path / "k.png") == (1024, 1024)
+
+
+def test_a_file_name_that_is_no_text_is_written_and_told(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    done = command("a cafe", "-o", name, "--sandbox", folder=tmp_path, text=False)
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9.png\n")
+    assert (tmp_path / name).exists()
+
+
+# --- which command is meant
+
+
+def test_alone_it_prints_help(folder):
+    alone, asked = cogview(), cogview("--help")
+    assert alone.exit_code == 0
+    assert alone.stdout == asked.stdout
+    for option in ("--size", "--quality", "--model", "--n", "--user-id", "--region", "--base-url", "--timeout"):
+        assert option in alone.stdout
+    for word in ("--sandbox", "--json", "--output", "--version", "draw", "schema", "Exit codes"):
+        assert word in alone.stdout
+
+
+def test_version_is_the_installed_one(folder):
+    from importlib.metadata import version
+
+    result = cogview("--version")
+    assert (result.exit_code, result.output) == (0, f"langchain-cogview {version('langchain-cogview')}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("draw", "schema"), ("--sandbox", "a cat"), ("--", "--a prompt that begins with dashes"), ("draw", "draw")],
+)
+def test_draw_may_be_said_or_left_out(folder, arguments):
+    result = cogview(*arguments, env={"COGVIEW_BASE_URL": "sandbox:"})
+    assert result.exit_code == 0
+    assert size_of(folder / result.stdout.strip()) == (1024, 1024)
+
+
+@pytest.mark.parametrize(("model", "size"), [("cogview-4-250304", "1024x1024"), ("glm-image", "1280x1280")])
+def test_schema_is_the_tool_as_an_llm_gets_it_and_needs_no_key(folder, model, size):
+    result = cogview("schema", "--model", model)
+    assert (result.exit_code, result.stderr) == (0, "")
+    tool = json.loads(result.stdout)
+    assert tool["function"]["name"] == "cogview_generate_image"
+    parameters = tool["function"]["parameters"]
+    assert (sorted(parameters["properties"]), parameters["required"]) == (["prompt", "quality", "size"], ["prompt"])
+    assert parameters["properties"]["size"]["default"] == size
+    assert [*folder.iterdir()] == []
+
+
+def test_the_defaults_are_the_generators(folder):
+    parameters = inspect.signature(cli.draw).parameters
+    fields = CogViewImageGenerator.model_fields
+    for name in ("model", "size", "quality", "n", "user_id", "region", "base_url", "timeout"):
+        assert parameters[name].default == fields[name].default
+
+
+# --- where the picture goes
+
+
+def test_without_o_the_name_is_made_of_the_id(folder):
+    result = drawn("a cat")
+    (path,) = folder.iterdir()
+    assert (result.stdout, path.suffix) == (f"{path.name}\n", ".png")
+    assert path.name.startswith("cogview-")
+
+
+def test_of_several_each_has_its_line_and_its_number(folder):
+    result = drawn("a cat", "-o", "cat", "--n", "3")
+    assert result.stdout == "cat.png\ncat-2.png\ncat-3.png\n"
+    assert {each.name for each in folder.iterdir()} == {"cat.png", "cat-2.png", "cat-3.png"}
+
+
+def test_a_folder_is_made_and_filled(folder):
+    result = drawn("a cat", "-o", "pictures/", "--n", "2")
+    assert len(result.stdout.splitlines()) == 2
+    assert {Path(line) for line in result.stdout.splitlines()} == {*Path("pictures").iterdir()}
+    assert drawn("a cat", "-o", "deep/er/cat.png").stdout == "deep/er/cat.png\n"
+
+
+def test_an_ending_of_another_format_is_told(folder):
+    result = drawn("a cat", "-o", "cat.jpg")
+    assert (result.exit_code, result.stdout) == (0, "cat.jpg\n")
+    assert "Warning: cat.jpg holds a picture of type image/png" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "output", ["file.txt/cat.png", "file.txt/deep/cat.png", "/dev/null", "", "-", "x" * 300, "~no-such-user/cat"]
+)
+def test_a_place_that_cannot_work_is_told_before_anything_is_sent(folder, sandbox, output):
+    Path("file.txt").write_text("a file, no folder")
+    result = cogview("a cat", "--base-url", sandbox.base_url, "-o", output)
+    assert sandbox.requests == []
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: The picture cannot be written to ")
+    assert result.stderr.endswith("\nNothing was sent. Choose another place with -o.\n")
+    assert [each.name for each in folder.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_without_leave_to_write_is_told_before_anything_is_sent(folder):
+    Path("locked").mkdir(mode=0o500)
+    assert drawn("a cat", "-o", "locked/cat.png").exit_code == 2
+
+
+def test_a_picture_that_cannot_be_saved_where_asked_is_kept_in_the_current_folder(folder):
+    Path("cat.png").mkdir()  # where the file called cat would go
+    result = drawn("a cat", "-o", "cat")
+    kept = Path(result.stdout.strip())
+    assert result.exit_code == 6
+    assert result.stderr == (
+        "Error: The picture could not be written to cat.png: Is a directory.\n"
+        f"The picture was made and is kept in {kept}\n{SANDBOX_NOTE}"
+    )
+    assert (kept.parent, size_of(kept)) == (Path(), (1024, 1024))
+
+
+def test_json_tells_the_place_where_it_is_kept(folder):
+    Path("cat.png").mkdir()
+    result = drawn("a cat", "-o", "cat", "--json", "--n", "2")
+    first, second = (image["path"] for image in json.loads(result.stdout)["images"])
+    assert result.exit_code == 6
+    assert first.startswith("cogview-")
+    assert second == "cat-2.png"
+    assert size_of(first) == size_of(second) == (1024, 1024)
+
+
+class FullDisk:
+    """Writes nothing but below one folder, and records what it was asked for."""
+
+    def __init__(self, room: Path | None) -> None:
+        self.room = room
+        self.asked: list[Path] = []
+        self._write = store.write_whole
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        self.asked.append(path)
+        if self.room is None or self.room not in path.parents:
+            raise OSError(28, "No space left on device")
+        self._write(path, content)
+
+
+def test_then_in_the_temporary_folder(folder, monkeypatch, tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(store, "write_whole", FullDisk(room=temporary))
+    result = drawn("a cat", "-o", "cat.png")
+    assert result.exit_code == 6
+    assert (Path(result.stdout.strip()),) == (*temporary.iterdir(),)
+
+
+def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch):
+    disk = FullDisk(room=None)
+    monkeypatch.setattr(store, "write_whole", disk)
+    result = drawn("a cat", "-o", "cat.png")
+    assert (result.exit_code, result.stdout, len(disk.asked)) == (6, "", 3)
+    assert "The picture was made, but no file holds it. Its link (until " in result.stderr
+    assert "https://sandbox.invalid/pictures/" in result.stderr
+
+
+# --- exit codes
+
+FAULTS = [
+    ("[[content-filter]]", 3, "Error: The content filter blocked the prompt at level 2 (moderate).\n"),
+    ("[[balance]]", 4, "Error: The account has no balance"),
+    ("[[auth]]", 4, "Error: The API key was refused.\n"),
+    ("[[malformed]]", 7, "Error: The service's reply could not be understood;"),
+    ("[[server-error]]", 7, "Error: The request was sent, but no answer tells"),
+]
+
+
+@pytest.mark.parametrize(("trigger", "code", "start"), FAULTS)
+def test_each_failure_has_its_exit_code_its_hint_and_its_request_id(folder, trigger, code, start):
+    result = drawn(f"a cat {trigger}")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith(start)
+    _, hint, *_, last = result.stderr.splitlines()
+    assert len(hint) > 20
+    assert last.startswith("Request id: ")
+    assert len(last) == 48
+    assert [*folder.iterdir()] == []
+
+
+def test_busy_is_5_after_all_attempts(folder, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for trigger, message in (("busy", "The model is overloaded"), ("unavailable", "The service is unavailable")):
+        result = drawn(f"a cat [[{trigger}]]")
+        assert (result.exit_code, result.stdout) == (5, "")
+        assert result.stderr.startswith(f"Error: {message}")
+
+
+def test_time_that_ends_after_the_request_was_sent_is_7(folder):
+    result = drawn("a cat [[slow:5]]", "--timeout", "0.2")
+    assert (result.exit_code, result.stdout) == (7, "")
+    assert "the time limit passed before an answer came" in result.stderr
+    assert "Look in the provider's console before you run it again: that can pay twice.\n" in result.stderr
+
+
+def test_nobody_at_the_address_is_5_and_shows_no_key(folder, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    result = cogview("a cat", "--base-url", "http://127.0.0.1:9", env={"ZHIPUAI_API_KEY": KEY})
+    assert result.exit_code == 5
+    assert result.stderr.startswith("Error: The service could not be reached; nothing was sent.\n")
+    assert KEY not in result.output
+
+
+def test_a_picture_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folder):
+    result = drawn("a cat [[expired-url]]", "-o", "cat.png")
+    assert (result.exit_code, result.stdout) == (6, "")
+    assert "https://sandbox.invalid/pictures/" in result.stderr
+    assert "Warning: The picture's link has expired or is refused" in result.stderr
+    as_json = drawn("a cat [[expired-url]]", "-o", "cat.png", "--json")
+    (image,) = json.loads(as_json.stdout)["images"]
+    assert (as_json.exit_code, image["path"]) == (6, None)
+    assert image["url"].startswith("https://sandbox.invalid/pictures/")
+    assert not Path("cat.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("faults", "code", "words"),
+    [
+        (["balance"], 4, ["The account has no balance"]),
+        (["balance", "malformed"], 7, ["The account has no balance", "The service's reply could not be understood"]),
+    ],
+)
+def test_pictures_that_were_made_are_kept_when_others_fail_and_the_highest_code_counts(
+    folder, sandbox, faults, code, words
+):
+    for fault in faults:
+        sandbox.fail_next(fault)
+    result = cogview("a cat", "-o", "cat.png", "--n", "3", "--base-url", sandbox.base_url)
+    lines = ["cat.png", "cat-2.png", "cat-3.png"][: 3 - len(faults)]
+    assert (result.exit_code, result.stdout.splitlines()) == (code, lines)
+    assert {each.name for each in folder.iterdir()} == {*lines}
+    assert result.stderr.count(" of 3 was not made. ") == result.stderr.count("Request id: ") == len(faults)
+    for text in words:
+        assert f" of 3 was not made. {text}" in result.stderr
+
+
+def test_an_error_that_is_not_ours_among_several_is_1(folder, sandbox, monkeypatch):
+    made = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a cat")
+    failed = made.model_copy(update={"failures": (ImageFailure.of(RuntimeError("a surprise"), 1),)})
+    monkeypatch.setattr(CogViewImageGenerator, "invoke", lambda *_: failed)
+    result = drawn("a cat", "-o", "cat.png", "--n", "2")
+    assert (result.exit_code, result.stdout) == (1, "cat.png\n")
+    assert "Error: Picture 2 of 2 was not made. a surprise" in result.stderr
+
+
+def test_every_error_has_its_exit_code():
+    classes = {name: kind for name, kind in vars(errors).items() if name.startswith("CogView")}
+    codes = {name: cli._CODES.get(name) for name in classes if name != "CogViewError"}
+    assert None not in codes.values(), codes
+    for name, kind in classes.items():  # none is milder than what it is a kind of
+        assert cli._CODES.get(kind.__base__.__name__, cli._CODES.get(name)) == cli._CODES.get(name)
+    assert {*codes.values()} == {2, 3, 4, 5, 6, 7}
+    assert {*cli._CODES} == {*codes}
+
+
+# --- wrong usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "1000x1000"), "size: The size '1000x1000' is not legal for cogview-4-250304"),
+        (("--quality", "best"), "quality: Input should be 'standard' or 'hd'"),
+        (("--model", "glm-image", "--quality", "standard"), "glm-image knows only quality 'hd'."),
+        (("--n", "0"), "n: Input should be greater than or equal to 1"),
+        (("--n", "two"), "Invalid value for '--n'"),
+        (("--user-id", "abcde"), "user_id: String should have at least 6 characters"),
+        (("--region", "mars"), "region: Input should be 'china' or 'international'"),
+        (("--timeout", "0"), "timeout: The time limit is in seconds"),
+        (("--seed", "1"), "No such option: --seed"),
+        (("kitten",), "Got unexpected extra argument"),
+        (("--base-url", "http://127.0.0.1:9"), "--base-url needs a URL, and does not go with --sandbox."),
+    ],
+)
+def test_a_wrong_argument_is_2_with_its_name_and_the_rule(folder, arguments, words):
+    result = drawn("a cat", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: " in result.stderr
+    assert words in result.stderr
+    assert not any(foreign in result.stderr for foreign in ("pydantic", "input_value", "\x1b", "╭"))
+    assert [*folder.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("ftp://example.com", "The base URL is not an http or https URL."),
+        ("", "--base-url needs a URL"),
+        ("https://api.z.ai/api/coding/paas/v4", "The base URL is the coding plan's"),
+    ],
+)
+def test_a_wrong_address_is_2(folder, value, words):
+    result = cogview("a cat", "--base-url", value, env={"ZHIPUAI_API_KEY": KEY, "ZAI_API_KEY": KEY})
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert KEY not in result.stderr
+
+
+def test_a_missing_key_names_both_variables_both_consoles_and_the_sandbox(folder):
+    result = cogview("a cat")
+    assert (result.exit_code, result.stdout) == (2, "")
+    for word in ("ZHIPUAI_API_KEY", "ZAI_API_KEY", "open.bigmodel.cn", "https://z.ai", "--sandbox"):
+        assert word in result.stderr
+    assert not any(python in result.stderr for python in ("base_url", "api_key", "region="))
+
+
+@pytest.mark.parametrize("key", [f"Bearer {KEY}", f'"{KEY}"', f"{KEY[:20]} {KEY[20:]}", f"{KEY}\n"])
+def test_a_key_of_wrong_form_is_2_and_is_not_shown(folder, key):
+    result = cogview("a cat", env={"ZHIPUAI_API_KEY": key})
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "The API key in ZHIPUAI_API_KEY" in result.stderr
+    assert KEY[:10] not in result.output
+
+
+def test_hints_speak_of_options_not_of_python(folder, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for trigger in ("auth", "busy", "malformed", "expired-url", "rate-limit:9"):
+        text = drawn(f"a cat [[{trigger}]]").stderr
+        assert not any(word in text for word in ("region=", "max_", "retry_unknown", "output_dir", "save()", "()")), (
+            text
+        )
+
+
+def test_an_unknown_model_is_one_plain_line(folder):
+    result = cogview("schema", "--model", "glm-imag")
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Warning: The model 'glm-imag' is not known to this version;")
+    assert "Did you mean 'glm-image'?" in line
+    unknown = drawn("a cat", "--model", "cogview-3", "-o", "cat.png")
+    assert unknown.stderr.count("Warning: ") == 1
+
+
+# --- the prompt on the standard input
+
+
+def test_a_dash_reads_the_prompt_from_stdin(folder):
+    result = drawn("-", "--json", input="a cat\non a mat\n")
+    assert json.loads(result.stdout)["prompt"] == "a cat\non a mat"
+
+
+@pytest.mark.parametrize("given", [b"", b" \n", b"\xff\xfe"])
+def test_no_prompt_on_stdin_is_2(folder, given, monkeypatch):
+    monkeypatch.setattr(cli.sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+    with pytest.raises((SystemExit, cli.typer.Exit, cli.typer.BadParameter)) as caught:
+        cli.draw("-", sandbox=True)
+    assert getattr(caught.value, "exit_code", 2) == 2
+    assert [*folder.iterdir()] == []
+
+
+def test_a_blank_prompt_is_2(folder):
+    for prompt in ("", "  "):
+        result = drawn(prompt)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: Nothing was sent: prompt: ")
