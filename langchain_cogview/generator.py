@@ -36,6 +36,7 @@ from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
+    Outcome,
 )
 from langchain_cogview.events import CONTENT_FILTER_EVENT, ContentFilterEvent, adispatch, content_filter_event, dispatch
 from langchain_cogview.inputs import ImageInput, arguments_of
@@ -43,7 +44,7 @@ from langchain_cogview.request import ImageRequest, checked_request, describe_va
 from langchain_cogview.result import ImageFailure, ImageResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 
@@ -155,6 +156,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     def _folder_is_local(cls, value: Any) -> Any:
         if isinstance(value, str) and ("://" in value or not value.strip()):
             raise ValueError("output_dir takes a local folder, such as 'pictures'.")
+        if "\0" in str(value):
+            raise ValueError("output_dir holds a null character.")
         return Path(value).expanduser() if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -175,9 +178,9 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         return self
 
     def _find_service(self) -> None:
-        base_url = self.base_url or environment(BASE_URL_VARIABLE)
-        self._region = region_of(normal_base_url(base_url) if base_url else None, self.region)
-        self._base_url = normal_base_url(base_url or BASE_URLS[self._region])
+        base_url = environment(BASE_URL_VARIABLE) if self.base_url is None else self.base_url
+        self._region = region_of(None if base_url is None else normal_base_url(base_url), self.region)
+        self._base_url = normal_base_url(BASE_URLS[self._region] if base_url is None else base_url)
         if is_sandbox(self._base_url):
             if self.http_client is not None or self.http_async_client is not None:
                 raise CogViewConfigurationError(
@@ -298,11 +301,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
         call = self._call(request)
-        if request.n == 1:
-            outcomes = [call.draw()]
-        else:
-            with ThreadPoolExecutor(min(request.n, self._places(request.model)), "cogview") as executor:
-                outcomes = list(executor.map(lambda _: call.draw(), range(request.n)))
+        outcomes = _in_threads(call.draw, request.n, self._places(request.model))
         for event in self._filter_events(request, outcomes, run_manager.metadata):
             dispatch(CONTENT_FILTER_EVENT, event, config)
         return self._result(request, outcomes, notes)
@@ -351,6 +350,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             api_key=cast("SecretStr", self._key),
             send=partial(injected.send, **once) if injected else sender(self._base_url),
             asend=partial(ainjected.send, **once) if ainjected else asender(self._base_url),
+            build=injected.build_request if injected else httpx.Request,
+            abuild=ainjected.build_request if ainjected else httpx.Request,
             policy=RetryPolicy(max_retries=self.max_retries, retry_unknown=self.retry_unknown),
             rate_limiter=self.rate_limiter,
         )
@@ -411,6 +412,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
         errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
         if not images:
+            # Who may have paid must hear that first: the others can be sent again.
+            errors.sort(key=lambda error: getattr(error[1], "outcome", None) is not Outcome.UNKNOWN)
             _, first = errors[0]
             if isinstance(first, CogViewNotFoundError) and request.warnings:
                 first.hint = " ".join((first.hint, *request.warnings))
@@ -427,6 +430,19 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             sandbox=any(image.sandbox for image in images),
             warnings=tuple(dict.fromkeys([*notes, *(note for image in images for note in image.warnings)])),
         )
+
+
+def _in_threads(draw: Callable[[], ImageOutcome], times: int, places: int) -> list[ImageOutcome]:
+    if times == 1:
+        return [draw()]
+    executor = ThreadPoolExecutor(min(times, places), "cogview")
+    try:
+        outcomes = [future.result() for future in [executor.submit(draw) for _ in range(times)]]
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nobody, and nothing more is sent
+        raise
+    executor.shutdown()
+    return outcomes
 
 
 def _check_names(values: dict[str, Any], known: Any) -> None:

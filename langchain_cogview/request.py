@@ -78,7 +78,7 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=())
 
-    prompt: str = Field(min_length=1)
+    prompt: str
     model: str = Field(default=DEFAULT_MODEL, min_length=1, max_length=128)
     size: str | None = None
     quality: Quality | None = None
@@ -100,6 +100,10 @@ class ImageRequest(BaseModel):
     def _prompt_says_something(cls, prompt: str) -> str:
         if not prompt.strip():
             raise ValueError("The prompt is blank. Describe the picture.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("The prompt holds half a character (a lone surrogate). Send valid Unicode text.") from None
         return prompt
 
     @field_validator("model")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -134,17 +135,19 @@ class GeneratedImage(BaseModel):
         from langchain_cogview.images.store import write_whole  # noqa: PLC0415
 
         content = self.read()
-        target = Path(path).expanduser()
-        ending = self._ending(content)
-        if target.is_dir():
-            target /= f"{self.id}{ending}"
-        elif not target.suffix:
-            target = target.with_name(target.name + ending)
+        target = Path(path)
         try:
+            target = target.expanduser()
+            ending = self._ending(content)
+            if target.is_dir():
+                target /= f"{self.id}{ending}"
+            elif not target.suffix:
+                target = target.with_name(target.name + ending)
             write_whole(target, content)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CogViewStorageError(
-                f"The picture could not be written to {printable(str(target), 120)}: {error.strerror}."
+                f"The picture could not be written to {printable(str(target), 120)}: {printable(str(reason), 80)}."
             ) from None
         return target
 
@@ -375,12 +378,25 @@ class ImageResult(BaseModel):
 
         Args:
             path: As in `GeneratedImage.save`. Of several pictures the further ones get `-2`, `-3`, ... before the ending.
+
+        Raises:
+            CogViewStorageError: As in `GeneratedImage.save`, for the first that could not be saved, after the others were.
+            CogViewDownloadError: The same.
         """
-        first = self.image.save(path)
-        for number, image in enumerate(self.images[1:], 2):
-            folder = Path(path).expanduser()
-            image.save(folder if folder.is_dir() else first.with_stem(f"{first.stem}-{number}"))
-        return first
+        target = Path(path)
+        folder = os.path.isdir(os.path.expanduser(target))  # noqa: PTH111, PTH112  which raise for no name
+        saved, errors = [], []
+        for number, image in enumerate(self.images, 1):
+            try:
+                saved.append(
+                    image.save(target if folder or number == 1 else target.with_stem(f"{target.stem}-{number}"))
+                )
+            except CogViewError as error:  # the others are saved all the same
+                error.add_note(f"This is picture {number} of {len(self.images)}, id {image.id}.")
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return saved[0]
 
     def to_pil(self) -> Any:
         """The first picture as a `PIL.Image.Image`; see `GeneratedImage.to_pil`."""

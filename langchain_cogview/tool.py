@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    SkipValidation,
     ValidationError,
     WithJsonSchema,
     create_model,
@@ -103,7 +104,8 @@ class CogViewImageTool(BaseTool):
     response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
     handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
     handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
-    generator: CogViewImageGenerator
+    # An instance is used as it is: validating it again would warn again.
+    generator: SkipValidation[CogViewImageGenerator]
     content_format: Literal["text", "image_url"] = "text"
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)

@@ -78,6 +78,8 @@ class ImagesClient:
         api_key: Goes into the `Authorization` header and nowhere else.
         send: Sends one sync request and gives the response with its body unread.
         asend: The same, async.
+        build: Makes a request; an injected client adds its own headers and parameters.
+        abuild: The same, async.
         policy: What is sent again, and when.
         rate_limiter: Asked before every attempt.
     """
@@ -86,6 +88,8 @@ class ImagesClient:
     api_key: SecretStr = field(repr=False)
     send: Callable[[httpx.Request], httpx.Response]
     asend: Callable[[httpx.Request], Awaitable[httpx.Response]]
+    build: Callable[..., httpx.Request] = httpx.Request
+    abuild: Callable[..., httpx.Request] = httpx.Request
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     rate_limiter: RateLimiter | None = None
 
@@ -149,9 +153,11 @@ class ImagesClient:
             "reraise": True,
         }
 
-    def _request(self, body: dict[str, Any], deadline: Deadline, trace: Any) -> httpx.Request:
+    def _request(
+        self, build: Callable[..., httpx.Request], body: dict[str, Any], deadline: Deadline, trace: Any
+    ) -> httpx.Request:
         left = deadline.remaining()
-        return httpx.Request(
+        return build(
             "POST",
             f"{self.base_url}{ROUTE}",
             headers=self._headers(),
@@ -233,7 +239,7 @@ class ImagesClient:
     def _exchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
         progress = _Progress()
         try:
-            response = self.send(self._request(body, deadline, progress))
+            response = self.send(self._request(self.build, body, deadline, progress))
             with contextlib.closing(response):
                 content, encoding = _read_already(response)
                 if not response.is_closed:
@@ -254,7 +260,7 @@ class ImagesClient:
         progress = _Progress()
         try:
             async with asyncio.timeout(deadline.remaining()):
-                response = await self.asend(self._request(body, deadline, progress.anote))
+                response = await self.asend(self._request(self.abuild, body, deadline, progress.anote))
                 async with contextlib.aclosing(response):
                     content, encoding = _read_already(response)
                     if not response.is_closed:

@@ -110,14 +110,54 @@ def _connect_share(timeout: float | None, *, last: bool) -> float | None:
     return _FIRST_ADDRESSES_SECONDS if timeout is None else min(_FIRST_ADDRESSES_SECONDS, timeout / 2)
 
 
+class Framing:
+    """Counts what one reply took of a connection, so that one with something behind its reply is not used again.
+
+    A server (or whoever sits in between) that sends more than it announced would answer the next request with it.
+    """
+
+    _MAX_HEAD = 100_000
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._head = b""
+        self._head_size: int | None = None
+
+    def sent(self) -> None:
+        """A request is being sent: what comes now is its reply."""
+        if self._received:
+            self.__init__()  # type: ignore[misc]
+
+    def received(self, chunk: bytes) -> None:
+        """The connection gave some bytes."""
+        self._received += len(chunk)
+        if self._head_size is None and len(self._head) < self._MAX_HEAD:
+            self._head += chunk
+            end = self._head.find(b"\r\n\r\n")
+            if end >= 0:
+                self._head_size = end + 4
+                self._head = b""
+
+    def is_exact(self, content_length: str | None) -> bool:
+        """Whether the reply took exactly what its head announced; False for one without a length."""
+        if self._head_size is None or not (content_length or "").isdecimal():
+            return False
+        return self._received == self._head_size + int(content_length or "")
+
+
 class _SyncStream(httpcore.NetworkStream):
     def __init__(self, inner: httpcore.NetworkStream, backend: SyncBackend) -> None:
         self._inner, self._backend = inner, backend
+        # The last stream made is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
+        self._framing = backend.framing = Framing()
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._backend.time_left(timeout, httpcore.ReadTimeout))
+        chunk = self._inner.read(max_bytes, self._backend.time_left(timeout, httpcore.ReadTimeout))
+        self._framing.received(chunk)
+        return chunk
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._framing.sent()
         self._inner.write(buffer, self._backend.time_left(timeout, httpcore.WriteTimeout))
 
     def close(self) -> None:
@@ -139,6 +179,7 @@ class SyncBackend(httpcore.NetworkBackend):
     def __init__(self, check: AddressCheck | None) -> None:
         self._check, self._inner = check, httpcore.SyncBackend()
         self.deadline = Deadline(None)
+        self.framing = Framing()
 
     def time_left(self, timeout: float | None, error: type[Exception]) -> float | None:
         """Seconds for the next operation; raises `error` when none are left."""
@@ -170,13 +211,17 @@ class SyncBackend(httpcore.NetworkBackend):
 
 
 class _AsyncStream(httpcore.AsyncNetworkStream):
-    def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
-        self._inner = inner
+    def __init__(self, inner: httpcore.AsyncNetworkStream, backend: AsyncBackend) -> None:
+        self._inner, self._backend = inner, backend
+        self._framing = backend.framing = Framing()
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
-        return await self._inner.read(max_bytes, timeout)
+        chunk = await self._inner.read(max_bytes, timeout)
+        self._framing.received(chunk)
+        return chunk
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        self._framing.sent()
         await self._inner.write(buffer, timeout)
 
     async def aclose(self) -> None:
@@ -189,7 +234,7 @@ class _AsyncStream(httpcore.AsyncNetworkStream):
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> httpcore.AsyncNetworkStream:
         try:
-            return _AsyncStream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+            return _AsyncStream(await self._inner.start_tls(ssl_context, server_hostname, timeout), self._backend)
         except BaseException:
             # httpcore closes the socket for errors, but not when the task is cancelled.
             await self._inner.aclose()
@@ -204,6 +249,7 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
 
     def __init__(self, check: AddressCheck | None) -> None:
         self._check, self._inner = check, httpcore.AnyIOBackend()
+        self.framing = Framing()
 
     async def connect_tcp(
         self,
@@ -221,7 +267,7 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
                 inner = await self._inner.connect_tcp(
                     address, port, _connect_share(timeout, last=last), local_address, socket_options
                 )
-                return _AsyncStream(inner)
+                return _AsyncStream(inner, self)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if last:
                     raise

@@ -222,7 +222,7 @@ def _urls(data: Any) -> tuple[tuple[str, ...], int]:
 def _url(value: Any) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_URL_CHARACTERS:
         return None
-    url = value.strip()
+    url = value.strip().replace(" ", "%20")
     if not url.isprintable() or any(c.isspace() for c in url):
         return None
     try:

@@ -77,6 +77,11 @@ def _httpcore_request(request: httpx.Request) -> httpcore.Request:
     )
 
 
+def _length(response: httpcore.Response) -> str | None:
+    lengths = [value for name, value in response.headers if name.lower() == b"content-length"]
+    return lengths[0].decode("ascii", "replace").strip() if lengths else None
+
+
 def _raise_as_httpx(error: Exception) -> NoReturn:
     """Raise the httpx class of the same name; callers see one family whatever client they injected."""
     if isinstance(error, httpx.TransportError):
@@ -140,7 +145,7 @@ class SyncTransport(httpx.BaseTransport):
         return httpx.Response(
             response.status,
             headers=response.headers,
-            stream=_SyncBody(response.stream, lambda: self._give_back(slot)),
+            stream=_SyncBody(response.stream, lambda: self._give_back(slot, _length(response))),
             extensions=response.extensions,
         )
 
@@ -162,9 +167,10 @@ class SyncTransport(httpx.BaseTransport):
         except IndexError:
             return _SyncSlot(route)
 
-    def _give_back(self, slot: _SyncSlot) -> None:
+    def _give_back(self, slot: _SyncSlot, length: str | None) -> None:
         slots = self._idle.setdefault(slot.route, deque())
-        if slot.pool.connections and len(slots) < _IDLE_PER_ORIGIN and self._process == os.getpid():
+        usable = slot.pool.connections and slot.backend.framing.is_exact(length) and self._process == os.getpid()
+        if usable and len(slots) < _IDLE_PER_ORIGIN:
             slots.append(slot)
         else:
             slot.pool.close()
@@ -173,9 +179,8 @@ class SyncTransport(httpx.BaseTransport):
 class _AsyncSlot:
     def __init__(self, route: _Route) -> None:
         self.route = route
-        self.pool = httpcore.AsyncConnectionPool(
-            network_backend=AsyncBackend(None if route.proxy else route.check), **_pool_options(route)
-        )
+        self.backend = AsyncBackend(None if route.proxy else route.check)
+        self.pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **_pool_options(route))
 
 
 class _AsyncBody(httpx.AsyncByteStream):
@@ -245,7 +250,8 @@ class AsyncTransport(httpx.AsyncBaseTransport):
 
         async def give_back() -> None:
             slots = connections.idle.setdefault(slot.route, deque())
-            if slot.pool.connections and len(slots) < _IDLE_PER_ORIGIN:
+            usable = slot.pool.connections and slot.backend.framing.is_exact(_length(response))
+            if usable and len(slots) < _IDLE_PER_ORIGIN:
                 slots.append(slot)
             else:
                 await slot.pool.aclose()

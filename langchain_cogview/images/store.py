@@ -93,7 +93,7 @@ class PictureFile:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._folder = self._folder.resolve(strict=True)
             return self._unnamed() or self._named()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.problem = _reason(error)
             return _aside()
 
@@ -142,8 +142,8 @@ def _aside() -> BinaryIO:
     return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES))
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _temporary_file(folder: Path) -> tuple[Path, int]:
@@ -157,6 +157,9 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: As the system says.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, descriptor = _temporary_file(path.parent)
     try:

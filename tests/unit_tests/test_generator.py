@@ -382,3 +382,30 @@ def test_what_was_injected_refuses_to_be_pickled_and_is_shared_by_a_copy():
 def test_a_named_sandbox_that_is_gone_is_told():
     with pytest.raises(CogViewConfigurationError, match="no sandbox"):
         CogViewImageGenerator(base_url="sandbox:nowhere").invoke("x")
+
+
+def test_who_may_have_paid_hears_that_before_anything_else(generator, sandbox):
+    sandbox.fail_next("balance", times=2)
+    sandbox.fail_next("malformed")
+    with pytest.raises(CogViewOutcomeUnknownError):
+        generator.invoke({"prompt": "x", "n": 3})
+
+
+def test_an_injected_clients_own_headers_are_sent():
+    seen = []
+    with httpx.Client(transport=reply_with(seen), headers={"x-own": "yes"}) as client:
+        CogViewImageGenerator(api_key=FAKE_KEY, http_client=client, download=False).invoke("x")
+    assert seen[0].headers["x-own"] == "yes"
+
+
+def test_a_model_that_is_not_known_is_warned_of_once():
+    from langchain_cogview import CogViewImageTool
+
+    with pytest.warns(UserWarning, match="not known") as warned:
+        CogViewImageTool(base_url="sandbox:", model="cogview-9")
+    assert len(warned) == 1
+
+
+def test_an_empty_base_url_is_not_the_paid_service():
+    with pytest.raises(CogViewConfigurationError, match="base URL"):
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url="")

@@ -17,9 +17,9 @@ def test_sizes_are_turned_into_legal_ones_of_the_model():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"prompt": ""}, "prompt: String should have at least 1 character"),
+        ({"prompt": ""}, "The prompt is blank"),
         ({"prompt": " \n\t"}, "The prompt is blank"),
-        ({"prompt": "\ud800"}, "valid string"),
+        ({"prompt": "\ud800"}, "half a character"),
         ({"prompt": None}, "prompt"),
         ({}, "prompt: Field required"),
         ({"prompt": "x", "user_id": "12345"}, "user_id: String should have at least 6"),
