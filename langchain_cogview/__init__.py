@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from langchain_cogview.errors import (
         CogViewAuthenticationError,
         CogViewBalanceError,
+        CogViewBudgetError,
         CogViewBusyError,
         CogViewConfigurationError,
         CogViewConnectionError,
@@ -52,6 +53,7 @@ _ROOMS = {
     "errors": (
         "CogViewAuthenticationError",
         "CogViewBalanceError",
+        "CogViewBudgetError",
         "CogViewBusyError",
         "CogViewConfigurationError",
         "CogViewConnectionError",
@@ -83,6 +85,7 @@ __all__ = [
     "AsyncContentFilterCallbackHandler",
     "CogViewAuthenticationError",
     "CogViewBalanceError",
+    "CogViewBudgetError",
     "CogViewBusyError",
     "CogViewConfigurationError",
     "CogViewConnectionError",

@@ -5,6 +5,7 @@
     ├── CogViewInvalidRequestError               400: an argument is wrong            [the model can act on it]
     │   └── CogViewPromptTooLongError            1261: over the model's limit         [the model can act on it]
     ├── CogViewContentFilterError                1300, 1301: the filter blocked it    [the model can act on it]
+    ├── CogViewBudgetError                       max_images or budget is used up      [the model can pass it on]
     ├── CogViewAuthenticationError               401, 1000-1005: the key was refused
     ├── CogViewPermissionError                   403, 111x, 112x: the account may not do this
     │   └── CogViewBalanceError                  1113 and kin: balance, plan or cap; answered 429 but never sent again
@@ -190,6 +191,14 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):
             message = f"The content filter blocked the {worst.stage if worst.stage != 'other' else 'request'}"
             message += "." if worst.level is None else f" at level {worst.level} ({worst.severity})."
         super().__init__(message, **facts)
+
+
+class CogViewBudgetError(CogViewError, ToolException):
+    """When a tool's `max_images` or `budget` does not cover the request; refused before it was sent."""
+
+    outcome = Outcome.NOT_RUN
+    default_message = "The limit of this tool is reached; nothing was sent."
+    default_hint = "Tell the user; do not call this tool again."
 
 
 class CogViewAuthenticationError(CogViewError, ModelAuthenticationError):

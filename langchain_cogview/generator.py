@@ -191,6 +191,11 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         else:
             self._key = found_key(self.api_key, self._region)
 
+    @property
+    def platform(self) -> Region:
+        """The platform in use, as found from arguments and environment."""
+        return self._region
+
     # --- LangChain's view
 
     @classmethod

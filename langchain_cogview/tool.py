@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -15,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     SkipValidation,
     ValidationError,
@@ -22,8 +24,9 @@ from pydantic import (
     create_model,
 )
 
+from langchain_cogview.budget import Allowance
 from langchain_cogview.catalog import ModelInfo, legal_size, model_info
-from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, printable
+from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import describe_validation, unknown_argument
 
@@ -92,6 +95,10 @@ class CogViewImageTool(BaseTool):
         generator: What makes the pictures. None: one is made of the other arguments.
         content_format: What the model gets: `text` alone, or `image_url`, the text and a block with the link. Chat APIs of
             OpenAI's form refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini take them.
+        max_images: How many pictures this instance may make in all. A further request is refused before it is sent, with a
+            text that the model can pass on. None: no limit.
+        budget: The same in money, in the currency of the platform (CNY in China, USD internationally), at the catalog's
+            prices, in the sandbox too. None: no limit.
         name: What the model calls it.
         description: What the model reads of it.
         **kwargs: Arguments of `CogViewImageGenerator`, when no `generator` is given. `output_dir` is then `cogview_images`
@@ -107,6 +114,10 @@ class CogViewImageTool(BaseTool):
     # An instance is used as it is: validating it again would warn again.
     generator: SkipValidation[CogViewImageGenerator]
     content_format: Literal["text", "image_url"] = "text"
+    max_images: int | None = Field(default=None, ge=0)
+    budget: Decimal | None = Field(default=None, ge=0)
+
+    _allowance: Allowance = PrivateAttr()
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -126,6 +137,7 @@ class CogViewImageTool(BaseTool):
         if own.get("args_schema") is None:
             own["args_schema"] = arguments_schema(generator)
         super().__init__(generator=generator, **own)
+        self._allowance = self._new_allowance()
 
     @classmethod
     def _sorted(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,7 +179,10 @@ class CogViewImageTool(BaseTool):
         run_manager: CallbackManagerForToolRun | None = None,
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        return self._answer(self.generator.invoke(given, _child(run_manager)))
+        with self._allowance.taken(self.generator.n) as spending:
+            result = self.generator.invoke(given, _child(run_manager))
+            spending.spent = _paid(result)
+        return self._answer(result)
 
     async def _arun(
         self,
@@ -177,7 +192,18 @@ class CogViewImageTool(BaseTool):
         run_manager: AsyncCallbackManagerForToolRun | None = None,
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        return self._answer(await self.generator.ainvoke(given, _child(run_manager)))
+        with self._allowance.taken(self.generator.n) as spending:
+            result = await self.generator.ainvoke(given, _child(run_manager))
+            spending.spent = _paid(result)
+        return self._answer(result)
+
+    def _new_allowance(self) -> Allowance:
+        price = model_info(self.generator.model).price(self.generator.platform)
+        if self.budget is not None and price is None:
+            raise CogViewConfigurationError(
+                f"The price of {self.generator.model} is not known, so a budget cannot be kept.", hint="Use max_images."
+            )
+        return Allowance(self.max_images, self.budget, *(price or (Decimal(0), "")))
 
     # --- what the model reads
 
@@ -200,6 +226,10 @@ class CogViewImageTool(BaseTool):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CogViewImageTool:
         return self.model_copy()
+
+
+def _paid(result: ImageResult) -> int:
+    return len(result.images) + sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
 
 
 def _given(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import pickle
+from decimal import Decimal
 
 import pytest
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -15,6 +16,7 @@ from langchain_cogview import (
     CogViewImageGenerator,
     CogViewImageTool,
     ImageResult,
+    Sandbox,
 )
 from langchain_cogview.catalog import MODELS
 from tests.conftest import FAKE_KEY
@@ -198,3 +200,68 @@ def test_a_key_from_the_environment_is_found(monkeypatch):
     monkeypatch.setenv("ZAI_API_KEY", FAKE_KEY)
     assert CogViewImageTool().generator._base_url == "https://api.z.ai/api/paas/v4"
     assert isinstance(CogViewImageTool().generator, CogViewImageGenerator)
+
+
+@both
+def test_max_images_refuses_before_the_request(sandbox, tmp_path, how):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_images=2)
+    assert [run(tool, call(prompt="x"), how).status for _ in range(4)] == ["success", "success", "error", "error"]
+    refused = run(tool, call(prompt="x"), how)
+    assert "The limit of 2 images for this tool is reached" in refused.content
+    assert "do not call this tool again" in refused.content
+    assert len(sandbox.requests) == 2
+
+
+@both
+def test_a_budget_refuses_what_it_does_not_cover(sandbox, tmp_path, how):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, budget=Decimal("0.13"))
+    assert [run(tool, call(prompt="x"), how).status for _ in range(3)] == ["success", "success", "error"]
+    assert "0.13 CNY" in run(tool, call(prompt="x"), how).content
+    assert len(sandbox.requests) == 2
+
+
+@both
+def test_what_was_not_made_is_not_counted_but_what_may_have_been_is(sandbox, tmp_path, how):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_images=2)
+    for _ in range(5):
+        run(tool, call(prompt="[[content-filter]]"), how)
+    run(tool, call(prompt="[[server-error]]"), how)
+    assert run(tool, call(prompt="x"), how).status == "success"
+    assert run(tool, call(prompt="x"), how).status == "error"
+
+
+def test_the_limit_holds_across_threads_and_tasks(tmp_path):
+    with Sandbox(latency=0.01) as slow:
+        tool = CogViewImageTool(base_url=slow.base_url, output_dir=tmp_path, max_images=5)
+        tool.batch([call(prompt=f"p{i}") for i in range(20)])
+        assert slow.pictures_made == 5
+        tool = CogViewImageTool(base_url=slow.base_url, output_dir=tmp_path, max_images=5)
+
+        async def many():
+            return await asyncio.gather(*(tool.ainvoke(call(prompt=f"p{i}")) for i in range(20)))
+
+        messages = asyncio.run(many())
+        assert slow.pictures_made == 10
+        assert sum(message.status == "success" for message in messages) == 5
+
+
+async def test_a_cancelled_request_counts_as_spent(tmp_path):
+    with Sandbox() as sandbox:
+        tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_images=1)
+        task = asyncio.create_task(tool.ainvoke(call(prompt="[[slow:5]]")))
+        while not sandbox.requests:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await tool.ainvoke(call(prompt="x"))).status == "error"
+
+
+def test_a_budget_needs_a_known_price():
+    with (
+        pytest.warns(UserWarning, match="gone from"),
+        pytest.raises(CogViewConfigurationError, match="not known, so a budget"),
+    ):
+        CogViewImageTool(base_url="sandbox:", model="cogview-3", budget=Decimal(1))
+    with pytest.raises(ValueError):
+        CogViewImageTool(base_url="sandbox:", max_images=-1)
