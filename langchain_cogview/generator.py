@@ -217,12 +217,14 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             **kwargs: Arguments of `ImageRequest`; what `input` says goes before them.
         """
         draw = partial(self._draw, overrides=kwargs)
-        return self._call_with_config(draw, input, self._traced(input, config, kwargs), run_type="llm")
+        config = self._traced(input, config, kwargs)
+        return self._call_with_config(draw, input, config, run_type="llm")
 
     async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
         """Make the pictures of one request. The twin of `invoke`."""
         draw = partial(self._adraw, overrides=kwargs)
-        return await self._acall_with_config(draw, input, self._traced(input, config, kwargs), run_type="llm")
+        config = self._traced(input, config, kwargs)
+        return await self._acall_with_config(draw, input, config, run_type="llm")
 
     def batch(
         self,
@@ -387,7 +389,11 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         elif isinstance(given, ImageRequest) and "model" in given.model_fields_set:
             said = given.model
         metadata = {"ls_provider": "zhipuai", "ls_model_name": str(said or self.model), "ls_model_type": "image"}
-        return {**config, "metadata": {**(config.get("metadata") or {}), **metadata}}
+        traced: RunnableConfig = {**config, "metadata": {**(config.get("metadata") or {}), **metadata}}
+        if "api_key" in config.get("configurable", {}):
+            # It has done its work when this instance was made; from here on no frame of ours holds it.
+            traced["configurable"] = {**config["configurable"], "api_key": "**********"}
+        return traced
 
     def _filter_events(
         self, request: ImageRequest, outcomes: Sequence[ImageOutcome], metadata: dict[str, Any] | None

@@ -29,6 +29,7 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, capsys):
         "1024 3 3",
         "A watercolour of a heron, soft light",
         "There it is.",
+        "The limit of 2 images",
         "prompt 1 ",
         "filter: most severe",
         "prompt 2 True",
