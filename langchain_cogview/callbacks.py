@@ -27,6 +27,13 @@ def _selected(name: str, event: ContentFilterEvent, max_level: int | None) -> bo
     return event["blocked"] if level is None else level <= max_level
 
 
+def _check(on_content_filter: Any, max_level: Any) -> None:
+    if on_content_filter is not None and not callable(on_content_filter):
+        raise TypeError(f"on_content_filter is called with each event; {on_content_filter!r:.60} cannot be called.")
+    if max_level is not None and max_level not in range(4):
+        raise ValueError(f"max_level is 0 (the most severe alone) to 3 (all), or None, not {max_level!r:.20}.")
+
+
 class ContentFilterCallbackHandler(BaseCallbackHandler):
     """Collects content filter events and hands them on; for sync and async runs alike.
 
@@ -46,6 +53,11 @@ class ContentFilterCallbackHandler(BaseCallbackHandler):
     def __init__(
         self, on_content_filter: Callable[[ContentFilterEvent], Any] | None = None, *, max_level: int | None = None
     ) -> None:
+        _check(on_content_filter, max_level)
+        if inspect.iscoroutinefunction(on_content_filter):
+            raise TypeError(
+                "on_content_filter is a coroutine function: use AsyncContentFilterCallbackHandler, which awaits it."
+            )
         self.events: list[ContentFilterEvent] = []
         self.on_content_filter = on_content_filter
         self.max_level = max_level
@@ -75,6 +87,7 @@ class AsyncContentFilterCallbackHandler(AsyncCallbackHandler):
         *,
         max_level: int | None = None,
     ) -> None:
+        _check(on_content_filter, max_level)
         self.events: list[ContentFilterEvent] = []
         self.on_content_filter = on_content_filter
         self.max_level = max_level

@@ -54,7 +54,13 @@ class SizeRule:
             for side in range(self.min_side, self.max_side + 1, self.multiple)
         )
         legal = (size for size in candidates if self.allows(*size))
-        return min(legal, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)
+
+        def distance(size: tuple[int, int]) -> float:
+            # In pixels, with a change of shape counted on top: a square stays one.
+            shape = abs(math.log(size[0] / size[1] * height / width))
+            return ((size[0] - width) ** 2 + (size[1] - height) ** 2) * (1 + 4 * shape)
+
+        return min(legal, key=distance)
 
     def _fit(self, side: int) -> int:
         return min(max(round(side / self.multiple) * self.multiple, self.min_side), self.max_side)

@@ -31,7 +31,7 @@ TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip in
 EXIT_CODES: Final = {  # what each means, and the errors (CogView...Error) that bring it
     0: ("made",),
     1: ("another failure",),
-    2: ("wrong usage or settings: not made", "Configuration", "InvalidRequest", "PromptTooLong", "NotFound"),
+    2: ("wrong usage or settings: not made", "Configuration", "InvalidRequest", "PromptTooLong", "NotFound", "Budget"),
     3: ("blocked by the content filter", "ContentFilter"),
     4: ("key, permission or balance", "Authentication", "Permission", "Balance"),
     5: ("limit, busy, network or time: not charged, try later", "RateLimit", "Busy", "Server", "Connection", "Timeout"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.errors import CogViewDownloadError, CogViewError
+from langchain_cogview.errors import CogViewDownloadError, CogViewError, printable
 from langchain_cogview.images.download import LinkRules, Picture, afetch, expires_at, fetch
 from langchain_cogview.result import GeneratedImage, base_host
 
@@ -107,7 +107,7 @@ class ImageCall:
             }
             if picture.problem:
                 notes.append(
-                    f"The picture could not be saved in output_dir: {picture.problem}. "
+                    f"The picture could not be saved in output_dir ({printable(str(self.folder), 120)}): {picture.problem}. "
                     "Its bytes are in memory: call save(path)."
                 )
         elif picture is not None:

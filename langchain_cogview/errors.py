@@ -279,7 +279,7 @@ class CogViewOutcomeUnknownError(CogViewError, ToolException):
     outcome = Outcome.UNKNOWN
     default_message = "The request was sent, but no answer tells whether a picture was made; it may have been charged."
     default_hint = (
-        "Do not send it again by itself: that can pay twice. Look in the provider's console, or ask the person; "
+        "It is not sent again by itself, for that can pay twice: look in the provider's console first. "
         "retry_unknown=True sends it again all the same."
     )
 

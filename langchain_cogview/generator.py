@@ -22,6 +22,7 @@ from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
     BASE_URLS,
     SANDBOX_ENDPOINT,
+    both_keys_are_set,
     environment,
     found_key,
     is_sandbox,
@@ -29,11 +30,12 @@ from langchain_cogview.api.settings import (
     region_of,
 )
 from langchain_cogview.api.transport import ASHARED, SHARED, asender, sender
-from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info
+from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, find_model, model_info
 from langchain_cogview.drawing import ImageCall, ImageOutcome
 from langchain_cogview.errors import (
     CogViewConfigurationError,
     CogViewContentFilterError,
+    CogViewError,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
     Outcome,
@@ -151,6 +153,11 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             raise ValueError("The time limit is in seconds: more than 0, at most 86,400 (a day), or None for none.")
         return seconds
 
+    @field_validator("allowed_image_hosts", mode="before")
+    @classmethod
+    def _one_host_is_a_list_too(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("output_dir", mode="before")
     @classmethod
     def _folder_is_local(cls, value: Any) -> Any:
@@ -175,7 +182,25 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         if not self.download and self.output_dir is not None:
             raise ValueError("output_dir needs the bytes: leave download=False out.")
         self._find_service()
+        for warning in self._doubts():
+            warnings.warn(warning, stacklevel=2)
         return self
+
+    def _doubts(self) -> list[str]:
+        if is_sandbox(self._base_url):
+            return []
+        doubts = []
+        chosen = self.api_key or self.region or self.base_url or environment(BASE_URL_VARIABLE)
+        if not chosen and both_keys_are_set():
+            doubts.append(
+                "ZHIPUAI_API_KEY and ZAI_API_KEY are both set: the first is used, with region='china'. Pass region= to choose."
+            )
+        info = find_model(self.model)
+        if info and self._region not in info.regions:
+            doubts.append(
+                f"The model {info.name} is not documented for region={self._region!r}; it may not answer there."
+            )
+        return doubts
 
     def _find_service(self) -> None:
         base_url = environment(BASE_URL_VARIABLE) if self.base_url is None else self.base_url
@@ -430,7 +455,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
                 first.hint = " ".join((first.hint, *request.warnings))
             for index, other in errors[1:]:
                 first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
-            raise first
+            # The frames below say nothing that the error does not say.
+            raise first.with_traceback(None) if isinstance(first, CogViewError) else first
         return ImageResult(
             images=tuple(images),
             failures=tuple(ImageFailure.of(error, index) for index, error in errors),

@@ -51,6 +51,10 @@ def describe_validation(error: ValidationError) -> str:
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in item["loc"])
         text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            name = printable(str(item["loc"][-1]), 60)
+            lines.append(f"There is no argument {name!r}." + (f" {NOT_TAKEN[name]}" if name in NOT_TAKEN else ""))
+            continue
         lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)
 

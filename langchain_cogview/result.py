@@ -126,7 +126,7 @@ class GeneratedImage(BaseModel):
 
         Args:
             path: A file, which is replaced, or an existing folder, where the file gets the picture's id as its name. A
-                name without an ending gets the right one.
+                name without an ending gets the right one; with one, the bytes are written as they came all the same.
 
         Raises:
             CogViewStorageError: When it cannot be written.
@@ -452,7 +452,7 @@ class ImageResult(BaseModel):
 
 
 def images_from_messages(messages: Iterable[BaseMessage] | Mapping[str, Any]) -> list[GeneratedImage]:
-    """The pictures that an agent's tool calls made, in order.
+    """The pictures that an agent's tool calls made, in order; of a longer conversation those of every turn.
 
     Args:
         messages: An agent's messages, or its whole output (`{"messages": [...]}`).

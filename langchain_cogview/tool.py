@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForToolRun, CallbackManagerForToolRun  # noqa: TC002  BaseTool reads the annotations of _run
@@ -208,6 +211,8 @@ class CogViewImageTool(BaseTool):
     # --- what the model reads
 
     def _answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+        if self.generator.output_dir is not None:
+            result = _saved_all_the_same(result, Path(tempfile.gettempdir()) / DEFAULT_OUTPUT_DIR)
         text = text_for_model(result)
         if self.content_format == "text":
             return text, result.to_artifact()
@@ -244,9 +249,25 @@ def _child(run_manager: Any) -> RunnableConfig:
     return config
 
 
+def _saved_all_the_same(result: ImageResult, folder: Path) -> ImageResult:
+    """A result whose bytes are in files: an artifact has none, so what output_dir refused is saved elsewhere."""
+    images = []
+    for image in result.images:
+        kept = image
+        if image.path is None and image.mime_type is not None:
+            with contextlib.suppress(CogViewError, OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                path = image.save(folder)
+                note = f"It was saved in {folder} instead."
+                kept = image.model_copy(update={"path": path, "warnings": (*image.warnings, note)})
+        images.append(kept)
+    return result.model_copy(update={"images": tuple(images)})
+
+
 def text_for_model(result: ImageResult) -> str:
     """What the model reads of a result: short ids, whether it worked, and what not to do. At most 500 characters."""
     count = len(result.images)
+    fetched = [image for image in result.images if image.mime_type]
     pictures = []
     for image in result.images[:3]:
         facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
@@ -260,10 +281,13 @@ def text_for_model(result: ImageResult) -> str:
         text += f" {len(result.failures)} of {count + len(result.failures)} could not be made."
     if result.sandbox:
         text += " It is a sandbox placeholder, not a real picture."
-    if any(image.path is None for image in result.images):
+    if len(fetched) < count:
+        missing = "It" if count == 1 else f"{count - len(fetched)} of them"
+        text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
+    elif any(image.path is None for image in result.images):
         text += " It is not saved as a file; the application has its link."
-    text += " The user already sees it: do not write a link, and do not call this tool again unless asked."
-    return printable(text, MAX_MODEL_TEXT)
+    seen = " The user already sees it:" if fetched else ""
+    return printable(f"{text}{seen} Do not write a link, and do not call this tool again unless asked.", MAX_MODEL_TEXT)
 
 
 def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:

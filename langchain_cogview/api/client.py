@@ -214,7 +214,7 @@ class ImagesClient:
             status=response.status_code,
         )
 
-    def _as_ours(self, error: Exception, progress: _Progress) -> CogViewError:
+    def _as_ours(self, error: Exception, progress: _Progress, limit: float | None) -> CogViewError:
         if isinstance(error, CogViewError):
             return error
         said = self._redacted(str(error))
@@ -228,7 +228,8 @@ class ImagesClient:
             fault = Fault.UNTRUSTED
         else:
             fault = Fault.BROKEN
-        return transport_error(fault, progress.phase(error), detail=f"{type(error).__name__}: {said}".rstrip(": "))
+        detail = f"{type(error).__name__}: {said}".rstrip(": ")
+        return transport_error(fault, progress.phase(error), detail=detail, limit=limit)
 
     # --- one attempt, twice: only "send", "wait" and "read" differ. Errors are given back rather than raised: httpx's hold
     # the request, and these frames what the service said, and so perhaps the key; no traceback and no chain shows them.
@@ -248,10 +249,10 @@ class ImagesClient:
                         if len(content) > MAX_REPLY_BYTES:
                             break
                         if deadline.passed:
-                            return transport_error(Fault.TIMEOUT, Phase.SENT)
+                            return transport_error(Fault.TIMEOUT, Phase.SENT, limit=deadline.seconds)
                 return self._received(response, content, encoding)
         except Exception as error:  # noqa: BLE001
-            return self._as_ours(error, progress)
+            return self._as_ours(error, progress, deadline.seconds)
 
     async def _aonce(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
         return self._judged(await self._aexchanged(body, deadline))
@@ -270,18 +271,18 @@ class ImagesClient:
                                 break
                     return self._received(response, content, encoding)
         except Exception as error:  # noqa: BLE001
-            return self._as_ours(error, progress)
+            return self._as_ours(error, progress, deadline.seconds)
 
     def _wait_for_leave(self, deadline: Deadline) -> None:
         while self.rate_limiter and not self.rate_limiter.acquire(blocking=False):
             if not deadline.allows(0.05):
-                raise transport_error(Fault.TIMEOUT, Phase.CONNECTING)
+                raise transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
             time.sleep(0.05)
 
     async def _await_leave(self, deadline: Deadline) -> None:
         while self.rate_limiter and not await self.rate_limiter.aacquire(blocking=False):
             if not deadline.allows(0.05):
-                raise transport_error(Fault.TIMEOUT, Phase.CONNECTING)
+                raise transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
             await asyncio.sleep(0.05)
 
 

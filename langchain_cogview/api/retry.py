@@ -52,8 +52,11 @@ class Fault(StrEnum):
     """The client's own settings make the request impossible."""
 
 
-def transport_error(fault: Fault, phase: Phase, *, detail: str | None = None) -> CogViewError:  # noqa: PLR0911
-    """The error for a transport failure; total over its arguments."""
+def transport_error(  # noqa: PLR0911
+    fault: Fault, phase: Phase, *, detail: str | None = None, limit: float | None = None
+) -> CogViewError:
+    """The error for a transport failure; total over its arguments. `limit` is the time limit in seconds, to name it."""
+    time_limit = "the time limit" if limit is None else f"the time limit of {limit:g} s"
     if fault is Fault.SETTINGS:
         return CogViewConfigurationError(
             "The request could not be sent with these settings.",
@@ -63,7 +66,9 @@ def transport_error(fault: Fault, phase: Phase, *, detail: str | None = None) ->
     if phase is Phase.SENT:
         if fault is Fault.TIMEOUT:
             return CogViewOutcomeUnknownError(
-                "The request was sent, but the time limit passed before an answer came; a picture may have been made and charged."
+                f"The request was sent, but {time_limit} passed before an answer came; "
+                "a picture may have been made and charged.",
+                hint=f"{CogViewOutcomeUnknownError.default_hint} A longer timeout gives the service more time.",
             )
         if fault is Fault.RUBBISH:
             return CogViewMalformedReplyError(detail=detail)
@@ -71,7 +76,9 @@ def transport_error(fault: Fault, phase: Phase, *, detail: str | None = None) ->
             "The connection broke after the request was sent; a picture may have been made and charged.", detail=detail
         )
     if fault is Fault.TIMEOUT:
-        return CogViewTimeoutError()
+        return CogViewTimeoutError(
+            f"{time_limit[0].upper()}{time_limit[1:]} passed before the request was sent; nothing was made or charged."
+        )
     if fault is Fault.UNTRUSTED:
         error = CogViewConnectionError(
             "The host's certificate is not trusted; nothing was sent.",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
@@ -53,18 +53,14 @@ def normal_base_url(text: str) -> str:
     url = text.strip()
     if is_sandbox(url):
         return url
-    if url and "://" not in url:
+    if "://" not in url and "." in url:
         url = f"https://{url}"
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and url.isprintable() and " " not in url
-        usable = usable and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
+    parts = _parts(url)
+    if parts is None:
+        also = " Did you mean 'sandbox:'?" if url.lower() == "sandbox" else ""
         raise CogViewConfigurationError(
             "The base URL is not an http or https URL.",
-            hint=f"Use {BASE_URLS['china']}, {BASE_URLS['international']}, 'sandbox:' or your gateway's URL.",
+            hint=f"Use {BASE_URLS['china']}, {BASE_URLS['international']}, 'sandbox:' or your gateway's URL.{also}",
         )
     if parts.query or parts.fragment or parts.username or parts.password:
         raise CogViewConfigurationError(
@@ -75,14 +71,36 @@ def normal_base_url(text: str) -> str:
     for route in _ROUTES:
         path = path.removesuffix(route)
     if parts.hostname in _HOSTS:
-        if "/coding/" in f"{path}/":
-            raise CogViewConfigurationError(
-                "The base URL is the coding plan's, which does not cover images.",
-                hint=f"Use {BASE_URLS[_HOSTS[parts.hostname]]} with an ordinary API key.",
-            )
-        if path in {"", "/api", "/api/paas"}:
-            path = "/api/paas/v4"
+        path = _known_path(parts, path)
     return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
+
+
+def _parts(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return None
+    return parts if usable and url.isprintable() and " " not in url else None
+
+
+def _known_path(parts: SplitResult, path: str) -> str:
+    """The path at one of the provider's own hosts."""
+    if parts.scheme != "https":
+        raise CogViewConfigurationError(
+            "The base URL is http: the key would go over the network in plain text.", hint="Use https."
+        )
+    if "/coding/" in f"{path}/":
+        raise CogViewConfigurationError(
+            "The base URL is the coding plan's, which does not cover images.",
+            hint=f"Use {BASE_URLS[_HOSTS[str(parts.hostname)]]} with an ordinary API key.",
+        )
+    return "/api/paas/v4" if path in {"", "/api", "/api/paas"} else path
+
+
+def both_keys_are_set() -> bool:
+    """Whether the environment has a key of either platform."""
+    return all(environment(variable) for variable in KEY_VARIABLES.values())
 
 
 def region_of(base_url: str | None, region: Region | None) -> Region:

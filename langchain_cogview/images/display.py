@@ -29,6 +29,14 @@ class Shown(Protocol):
     def prompt(self) -> str:
         """What was asked for."""
 
+    @property
+    def url(self) -> str | None:
+        """Where the service keeps it."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What could not be done."""
+
     def at_hand(self) -> bytes | None:
         """The bytes without fetching them."""
 
@@ -62,14 +70,16 @@ def small(content: bytes, mime_type: str | None, limit: int = MAX_ONE_BYTES) -> 
 def bundle(image: Shown) -> dict[str, Any]:
     """The notebook's output for one picture: one image and a text. Fetches nothing."""
     shown = _at_hand(image)
-    texts = {"text/plain": repr(image)}
-    return {shown[1]: base64.b64encode(shown[0]).decode(), **texts} if shown else texts
+    if shown:
+        return {shown[1]: base64.b64encode(shown[0]).decode(), "text/plain": repr(image)}
+    return {"text/plain": "\n".join((repr(image), *image.warnings, image.url or ""))}
 
 
 def result_bundle(result: Any) -> dict[str, Any]:
     """The notebook's output for a result: as for one picture, or several side by side."""
-    if len(result.images) == 1:
-        return {**bundle(result.images[0]), "text/plain": repr(result)}
+    if len(result.images) == 1 and not result.failures:
+        alone = bundle(result.images[0])
+        return {**alone, "text/plain": repr(result) if len(alone) > 1 else alone["text/plain"]}
     limit = MAX_ALL_BYTES // len(result.images)
     tiles = []
     for image in result.images:
@@ -78,7 +88,14 @@ def result_bundle(result: Any) -> dict[str, Any]:
             data = base64.b64encode(shown[0]).decode()
             alt = html.escape(image.prompt[:200], quote=True)
             tiles.append(f'<img src="data:{shown[1]};base64,{data}" alt="{alt}" style="width:240px;margin:4px">')
+        else:
+            tiles.append(_told(image.warnings or ("The bytes were not fetched.",)))
+    tiles.extend(_told((failure.message,)) for failure in result.failures)
     return {"text/html": f"<div>{''.join(tiles)}</div>", "text/plain": repr(result)}
+
+
+def _told(sentences: tuple[str, ...]) -> str:
+    return f'<p style="width:240px;display:inline-block;margin:4px">{html.escape(" ".join(sentences)[:300])}</p>'
 
 
 def show(image: Shown, to_pil: Callable[[], Any]) -> None:

@@ -95,7 +95,7 @@ class LinkRules:
             raise _refused("it is not a plain link")
         if self.allowed_hosts is not None and not any(_matches(host, allowed) for allowed in self.allowed_hosts):
             raise _refused(f"its host {host[:100]!r} is not in allowed_image_hosts")
-        local = self.base_host is not None and host == self.base_host and _is_loopback_name(host)
+        local = self.base_host is not None and _is_loopback_name(host) and self.base_host in {host, "localhost"}
         if parts.scheme != "https" and not (local and parts.scheme == "http"):
             raise _refused("it is not https")
         return is_loopback if local else is_public

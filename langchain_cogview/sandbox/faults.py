@@ -32,11 +32,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, Final
 
 JSON_TYPE: Final = "application/json; charset=UTF-8"
 ALWAYS: Final = 10**9
@@ -109,7 +107,30 @@ def make_fault(name: str, times: int, options: Mapping[str, Any]) -> Fault:
         raise ValueError(
             f"The fault {name!r} has no option {unknown[0]!r}. It has: {', '.join(OPTIONS[name]) or 'none'}."
         )
-    return Fault(name, times, {**OPTIONS[name], **options})
+    return Fault(
+        name, times, {**OPTIONS[name], **{option: _checked(option, value) for option, value in options.items()}}
+    )
+
+
+def _checked(option: str, value: Any) -> Any:
+    """An option's value, with a dict or list for a body as JSON."""
+    if option == "body":
+        value = to_json(value) if isinstance(value, dict | list) else value
+        usable, form = isinstance(value, bytes | str), "bytes, text, or a dict or list, which becomes JSON"
+    elif option == "headers":
+        usable, form = isinstance(value, Mapping), "a dict"
+    elif option == "role":
+        usable, form = isinstance(value, str), "a text"
+    elif option == "retry_after":
+        usable, form = isinstance(value, str | int | float), "a number of seconds or the header's text"
+    elif option == "seconds":
+        usable, form = isinstance(value, int | float) and value >= 0, "a number, 0 or more"
+    else:
+        least, most = {"status": (200, 599), "level": (0, 3), "gets": (0, 10**6)}[option]
+        usable, form = isinstance(value, int) and least <= value <= most, f"a whole number from {least} to {most}"
+    if not usable:
+        raise ValueError(f"The option {option!r} of a fault is {form}, not {value!r:.60}.")
+    return value
 
 
 def faults_of(prompt: str) -> list[Fault]:

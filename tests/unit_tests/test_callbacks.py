@@ -173,3 +173,14 @@ def test_collecting_leaves_nothing_behind_in_langchain(generator):
         with collect_content_filter_events():
             pass
     assert len(_configure_hooks) == before
+
+
+def test_a_listener_that_cannot_listen_is_refused_when_it_is_made():
+    async def listen(event): ...
+
+    with pytest.raises(TypeError, match="AsyncContentFilterCallbackHandler"):
+        ContentFilterCallbackHandler(listen)
+    with pytest.raises(TypeError, match="cannot be called"):
+        AsyncContentFilterCallbackHandler(5)
+    with pytest.raises(ValueError, match="max_level"):
+        ContentFilterCallbackHandler(max_level=7)

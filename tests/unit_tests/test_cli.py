@@ -357,7 +357,7 @@ def test_busy_is_5_after_all_attempts(folder, monkeypatch):
 def test_time_that_ends_after_the_request_was_sent_is_7(folder):
     result = drawn("a cat [[slow:5]]", "--timeout", "0.2")
     assert (result.exit_code, result.stdout) == (7, "")
-    assert "the time limit passed before an answer came" in result.stderr
+    assert "the time limit of 0.2 s passed before an answer came" in result.stderr
     assert "Look in the provider's console before you run it again: that can pay twice.\n" in result.stderr
 
 

@@ -257,7 +257,7 @@ def test_an_output_dir_that_cannot_be_written_keeps_the_picture_with_a_warning(s
     blocked.write_text("x")
     result = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=blocked).invoke("x")
     assert result.path is None
-    assert "could not be saved in output_dir" in result.warnings[0]
+    assert f"could not be saved in output_dir ({blocked})" in result.warnings[0]
     assert Image.open(io.BytesIO(result.read())).size == (1024, 1024)
 
 

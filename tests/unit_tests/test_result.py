@@ -172,6 +172,21 @@ def test_several_pictures_are_shown_side_by_side_with_the_prompt_escaped(generat
     assert len(html) <= 150_000
 
 
+def test_a_picture_without_bytes_shows_its_warning_and_link(generator):
+    one = generator.invoke("[[expired-url]]")
+    assert "expired" in one._repr_mimebundle_()["text/plain"]
+    assert one.url in one._repr_mimebundle_()["text/plain"]
+    two = generator.invoke({"prompt": "[[expired-url]] <b>", "n": 2})
+    assert two._repr_mimebundle_()["text/html"].count("expired") == 2
+
+
+def test_failures_stand_beside_the_pictures(generator, sandbox):
+    sandbox.fail_next("content-filter")
+    html = generator.invoke({"prompt": "x", "n": 2})._repr_mimebundle_()["text/html"]
+    assert html.count("<img") == 1
+    assert "content filter blocked" in html
+
+
 def test_without_pillow_a_text_names_the_extra(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'pip install "langchain-cogview\[images\]"'):

@@ -851,3 +851,22 @@ def test_the_command_says_in_one_line_that_the_port_is_in_use(server, capsys):
     out, errors = capsys.readouterr()
     assert out == ""
     assert [line.startswith("The port") for line in errors.splitlines()] == [True, True]
+
+
+def test_a_fault_takes_a_dict_as_json_and_refuses_values_of_no_use():
+    with Sandbox() as sandbox:
+        sandbox.fail_next("status", status=418, body={"error": {"code": "1214"}})
+        reply = sandbox.reply("POST", "/v4/images/generations", {}, b"{}")
+        assert (reply.status, json.loads(reply.body)) == (418, {"error": {"code": "1214"}})
+        for fault, options in (
+            ("status", {"status": 99}),
+            ("status", {"status": "abc"}),
+            ("status", {"body": 5}),
+            ("status", {"headers": "x"}),
+            ("slow", {"seconds": "a"}),
+            ("flagged", {"level": 9}),
+            ("not-yet", {"gets": -1}),
+            ("rate-limit", {"retry_after": []}),
+        ):
+            with pytest.raises(ValueError, match="option"):
+                sandbox.fail_next(fault, **options)

@@ -20,7 +20,8 @@ def test_the_variable_that_is_set_tells_the_platform(monkeypatch):
     monkeypatch.setenv("ZAI_API_KEY", "z.key")
     assert where() == (INTERNATIONAL, "international", "z.key")
     monkeypatch.setenv("ZHIPUAI_API_KEY", "c.key")
-    assert where() == (CHINA, "china", "c.key")
+    with pytest.warns(UserWarning, match="both set: the first is used"):
+        assert where() == (CHINA, "china", "c.key")
     assert where(region="international") == (INTERNATIONAL, "international", "z.key")
 
 
@@ -161,3 +162,23 @@ def test_a_setting_that_makes_no_sense_is_refused_at_once(settings):
 def test_an_unknown_model_warns_when_the_generator_is_made():
     with pytest.warns(UserWarning, match="Did you mean 'cogview-4'"):
         CogViewImageGenerator(base_url="sandbox:", model="cogview4")
+
+
+@pytest.mark.parametrize(
+    ("base_url", "text"),
+    [("sandbox", "Did you mean 'sandbox:'"), ("foo", "not an http"), ("http://api.z.ai/api/paas/v4", "plain text")],
+)
+def test_slips_in_the_base_url_are_explained(base_url, text):
+    with pytest.raises(CogViewConfigurationError, match=text):
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)
+
+
+def test_a_model_of_the_other_platform_is_warned_of():
+    with pytest.warns(UserWarning, match="cogview-4 is not documented for region='international'"):
+        CogViewImageGenerator(api_key=FAKE_KEY, region="international", model="cogview-4")
+
+
+def test_one_host_may_be_given_as_text():
+    assert CogViewImageGenerator(api_key=FAKE_KEY, allowed_image_hosts="mfile.z.ai").allowed_image_hosts == (
+        "mfile.z.ai",
+    )

@@ -48,7 +48,7 @@ def test_a_tool_call_gives_a_short_text_and_the_result_as_artifact(tool, tmp_pat
     assert message.status == "success"
     assert message.content == (
         f"Made 1 image: {image.id} (1344x768, saved as {image.path}). It is a sandbox placeholder, not a real picture. "
-        "The user already sees it: do not write a link, and do not call this tool again unless asked."
+        "The user already sees it: Do not write a link, and do not call this tool again unless asked."
     )
     json.dumps(message.artifact)
 
@@ -111,7 +111,7 @@ def test_a_legal_size_that_is_not_offered_and_words_work_too(tool, sandbox, how)
         ({"prompt": ""}, "prompt: String should have at least 1 character"),
         ({"prompt": "  "}, "The prompt is blank"),
         ({"size": "1024x1024"}, "prompt: Field required"),
-        ({"prompt": "x", "n": 4}, "n: Extra inputs are not permitted"),
+        ({"prompt": "x", "n": 4}, "There is no argument 'n'."),
         ({"prompt": "x", "quality": "best"}, "quality: Input should be 'standard' or 'hd'"),
         ({"prompt": "x", "size": 5}, "size: Input should be a valid string"),
     ],
@@ -265,3 +265,23 @@ def test_a_budget_needs_a_known_price():
         CogViewImageTool(base_url="sandbox:", model="cogview-3", budget=Decimal(1))
     with pytest.raises(ValueError):
         CogViewImageTool(base_url="sandbox:", max_images=-1)
+
+
+@both
+def test_a_picture_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
+    message = run(tool, call(prompt="[[expired-url]]"), how)
+    assert "already sees it" not in message.content
+    assert "It was not fetched" in message.content
+    assert message.artifact["images"][0]["url"]
+
+
+@both
+def test_a_folder_that_cannot_be_written_costs_no_picture(sandbox, tmp_path, monkeypatch, how):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    message = run(CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "file"), call(prompt="x"), how)
+    image = ImageResult.from_artifact(message.artifact).images[0]
+    assert image.path.parent == tmp_path / "temporary" / "cogview_images"
+    assert image.read().startswith(b"\x89PNG")
+    assert "instead" in image.warnings[-1]
