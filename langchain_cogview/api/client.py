@@ -15,7 +15,7 @@ import tenacity
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, ImagesReply, decoded_body, read_reply
 from langchain_cogview.api.retry import Fault, Phase, RetryPolicy, parse_retry_after, transport_error
 from langchain_cogview.deadline import DEADLINE
-from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError
+from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -104,29 +104,35 @@ class ImagesClient:
             CogViewError: Carries the request id and the number of attempts.
         """
         attempts = 0
+        waited_for: list[CogViewError] = []
         try:
-            for attempt in tenacity.Retrying(sleep=time.sleep, **self._loop(deadline)):
+            for attempt in tenacity.Retrying(sleep=time.sleep, **self._loop(deadline, waited_for)):
                 with attempt:
                     if attempts:
                         self._wait_for_leave(deadline)
                     attempts += 1
                     return self._once(body, deadline)
         except CogViewError as error:
-            raise self._told(error, body, attempts) from None
+            # That time ran out before another attempt tells less than why there was to be one.
+            shown = waited_for[-1] if waited_for and isinstance(error, CogViewTimeoutError) else error
+            raise self._told(shown, body, attempts) from None
         raise AssertionError  # tenacity ends with a result or an exception
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
         """POST one request, again only where that is safe. The twin of `generate`."""
         attempts = 0
+        waited_for: list[CogViewError] = []
         try:
-            async for attempt in tenacity.AsyncRetrying(sleep=asyncio.sleep, **self._loop(deadline)):
+            async for attempt in tenacity.AsyncRetrying(sleep=asyncio.sleep, **self._loop(deadline, waited_for)):
                 with attempt:
                     if attempts:
                         await self._await_leave(deadline)
                     attempts += 1
                     return await self._aonce(body, deadline)
         except CogViewError as error:
-            raise self._told(error, body, attempts) from None
+            # That time ran out before another attempt tells less than why there was to be one.
+            shown = waited_for[-1] if waited_for and isinstance(error, CogViewTimeoutError) else error
+            raise self._told(shown, body, attempts) from None
         raise AssertionError  # tenacity ends with a result or an exception
 
     def leave(self) -> None:
@@ -141,12 +147,18 @@ class ImagesClient:
 
     # --- pure steps
 
-    def _loop(self, deadline: Deadline) -> dict[str, Any]:
+    def _loop(self, deadline: Deadline, waited_for: list[CogViewError]) -> dict[str, Any]:
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
             return self.policy.wait(error, state.attempt_number) if error else 0.0
 
+        def note(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, CogViewError):
+                waited_for.append(error)
+
         return {
+            "before_sleep": note,
             "retry": tenacity.retry_if_exception(self.policy.sends_again),
             "wait": wait,
             "stop": lambda state: state.attempt_number > self.policy.max_retries or deadline.stops(state),
@@ -238,6 +250,8 @@ class ImagesClient:
         return self._judged(self._exchanged(body, deadline))
 
     def _exchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
+        if deadline.passed:
+            return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
         progress = _Progress()
         try:
             response = self.send(self._request(self.build, body, deadline, progress))
@@ -258,6 +272,8 @@ class ImagesClient:
         return self._judged(await self._aexchanged(body, deadline))
 
     async def _aexchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
+        if deadline.passed:
+            return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
         progress = _Progress()
         try:
             async with asyncio.timeout(deadline.remaining()):
