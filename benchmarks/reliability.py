@@ -24,7 +24,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tests.faults.replies import KEY, REPLIES, RESULT, ReplyFault
+from tests.faults.replies import REPLIES
+from tests.faults.reply_table import KEY, RESULT, ReplyFault
 from tests.faults.server import FaultServer
 
 if TYPE_CHECKING:
