@@ -9,7 +9,13 @@ from langchain_core.language_models.fake_chat_models import FakeMessagesListChat
 from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
 
-from langchain_cogview import CogViewBalanceError, CogViewImageTool, collect_content_filter_events, images_from_messages
+from langchain_cogview import (
+    CogViewBalanceError,
+    CogViewImageTool,
+    ContentFilterCallbackHandler,
+    collect_content_filter_events,
+    images_from_messages,
+)
 
 
 class Scripted(FakeMessagesListChatModel):
@@ -105,3 +111,13 @@ async def test_filter_events_come_through_the_agents_event_stream(tool):
         if event["event"] == "on_custom_event"
     ]
     assert names == ["cogview.content_filter"]
+
+
+@both
+def test_a_handler_given_to_the_agent_hears_the_filter(tool, how):
+    handler = ContentFilterCallbackHandler()
+    run(agent_of(tool, wants("[[content-filter:1]] a", "[[flagged]] b")), how, config={"callbacks": [handler]})
+    assert {(event["tool_call_id"], event["blocked"], event["level"]) for event in handler.events} == {
+        ("call-0", True, 1),
+        ("call-1", False, 3),
+    }

@@ -59,3 +59,17 @@ def test_the_committed_outputs_are_small_and_hold_no_secret(path):
     assert not [
         output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
     ]
+
+
+@pytest.mark.notebook
+@pytest.mark.filterwarnings("ignore")  # the kernel client's own
+def test_show_puts_every_picture_into_the_cells_output(tmp_path):
+    code = (
+        "from langchain_cogview import CogViewImageGenerator\n"
+        "CogViewImageGenerator(base_url='sandbox:', output_dir='pictures').invoke({'prompt': 'x', 'n': 2}).show()"
+    )
+    path = tmp_path / "show.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), path)
+    shown = outputs(renewal().executed(path, str(tmp_path)))
+    assert [output.output_type for output in shown] == ["display_data", "display_data"]
+    assert all("image/png" in output.data for output in shown)
