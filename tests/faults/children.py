@@ -74,6 +74,8 @@ def spawn(base_url: str) -> None:
 
 def interrupted(base_url: str, how: str) -> None:
     """One call that is interrupted from outside; the interrupt is reported and nothing else is done."""
+    # A test run in the background of a shell inherits that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     generator = CogViewImageGenerator(base_url=base_url, timeout=20)
     try:
         if how == "sync":
