@@ -15,7 +15,8 @@ AddressCheck = Callable[[Address], bool]
 ADDRESSES: Final = "cogview.addresses"
 """The request extension that holds an `AddressCheck`."""
 
-_NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
 _COMPATIBLE = ipaddress.IPv6Network("::/96")
 _ISATAP = (0x00005EFE, 0x02005EFE)
 
@@ -30,7 +31,9 @@ def is_public(address: Address) -> bool:
         wrapped = _wrapped(address)
         if wrapped:
             return all(is_public(inner) for inner in wrapped)
-        if address.is_site_local:
+        if address.is_site_local or address in _NAT64_LOCAL:
+            return False
+        if (int(address) >> 32) & 0xFFFFFFFF in _ISATAP and not is_public(_low(address)):
             return False
     return address.is_global and not (
         address.is_multicast
@@ -46,16 +49,14 @@ def is_loopback(address: Address) -> bool:
     return address.is_loopback
 
 
+def _low(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+
+
 def _wrapped(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    if address.ipv4_mapped or any(address in network for network in _NAT64):
-        return [low]
-    if address in _COMPATIBLE and int(address) > 1:
-        return [low]
+    """The IPv4 addresses that a packet to this one ends up at."""
+    if address.ipv4_mapped or address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):
+        return [_low(address)]
     if address.sixtofour:
         return [address.sixtofour]
-    if address.teredo:
-        return list(address.teredo)
-    if (int(address) >> 32) & 0xFFFFFFFF in _ISATAP:
-        return [low]
-    return []
+    return list(address.teredo or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from langchain_cogview.errors import CogViewBudgetError, CogViewError, Outcome
@@ -13,21 +14,47 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
 
-class Allowance:
-    """What is left of a number of pictures and of an amount of money.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be spent.
 
-    A place is taken before a request and given back when the request provably made no picture. One whose outcome is
-    unknown, or that was cancelled under way, counts as spent.
-
-    Args:
+    Attributes:
         max_images: Pictures in all; None: no limit.
         budget: Money in all, in the currency of `price`; None: no limit.
         price: Of one picture.
         currency: Its ISO code.
     """
 
-    def __init__(self, max_images: int | None, budget: Decimal | None, price: Decimal, currency: str) -> None:
-        self._max_images, self._budget, self._price, self._currency = max_images, budget, price, currency
+    max_images: int | None
+    budget: Decimal | None
+    price: Decimal
+    currency: str
+
+    def refuse_over(self, wanted: int) -> None:
+        """Refuse a number of pictures in all that is over a limit.
+
+        Raises:
+            CogViewBudgetError: With the limit; nothing has been sent.
+        """
+        if self.max_images is not None and wanted > self.max_images:
+            raise CogViewBudgetError(
+                f"The limit of {self.max_images} images for this tool is reached; nothing was sent."
+            )
+        if self.budget is not None and wanted * self.price > self.budget:
+            raise CogViewBudgetError(
+                f"The budget of {self.budget} {self.currency} for this tool does not cover another image "
+                f"({self.price} {self.currency} each); nothing was sent."
+            )
+
+
+class Allowance:
+    """How many pictures count as spent.
+
+    A place is taken before a request and given back when the request provably made no picture. One whose outcome is
+    unknown, or that was cancelled under way, counts as spent.
+    """
+
+    def __init__(self) -> None:
         self._taken = 0
         self._lock = threading.Lock()
 
@@ -37,14 +64,14 @@ class Allowance:
         return self._taken
 
     @contextmanager
-    def taken(self, count: int) -> Iterator[Spending]:
+    def taken(self, count: int, limits: Limits) -> Iterator[Spending]:
         """Take places for the pictures of one request; inside, say how many of them were spent.
 
         Raises:
             CogViewBudgetError: When they do not fit; nothing has been sent.
         """
         with self._lock:
-            self._refuse_over(self._taken + count)
+            limits.refuse_over(self._taken + count)
             self._taken += count
         spending = Spending(count)
         try:
@@ -56,17 +83,6 @@ class Allowance:
         finally:
             with self._lock:
                 self._taken -= count - spending.spent
-
-    def _refuse_over(self, wanted: int) -> None:
-        if self._max_images is not None and wanted > self._max_images:
-            raise CogViewBudgetError(
-                f"The limit of {self._max_images} images for this tool is reached; nothing was sent."
-            )
-        if self._budget is not None and wanted * self._price > self._budget:
-            raise CogViewBudgetError(
-                f"The budget of {self._budget} {self._currency} for this tool does not cover another image "
-                f"({self._price} {self._currency} each); nothing was sent."
-            )
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

@@ -122,7 +122,7 @@ register_configure_hook(_collector, inheritable=True)
 
 @contextlib.contextmanager
 def collect_content_filter_events(*, max_level: int | None = None) -> Iterator[list[ContentFilterEvent]]:
-    """Collect the content filter events of everything that runs inside the block, threads and tasks started there included.
+    """Collect the content filter events of everything that runs inside the block, in LangChain's threads and in tasks too.
 
     Blocks can be nested: an event goes to all that are open.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from langchain_cogview.images.download import LinkRules, Picture, afetch, expire
 from langchain_cogview.result import GeneratedImage, base_host
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from langchain_cogview.api.client import ImagesClient
@@ -57,7 +59,8 @@ class ImageCall:
             reply = self.client.generate(images_body(self.request, request_id), deadline)
         except Exception as error:  # noqa: BLE001
             return error
-        return [self._image(request_id, reply, url, self._fetched(url, deadline)) for url in reply.urls]
+        with _told_when_lost(request_id, reply):
+            return [self._image(request_id, reply, url, self._fetched(url, deadline)) for url in reply.urls]
 
     async def adraw(self) -> ImageOutcome:
         """Make one picture. The twin of `draw`."""
@@ -68,7 +71,8 @@ class ImageCall:
             reply = await self.client.agenerate(images_body(self.request, request_id), deadline)
         except Exception as error:  # noqa: BLE001
             return error
-        return [self._image(request_id, reply, url, await self._afetched(url, deadline)) for url in reply.urls]
+        with _told_when_lost(request_id, reply):
+            return [self._image(request_id, reply, url, await self._afetched(url, deadline)) for url in reply.urls]
 
     def _fetched(self, url: str, deadline: Deadline) -> Picture | CogViewError | None:
         if not self.download:
@@ -127,7 +131,19 @@ class ImageCall:
             sandbox=reply.sandbox,
             warnings=tuple(notes),
             **made,
-        ).with_content(content, self.base_url)
+        ).with_content(content, self.base_url, self.allowed_hosts)
+
+
+@contextmanager
+def _told_when_lost(request_id: str, reply: ImagesReply) -> Iterator[None]:
+    """A caller that leaves after the payment (cancelled, Ctrl-C) is told where its picture is."""
+    try:
+        yield
+    except BaseException as error:
+        note = f"A picture was made and paid for (request id {request_id}): {' '.join(reply.urls)}"
+        logger.warning("The caller left before it was fetched. %s", note)
+        error.add_note(note)
+        raise
 
 
 def _download_error(error: Exception) -> CogViewError:

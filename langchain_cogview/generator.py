@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import queue
+import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,7 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensur
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 
-from langchain_cogview.api.client import ImagesClient
+from langchain_cogview.api.client import NEVER, STOPPED, ImagesClient
 from langchain_cogview.api.retry import RetryPolicy
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
@@ -46,9 +49,11 @@ from langchain_cogview.request import ImageRequest, checked_request, describe_va
 from langchain_cogview.result import ImageFailure, ImageResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+
+logger = logging.getLogger(__name__)
 
 _REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 _INJECTED: Final = ("http_client", "http_async_client", "rate_limiter")
@@ -91,7 +96,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         retry_unknown: Also send again what may have been made and charged. Can pay twice.
         max_concurrency: Requests in flight of one `batch`, `abatch` or call with `n`. None: the catalog's figure for the model.
         rate_limiter: A LangChain rate limiter, asked before every attempt.
-        http_client: Used for sync API requests as it is, and never closed. Pictures are fetched by connections of our own.
+        http_client: Used for sync API requests as it is, and never closed; `timeout` is then looked at between its socket
+            operations. Pictures are fetched by connections of our own.
         http_async_client: The same for async ones.
         download: Fetch the bytes. False: the result has the URL alone, which ends after a day to a week.
         output_dir: A folder, made when missing: each picture is saved there under a name made of time and hash. None: the
@@ -106,7 +112,12 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     """
 
     model_config = ConfigDict(
-        extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True, protected_namespaces=()
+        # Frozen: key and service are found once; a changed setting would not change them.
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
     )
 
     model: str = DEFAULT_MODEL
@@ -241,15 +252,29 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             config: LangChain's.
             **kwargs: Arguments of `ImageRequest`; what `input` says goes before them.
         """
-        draw = partial(self._draw, overrides=kwargs)
+        made: list[ImageResult] = []
+        draw = partial(self._draw, overrides=kwargs, made=made)
         config = self._traced(input, config, kwargs)
-        return self._call_with_config(draw, input, config, run_type="llm")
+        try:
+            return self._call_with_config(draw, input, config, run_type="llm")
+        except Exception as error:
+            if not made:
+                raise
+            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
+            return made[0]
 
     async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
         """Make the pictures of one request. The twin of `invoke`."""
-        draw = partial(self._adraw, overrides=kwargs)
+        made: list[ImageResult] = []
+        draw = partial(self._adraw, overrides=kwargs, made=made)
         config = self._traced(input, config, kwargs)
-        return await self._acall_with_config(draw, input, config, run_type="llm")
+        try:
+            return await self._acall_with_config(draw, input, config, run_type="llm")
+        except Exception as error:
+            if not made:
+                raise
+            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
+            return made[0]
 
     def batch(
         self,
@@ -272,7 +297,11 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         Raises:
             CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
         """
-        results = super().batch(inputs, self._bounded(config, len(inputs)), return_exceptions=True, **kwargs)
+        configs = self._bounded(config, inputs, kwargs)
+        tasks = [
+            partial(_or_error, self.invoke, each, own, **kwargs) for each, own in zip(inputs, configs, strict=True)
+        ]
+        results = _in_threads(tasks, configs[0]["max_concurrency"] or 1) if tasks else []
         return results if return_exceptions else _all_or_first_error(results)
 
     async def abatch(
@@ -284,7 +313,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         **kwargs: Any | None,
     ) -> list[ImageResult]:
         """Make the pictures of many requests. The twin of `batch`."""
-        results = await super().abatch(inputs, self._bounded(config, len(inputs)), return_exceptions=True, **kwargs)
+        results = await super().abatch(inputs, self._bounded(config, inputs, kwargs), return_exceptions=True, **kwargs)
         return results if return_exceptions else _all_or_first_error(results)
 
     def close(self) -> None:
@@ -317,6 +346,17 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None}
         return state
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy; one with other settings finds its key and service anew."""
+        if update:
+            return type(self)(**{**self.__dict__, **update})
+        return super().model_copy(deep=deep)
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """What LangChain serializes in another form than the field's."""
+        return {} if self.output_dir is None else {"output_dir": str(self.output_dir)}
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         # Settings are values; what was injected is used as it is, by the copy too.
         return self.model_copy()
@@ -330,13 +370,15 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         config: RunnableConfig,
         *,
         overrides: dict[str, Any],
+        made: list[ImageResult],
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
         call = self._call(request)
-        outcomes = _in_threads(call.draw, request.n, self._places(request.model))
+        outcomes = _in_threads([call.draw] * request.n, self._places(request.model))
         for event in self._filter_events(request, outcomes, run_manager.metadata):
             dispatch(CONTENT_FILTER_EVENT, event, config)
-        return self._result(request, outcomes, notes)
+        made.append(self._result(request, outcomes, notes))
+        return made[0]
 
     async def _adraw(
         self,
@@ -345,6 +387,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         config: RunnableConfig,
         *,
         overrides: dict[str, Any],
+        made: list[ImageResult],
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
         call = self._call(request)
@@ -357,7 +400,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         outcomes = await asyncio.gather(*(one() for _ in range(request.n)))
         for event in self._filter_events(request, outcomes, run_manager.metadata):
             await adispatch(CONTENT_FILTER_EVENT, event, config)
-        return self._result(request, outcomes, notes)
+        made.append(self._result(request, outcomes, notes))
+        return made[0]
 
     # --- pure steps
 
@@ -372,14 +416,14 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         return request, request.warnings + notes
 
     def _call(self, request: ImageRequest) -> ImageCall:
-        if self._key is None:  # came through pickle
-            self._find_service()
+        if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
+            self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
         # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
         once: dict[str, Any] = {"stream": True, "follow_redirects": False}
         injected, ainjected = self.http_client, self.http_async_client
         client = ImagesClient(
             base_url=SANDBOX_ENDPOINT if is_sandbox(self._base_url) else self._base_url,
-            api_key=cast("SecretStr", self._key),
+            api_key=self._key,
             send=partial(injected.send, **once) if injected else sender(self._base_url),
             asend=partial(ainjected.send, **once) if ainjected else asender(self._base_url),
             build=injected.build_request if injected else httpx.Request,
@@ -400,10 +444,21 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     def _places(self, model: str) -> int:
         return self.max_concurrency or model_info(model).in_flight
 
-    def _bounded(self, config: RunnableConfig | list[RunnableConfig] | None, length: int) -> list[RunnableConfig]:
+    def _bounded(
+        self,
+        config: RunnableConfig | list[RunnableConfig] | None,
+        inputs: Sequence[ImageInput],
+        overrides: dict[str, Any],
+    ) -> list[RunnableConfig]:
+        """A config for each input, with how many of them may run at once: in flight counts pictures, not inputs."""
+        said = [each if isinstance(each, dict) else {} for each in inputs]
+        models = {str(each.get("model") or overrides.get("model") or self.model) for each in said}
+        counts = {each.get("n") or overrides.get("n") or self.n for each in said}
+        most = max((count for count in counts if isinstance(count, int)), default=1)
+        places = max(1, min(self._places(model) for model in models or {self.model}) // max(1, most))
         return [
-            {**each, "max_concurrency": each.get("max_concurrency") or self._places(self.model)}
-            for each in (get_config_list(config, length) if length else [])
+            {**each, "max_concurrency": each.get("max_concurrency") or places}
+            for each in (get_config_list(config, len(inputs)) if inputs else [])
         ]
 
     def _traced(self, given: ImageInput, config: RunnableConfig | None, overrides: dict[str, Any]) -> RunnableConfig:
@@ -469,17 +524,40 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         )
 
 
-def _in_threads(draw: Callable[[], ImageOutcome], times: int, places: int) -> list[ImageOutcome]:
-    if times == 1:
-        return [draw()]
-    executor = ThreadPoolExecutor(min(times, places), "cogview")
+def _in_threads(tasks: Sequence[Callable[[], Any]], places: int) -> list[Any]:
+    """What each task gives, `places` at a time, in daemon threads: Ctrl-C waits for nobody, and nothing more is sent."""
+    if len(tasks) == 1:
+        return [tasks[0]()]
+    stopped = threading.Event() if STOPPED.get() is NEVER else STOPPED.get()
+    token = STOPPED.set(stopped)
+    contexts = [copy_context() for _ in tasks]
+    STOPPED.reset(token)
+    todo = iter(range(len(tasks)))
+    results: list[Any] = [None] * len(tasks)
+    done: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def work() -> None:
+        for number in todo:  # a range gives each number to one thread only
+            if not stopped.is_set():
+                results[number] = contexts[number].run(_or_error, tasks[number])
+            done.put(None)
+
+    for _ in range(min(places, len(tasks))):
+        threading.Thread(target=work, daemon=True, name="cogview").start()
     try:
-        outcomes = [future.result() for future in [executor.submit(draw) for _ in range(times)]]
+        for _ in tasks:
+            done.get()
     except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nobody, and nothing more is sent
+        stopped.set()
         raise
-    executor.shutdown()
-    return outcomes
+    return results
+
+
+def _or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001  recorded, so that the others go on
+        return error
 
 
 def _check_names(values: dict[str, Any], known: Any) -> None:
@@ -490,7 +568,14 @@ def _check_names(values: dict[str, Any], known: Any) -> None:
 
 def _all_or_first_error(results: list[Any]) -> list[ImageResult]:
     for result in results:
-        if isinstance(result, Exception):
-            result.batch_results = results  # type: ignore[attr-defined]
+        if isinstance(result, CogViewError):
+            result.batch_results = results
             raise result
+    for result in results:
+        if isinstance(result, Exception):
+            carrier = CogViewError(
+                f"An input failed with {type(result).__name__}.", hint="See __cause__ and batch_results."
+            )
+            carrier.batch_results = results
+            raise carrier from result
     return results

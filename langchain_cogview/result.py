@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -85,9 +86,13 @@ class GeneratedImage(BaseModel):
 
     _content: bytes | None = PrivateAttr(default=None)
     _base_url: str | None = PrivateAttr(default=None)
+    _allowed_hosts: tuple[str, ...] | None = PrivateAttr(default=None)
 
-    def with_content(self, content: bytes | None, base_url: str | None) -> Self:
-        """The same picture holding its bytes in memory; they are in no repr, JSON or trace."""
+    def with_content(
+        self, content: bytes | None, base_url: str | None, allowed_hosts: tuple[str, ...] | None = None
+    ) -> Self:
+        """The same picture holding its bytes in memory, and where more may be fetched; in no repr, JSON or trace."""
+        self._allowed_hosts = allowed_hosts
         self._content = content
         self._base_url = base_url
         return self
@@ -105,7 +110,9 @@ class GeneratedImage(BaseModel):
             from langchain_cogview.images.download import fetch  # noqa: PLC0415
 
             where = self._where()
-            content = fetch(sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=_rules(where)).content
+            content = fetch(
+                sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where)
+            ).content
             self._content = content
         return content or b""
 
@@ -117,7 +124,9 @@ class GeneratedImage(BaseModel):
             from langchain_cogview.images.download import afetch  # noqa: PLC0415
 
             where = self._where()
-            picture = await afetch(asender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=_rules(where))
+            picture = await afetch(
+                asender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where)
+            )
             content = self._content = picture.content
         return content or b""
 
@@ -188,6 +197,11 @@ class GeneratedImage(BaseModel):
     def _where(self) -> str | None:
         return self._base_url or ("sandbox:" if self.sandbox else None)
 
+    def _rules(self, base_url: str | None) -> Any:
+        from langchain_cogview.images.download import LinkRules  # noqa: PLC0415
+
+        return LinkRules(base_host=base_host(base_url), allowed_hosts=self._allowed_hosts)
+
     def _link(self) -> str:
         if self.url is None:
             raise CogViewDownloadError("This picture has neither a file nor a URL.", hint="")
@@ -220,12 +234,6 @@ class GeneratedImage(BaseModel):
         from langchain_cogview.images.display import bundle  # noqa: PLC0415
 
         return bundle(self)
-
-
-def _rules(base_url: str | None) -> Any:
-    from langchain_cogview.images.download import LinkRules  # noqa: PLC0415
-
-    return LinkRules(base_host=base_host(base_url))
 
 
 def base_host(base_url: str | None) -> str | None:
@@ -463,5 +471,8 @@ def images_from_messages(messages: Iterable[BaseMessage] | Mapping[str, Any]) ->
     for message in messages:
         artifact = message.artifact if isinstance(message, ToolMessage) else None
         if isinstance(artifact, Mapping) and artifact.get("type") == ARTIFACT_TYPE:
-            found.extend(ImageResult.from_artifact(artifact).images)
+            try:
+                found.extend(ImageResult.from_artifact(artifact).images)
+            except CogViewInvalidRequestError as error:  # the others can be read all the same
+                warnings.warn(f"An artifact was left out. {error}", stacklevel=2)
     return found

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -27,7 +27,7 @@ from pydantic import (
     create_model,
 )
 
-from langchain_cogview.budget import Allowance
+from langchain_cogview.budget import Allowance, Limits
 from langchain_cogview.catalog import ModelInfo, legal_size, model_info
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
@@ -120,7 +120,7 @@ class CogViewImageTool(BaseTool):
     max_images: int | None = Field(default=None, ge=0)
     budget: Decimal | None = Field(default=None, ge=0)
 
-    _allowance: Allowance = PrivateAttr()
+    _allowance: Allowance = PrivateAttr(default_factory=Allowance)
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -140,7 +140,7 @@ class CogViewImageTool(BaseTool):
         if own.get("args_schema") is None:
             own["args_schema"] = arguments_schema(generator)
         super().__init__(generator=generator, **own)
-        self._allowance = self._new_allowance()
+        self._limits()
 
     @classmethod
     def _sorted(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,7 +182,7 @@ class CogViewImageTool(BaseTool):
         run_manager: CallbackManagerForToolRun | None = None,
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        with self._allowance.taken(self.generator.n) as spending:
+        with self._allowance.taken(self.generator.n, self._limits()) as spending:
             result = self.generator.invoke(given, _child(run_manager))
             spending.spent = _paid(result)
         return self._answer(result)
@@ -195,24 +195,23 @@ class CogViewImageTool(BaseTool):
         run_manager: AsyncCallbackManagerForToolRun | None = None,
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        with self._allowance.taken(self.generator.n) as spending:
+        with self._allowance.taken(self.generator.n, self._limits()) as spending:
             result = await self.generator.ainvoke(given, _child(run_manager))
             spending.spent = _paid(result)
         return self._answer(result)
 
-    def _new_allowance(self) -> Allowance:
+    def _limits(self) -> Limits:
         price = model_info(self.generator.model).price(self.generator.platform)
         if self.budget is not None and price is None:
             raise CogViewConfigurationError(
                 f"The price of {self.generator.model} is not known, so a budget cannot be kept.", hint="Use max_images."
             )
-        return Allowance(self.max_images, self.budget, *(price or (Decimal(0), "")))
+        return Limits(self.max_images, self.budget, *(price or (Decimal(0), "")))
 
     # --- what the model reads
 
     def _answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        if self.generator.output_dir is not None:
-            result = _saved_all_the_same(result, Path(tempfile.gettempdir()) / DEFAULT_OUTPUT_DIR)
+        result = _saved_all_the_same(result)
         text = text_for_model(result)
         if self.content_format == "text":
             return text, result.to_artifact()
@@ -249,19 +248,26 @@ def _child(run_manager: Any) -> RunnableConfig:
     return config
 
 
-def _saved_all_the_same(result: ImageResult, folder: Path) -> ImageResult:
-    """A result whose bytes are in files: an artifact has none, so what output_dir refused is saved elsewhere."""
+def _saved_all_the_same(result: ImageResult) -> ImageResult:
+    """A result whose bytes are in files: an artifact has none, so what is only in memory goes into a temporary folder."""
     images = []
     for image in result.images:
         kept = image
         if image.path is None and image.mime_type is not None:
             with contextlib.suppress(CogViewError, OSError):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder = _temporary_folder()
+                folder.mkdir(mode=0o700, exist_ok=True)
                 path = image.save(folder)
-                note = f"It was saved in {folder} instead."
+                note = f"The picture is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
                 kept = image.model_copy(update={"path": path, "warnings": (*image.warnings, note)})
         images.append(kept)
     return result.model_copy(update={"images": tuple(images)})
+
+
+@cache
+def _temporary_folder() -> Path:
+    """One for the process, readable by this user alone."""
+    return Path(tempfile.mkdtemp(prefix="cogview_images-"))
 
 
 def text_for_model(result: ImageResult) -> str:
@@ -277,8 +283,11 @@ def text_for_model(result: ImageResult) -> str:
         pictures.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
     more = f" and {count - 3} more" if count > 3 else ""  # noqa: PLR2004
     text = f"Made {count} image{'s' if count > 1 else ''}: {'; '.join(pictures)}{more}."
-    if result.failures:
-        text += f" {len(result.failures)} of {count + len(result.failures)} could not be made."
+    unknown = sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
+    if len(result.failures) > unknown:
+        text += f" {len(result.failures) - unknown} more could not be made."
+    if unknown:
+        text += f" {unknown} more may have been made and charged, but did not arrive."
     if result.sandbox:
         text += " It is a sandbox placeholder, not a real picture."
     if len(fetched) < count:
@@ -311,11 +320,11 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
             ),
         ),
         "size": (
-            Annotated[str, AfterValidator(partial(legal_size, info)), *([_enum(sizes)] if sizes else [])],
+            Annotated[str | None, AfterValidator(partial(_legal_or_none, info)), _text_schema(sizes)],
             Field(default=sizes[0] if sizes else None, description=size_text),
         ),
         "quality": (
-            Literal[tuple(qualities)],
+            Annotated[Literal[tuple(qualities)] | None, _text_schema(tuple(qualities))],
             Field(
                 default=quality,
                 description="hd has finer detail and takes longer." if len(qualities) > 1 else "The only one.",
@@ -330,9 +339,13 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
     )
 
 
-def _enum(values: tuple[str, ...]) -> WithJsonSchema:
-    # The schema offers the documented sizes; the check takes every legal one, and words.
-    return WithJsonSchema({"type": "string", "enum": list(values)})
+def _legal_or_none(info: ModelInfo, size: str | None) -> str | None:
+    return None if size is None else legal_size(info, size)
+
+
+def _text_schema(values: tuple[str, ...]) -> WithJsonSchema:
+    # What a model is offered; the check takes every legal size, words, and null for what is left out, which models send.
+    return WithJsonSchema({"type": "string", "enum": list(values)} if values else {"type": "string"})
 
 
 def _offered_sizes(info: ModelInfo, default: str | None) -> tuple[str, ...]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import httpx
 import tenacity
 
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, ImagesReply, decoded_body, read_reply
-from langchain_cogview.api.retry import Fault, Phase, RetryPolicy, parse_retry_after, transport_error
+from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, parse_retry_after, transport_error
 from langchain_cogview.deadline import DEADLINE
-from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewTimeoutError
+from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewTimeoutError, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 ROUTE: Final = "/images/generations"
 SANDBOX_HEADER: Final = "x-cogview-sandbox"
 _KEY_PART_CHARACTERS = 12
+
+NEVER: Final = threading.Event()
+STOPPED: Final[ContextVar[threading.Event]] = ContextVar("cogview_stopped", default=NEVER)
+"""Set when the caller is gone (Ctrl-C) while threads work for it: those send nothing more."""
 
 
 class RateLimiter(Protocol):
@@ -104,18 +110,21 @@ class ImagesClient:
             CogViewError: Carries the request id and the number of attempts.
         """
         attempts = 0
+        stopped = STOPPED.get()
         waited_for: list[CogViewError] = []
         try:
-            for attempt in tenacity.Retrying(sleep=time.sleep, **self._loop(deadline, waited_for)):
+            for attempt in tenacity.Retrying(
+                sleep=tenacity.sleep_using_event(stopped), **self._loop(deadline, waited_for)
+            ):
                 with attempt:
                     if attempts:
                         self._wait_for_leave(deadline)
+                    if stopped.is_set():
+                        raise CogViewTimeoutError("The call was interrupted before the request was sent.")
                     attempts += 1
-                    return self._once(body, deadline)
+                    return _warned(self._once(body, deadline), waited_for)
         except CogViewError as error:
-            # That time ran out before another attempt tells less than why there was to be one.
-            shown = waited_for[-1] if waited_for and isinstance(error, CogViewTimeoutError) else error
-            raise self._told(shown, body, attempts) from None
+            raise self._told(error, waited_for, body, attempts) from None
         raise AssertionError  # tenacity ends with a result or an exception
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
@@ -128,11 +137,9 @@ class ImagesClient:
                     if attempts:
                         await self._await_leave(deadline)
                     attempts += 1
-                    return await self._aonce(body, deadline)
+                    return _warned(await self._aonce(body, deadline), waited_for)
         except CogViewError as error:
-            # That time ran out before another attempt tells less than why there was to be one.
-            shown = waited_for[-1] if waited_for and isinstance(error, CogViewTimeoutError) else error
-            raise self._told(shown, body, attempts) from None
+            raise self._told(error, waited_for, body, attempts) from None
         raise AssertionError  # tenacity ends with a result or an exception
 
     def leave(self) -> None:
@@ -161,7 +168,11 @@ class ImagesClient:
             "before_sleep": note,
             "retry": tenacity.retry_if_exception(self.policy.sends_again),
             "wait": wait,
-            "stop": lambda state: state.attempt_number > self.policy.max_retries or deadline.stops(state),
+            "stop": lambda state: (
+                state.attempt_number > self.policy.max_retries
+                or state.upcoming_sleep > MAX_RETRY_AFTER
+                or deadline.stops(state)
+            ),
             "reraise": True,
         }
 
@@ -190,7 +201,18 @@ class ImagesClient:
             "User-Agent": "langchain-cogview",
         }
 
-    def _told(self, error: CogViewError, body: dict[str, Any], attempts: int) -> CogViewError:
+    def _told(
+        self, error: CogViewError, waited_for: list[CogViewError], body: dict[str, Any], attempts: int
+    ) -> CogViewError:
+        """The error to raise after all attempts, with what is known of the call."""
+        unknown = [each for each in waited_for if each.outcome is Outcome.UNKNOWN]
+        if unknown and error.outcome is not Outcome.UNKNOWN:
+            # A later refusal does not undo that an earlier attempt may have been charged.
+            unknown[-1].add_note(f"A later attempt ended with: {error}")
+            error = unknown[-1]
+        elif waited_for and isinstance(error, CogViewTimeoutError):
+            # That time ran out before another attempt tells less than why there was to be one.
+            error = waited_for[-1]
         error.request_id = body.get("request_id")
         error.attempts = attempts
         return error
@@ -198,10 +220,29 @@ class ImagesClient:
     def _redacted(self, text: str) -> str:
         """A foreign text without the key: services and gateways repeat what they were sent."""
         key = self.api_key.get_secret_value()
-        for part in (key, *key.split(".")):
+        parts = (key, *key.split("."))
+        # The first half is an id, which may stand in the path of a picture's link by right.
+        for part in (key, parts[-1]) if text.startswith(("http:", "https:")) else parts:
             if len(part) >= _KEY_PART_CHARACTERS:
                 text = text.replace(part, "[key]")
         return text
+
+    def _without_key(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._redacted(value)
+        if isinstance(value, list):
+            return [self._without_key(each) for each in value]
+        if isinstance(value, dict):
+            return {self._redacted(name): self._without_key(each) for name, each in value.items()}
+        return value
+
+    def _body_without_key(self, body: bytes) -> bytes:
+        try:
+            # Through JSON, where there is some: an escaped key is a key too.
+            return json.dumps(self._without_key(json.loads(body))).encode()
+        except (ValueError, RecursionError):
+            # Latin-1 gives every byte back as it was.
+            return self._redacted(body.decode("latin-1")).encode("latin-1")
 
     def _judged(self, received: _Received | CogViewError) -> ImagesReply:
         if isinstance(received, CogViewError):
@@ -216,15 +257,25 @@ class ImagesClient:
         if len(content) <= MAX_REPLY_BYTES:
             body = decoded_body(content, encoding)
             if body is not None:
-                # Latin-1 gives every byte back as it was.
-                body = self._redacted(body.decode("latin-1")).encode("latin-1")
                 retry_after = parse_retry_after(response.headers.get("retry-after"))
-                return _Received(response.status_code, body, SANDBOX_HEADER in response.headers, retry_after)
+                sandbox = SANDBOX_HEADER in response.headers
+                return _Received(response.status_code, self._body_without_key(body), sandbox, retry_after)
         return CogViewMalformedReplyError(
             "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
             "a picture may have been made and charged.",
             status=response.status_code,
         )
+
+    def _salvaged(self, response: httpx.Response | None, content: bytes, encoding: str) -> _Received | None:
+        """A reply whose end was lost, when the picture's link is in what came: it is paid for."""
+        received = self._received(response, content, encoding) if response is not None and content else None
+        if not isinstance(received, _Received):
+            return None
+        try:
+            read_reply(received.status, received.body)
+        except CogViewError:
+            return None
+        return received
 
     def _as_ours(self, error: Exception, progress: _Progress, limit: float | None) -> CogViewError:
         if isinstance(error, CogViewError):
@@ -232,7 +283,7 @@ class ImagesClient:
         said = self._redacted(str(error))
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             fault = Fault.TIMEOUT
-        elif isinstance(error, _SETTINGS) or (isinstance(error, RuntimeError) and not progress.traced):
+        elif isinstance(error, _SETTINGS):
             fault = Fault.SETTINGS
         elif isinstance(error, _RUBBISH):
             fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.RUBBISH
@@ -252,7 +303,7 @@ class ImagesClient:
     def _exchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress = _Progress()
+        progress, response, content, encoding = _Progress(), None, b"", ""
         try:
             response = self.send(self._request(self.build, body, deadline, progress))
             with contextlib.closing(response):
@@ -263,10 +314,10 @@ class ImagesClient:
                         if len(content) > MAX_REPLY_BYTES:
                             break
                         if deadline.passed:
-                            return transport_error(Fault.TIMEOUT, Phase.SENT, limit=deadline.seconds)
+                            raise httpx.ReadTimeout("The time limit passed.")  # noqa: TRY301
                 return self._received(response, content, encoding)
         except Exception as error:  # noqa: BLE001
-            return self._as_ours(error, progress, deadline.seconds)
+            return self._salvaged(response, content, encoding) or self._as_ours(error, progress, deadline.seconds)
 
     async def _aonce(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
         return self._judged(await self._aexchanged(body, deadline))
@@ -274,7 +325,7 @@ class ImagesClient:
     async def _aexchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress = _Progress()
+        progress, response, content, encoding = _Progress(), None, b"", ""
         try:
             async with asyncio.timeout(deadline.remaining()):
                 response = await self.asend(self._request(self.abuild, body, deadline, progress.anote))
@@ -287,7 +338,7 @@ class ImagesClient:
                                 break
                     return self._received(response, content, encoding)
         except Exception as error:  # noqa: BLE001
-            return self._as_ours(error, progress, deadline.seconds)
+            return self._salvaged(response, content, encoding) or self._as_ours(error, progress, deadline.seconds)
 
     def _wait_for_leave(self, deadline: Deadline) -> None:
         while self.rate_limiter and not self.rate_limiter.acquire(blocking=False):
@@ -300,6 +351,18 @@ class ImagesClient:
             if not deadline.allows(0.05):
                 raise transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
             await asyncio.sleep(0.05)
+
+
+def _warned(reply: ImagesReply, waited_for: list[CogViewError]) -> ImagesReply:
+    count = sum(error.outcome is Outcome.UNKNOWN for error in waited_for)
+    if not count:
+        return reply
+    warning = (
+        f"{count} earlier attempts may have been charged too."
+        if count > 1
+        else "An earlier attempt may have been charged too."
+    )
+    return replace(reply, warnings=(*reply.warnings, warning))
 
 
 class _Received(NamedTuple):

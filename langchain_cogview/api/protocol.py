@@ -128,7 +128,7 @@ def read_reply(status: int, body: bytes, *, sandbox: bool = False) -> ImagesRepl
     reply = _parsed(body)
     fields = reply if isinstance(reply, dict) else {}
     entries = read_entries(fields.get("content_filter")) + read_entries(fields.get("contentFilter"))
-    failure = _failure(fields)
+    failure = _failure(fields, enveloped=status < 300)  # noqa: PLR2004
     if 200 <= status < 300:  # noqa: PLR2004
         urls, bad = _urls(fields.get("data"))
         if urls:
@@ -158,13 +158,13 @@ def _parsed(body: bytes) -> Any:
         return None
 
 
-def _failure(fields: dict[str, Any]) -> _Failure | None:
+def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
     error = fields.get("error")
     if isinstance(error, dict):
         return _Failure(_short(error.get("code")), _text(error.get("message")))
     if error:
         return _Failure(None, _text(error))
-    if "data" not in fields and (fields.get("success") is False or "code" in fields):
+    if enveloped and "data" not in fields and (fields.get("success") is False or "code" in fields):
         # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
         message = _text(fields.get("msg") or fields.get("message"))
         code = _short(fields.get("code"))

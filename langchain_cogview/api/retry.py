@@ -89,6 +89,7 @@ def transport_error(  # noqa: PLR0911
             detail=detail,
         )
         error.outcome = Outcome.FINAL
+        error.is_retryable = False
         return error
     return CogViewConnectionError(detail=detail)
 

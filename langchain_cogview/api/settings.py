@@ -112,7 +112,7 @@ def region_of(base_url: str | None, region: Region | None) -> Region:
             f"region={region!r} does not go with the base URL {base_url}, which is {told}.",
             hint="Leave one of the two out.",
         )
-    only_international = bool(os.environ.get("ZAI_API_KEY")) and not os.environ.get("ZHIPUAI_API_KEY")
+    only_international = bool(environment("ZAI_API_KEY")) and not environment("ZHIPUAI_API_KEY")
     return region or told or ("international" if only_international else "china")
 
 

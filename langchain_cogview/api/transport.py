@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 KEEPALIVE_SECONDS: Final = 30.0
 _IDLE_PER_ORIGIN = 64
+_ADVISORY_SECONDS = 2.0
 
 
 class _Route(NamedTuple):
@@ -282,7 +283,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
 def _check_behind_proxy(host: str, check: AddressCheck, deadline: Deadline) -> None:
     """Refuse a target that is known here to be refused; a name that only the proxy can look up is the proxy's to judge."""
     try:
-        resolve(host, 443, check, deadline)
+        resolve(host, 443, check, Deadline(deadline.clamp(_ADVISORY_SECONDS)))
     except AddressRefusedError:
         raise
     except (httpcore.ConnectError, httpcore.ConnectTimeout):
@@ -291,10 +292,11 @@ def _check_behind_proxy(host: str, check: AddressCheck, deadline: Deadline) -> N
 
 async def _acheck_behind_proxy(host: str, check: AddressCheck) -> None:
     try:
-        await aresolve(host, 443, check)
+        async with asyncio.timeout(_ADVISORY_SECONDS):
+            await aresolve(host, 443, check)
     except AddressRefusedError:
         raise
-    except httpcore.ConnectError:
+    except (httpcore.ConnectError, TimeoutError):
         return
 
 

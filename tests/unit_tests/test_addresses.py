@@ -46,6 +46,9 @@ def test_no_private_address_is_public_in_any_form(address):
 def test_public_addresses_are_public_in_the_forms_that_networks_use():
     for address in ("8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"):
         assert is_public(ipaddress.ip_address(address))
+    for outer in ("fe80::5efe:808:808", "fd12::5efe:808:808", "ff02::5efe:808:808", "2001:db8::5efe:808:808"):
+        assert not is_public(ipaddress.ip_address(outer)), outer
+    assert not is_public(ipaddress.ip_address("64:ff9b:1:a9fe:a9:fe00:808:808"))
     for address in ("::", "::1", "fe80::1", "fc00::1", "fec0::1", "ff02::1", "2001:db8::1", "100::1"):
         assert not is_public(ipaddress.ip_address(address))
 

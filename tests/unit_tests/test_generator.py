@@ -5,6 +5,8 @@ import copy
 import io
 import json
 import pickle
+import signal
+import threading
 import time
 
 import httpx
@@ -21,6 +23,7 @@ from langchain_cogview import (
     CogViewBalanceError,
     CogViewConfigurationError,
     CogViewContentFilterError,
+    CogViewDownloadError,
     CogViewImageGenerator,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
@@ -409,3 +412,104 @@ def test_a_model_that_is_not_known_is_warned_of_once():
 def test_an_empty_base_url_is_not_the_paid_service():
     with pytest.raises(CogViewConfigurationError, match="base URL"):
         CogViewImageGenerator(api_key=FAKE_KEY, base_url="")
+
+
+@pytest.fixture
+def interruptible():
+    # A test run in the background of a shell inherits that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("way", ["n", "batch"])
+def test_after_ctrl_c_nothing_more_is_sent(sandbox, interruptible, way):
+    sandbox.fail_next("rate-limit", times=50, retry_after=1)
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=2)
+    threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        generator.invoke({"prompt": "x", "n": 4}) if way == "n" else generator.batch(["a", "b", "c", "d"])
+    workers = [thread for thread in threading.enumerate() if thread.name == "cogview"]
+    for thread in workers:
+        thread.join(5)
+    assert len(sandbox.requests) == 2
+
+
+def test_a_later_refusal_does_not_hide_what_may_have_been_charged(sandbox):
+    sandbox.fail_next("server-error")
+    sandbox.fail_next("balance")
+    with pytest.raises(CogViewOutcomeUnknownError) as caught:
+        CogViewImageGenerator(base_url=sandbox.base_url, retry_unknown=True).invoke("x")
+    assert caught.value.attempts == 2
+    assert "CogViewBalanceError" in caught.value.__notes__[0] or "balance" in caught.value.__notes__[0]
+    sandbox.fail_next("server-error")
+    result = CogViewImageGenerator(base_url=sandbox.base_url, retry_unknown=True).invoke("x")
+    assert "earlier attempt may have been charged" in result.warnings[0]
+
+
+async def test_who_leaves_after_the_payment_is_told_where_the_picture_is(generator, sandbox, caplog):
+    task = asyncio.create_task(generator.ainvoke("[[not-yet:3]]"))
+    while not sandbox.downloads:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sandbox.requests[0].request_id in caplog.text
+    assert "https://sandbox.invalid/pictures/" in caplog.text
+
+
+def test_a_setting_is_changed_by_a_copy_that_finds_its_own_service(sandbox):
+    generator = CogViewImageGenerator(api_key=FAKE_KEY)
+    with pytest.raises(ValueError, match="frozen"):
+        generator.base_url = sandbox.base_url
+    assert generator.model_copy(update={"base_url": sandbox.base_url}).invoke("x").sandbox
+
+
+def test_an_unpickled_generator_keeps_its_service(monkeypatch):
+    monkeypatch.setenv("COGVIEW_BASE_URL", "sandbox:")
+    packed = pickle.dumps(CogViewImageGenerator())
+    monkeypatch.delenv("COGVIEW_BASE_URL")
+    monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
+    assert pickle.loads(packed).invoke("x").sandbox
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+def test_without_a_time_limit_an_absurd_wait_is_not_waited_for(sandbox, how):
+    sandbox.fail_next("rate-limit", retry_after="9" * 400)
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, timeout=None)
+    with pytest.raises(CogViewRateLimitError):
+        generator.invoke("x") if how == "invoke" else asyncio.run(generator.ainvoke("x"))
+
+
+class FaultyEnd(BaseCallbackHandler):
+    raise_error = True
+
+    def on_chain_end(self, outputs, **kwargs):
+        raise RuntimeError("a faulty listener")
+
+
+def test_a_listener_that_fails_at_the_end_costs_no_picture(generator):
+    config = {"callbacks": [FaultyEnd()]}
+    assert generator.invoke("x", config).images
+    assert asyncio.run(generator.ainvoke("x", config)).images
+    assert len(generator.batch(["a", "b"], config)) == 2
+
+
+def test_several_pictures_in_a_batch_keep_to_the_limit_too():
+    with Sandbox(in_flight_limit=5, latency=0.01) as limited:
+        generator = CogViewImageGenerator(base_url=limited.base_url, max_retries=0, n=3)
+        assert sum(len(result.images) for result in generator.batch([f"p{i}" for i in range(6)])) == 18
+        assert sum(len(result.images) for result in asyncio.run(generator.abatch([f"p{i}" for i in range(6)]))) == 18
+
+
+def test_allowed_hosts_hold_for_later_reading_too(sandbox):
+    result = CogViewImageGenerator(base_url=sandbox.base_url, allowed_image_hosts="mfile.z.ai").invoke("x")
+    with pytest.raises(CogViewDownloadError, match="allowed_image_hosts"):
+        result.read()
+    assert sandbox.downloads == []
+
+
+def test_what_langchain_serializes_is_plain(tmp_path):
+    assert json.loads(dumps(CogViewImageGenerator(base_url="sandbox:", output_dir=tmp_path)))["kwargs"][
+        "output_dir"
+    ] == str(tmp_path)

@@ -80,3 +80,24 @@ def test_no_trace_log_or_traceback_of_a_call_shows_the_key(how, caplog):
         link = link.__cause__ or link.__context__
     assert tracer.kept
     assert not [text[max(0, text.index("secretSECRET") - 300) :][:400] for text in shown if "secretSECRET0123" in text]
+
+
+def answer(status, body):
+    client = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(status, content=body)))
+    return CogViewImageGenerator(api_key=KEY, http_client=client, download=False), client
+
+
+def test_an_escaped_key_is_a_key_too():
+    escaped = "".join(f"\\u{ord(c):04x}" for c in KEY)
+    generator, client = answer(400, f'{{"error":{{"code":"1214","message":"You sent {escaped}"}}}}'.encode())
+    with client, pytest.raises(CogViewError) as caught:
+        generator.invoke("x")
+    assert "You sent [key]" in str(caught.value)
+    assert "secretSECRET" not in str(pickle.dumps(caught.value))
+
+
+def test_a_link_with_the_keys_id_in_its_path_stays_whole():
+    link = f"https://sfile.chatglm.cn/{KEY.split('.', maxsplit=1)[0]}/a.png"
+    generator, client = answer(200, json.dumps({"data": [{"url": link}]}).encode())
+    with client:
+        assert generator.invoke("x").url == link

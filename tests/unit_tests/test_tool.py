@@ -163,8 +163,9 @@ def test_without_an_output_dir_pictures_are_saved_all_the_same(sandbox, tmp_path
 
 
 def test_a_generator_is_used_as_it_is(generator, sandbox):
-    text = CogViewImageTool(generator=generator).invoke({"prompt": "x"})
-    assert "It is not saved as a file" in text
+    image = ImageResult.from_artifact(CogViewImageTool(generator=generator).invoke(call(prompt="x")).artifact).images[0]
+    assert image.read().startswith(b"\x89PNG")
+    assert "temporary folder" in image.warnings[0]
     with pytest.raises(CogViewConfigurationError, match="size cannot be given beside generator="):
         CogViewImageTool(generator=generator, size="square")
 
@@ -276,12 +277,30 @@ def test_a_picture_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
 
 
 @both
-def test_a_folder_that_cannot_be_written_costs_no_picture(sandbox, tmp_path, monkeypatch, how):
+def test_a_folder_that_cannot_be_written_costs_no_picture(sandbox, tmp_path, how):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
     message = run(CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "file"), call(prompt="x"), how)
     image = ImageResult.from_artifact(message.artifact).images[0]
-    assert image.path.parent == tmp_path / "temporary" / "cogview_images"
+    assert image.path.parent.stat().st_mode & 0o777 == 0o700
     assert image.read().startswith(b"\x89PNG")
-    assert "instead" in image.warnings[-1]
+    assert "temporary folder" in image.warnings[-1]
+
+
+@both
+def test_null_for_an_optional_argument_is_left_out(tool, sandbox, how):
+    assert run(tool, call(prompt="x", size=None, quality=None), how).status == "success"
+    assert "size" not in sandbox.requests[0].body
+
+
+def test_limits_can_be_changed_on_the_way(sandbox, tmp_path):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_images=1)
+    tool.invoke(call(prompt="x"))
+    tool.max_images = 2
+    assert [tool.invoke(call(prompt="x")).status for _ in range(2)] == ["success", "error"]
+
+
+def test_the_model_hears_of_pictures_that_may_have_been_charged(sandbox, tmp_path):
+    sandbox.fail_next("server-error")
+    sandbox.fail_next("content-filter")
+    text = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, n=3).invoke({"prompt": "x"})
+    assert "1 more could not be made. 1 more may have been made and charged" in text
