@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
 import warnings
-from contextvars import copy_context
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +16,7 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensur
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 
-from langchain_cogview.api.client import NEVER, STOPPED, ImagesClient
+from langchain_cogview.api.client import ImagesClient
 from langchain_cogview.api.retry import RetryPolicy
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
@@ -47,9 +44,10 @@ from langchain_cogview.events import CONTENT_FILTER_EVENT, ContentFilterEvent, a
 from langchain_cogview.inputs import ImageInput, arguments_of
 from langchain_cogview.request import ImageRequest, checked_request, describe_validation, unknown_argument
 from langchain_cogview.result import ImageFailure, ImageResult
+from langchain_cogview.threads import in_threads, or_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 
@@ -298,10 +296,8 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
         """
         configs = self._bounded(config, inputs, kwargs)
-        tasks = [
-            partial(_or_error, self.invoke, each, own, **kwargs) for each, own in zip(inputs, configs, strict=True)
-        ]
-        results = _in_threads(tasks, configs[0]["max_concurrency"] or 1) if tasks else []
+        tasks = [partial(or_error, self.invoke, each, own, **kwargs) for each, own in zip(inputs, configs, strict=True)]
+        results = in_threads(tasks, configs[0]["max_concurrency"] or 1) if tasks else []
         return results if return_exceptions else _all_or_first_error(results)
 
     async def abatch(
@@ -374,7 +370,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
         call = self._call(request)
-        outcomes = _in_threads([call.draw] * request.n, self._places(request.model))
+        outcomes = in_threads([call.draw] * request.n, self._places(request.model))
         for event in self._filter_events(request, outcomes, run_manager.metadata):
             dispatch(CONTENT_FILTER_EVENT, event, config)
         made.append(self._result(request, outcomes, notes))
@@ -522,42 +518,6 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             sandbox=any(image.sandbox for image in images),
             warnings=tuple(dict.fromkeys([*notes, *(note for image in images for note in image.warnings)])),
         )
-
-
-def _in_threads(tasks: Sequence[Callable[[], Any]], places: int) -> list[Any]:
-    """What each task gives, `places` at a time, in daemon threads: Ctrl-C waits for nobody, and nothing more is sent."""
-    if len(tasks) == 1:
-        return [tasks[0]()]
-    stopped = threading.Event() if STOPPED.get() is NEVER else STOPPED.get()
-    token = STOPPED.set(stopped)
-    contexts = [copy_context() for _ in tasks]
-    STOPPED.reset(token)
-    todo = iter(range(len(tasks)))
-    results: list[Any] = [None] * len(tasks)
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def work() -> None:
-        for number in todo:  # a range gives each number to one thread only
-            if not stopped.is_set():
-                results[number] = contexts[number].run(_or_error, tasks[number])
-            done.put(None)
-
-    for _ in range(min(places, len(tasks))):
-        threading.Thread(target=work, daemon=True, name="cogview").start()
-    try:
-        for _ in tasks:
-            done.get()
-    except BaseException:
-        stopped.set()
-        raise
-    return results
-
-
-def _or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  recorded, so that the others go on
-        return error
 
 
 def _check_names(values: dict[str, Any], known: Any) -> None:

@@ -44,7 +44,7 @@ class Tracer(BaseTracer):
         self.kept.append(run.model_dump_json() if hasattr(run, "model_dump_json") else str(run.dict()))
 
 
-KEY = "fedcba9876543210fedcba9876543210.secretSECRET0123"
+KEY = "0123456789abcdef0123456789abcdef.secretSECRET0123"
 
 
 def echoing(request):
