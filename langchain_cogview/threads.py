@@ -39,12 +39,16 @@ def in_threads(tasks: Sequence[Callable[[], Any]], places: int) -> list[Any]:
     try:
         for _ in tasks:
             done.get()
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, Exception):
-                raise result
     except BaseException:
         stopped.set()
         raise
+    return _without_exits(results)
+
+
+def _without_exits(results: list[Any]) -> list[Any]:
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, Exception):
+            raise result
     return results
 
 
