@@ -295,7 +295,7 @@ def text_for_model(result: ImageResult) -> str:
         text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
     elif any(image.path is None for image in result.images):
         text += " It is not saved as a file; the application has its link."
-    seen = " The user already sees it:" if fetched else ""
+    seen = " The user already sees it." if fetched else ""
     return printable(f"{text}{seen} Do not write a link, and do not call this tool again unless asked.", MAX_MODEL_TEXT)
 
 

@@ -48,7 +48,7 @@ def test_a_tool_call_gives_a_short_text_and_the_result_as_artifact(tool, tmp_pat
     assert message.status == "success"
     assert message.content == (
         f"Made 1 image: {image.id} (1344x768, saved as {image.path}). It is a sandbox placeholder, not a real picture. "
-        "The user already sees it: Do not write a link, and do not call this tool again unless asked."
+        "The user already sees it. Do not write a link, and do not call this tool again unless asked."
     )
     json.dumps(message.artifact)
 
