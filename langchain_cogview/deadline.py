@@ -16,18 +16,38 @@ class Deadline:
     """A moment on the monotonic clock that every step of a call looks at.
 
     Args:
-        seconds: From now on; None never ends.
+        seconds: From its start on; None never ends.
+        started: False: it starts with `start`, so that a queue before the call does not count.
     """
 
-    __slots__ = ("_end", "seconds")
+    __slots__ = ("_end", "_started", "seconds")
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, *, started: bool = True) -> None:
         self.seconds: Final = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._end: float | None = None
+        self._started: float | None = None
+        if started:
+            self.start()
+
+    def start(self) -> None:
+        """Let the time run; a second start changes nothing."""
+        if self._started is None:
+            self._started = time.monotonic()
+            self._end = None if self.seconds is None else self._started + self.seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    @property
+    def started(self) -> bool:
+        """Whether the time runs."""
+        return self._started is not None
 
     def remaining(self) -> float | None:
         """Seconds left, 0.0 when it has passed, None when it never ends."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+        return self.seconds if self._end is None else max(0.0, self._end - time.monotonic())
 
     @property
     def passed(self) -> bool:

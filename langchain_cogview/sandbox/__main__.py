@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from langchain_cogview.sandbox.server import SandboxServer
+from langchain_cogview.sandbox.service import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +18,32 @@ DEFAULT_PORT: Final = 8765
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C (or a termination signal); the exit code: 0, or 1 where the port cannot be had."""
+    """Serve until Ctrl-C (or a termination signal); the exit code: 0, or 1 where the port cannot be had.
+
+    Raises:
+        SystemExit: An option is wrong (2), or help was asked for (0).
+    """
     parser = argparse.ArgumentParser(
         prog="python -m langchain_cogview.sandbox",
         description="The CogView image endpoint on a port of this machine, without key, cost or network.",
     )
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
-    port = parser.parse_args(argv).port
-    server = SandboxServer(port=port)
+    parser.add_argument(
+        "--latency", type=float, default=0.0, metavar="SECONDS", help="what each picture takes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--in-flight-limit",
+        type=int,
+        metavar="N",
+        help="pictures under way at once for each key and model; one more gets 429 (default: no limit)",
+    )
+    options = parser.parse_args(argv)
+    port = options.port
+    try:
+        sandbox = Sandbox(latency=options.latency, in_flight_limit=options.in_flight_limit)
+    except ValueError as error:
+        parser.error(str(error))
+    server = SandboxServer(sandbox, port=port)
     try:
         server.start()
     except (OSError, OverflowError) as error:

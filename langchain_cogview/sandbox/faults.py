@@ -23,6 +23,15 @@
     [[not-yet:2]]                the same for the first 2 GETs
     [[malformed]]                200 with JSON that is cut in the middle; the picture is made and charged
 
+On the task endpoint those that refuse act on the POST as above, and so does [[malformed]]: the task runs and is charged.
+[[slow]] puts off the end of the task, not the answer to the POST, and the others act on the task's picture. Two more act
+on tasks alone:
+
+    trigger                      what the GETs of the result get
+    [[task-fail]]                FAIL in the end; nothing is made or charged
+    [[task-polls]]               PROCESSING for the first GET, whatever the clock says, and then what is due
+    [[task-polls:2]]             the same for the first 2 GETs
+
 Attempts are those of one request_id, or where none is sent, of one prompt. Several triggers in one prompt work
 together: those that refuse take their attempts one after the other, those that change a success add up. Anything else
 in double brackets is just part of the prompt.
@@ -87,6 +96,8 @@ OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "expired-url": {},
     "not-yet": {"gets": 1},
     "malformed": {},
+    "task-fail": {},
+    "task-polls": {"polls": 1},
     "status": {"status": 500, "body": b"", "headers": {}},
 }
 """Every fault that `fail_next` knows, with its options and their defaults."""
@@ -126,7 +137,7 @@ def _checked(option: str, value: Any) -> Any:
     elif option == "seconds":
         usable, form = isinstance(value, int | float) and value >= 0, "a number, 0 or more"
     else:
-        least, most = {"status": (200, 599), "level": (0, 3), "gets": (0, 10**6)}[option]
+        least, most = {"status": (200, 599), "level": (0, 3), "gets": (0, 10**6), "polls": (0, 10**6)}[option]
         usable, form = isinstance(value, int) and least <= value <= most, f"a whole number from {least} to {most}"
     if not usable:
         raise ValueError(f"The option {option!r} of a fault is {form}, not {value!r:.60}.")
@@ -154,6 +165,8 @@ def _from_trigger(name: str, number: str | None, role: str | None) -> Fault | No
             fault = Fault(name, count, defaults)
         elif name == "not-yet":
             fault = Fault(name, options={"gets": count})
+        elif name == "task-polls":
+            fault = Fault(name, options={"polls": count})
         elif "level" in defaults and count in _LEVELS:
             fault = Fault(name, options={"level": count, "role": role or defaults["role"]})
     return fault

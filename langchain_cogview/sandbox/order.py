@@ -45,8 +45,12 @@ def read_body(body: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_order(body: dict[str, Any] | None) -> Order:
+def read_order(body: dict[str, Any] | None, *, task: bool = False) -> Order:
     """Check a request body. Fields that the service does not know are ignored, as it does.
+
+    Args:
+        body: The JSON object that was sent; None where there was none.
+        task: Whether it came to the task endpoint, which serves fewer models.
 
     Raises:
         OrderRefusedError: With the code that the service would give.
@@ -66,6 +70,8 @@ def read_order(body: dict[str, Any] | None) -> Order:
         raise OrderRefusedError("1214", f"The quality parameter is illegal: it is one of {', '.join(model.qualities)}")
     if user_id is not None and not (isinstance(user_id, str) and len(user_id) in _USER_ID_CHARACTERS):
         raise OrderRefusedError("1210", "The user_id parameter is illegal: it has 6 to 128 characters")
+    if task and not model.tasks:
+        raise OrderRefusedError("1222", "The model does not support this API")
     request_id = body.get("request_id")
     return Order(model, prompt, width, height, request_id if isinstance(request_id, str) and request_id else None)
 

@@ -1,4 +1,4 @@
-"""The image endpoint, offline: one HTTP request in, one HTTP reply out, in the service's own wire format.
+"""The image and task endpoints, offline: one HTTP request in, one HTTP reply out, in the service's own wire format.
 
 Nothing here opens a socket. `transport.py` puts a `Sandbox` under httpx, `server.py` on a port. Faults are asked for by
 words in the prompt (the table is in `faults.py`) or from the outside, with `Sandbox.fail_next`.
@@ -7,114 +7,61 @@ words in the prompt (the table is in `faults.py`) or from the outside, with `San
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
 import uuid
 import weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, Self
-from urllib.parse import parse_qs
 
-from langchain_cogview.sandbox.faults import JSON_TYPE, Fault, error_body, faults_of, make_fault, refusal, to_json
+from langchain_cogview.catalog import find_model
+from langchain_cogview.sandbox.faults import Fault, error_body, faults_of, make_fault, to_json
+from langchain_cogview.sandbox.ledger import ROUTE as PICTURE_ROUTE
+from langchain_cogview.sandbox.ledger import Ledger
+from langchain_cogview.sandbox.limits import Account, Limit, Places, account_of, allowed, read_limit
 from langchain_cogview.sandbox.order import Order, OrderRefusedError, read_body, read_order
 from langchain_cogview.sandbox.picture import draw_seed, seed_of
+from langchain_cogview.sandbox.records import SandboxPicture, SandboxReply, SandboxRequest
+from langchain_cogview.sandbox.replies import (
+    NO_AUTHORIZATION,
+    NO_TASK,
+    WRONG_ROUTE,
+    filter_entries,
+    json_reply,
+    png_reply,
+    refused,
+    success,
+)
+from langchain_cogview.sandbox.tasks import ROUTE as TASK_ROUTE
+from langchain_cogview.sandbox.tasks import Task, Tasks, asked_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
 IN_PROCESS_ORIGIN: Final = "https://sandbox.invalid"
 SCHEME: Final = "sandbox:"
-LINK_LIFETIME: Final = 86_400
-"""Seconds for which a picture's link is good."""
-MAX_PICTURES: Final = 100_000
-"""Pictures that a sandbox knows at once; the one unused for longest is forgotten first."""
 MAX_REQUESTS: Final = 10_000
-"""Entries of `Sandbox.requests` and of `Sandbox.downloads`; the oldest go first."""
+"""Entries of `Sandbox.requests`, `Sandbox.polls` and `Sandbox.downloads`; the oldest go first."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
-_PICTURES: Final = "/pictures/"
+_ROUTE: Final = "/images/generations"
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "cookie"})
-_NO_AUTHORIZATION: Final = "No Authorization parameter was received in the header"
-_NO_FILE: Final = to_json({"RetCode": -148654, "ErrMsg": "file not exist"})
-_NO_ACCESS: Final = to_json({"RetCode": -148643, "ErrMsg": "the link has ended"})
-_WRONG_ROUTE: Final = to_json({"code": 500, "msg": "404 NOT_FOUND", "success": False})
-
-
-@dataclass(frozen=True)
-class SandboxRequest:
-    """A request that a sandbox received.
-
-    Attributes:
-        method: In capitals.
-        path: With its query.
-        headers: By lower-case name; the values of those that hold secrets are `[removed]`.
-        body: The JSON object that was sent; None where there was none.
-    """
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: dict[str, Any] | None = None
-
-    @property
-    def prompt(self) -> str | None:
-        """The prompt that was sent."""
-        return self._text("prompt")
-
-    @property
-    def model(self) -> str | None:
-        """The model that was asked for."""
-        return self._text("model")
-
-    @property
-    def size(self) -> str | None:
-        """The size that was asked for, `WIDTHxHEIGHT` in pixels."""
-        return self._text("size")
-
-    @property
-    def request_id(self) -> str | None:
-        """The id that the client gave its request."""
-        return self._text("request_id")
-
-    def _text(self, name: str) -> str | None:
-        value = (self.body or {}).get(name)
-        return value if isinstance(value, str) else None
-
-
-@dataclass(frozen=True)
-class SandboxReply:
-    """What a sandbox answers.
-
-    Attributes:
-        status: HTTP status.
-        headers: By lower-case name.
-        body: Raw bytes.
-        delay: Seconds to wait before it is sent.
-    """
-
-    status: int
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    delay: float = 0.0
-
-
-@dataclass
-class _Picture:
-    seed: bytes
-    width: int
-    height: int
-    expires: int
-    not_yet: int
 
 
 class Sandbox:
     """The service without key, cost or network: any key is good, every picture is a placeholder marked SANDBOX.
 
     A sandbox lives as long as somebody holds it, and can be used from many threads and event loops at once.
+
+    The account is the bearer key, and the service limits how many pictures an account may have in flight for each
+    model. In flight is a POST until it is answered and a task while it is PROCESSING, whoever asks for it; its POST
+    takes no second place. What is refused is answered at once and takes none. An unknown task answers 404 with code
+    1222, which the provider does not document.
 
     Example:
         >>> with Sandbox() as sandbox:
@@ -124,23 +71,35 @@ class Sandbox:
         ...     assert sandbox.pictures_made == 1
 
     Args:
-        latency: Seconds that each picture takes.
-        in_flight_limit: POSTs under way at once; one more gets 429, code 1302. None for no limit.
+        latency: Seconds that each picture takes. A task's POST is answered at once, and the task takes them.
+        in_flight_limit: Pictures in flight for one key and model; one more POST gets 429, code 1302. One number for
+            each model, or numbers by model (the others have no limit); None for no limit.
         name: Letters, digits, `.`, `_`, `-`; by it the sandbox is found again. None makes one up.
+        clock: Seconds by which tasks come to their end; another one lets a test go through hours at once.
+
+    Attributes:
+        latency: As given; may be changed at any time.
+        clock: As given.
 
     Raises:
-        ValueError: The name is not usable or is in use, or a number is out of bounds.
+        ValueError: The name is not usable or is in use, or a number or model is not possible.
     """
 
-    def __init__(self, *, latency: float = 0.0, in_flight_limit: int | None = None, name: str | None = None) -> None:
-        if latency < 0:
+    def __init__(
+        self,
+        *,
+        latency: float = 0.0,
+        in_flight_limit: int | Mapping[str, int] | None = None,
+        name: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not (math.isfinite(latency) and latency >= 0):
             raise ValueError(f"latency is a number of seconds, 0 or more, not {latency}.")
-        if in_flight_limit is not None and in_flight_limit < 1:
-            raise ValueError(f"in_flight_limit is 1 or more, or None for no limit, not {in_flight_limit}.")
         self.latency = latency
-        self.in_flight_limit = in_flight_limit
+        self.clock = clock
         self._lock = Lock()
-        self._in_flight = 0
+        self._limit: Limit = read_limit(in_flight_limit)
+        self._posts = Places()
         self._clear()
         self.name = _register(self, name)
 
@@ -151,9 +110,15 @@ class Sandbox:
 
     @property
     def requests(self) -> list[SandboxRequest]:
-        """The POSTs to the image endpoint so far, refused ones too; the last 10,000, oldest first."""
+        """The POSTs for pictures and tasks so far, refused ones too; the last 10,000, oldest first."""
         with self._lock:
             return list(self._requests)
+
+    @property
+    def polls(self) -> list[SandboxRequest]:
+        """The GETs of a task's result so far, refused ones too; the last 10,000, oldest first."""
+        with self._lock:
+            return list(self._polls)
 
     @property
     def downloads(self) -> list[SandboxRequest]:
@@ -162,38 +127,60 @@ class Sandbox:
             return list(self._downloads)
 
     @property
+    def ledger(self) -> list[SandboxPicture]:
+        """The pictures that the real service would have made and charged; the last 100,000, oldest first."""
+        with self._lock:
+            return list(self._ledger.entries)
+
+    @property
     def pictures_made(self) -> int:
         """How many pictures the real service would have made and charged."""
-        return self._pictures_made
+        return self._ledger.made
 
     @property
     def in_flight(self) -> int:
-        """POSTs under way at this moment."""
-        return self._in_flight
+        """POSTs and tasks under way at this moment, of all accounts."""
+        with self._lock:
+            return self._posts.total() + self._tasks.in_flight(self.clock())
 
-    def fail_next(self, fault: str, times: int = 1, **options: Any) -> None:
+    @property
+    def in_flight_limit(self) -> Limit:
+        """The limit for each key and model; may be set anew at any time, and holds for the POSTs that follow."""
+        return self._limit
+
+    @in_flight_limit.setter
+    def in_flight_limit(self, limit: int | Mapping[str, int] | None) -> None:
+        self._limit = read_limit(limit)
+
+    def fail_next(self, fault: str, times: int = 1, *, after: int = 0, **options: Any) -> None:
         """Let the next POSTs fail, before anything else about them is looked at.
 
-        Called again, the new fault stands in line behind those not yet used up.
+        Called again, the new fault stands in line behind those not yet used up. `task-fail` and `task-polls` change what
+        becomes of a task; a POST for a picture uses them up unchanged.
 
         Args:
             fault: A trigger's name without brackets, or `status` for any reply at all.
             times: How many POSTs it hits.
+            after: How many POSTs it lets pass before.
             options: `retry_after` (a `Retry-After` header, for `rate-limit`, `busy`, `unavailable`); `level`, `role`
-                (for `content-filter`, `flagged`); `seconds` (for `slow`); `gets` (for `not-yet`); `status`, `body`,
-                `headers` (for `status`).
+                (for `content-filter`, `flagged`); `seconds` (for `slow`); `gets` (for `not-yet`); `polls` (for
+                `task-polls`); `status`, `body`, `headers` (for `status`).
 
         Raises:
-            ValueError: There is no such fault or option, or `times` is less than 1.
+            ValueError: There is no such fault or option, `times` is less than 1, or `after` less than 0.
         """
         made = make_fault(fault, times, options)
         if times < 1:
             raise ValueError(f"times is 1 or more, not {times}.")
+        if after < 0:
+            raise ValueError(f"after is 0 or more, not {after}.")
         with self._lock:
+            if after:
+                self._next_faults.append(Fault("none", after))
             self._next_faults.append(made)
 
     def reset(self) -> None:
-        """Forget all requests, pictures, counts and faults to come."""
+        """Forget all requests, pictures, tasks, counts and faults to come; POSTs under way stay in flight."""
         with self._lock:
             self._clear()
 
@@ -207,22 +194,20 @@ class Sandbox:
         _unregister(self)
 
     def __repr__(self) -> str:
-        return f"Sandbox({self.base_url!r}, pictures_made={self._pictures_made})"
+        return f"Sandbox({self.base_url!r}, pictures_made={self.pictures_made})"
 
     @contextmanager
     def admit(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, origin: str = IN_PROCESS_ORIGIN
     ) -> Iterator[SandboxReply]:
         """Answer a request, and count it as in flight until the block ends; wait the reply's `delay` inside it."""
-        paid = _is_generation(method, path)
-        with self._lock:
-            self._in_flight += paid
-            full = paid and self.in_flight_limit is not None and self._in_flight > self.in_flight_limit
+        reply, place = self._answer(method, path, headers, body, origin=origin, limited=True)
         try:
-            yield self._answer(method, path, headers, body, origin=origin, full=full)
+            yield reply
         finally:
-            with self._lock:
-                self._in_flight -= paid
+            if place:
+                with self._lock:
+                    self._posts.give_back(place)
 
     def reply(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, origin: str = IN_PROCESS_ORIGIN
@@ -236,63 +221,93 @@ class Sandbox:
             body: Raw bytes.
             origin: Scheme, host and port under which the caller serves the pictures.
         """
-        return self._answer(method, path, headers, body, origin=origin, full=False)
+        return self._answer(method, path, headers, body, origin=origin, limited=False)[0]
 
     def _clear(self) -> None:
         self._requests: deque[SandboxRequest] = deque(maxlen=MAX_REQUESTS)
+        self._polls: deque[SandboxRequest] = deque(maxlen=MAX_REQUESTS)
         self._downloads: deque[SandboxRequest] = deque(maxlen=MAX_REQUESTS)
-        self._pictures: OrderedDict[str, _Picture] = OrderedDict()
+        self._ledger = Ledger()
+        self._tasks = Tasks()
         self._attempts: OrderedDict[bytes, int] = OrderedDict()
         self._next_faults: deque[Fault] = deque()
-        self._pictures_made = 0
 
     def _answer(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes, *, origin: str, full: bool
-    ) -> SandboxReply:
-        method = method.upper()
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes, *, origin: str, limited: bool
+    ) -> tuple[SandboxReply, Account | None]:
+        """The reply, and whose place in flight the caller is to give back."""
+        method, route = method.upper(), path.partition("?")[0]
         seen = {name.lower(): value for name, value in headers.items()}
-        authorization = seen.get("authorization", "")
+        key = _bearer_key(seen.get("authorization", ""))
         seen.update((name, "[removed]") for name in _SECRET_HEADERS & set(seen))
-        if _is_generation(method, path):
-            return self._generate(SandboxRequest(method, path, seen, read_body(body)), authorization, origin, full=full)
-        if method in ("GET", "HEAD") and path.startswith(_PICTURES):
-            return self._download(SandboxRequest(method, path, seen))
-        return _json_reply(200, _WRONG_ROUTE)
+        if method == "POST" and route.endswith(_ROUTE):
+            request = SandboxRequest(method, path, seen, read_body(body))
+            # In one go: of those that come at the same moment, as many are served as there are places.
+            with self._lock:
+                return self._generate(request, key, origin, task=route.endswith(TASK_ROUTE), limited=limited)
+        if method == "GET" and asked_for(path):
+            return self._poll(SandboxRequest(method, path, seen), key, origin), None
+        if method in ("GET", "HEAD") and path.startswith(PICTURE_ROUTE):
+            return self._download(SandboxRequest(method, path, seen)), None
+        return json_reply(200, WRONG_ROUTE), None
 
-    def _generate(self, request: SandboxRequest, authorization: str, origin: str, *, full: bool) -> SandboxReply:
-        with self._lock:
-            self._requests.append(request)
-            forced = self._next_faults[0] if self._next_faults else None
-            if forced and forced.times > 1:
-                self._next_faults[0] = replace(forced, times=forced.times - 1)
-            elif forced:
-                self._next_faults.popleft()
-        if forced and forced.refuses:
-            return _refuse(forced)
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            return _json_reply(401, error_body("1001", _NO_AUTHORIZATION))
-        if full:
-            return _refuse(make_fault("rate-limit", 1, {}))
+    def _generate(
+        self, request: SandboxRequest, key: str, origin: str, *, task: bool, limited: bool
+    ) -> tuple[SandboxReply, Account | None]:
+        self._requests.append(request)
+        forced = self._next_fault()
+        away = self._turned_away(forced, key, request.model, limited=limited)
+        if away:
+            return away, None
         try:
-            order = read_order(request.body)
+            order = read_order(request.body, task=task)
         except OrderRefusedError as error:
-            return _json_reply(400, error_body(error.code, error.message))
+            return json_reply(400, error_body(error.code, error.message)), None
         faults = faults_of(order.prompt)
-        refused = self._refused_attempt(order, [fault for fault in faults if fault.refuses])
-        if refused:
-            return _refuse(refused)
+        refusing = self._refused_attempt(order, [fault for fault in faults if fault.refuses])
+        if refusing:
+            return refused(refusing), None
         changes = {fault.name: fault.options for fault in (*faults, *([forced] if forced else ())) if not fault.refuses}
-        return self._succeed(order, changes, origin)
+        account = account_of(key, order.model.name)
+        if task:
+            return self._submit(order, changes, account), None  # the task has the place from here on
+        if limited:
+            self._posts.take(account)
+        return self._succeed(order, changes, origin), account if limited else None
+
+    def _turned_away(self, forced: Fault | None, key: str, model: str | None, *, limited: bool) -> SandboxReply | None:
+        """The reply to a POST that is not even read."""
+        if forced and forced.refuses:
+            return refused(forced)
+        if not key:
+            return json_reply(401, NO_AUTHORIZATION)
+        if limited and self._is_full(key, model):
+            return refused(make_fault("rate-limit", 1, {}))
+        return None
+
+    def _next_fault(self) -> Fault | None:
+        forced = self._next_faults[0] if self._next_faults else None
+        if forced and forced.times > 1:
+            self._next_faults[0] = replace(forced, times=forced.times - 1)
+        elif forced:
+            self._next_faults.popleft()
+        return forced
+
+    def _is_full(self, key: str, name: str | None) -> bool:
+        model = find_model(name or "")
+        if self._limit is None or model is None:
+            return False
+        account = account_of(key, model.name)
+        taken = self._posts[account] + self._tasks.in_flight_of(account, self.clock())
+        return taken >= allowed(self._limit, model.name)
 
     def _refused_attempt(self, order: Order, faults: list[Fault]) -> Fault | None:
         if not faults:
             return None
         key = seed_of(order.request_id or order.prompt)
-        with self._lock:
-            attempt = self._attempts[key] = self._attempts.pop(key, 0) + 1
-            if len(self._attempts) > MAX_REQUESTS:
-                self._attempts.popitem(last=False)
+        attempt = self._attempts[key] = self._attempts.pop(key, 0) + 1
+        if len(self._attempts) > MAX_REQUESTS:
+            self._attempts.popitem(last=False)
         for fault in faults:
             if attempt <= fault.times:
                 return fault
@@ -300,64 +315,57 @@ class Sandbox:
         return None
 
     def _succeed(self, order: Order, changes: Mapping[str, Mapping[str, Any]], origin: str) -> SandboxReply:
-        now, identity = int(time.time()), uuid.uuid4().hex
-        expires = now - 1 if "expired-url" in changes else now + LINK_LIFETIME
-        not_yet = changes["not-yet"]["gets"] if "not-yet" in changes else 0
-        with self._lock:
-            self._pictures_made += 1
-            self._pictures[identity] = _Picture(seed_of(order.prompt), order.width, order.height, expires, not_yet)
-            if len(self._pictures) > MAX_PICTURES:
-                self._pictures.popitem(last=False)
+        identity = uuid.uuid4().hex
         reply: dict[str, Any] = {
-            "created": now,
-            "data": [{"url": f"{origin}{_PICTURES}{identity}.png?Expires={expires}"}],
+            "created": int(time.time()),
+            "data": [{"url": origin + self._ledger.charge(order, changes, identity)}],
             "id": identity,
             "request_id": order.request_id or identity,
             "model": order.model.name,
         }
-        if "flagged" in changes:
-            reply["content_filter"] = [{"role": changes["flagged"]["role"], "level": changes["flagged"]["level"]}]
-        body = to_json(reply)
-        if "malformed" in changes:
-            body = body[: len(body) // 2]
-        delay = self.latency + (float(changes["slow"]["seconds"]) if "slow" in changes else 0.0)
-        return _json_reply(200, body, delay)
+        entries = filter_entries(changes)
+        if entries:
+            reply["content_filter"] = entries
+        return success(reply, changes, self._seconds(changes))
+
+    def _submit(self, order: Order, changes: Mapping[str, Mapping[str, Any]], account: Account) -> SandboxReply:
+        identity, seconds, now = uuid.uuid4().hex, self._seconds(changes), self.clock()
+        fails = "task-fail" in changes
+        task = Task(
+            identity=identity,
+            request_id=order.request_id or identity,
+            account=account,
+            due=now + seconds,
+            polls=changes["task-polls"]["polls"] if "task-polls" in changes else 0,
+            picture=None if fails else self._ledger.charge(order, changes, identity, ready_in=seconds),
+            content_filter=filter_entries(changes),
+        )
+        self._tasks.add(task, now)
+        return success(task.submitted(), changes)
+
+    def _seconds(self, changes: Mapping[str, Mapping[str, Any]]) -> float:
+        return self.latency + (float(changes["slow"]["seconds"]) if "slow" in changes else 0.0)
+
+    def _poll(self, request: SandboxRequest, key: str, origin: str) -> SandboxReply:
+        with self._lock:
+            self._polls.append(request)
+            if not key:
+                return json_reply(401, NO_AUTHORIZATION)
+            told = self._tasks.poll(asked_for(request.path) or "", origin, self.clock())
+        return json_reply(404, NO_TASK) if told is None else json_reply(200, to_json(told))
 
     def _download(self, request: SandboxRequest) -> SandboxReply:
-        route, _, query = request.path.partition("?")
-        identity = route.removeprefix(_PICTURES).removesuffix(".png")
         with self._lock:
             self._downloads.append(request)
-            picture = self._pictures.get(identity)
-            if picture is None:
-                return _json_reply(404, _NO_FILE)
-            self._pictures.move_to_end(identity)
-            # The query stands for the signature of a real link: without it, or changed, the link is no good.
-            if parse_qs(query).get("Expires") != [str(picture.expires)] or picture.expires < time.time():
-                return _json_reply(403, _NO_ACCESS)
-            if picture.not_yet > 0:
-                picture.not_yet -= 1
-                return _json_reply(404, _NO_FILE)
-        body = draw_seed(picture.seed, picture.width, picture.height)
-        return SandboxReply(200, {"content-type": "image/png", "x-cogview-sandbox": "1"}, body)
+            found = self._ledger.fetch(request.path)
+        if isinstance(found, SandboxReply):
+            return found
+        return png_reply(draw_seed(found.seed, found.width, found.height))
 
 
-def _is_generation(method: str, path: str) -> bool:
-    route = path.partition("?")[0]
-    return (
-        method.upper() == "POST"
-        and route.endswith("/images/generations")
-        and not route.endswith("/async/images/generations")
-    )
-
-
-def _json_reply(status: int, body: bytes, delay: float = 0.0) -> SandboxReply:
-    return SandboxReply(status, {"content-type": JSON_TYPE, "x-cogview-sandbox": "1"}, body, delay)
-
-
-def _refuse(fault: Fault) -> SandboxReply:
-    status, headers, body = refusal(fault)
-    return SandboxReply(status, {**headers, "x-cogview-sandbox": "1"}, body)
+def _bearer_key(authorization: str) -> str:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 _registry: weakref.WeakValueDictionary[str, Sandbox] = weakref.WeakValueDictionary()

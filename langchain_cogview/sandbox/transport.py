@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import httpx
 
 if TYPE_CHECKING:
-    from langchain_cogview.sandbox.service import Sandbox, SandboxReply
+    from langchain_cogview.sandbox.records import SandboxReply
+    from langchain_cogview.sandbox.service import Sandbox
 
 
 class SandboxTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):

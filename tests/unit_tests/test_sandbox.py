@@ -25,7 +25,7 @@ from PIL import Image
 
 from langchain_cogview.catalog import MODELS
 from langchain_cogview.images.formats import inspect
-from langchain_cogview.sandbox import Sandbox, SandboxServer, faults, service
+from langchain_cogview.sandbox import Sandbox, SandboxServer, faults, ledger, service
 from langchain_cogview.sandbox.__main__ import main
 from langchain_cogview.sandbox.picture import draw
 from langchain_cogview.sandbox.service import sandbox_at
@@ -262,7 +262,7 @@ def test_a_refused_argument_has_the_recorded_code():
     ("method", "route"),
     [
         ("POST", "/api/paas/v4/chat/completions"),
-        ("POST", "/api/paas/v4/async/images/generations"),
+        ("POST", "/api/paas/v4/async/chat/completions"),
         ("GET", ROUTE),
         ("GET", "/"),
         ("PUT", "/pictures/x.png"),
@@ -288,7 +288,7 @@ def test_a_link_with_a_changed_query_is_no_good(sandbox):
 def test_a_link_ends(sandbox, monkeypatch):
     reply = post(sandbox)
     now = time.time()
-    monkeypatch.setattr(service.time, "time", lambda: now + service.LINK_LIFETIME + 2)
+    monkeypatch.setattr(ledger.time, "time", lambda: now + ledger.LINK_LIFETIME + 2)
     assert get(sandbox, reply).status == 403
 
 
@@ -510,12 +510,13 @@ def test_it_remembers_what_it_was_sent_but_not_the_key(sandbox):
 
 def test_its_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(service, "MAX_REQUESTS", 5)
-    monkeypatch.setattr(service, "MAX_PICTURES", 3)
+    monkeypatch.setattr(ledger, "MAX_PICTURES", 3)
     sandbox = Sandbox()
     replies = [post(sandbox, f"kitten {i} [[rate-limit:0]]") for i in range(8)]
     assert [get(sandbox, reply).status for reply in replies] == [404] * 5 + [200] * 3
     assert [request.prompt[:8] for request in sandbox.requests] == [f"kitten {i}" for i in range(3, 8)]
     assert len(sandbox.downloads) == len(sandbox._attempts) == 5
+    assert [picture.prompt[:8] for picture in sandbox.ledger] == [f"kitten {i}" for i in range(5, 8)]
     assert sandbox.pictures_made == 8
 
 
@@ -523,7 +524,7 @@ def test_reset_forgets_everything(sandbox):
     reply = post(sandbox, "[[rate-limit:1]]") and post(sandbox)
     sandbox.fail_next("busy")
     sandbox.reset()
-    assert (sandbox.requests, sandbox.downloads, sandbox.pictures_made) == ([], [], 0)
+    assert (sandbox.requests, sandbox.downloads, sandbox.ledger, sandbox.pictures_made) == ([], [], [], 0)
     assert get(sandbox, reply).status == 404
     assert post(sandbox).status == 200
     assert post(sandbox, "[[rate-limit:1]]").status == 429
@@ -596,7 +597,7 @@ def test_one_more_than_the_limit_in_flight_is_refused():
         sandbox.admit("POST", ROUTE, AUTHORIZED, body) as second,
     ):
         with sandbox.admit("POST", ROUTE, AUTHORIZED, body) as third:
-            assert sandbox.in_flight == 3
+            assert sandbox.in_flight == 2
             assert error_of(third) == (429, "1302")
         with sandbox.admit("GET", "/pictures/x.png", {}) as download:
             assert download.status == 404, "a download takes no place"
@@ -866,6 +867,7 @@ def test_a_fault_takes_a_dict_as_json_and_refuses_values_of_no_use():
             ("slow", {"seconds": "a"}),
             ("flagged", {"level": 9}),
             ("not-yet", {"gets": -1}),
+            ("task-polls", {"polls": 1.5}),
             ("rate-limit", {"retry_after": []}),
         ):
             with pytest.raises(ValueError, match="option"):

@@ -1,0 +1,467 @@
+"""What a user relies on: the sandbox speaks the task endpoint, from the POST that is answered at once to the picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from langchain_cogview.catalog import MODELS
+from langchain_cogview.images.formats import inspect
+from langchain_cogview.sandbox import Sandbox, SandboxServer, tasks
+from langchain_cogview.sandbox.ledger import LINK_LIFETIME
+from langchain_cogview.sandbox.transport import SandboxTransport
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
+KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
+AUTHORIZED = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+BASE = "/api/paas/v4"
+BODY = {"model": "glm-image", "prompt": "a kitten"}
+
+
+class Clock:
+    """A clock that stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def sandbox(clock):
+    with Sandbox(latency=10, clock=clock) as sandbox:
+        yield sandbox
+
+
+def recorded(name: str):
+    return json.loads((FIXTURES / f"{name}.json").read_bytes())
+
+
+def post(sandbox, prompt="a kitten", *, headers=AUTHORIZED, **fields):
+    return sandbox.reply(
+        "POST", f"{BASE}/async/images/generations", headers, json.dumps({**BODY, "prompt": prompt, **fields}).encode()
+    )
+
+
+def submit(sandbox, prompt="a kitten", **fields):
+    """The id of a new task."""
+    reply = post(sandbox, prompt, **fields)
+    assert (reply.status, reply.delay) == (200, 0), "a task's POST is answered at once"
+    return json.loads(reply.body)["id"]
+
+
+def poll(sandbox, identity, *, headers=AUTHORIZED, origin="https://any.example"):
+    return sandbox.reply("GET", f"{BASE}/async-result/{identity}", headers, origin=origin)
+
+
+def state(sandbox, identity):
+    reply = poll(sandbox, identity)
+    assert (reply.status, reply.delay) == (200, 0)
+    return json.loads(reply.body)
+
+
+def status(sandbox, identity):
+    return state(sandbox, identity)["task_status"]
+
+
+def fetch(sandbox, told):
+    return sandbox.reply("GET", httpx.URL(told["image_result"][0]["url"]).raw_path.decode(), {})
+
+
+def code_of(reply):
+    return reply.status, json.loads(reply.body)["error"]["code"]
+
+
+# From the POST to the picture
+
+
+def test_a_task_goes_from_its_post_to_its_picture(sandbox, clock):
+    submitted = json.loads(post(sandbox, "a heron", request_id="mine", size="1568x1056").body)
+    assert set(submitted) == set(recorded("doc-task-submitted"))
+    assert submitted == {**submitted, "model": "glm-image", "request_id": "mine", "task_status": "PROCESSING"}
+
+    clock.now += 9.9
+    processing = state(sandbox, submitted["id"])
+    assert processing == {"model": "glm-image", "request_id": "mine", "task_status": "PROCESSING"}
+
+    clock.now += 0.1
+    done = json.loads(poll(sandbox, submitted["id"], origin="http://127.0.0.1:1").body)
+    assert set(done) == set(recorded("doc-task-success"))
+    assert (done["model"], done["request_id"], done["task_status"]) == ("glm-image", "mine", "SUCCESS")
+    assert done["image_result"][0]["url"].startswith("http://127.0.0.1:1/pictures/")
+    info = inspect(io.BytesIO(fetch(sandbox, done).body))
+    assert (info.width, info.height) == (1568, 1056)
+    assert state(sandbox, submitted["id"])["task_status"] == "SUCCESS", "asked again, it is told again"
+
+
+def test_without_latency_the_first_question_finds_the_picture():
+    sandbox = Sandbox()
+    assert status(sandbox, submit(sandbox)) == "SUCCESS"
+
+
+def test_a_task_that_fails_makes_and_charges_nothing(sandbox, clock):
+    identity = submit(sandbox, "[[task-fail]]", request_id="mine")
+    assert status(sandbox, identity) == "PROCESSING"
+    clock.now += 10
+    told = state(sandbox, identity)
+    assert set(told) == set(recorded("doc-task-fail"))
+    assert told == {"model": "glm-image", "request_id": "mine", "task_status": "FAIL"}
+    assert (sandbox.pictures_made, sandbox.ledger) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("trigger", "expected"), [("[[task-polls]]", 1), ("[[task-polls:2]]", 2), ("[[task-polls:0]]", 0)]
+)
+def test_a_task_is_under_way_for_as_many_questions_as_were_asked_for(trigger, expected):
+    sandbox = Sandbox()
+    identity = submit(sandbox, trigger)
+    assert [status(sandbox, identity) for _ in range(4)] == ["PROCESSING"] * expected + ["SUCCESS"] * (4 - expected)
+
+
+def test_after_the_questions_that_were_asked_for_the_clock_decides(sandbox, clock):
+    identity = submit(sandbox, "[[task-polls:2]]")
+    assert [status(sandbox, identity) for _ in range(3)] == ["PROCESSING"] * 3
+    clock.now += 10
+    assert status(sandbox, identity) == "SUCCESS"
+    late = submit(sandbox, "[[task-polls:2]]")
+    clock.now += 1000
+    assert [status(sandbox, late) for _ in range(3)] == ["PROCESSING", "PROCESSING", "SUCCESS"]
+
+
+def test_a_slow_task_is_answered_at_once_and_ends_later(sandbox, clock):
+    identity = submit(sandbox, "[[slow:5]]")
+    clock.now += 14.9
+    assert status(sandbox, identity) == "PROCESSING"
+    clock.now += 0.1
+    assert status(sandbox, identity) == "SUCCESS"
+
+
+def test_tasks_end_in_the_order_in_which_they_are_due(sandbox, clock):
+    slow, quick = submit(sandbox, "[[slow:20]]"), submit(sandbox)
+    clock.now += 10
+    assert (status(sandbox, slow), status(sandbox, quick)) == ("PROCESSING", "SUCCESS")
+
+
+# What is spoilt
+
+
+@pytest.mark.parametrize(("trigger", "level"), [("[[flagged]]", 3), ("[[flagged:1]]", 1)])
+def test_a_flagged_task_tells_its_filter_with_the_picture(sandbox, clock, trigger, level):
+    identity = submit(sandbox, trigger)
+    assert "content_filter" not in state(sandbox, identity)
+    clock.now += 10
+    told = state(sandbox, identity)
+    assert told["content_filter"] == [{"role": "assistant", "level": level}]
+    assert fetch(sandbox, told).status == 200
+
+
+def test_links_of_tasks_can_be_late_or_ended():
+    sandbox = Sandbox()
+    late = state(sandbox, submit(sandbox, "[[not-yet]]"))
+    assert [fetch(sandbox, late).status for _ in range(2)] == [404, 200]
+    assert fetch(sandbox, state(sandbox, submit(sandbox, "[[expired-url]]"))).status == 403
+
+
+def test_the_link_of_a_long_task_lives_from_its_end():
+    sandbox = Sandbox(latency=3600, clock=(clock := Clock()))
+    before = int(time.time())
+    identity = submit(sandbox)
+    clock.now += 3600
+    expires = int(httpx.URL(state(sandbox, identity)["image_result"][0]["url"]).params["Expires"])
+    assert expires >= before + 3600 + LINK_LIFETIME
+
+
+def test_a_malformed_reply_leaves_a_charged_task_behind(sandbox):
+    reply = post(sandbox, "[[malformed]]", request_id="mine")
+    with pytest.raises(ValueError):
+        json.loads(reply.body)
+    (picture,) = sandbox.ledger
+    assert (picture.request_id, sandbox.in_flight) == ("mine", 1)
+    assert status(sandbox, picture.task_id) == "PROCESSING"
+
+
+@pytest.mark.parametrize(
+    ("trigger", "expected"),
+    [
+        ("[[content-filter]]", (400, "1301")),
+        ("[[rate-limit]]", (429, "1302")),
+        ("[[busy]]", (429, "1305")),
+        ("[[balance]]", (429, "1113")),
+        ("[[auth]]", (401, "1000")),
+        ("[[server-error]]", (500, "1234")),
+    ],
+)
+def test_what_is_refused_is_refused_at_the_post(sandbox, trigger, expected):
+    assert code_of(post(sandbox, trigger)) == expected
+    assert (sandbox.pictures_made, sandbox.in_flight) == (0, 0)
+
+
+def test_attempts_are_counted_over_both_endpoints(sandbox):
+    prompt = "[[rate-limit:2]]"
+    sync = json.dumps({**BODY, "prompt": prompt, "request_id": "one"}).encode()
+    assert sandbox.reply("POST", f"{BASE}/images/generations", AUTHORIZED, sync).status == 429
+    assert [post(sandbox, prompt, request_id="one").status for _ in range(2)] == [429, 200]
+
+
+def test_fail_next_acts_on_tasks_too():
+    sandbox = Sandbox()
+    sandbox.fail_next("unavailable", retry_after=1)
+    sandbox.fail_next("task-fail")
+    sandbox.fail_next("task-polls", polls=1)
+    sandbox.fail_next("flagged", level=0)
+    assert post(sandbox).headers["retry-after"] == "1"
+    assert status(sandbox, submit(sandbox)) == "FAIL"
+    assert [status(sandbox, identity) for identity in [submit(sandbox)] * 2] == ["PROCESSING", "SUCCESS"]
+    assert state(sandbox, submit(sandbox))["content_filter"] == [{"role": "assistant", "level": 0}]
+
+
+def test_on_the_other_endpoint_the_words_for_tasks_change_nothing():
+    sandbox = Sandbox()
+    body = json.dumps({**BODY, "prompt": "[[task-fail]] [[task-polls:9]]"}).encode()
+    assert "data" in json.loads(sandbox.reply("POST", f"{BASE}/images/generations", AUTHORIZED, body).body)
+    assert sandbox.ledger[0].task_id is None
+
+
+# Who is refused
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if MODELS[name].sizes])
+def test_only_models_with_tasks_are_taken(sandbox, model):
+    reply = post(sandbox, model=model)
+    if MODELS[model].tasks:
+        assert reply.status == 200
+    else:
+        assert code_of(reply) == (400, "1222")
+        assert (sandbox.pictures_made, sandbox.in_flight) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [({"model": "x"}, "1211"), ({"prompt": " "}, "1213"), ({"size": "1x1"}, "1214"), ({"quality": "standard"}, "1214")],
+)
+def test_the_body_is_checked_like_the_other_endpoints(sandbox, fields, code):
+    assert code_of(post(sandbox, **fields)) == (400, code)
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer "}, {"Authorization": KEY}])
+def test_both_requests_need_a_bearer_key(sandbox, headers):
+    identity = submit(sandbox)
+    assert code_of(post(sandbox, headers=headers)) == (401, "1001")
+    assert code_of(poll(sandbox, identity, headers=headers)) == (401, "1001")
+
+
+@pytest.mark.parametrize("identity", ["0" * 32, "x", "%2e%2e", "x?id=1"])
+def test_an_unknown_task_is_a_404(sandbox, identity):
+    assert code_of(poll(sandbox, identity)) == (404, "1222")
+
+
+@pytest.mark.parametrize("path", ["/async-result/", "/async-result", "/async-result/a/b"])
+def test_what_is_no_tasks_address_is_a_wrong_route(sandbox, path):
+    reply = sandbox.reply("GET", BASE + path, AUTHORIZED)
+    assert json.loads(reply.body) == recorded("seen-200-wrong-route")
+
+
+# The account
+
+
+def admit(sandbox, prompt="a kitten", *, key=KEY, route="/async/images/generations", **fields):
+    body = json.dumps({**BODY, "prompt": prompt, **fields}).encode()
+    return sandbox.admit("POST", BASE + route, {"Authorization": f"Bearer {key}"}, body)
+
+
+def test_a_task_takes_one_place_until_it_ends(clock):
+    sandbox = Sandbox(latency=10, in_flight_limit=1, clock=clock)
+    with admit(sandbox) as first:
+        assert (first.status, sandbox.in_flight) == (200, 1), (
+            "one picture takes one place, not one for its POST as well"
+        )
+    assert sandbox.in_flight == 1
+    for route in ("/async/images/generations", "/images/generations"):
+        with admit(sandbox, route=route) as refused:
+            assert code_of(refused) == (429, "1302")
+            assert sandbox.in_flight == 1
+    clock.now += 10
+    assert sandbox.in_flight == 0, "nobody needs to ask for the result"
+    with admit(sandbox) as second:
+        assert second.status == 200
+    assert sandbox.pictures_made == 2
+
+
+def test_a_picture_under_way_leaves_a_task_no_place(clock):
+    sandbox = Sandbox(in_flight_limit=1, clock=clock)
+    with admit(sandbox, route="/images/generations") as picture, admit(sandbox) as task:
+        assert (picture.status, task.status) == (200, 429)
+    with admit(sandbox) as task:
+        assert task.status == 200
+
+
+def test_a_failed_task_gives_its_place_back(clock):
+    sandbox = Sandbox(latency=10, in_flight_limit=1, clock=clock)
+    submit(sandbox, "[[task-fail]]")
+    with admit(sandbox) as refused:
+        assert refused.status == 429
+    clock.now += 10
+    with admit(sandbox) as served:
+        assert served.status == 200
+
+
+@pytest.mark.parametrize("latency", [0, 10])
+def test_a_task_that_waits_for_its_questions_keeps_its_place_until_the_last(clock, latency):
+    sandbox = Sandbox(latency=latency, in_flight_limit=1, clock=clock)
+    identity = submit(sandbox, "[[task-polls:2]]")
+    clock.now += latency
+    assert (status(sandbox, identity), sandbox.in_flight) == ("PROCESSING", 1)
+    assert (status(sandbox, identity), sandbox.in_flight) == ("PROCESSING", 0)
+    assert (status(sandbox, identity), sandbox.in_flight) == ("SUCCESS", 0)
+
+
+def test_a_task_whose_questions_came_early_keeps_its_place_until_it_is_due(clock):
+    sandbox = Sandbox(latency=10, clock=clock)
+    identity = submit(sandbox, "[[task-polls:1]]")
+    assert (status(sandbox, identity), sandbox.in_flight) == ("PROCESSING", 1)
+    clock.now += 10
+    assert sandbox.in_flight == 0
+
+
+def test_reset_forgets_tasks_and_gives_their_places_back(sandbox):
+    identity = submit(sandbox)
+    poll(sandbox, identity)
+    assert (sandbox.in_flight, len(sandbox.polls)) == (1, 1)
+    sandbox.reset()
+    assert (sandbox.in_flight, sandbox.polls) == (0, [])
+    assert poll(sandbox, identity).status == 404
+
+
+def test_tasks_are_forgotten_before_they_fill_the_memory(monkeypatch, clock):
+    monkeypatch.setattr(tasks, "MAX_TASKS", 3)
+    sandbox = Sandbox(latency=10, clock=clock)
+    ids = [submit(sandbox) for _ in range(3)]
+    poll(sandbox, ids[0])
+    ids += [submit(sandbox) for _ in range(97)]
+    assert sandbox.in_flight == 3
+    assert len(sandbox._tasks._by_time) <= 7
+    assert [poll(sandbox, identity).status for identity in ids] == [404] * 97 + [200] * 3
+    clock.now += 10
+    assert sandbox.in_flight == 0
+    kept = [submit(sandbox) for _ in range(3)]
+    poll(sandbox, kept[0])
+    submit(sandbox)
+    assert [poll(sandbox, identity).status for identity in kept] == [200, 404, 200], "what is asked for is kept"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.sampled_from(["submit", "poll", "wait"]), st.integers(0, 9), st.integers(0, 3)), max_size=40)
+)
+def test_a_task_has_a_place_exactly_while_it_is_under_way(steps):
+    clock = Clock()
+    sandbox = Sandbox(clock=clock)
+    expected: dict[str, list[float]] = {}  # id: due, polls left
+    for step, number, polls in steps:
+        if step == "submit":
+            identity = submit(sandbox, f"[[slow:{number}]] [[task-polls:{polls}]]")
+            expected[identity] = [clock.now + number, polls]
+        elif step == "wait":
+            clock.now += number
+        elif expected:
+            identity = list(expected)[number % len(expected)]
+            due, left = expected[identity]
+            under_way = left > 0 or clock.now < due
+            assert (status(sandbox, identity) == "PROCESSING") is under_way
+            expected[identity][1] = max(0, left - 1)
+        assert sandbox.in_flight == sum(left > 0 or clock.now < due for due, left in expected.values())
+
+
+def test_many_threads_never_hold_more_tasks_than_the_limit(clock):
+    sandbox = Sandbox(latency=10, in_flight_limit=3, clock=clock)
+    start = threading.Barrier(12)
+
+    def call(_):
+        start.wait()
+        with admit(sandbox) as reply:
+            return reply.status
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(call, range(12)))
+    assert sorted(statuses) == [200] * 3 + [429] * 9
+    assert sandbox.in_flight == sandbox.pictures_made == 3
+
+
+# Under real clients
+
+
+def test_polls_are_remembered_without_the_key(sandbox):
+    identity = submit(sandbox)
+    poll(sandbox, identity)
+    poll(sandbox, "unknown")
+    assert [request.path.rsplit("/", 1)[1] for request in sandbox.polls] == [identity, "unknown"]
+    assert [request.path for request in sandbox.requests] == [f"{BASE}/async/images/generations"]
+    assert sandbox.downloads == []
+    assert KEY not in repr((sandbox.polls, vars(sandbox)))
+
+
+def sync_get(sandbox, *requests):
+    with httpx.Client(
+        transport=SandboxTransport(sandbox), headers=AUTHORIZED, base_url="https://any.example"
+    ) as client:
+        return [client.request(*request[:2], **request[2]) for request in requests]
+
+
+async def async_get(sandbox, *requests):
+    async with httpx.AsyncClient(
+        transport=SandboxTransport(sandbox), headers=AUTHORIZED, base_url="https://any.example"
+    ) as client:
+        return [await client.request(*request[:2], **request[2]) for request in requests]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+async def test_httpx_gets_the_picture_of_a_task_in_process(sandbox, clock, way):
+    async def call(*request):
+        (reply,) = sync_get(sandbox, request) if way == "sync" else await async_get(sandbox, request)
+        return reply
+
+    submitted = await call("POST", f"{BASE}/async/images/generations", {"json": BODY})
+    result = ("GET", f"{BASE}/async-result/{submitted.json()['id']}", {})
+    assert (await call(*result)).json()["task_status"] == "PROCESSING"
+    clock.now += 10
+    told = (await call(*result)).json()
+    assert (await call("GET", told["image_result"][0]["url"], {})).headers["content-type"] == "image/png"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["ZhipuAiClient", "ZaiClient"])
+def test_zai_sdk_gets_the_picture_of_its_task(sandbox, clock, name):
+    zai = pytest.importorskip("zai")
+    with (
+        SandboxServer(sandbox) as server,
+        httpx.Client(trust_env=False) as plain,
+        getattr(zai, name)(api_key=KEY, base_url=server.base_url, http_client=plain, max_retries=0) as client,
+    ):
+        submitted = client.images.async_generations(model="glm-image", prompt="a kitten", size="1056x1568")
+        assert submitted.task_status == "PROCESSING"
+        assert client.images.retrieve_images_result(submitted.id).task_status == "PROCESSING"
+        clock.now += 10
+        told = client.images.retrieve_images_result(submitted.id)
+        assert (told.task_status, told.request_id) == ("SUCCESS", submitted.request_id)
+        assert told.image_result[0].url.startswith(server.origin + "/pictures/")
+        with httpx.Client(trust_env=False) as browser:
+            info = inspect(io.BytesIO(browser.get(told.image_result[0].url).content))
+        assert (info.width, info.height) == (1056, 1568)
+        with pytest.raises(zai.core.APIStatusError) as raised:
+            client.images.retrieve_images_result("unknown")
+        assert raised.value.response.status_code == 404
