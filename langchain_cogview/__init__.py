@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from langchain_cogview.callbacks import (
         AsyncContentFilterCallbackHandler,
         ContentFilterCallbackHandler,
+        CostCallbackHandler,
         collect_content_filter_events,
+        collect_image_costs,
     )
     from langchain_cogview.content_filter import ContentFilter
+    from langchain_cogview.cost import ImageCosts
     from langchain_cogview.errors import (
         CogViewAuthenticationError,
         CogViewBalanceError,
@@ -33,13 +36,18 @@ if TYPE_CHECKING:
         CogViewRateLimitError,
         CogViewServerError,
         CogViewStorageError,
+        CogViewTaskFailedError,
+        CogViewTaskUnfinishedError,
         CogViewTimeoutError,
     )
-    from langchain_cogview.events import ContentFilterEvent
+    from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
+    from langchain_cogview.progress import ProgressCallbackHandler
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, images_from_messages
     from langchain_cogview.sandbox import Sandbox
+    from langchain_cogview.tasks import ImageTask
     from langchain_cogview.tool import CogViewImageTool
 
 _ROOMS = {
@@ -47,9 +55,12 @@ _ROOMS = {
     "callbacks": (
         "AsyncContentFilterCallbackHandler",
         "ContentFilterCallbackHandler",
+        "CostCallbackHandler",
         "collect_content_filter_events",
+        "collect_image_costs",
     ),
     "content_filter": ("ContentFilter",),
+    "cost": ("ImageCosts",),
     "errors": (
         "CogViewAuthenticationError",
         "CogViewBalanceError",
@@ -70,13 +81,18 @@ _ROOMS = {
         "CogViewRateLimitError",
         "CogViewServerError",
         "CogViewStorageError",
+        "CogViewTaskFailedError",
+        "CogViewTaskUnfinishedError",
         "CogViewTimeoutError",
     ),
-    "events": ("ContentFilterEvent",),
+    "events": ("ContentFilterEvent", "GeneratedEvent", "ProgressEvent", "RetryEvent"),
     "generator": ("CogViewImageGenerator",),
+    "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
+    "progress": ("ProgressCallbackHandler",),
     "request": ("ImageRequest",),
     "result": ("GeneratedImage", "ImageFailure", "ImageResult", "images_from_messages"),
     "sandbox": ("Sandbox",),
+    "tasks": ("ImageTask",),
     "tool": ("CogViewImageTool",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -104,18 +120,33 @@ __all__ = [
     "CogViewRateLimitError",
     "CogViewServerError",
     "CogViewStorageError",
+    "CogViewTaskFailedError",
+    "CogViewTaskUnfinishedError",
     "CogViewTimeoutError",
     "ContentFilter",
     "ContentFilterCallbackHandler",
     "ContentFilterEvent",
+    "CostCallbackHandler",
+    "GeneratedEvent",
     "GeneratedImage",
     "ImageArtifact",
+    "ImageCosts",
     "ImageFailure",
     "ImageRequest",
     "ImageResult",
+    "ImageTask",
+    "JobPlan",
+    "JobReport",
+    "ProgressCallbackHandler",
+    "ProgressEvent",
+    "RetryEvent",
     "Sandbox",
+    "arun_job",
     "collect_content_filter_events",
+    "collect_image_costs",
     "images_from_messages",
+    "plan_job",
+    "run_job",
 ]
 
 

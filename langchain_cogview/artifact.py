@@ -23,6 +23,8 @@ class GeneratedImageArtifact(TypedDict):
     expires_at: str | None
     """ISO 8601, UTC; None where the URL does not tell."""
     path: str | None
+    uri: str | None
+    """Where it is saved when that is no local file, such as `s3://bucket/name.png`."""
     mime_type: str | None
     width: int | None
     height: int | None
@@ -38,6 +40,11 @@ class GeneratedImageArtifact(TypedDict):
     size: str | None
     quality: str | None
     prompt: str
+    task_id: str | None
+    cost: str | None
+    """A decimal number; "0" for a cached or sandbox picture; None where the price is unknown."""
+    currency: str | None
+    cached: bool
     sandbox: bool
     warnings: list[str]
 
@@ -52,6 +59,7 @@ class ImageFailureArtifact(TypedDict):
     code: str | None
     status: int | None
     request_id: str | None
+    task_id: str | None
     outcome: str
     content_filter: list[ContentFilterArtifact]
 
@@ -66,6 +74,9 @@ class ImageArtifact(TypedDict):
     model: str
     size: str | None
     quality: str | None
+    cost: str | None
+    """Of all pictures; None where a price is unknown."""
+    currency: str | None
     sandbox: bool
     images: list[GeneratedImageArtifact]
     failures: list[ImageFailureArtifact]

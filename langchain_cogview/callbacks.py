@@ -1,20 +1,72 @@
-"""Handlers and a context manager over the events: what the content filter said."""
+"""Handlers and context managers over the events: what the content filter said, and what the pictures cost."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
-from langchain_cogview.events import CONTENT_FILTER_EVENT, ContentFilterEvent
+from langchain_cogview.cost import ImageCosts
+from langchain_cogview.events import (
+    CONTENT_FILTER_EVENT,
+    GENERATED_EVENT,
+    PROGRESS_EVENT,
+    RETRY_EVENT,
+    ContentFilterEvent,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from uuid import UUID
+
+_EVENTS: Final = frozenset({CONTENT_FILTER_EVENT, GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT})
+_REMEMBERED: Final = 1024
+
+
+class Deliveries:
+    """Which events came already: LangChain hands an event to a handler as often as the handler is in the run's list.
+
+    An event is known by its payload's identity, and is remembered until a thousand others came: doubles come close together.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[tuple[int, UUID], Any] = {}
+        self._lock = threading.Lock()
+
+    def is_first(self, data: Any, run_id: UUID) -> bool:
+        """Whether this payload comes for the first time."""
+        key = id(data), run_id
+        with self._lock:
+            if key in self._recent:
+                return False
+            self._recent[key] = data  # kept, so that no other payload gets its identity
+            if len(self._recent) > _REMEMBERED:
+                del self._recent[next(iter(self._recent))]
+        return True
+
+
+class EventListener(BaseCallbackHandler):
+    """Hears each event of this package once, in sync and async runs alike; a subclass says what it does in `hear`."""
+
+    # Inline: heard in the run's own task, and not in a thread of the event loop's executor, which others may fill.
+    run_inline = True
+
+    def __init__(self) -> None:
+        self._deliveries = Deliveries()
+
+    def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """LangChain's hook."""
+        if name in _EVENTS and self._deliveries.is_first(data, run_id):
+            self.hear(name, data)
+
+    def hear(self, name: str, event: Any) -> None:
+        """Take an event."""
+        raise NotImplementedError
 
 
 def _selected(name: str, event: ContentFilterEvent, max_level: int | None) -> bool:
@@ -61,10 +113,11 @@ class ContentFilterCallbackHandler(BaseCallbackHandler):
         self.events: list[ContentFilterEvent] = []
         self.on_content_filter = on_content_filter
         self.max_level = max_level
+        self._deliveries = Deliveries()
 
     def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """LangChain's hook."""
-        if _selected(name, data, self.max_level):
+        if _selected(name, data, self.max_level) and self._deliveries.is_first(data, run_id):
             self.events.append(data)
             if self.on_content_filter:
                 self.on_content_filter(data)
@@ -91,10 +144,11 @@ class AsyncContentFilterCallbackHandler(AsyncCallbackHandler):
         self.events: list[ContentFilterEvent] = []
         self.on_content_filter = on_content_filter
         self.max_level = max_level
+        self._deliveries = Deliveries()
 
     async def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """LangChain's hook."""
-        if _selected(name, data, self.max_level):
+        if _selected(name, data, self.max_level) and self._deliveries.is_first(data, run_id):
             self.events.append(data)
             if self.on_content_filter:
                 answer = self.on_content_filter(data)
@@ -102,12 +156,34 @@ class AsyncContentFilterCallbackHandler(AsyncCallbackHandler):
                     await answer
 
 
-class _Collector(ContentFilterCallbackHandler):
-    # Inline: an event that a call sends is there when the call returns, in async runs too.
-    run_inline = True
+class CostCallbackHandler(EventListener):
+    """Counts what pictures cost, for sync and async runs alike.
 
-    def __init__(self, outer: _Collector | None, max_level: int | None) -> None:
-        super().__init__(max_level=max_level)
+    Attributes:
+        costs: What they cost so far.
+
+    Example:
+        >>> handler = CostCallbackHandler()
+        >>> generator.batch(["a kitten", "a puppy"], {"callbacks": [handler]})    # doctest: +SKIP
+        >>> handler.costs.total("CNY")    # doctest: +SKIP
+        Decimal('0.12')
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs = ImageCosts()
+
+    def hear(self, name: str, event: Any) -> None:
+        """Count an event."""
+        self.costs.hear(name, event)
+
+
+class _Collector(EventListener):
+    """What an open block hears, and the block around it."""
+
+    def __init__(self, hear: Callable[[str, Any], None], outer: _Collector | None) -> None:
+        super().__init__()
+        self._hear = hear
         self._outer = outer
 
     def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -115,9 +191,21 @@ class _Collector(ContentFilterCallbackHandler):
         if self._outer:
             self._outer.on_custom_event(name, data, run_id=run_id, **kwargs)
 
+    def hear(self, name: str, event: Any) -> None:
+        self._hear(name, event)
 
-_collector: ContextVar[_Collector | None] = ContextVar("cogview_content_filter_collector", default=None)
+
+_collector: ContextVar[_Collector | None] = ContextVar("cogview_collector", default=None)
 register_configure_hook(_collector, inheritable=True)
+
+
+@contextlib.contextmanager
+def _collecting(hear: Callable[[str, Any], None]) -> Iterator[None]:
+    token = _collector.set(_Collector(hear, _collector.get()))
+    try:
+        yield
+    finally:
+        _collector.reset(token)
 
 
 @contextlib.contextmanager
@@ -136,9 +224,32 @@ def collect_content_filter_events(*, max_level: int | None = None) -> Iterator[l
         >>> with collect_content_filter_events() as events:    # doctest: +SKIP
         ...     agent.invoke({"messages": "draw a kitten"})
     """
-    collector = _Collector(_collector.get(), max_level)
-    token = _collector.set(collector)
-    try:
-        yield collector.events
-    finally:
-        _collector.reset(token)
+    _check(None, max_level)
+    events: list[ContentFilterEvent] = []
+
+    def hear(name: str, event: Any) -> None:
+        if _selected(name, event, max_level):
+            events.append(event)
+
+    with _collecting(hear):
+        yield events
+
+
+@contextlib.contextmanager
+def collect_image_costs() -> Iterator[ImageCosts]:
+    """Count what the pictures cost of everything that runs inside the block, in LangChain's threads and in tasks too.
+
+    Blocks can be nested: a picture counts in all that are open.
+
+    Yields:
+        The costs, which grow.
+
+    Example:
+        >>> with collect_image_costs() as costs:    # doctest: +SKIP
+        ...     agent.invoke({"messages": "draw a kitten"})
+        >>> costs.total("CNY")    # doctest: +SKIP
+        Decimal('0.06')
+    """
+    costs = ImageCosts()
+    with _collecting(costs.hear):
+        yield costs

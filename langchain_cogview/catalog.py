@@ -29,6 +29,11 @@ _LISTED_RATIO_TOLERANCE = 0.06
 _TYPICAL_PIXELS = 1024 * 1024
 
 
+def currency_of(region: Region) -> str:
+    """The ISO code of what a platform bills in."""
+    return "CNY" if region == "china" else "USD"
+
+
 @dataclass(frozen=True, slots=True)
 class SizeRule:
     """Which custom sizes a model takes: each side in pixels, and the product of both."""
@@ -107,7 +112,7 @@ class ModelInfo:
 
     def price(self, region: Region) -> tuple[Decimal, str] | None:
         """The price of one picture and its currency on a platform; None where unknown."""
-        currency = "CNY" if region == "china" else "USD"
+        currency = currency_of(region)
         amount = self.prices.get(currency)
         return None if amount is None else (amount, currency)
 

@@ -1,19 +1,18 @@
-"""The `cogview` command: a picture from a shell, and the tool's JSON schema. Typer is the extra `cli`."""
+"""The `cogview` command: pictures from a shell, and the tool's JSON schema. Typer is the extra `cli`."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from langchain_cogview.catalog import DEFAULT_MODEL
+from langchain_cogview.shell import CODES, EXIT_CODES, HINTS, finish, json_text, say, write
 
 try:
     import typer
@@ -23,38 +22,9 @@ except ImportError:
     TyperGroup = object  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from langchain_cogview.result import GeneratedImage
 
 TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip install "langchain-cogview[cli]"'
-EXIT_CODES: Final = {  # what each means, and the errors (CogView...Error) that bring it
-    0: ("made",),
-    1: ("another failure",),
-    2: ("wrong usage or settings: not made", "Configuration", "InvalidRequest", "PromptTooLong", "NotFound", "Budget"),
-    3: ("blocked by the content filter", "ContentFilter"),
-    4: ("key, permission or balance", "Authentication", "Permission", "Balance"),
-    5: ("limit, busy, network or time: not charged, try later", "RateLimit", "Busy", "Server", "Connection", "Timeout"),
-    6: ("made, but not saved where asked: the error output says where it is", "Download", "ExpiredURL", "Storage"),
-    7: ("outcome unknown: a picture may have been made and charged", "OutcomeUnknown", "MalformedReply"),
-    130: ("interrupted",),
-}
-_CODES: Final = {f"CogView{kind}Error": code for code, (_, *kinds) in EXIT_CODES.items() for kind in kinds}
-_UNKNOWN = "Look in the provider's console before you run it again: that can pay twice."
-_HINTS: Final = {  # in place of those that name Python's arguments
-    "CogViewRateLimitError": "Try again later, with fewer pictures at once (--n); the console shows the limit.",
-    "CogViewBusyError": "Try again in a few minutes.",
-    "CogViewTimeoutError": "Raise --timeout (seconds), or try again later.",
-    "CogViewOutcomeUnknownError": _UNKNOWN,
-    "CogViewMalformedReplyError": _UNKNOWN,
-}
-_SHELL_WORDS: Final = (
-    ("; or pass api_key=...", ""),
-    ("base_url='sandbox:'", "--sandbox"),
-    ("region='", "--region '"),
-    (": set output_dir, or call save() in time", ""),
-    ("Its URL is on the result; fetching again costs nothing: image.read() tries again.", ""),
-)
 
 
 class DrawByDefault(TyperGroup):
@@ -94,13 +64,16 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(_common)
     app.command("draw")(draw)
     app.command("schema")(schema)
+    from langchain_cogview.cli_batch import batch  # noqa: PLC0415  which needs typer
+
+    app.command("batch")(batch)
     return app
 
 
 def main() -> int:
     """Run the command with the arguments of this process, which typer ends; 2 where there is no typer."""
     if typer is None:
-        _say(TYPER_MISSING)
+        say(TYPER_MISSING)
         return 2
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold bytes or letters that the stream's encoding does not have
@@ -114,7 +87,7 @@ def _common(*, version: Annotated[bool, typer.Option("--version", help="Show the
     if version:
         from importlib.metadata import version as installed  # noqa: PLC0415
 
-        raise typer.Exit(_print(f"langchain-cogview {installed('langchain-cogview')}"))
+        raise typer.Exit(write(f"langchain-cogview {installed('langchain-cogview')}"))
 
 
 def draw(
@@ -134,7 +107,7 @@ def draw(
     sandbox: Annotated[bool, typer.Option("--sandbox", help="A placeholder, offline: no key, no cost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the whole result as JSON, not just the path.")] = False,
 ) -> None:
-    """Make a picture. The word draw can be left out, unless the prompt is the word schema or draw."""
+    """Make a picture. The word draw can be left out, unless the prompt is the word draw, schema or batch."""
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
     given = {"size": size, "quality": quality, "user_id": user_id, "region": region}
@@ -145,12 +118,12 @@ def draw(
         text = prompt if prompt != "-" else sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
     except UnicodeDecodeError:
         raise typer.BadParameter("The prompt on the standard input is not text in UTF-8.") from None
-    _finish(lambda: _draw(text, output, settings, as_json=as_json))
+    finish(lambda: _draw(text, output, settings, as_json=as_json))
 
 
 def schema(model: Annotated[str, typer.Option(help="The model that the tool would use.")] = DEFAULT_MODEL) -> None:
     """Write the tool's JSON schema, as an LLM gets it. Needs no key."""
-    _finish(lambda: _schema(model))
+    finish(lambda: _schema(model))
 
 
 def _schema(model: str) -> int:
@@ -158,34 +131,7 @@ def _schema(model: str) -> int:
 
     from langchain_cogview.tool import CogViewImageTool  # noqa: PLC0415
 
-    return _print(_json(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
-
-
-def _finish(work: Callable[[], int]) -> NoReturn:
-    from pydantic import ValidationError  # noqa: PLC0415
-
-    from langchain_cogview.errors import CogViewError  # noqa: PLC0415
-    from langchain_cogview.request import describe_validation  # noqa: PLC0415
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}")
-        try:
-            code = work()
-        except CogViewError as error:
-            _say(f"Error: {error.message}", _HINTS.get(type(error).__name__, error.hint))
-            facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
-            said = ", ".join(fact for fact in facts if fact)
-            about = error.request_id and f"Request id: {error.request_id}"
-            _say(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
-            code = _CODES.get(type(error).__name__, 1)
-        except ValidationError as error:
-            _say(f"Error: {describe_validation(error)}")
-            code = 2
-        except KeyboardInterrupt:
-            _say("Interrupted. A request that was already sent may have been charged.")
-            code = 130
-    raise typer.Exit(code)
+    return write(json_text(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
 
 
 def _draw(prompt: str, output: str | None, settings: dict[str, Any], *, as_json: bool) -> int:
@@ -200,17 +146,17 @@ def _draw(prompt: str, output: str | None, settings: dict[str, Any], *, as_json:
         path = _saved(image, number, target, codes)
         images.append(image.model_copy(update={"path": path}))
         if path and not as_json:
-            codes.append(_print(str(path)))
-        _say(*(f"Content filter: {entry}" for entry in image.content_filter))
+            codes.append(write(str(path)))
+        say(*(f"Content filter: {entry}" for entry in image.content_filter))
     shown = model_warning(result.model)  # when the generator was made
-    _say(*(f"Warning: {each}" for each in result.warnings if each != shown))
-    _say("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
+    say(*(f"Warning: {each}" for each in result.warnings if each != shown))
+    say("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
     for failure in result.failures:
-        which, hint = f"Picture {failure.index + 1} of {generator.n}", _HINTS.get(failure.error, failure.hint)
-        _say(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
-        codes.append(_CODES.get(failure.error, 1))
+        which, hint = f"Picture {failure.index + 1} of {generator.n}", HINTS.get(failure.error, failure.hint)
+        say(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
+        codes.append(CODES.get(failure.error, 1))
     if as_json:
-        codes.append(_print(_json(result.model_copy(update={"images": tuple(images)}).to_artifact())))
+        codes.append(write(json_text(result.model_copy(update={"images": tuple(images)}).to_artifact())))
     return max(codes)
 
 
@@ -253,46 +199,17 @@ def _saved(image: GeneratedImage, number: int, target: Path | None, codes: list[
         try:
             path = image.save(place or Path(tempfile.gettempdir(), name))
         except (CogViewStorageError, OSError) as error:
-            _say(f"Error: {getattr(error, 'message', error)}")
+            say(f"Error: {getattr(error, 'message', error)}")
             continue
         if place is not target:
-            _say(f"The picture was made and is kept in {path}")
+            say(f"The picture was made and is kept in {path}")
             codes.append(6)
         elif path.suffix.lower().replace(".jpeg", ".jpg") != EXTENSIONS[image.mime_type or ""]:
-            _say(f"Warning: {path} holds a picture of type {image.mime_type}, whatever its ending says.")
+            say(f"Warning: {path} holds a picture of type {image.mime_type}, whatever its ending says.")
         return path
-    _say(f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}")
+    say(f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}")
     codes.append(6)
     return None
-
-
-def _json(value: Any) -> str:
-    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout or sys.stdout.encoding.lower() != "utf-8")
-    return text.encode("utf-8", "backslashreplace").decode()  # a path's byte that is no letter: JSON writes it alike
-
-
-def _print(text: str) -> int:
-    """Write to the standard output; 1 where nobody takes it."""
-    try:
-        if sys.stdout:
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
-    except OSError as error:
-        # What is left in the buffer would fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _say(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
-        return 1
-    return 0
-
-
-def _say(*lines: str | None) -> None:
-    """Write lines to the error output, in a shell's words where they name Python's arguments."""
-    for line in filter(None, lines if sys.stderr else ()):
-        for python, shell in _SHELL_WORDS:
-            line = line.replace(python, shell)  # noqa: PLW2901
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -6,26 +6,58 @@ import logging
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from langchain_cogview.api.protocol import ImagesReply, images_body
+from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.catalog import model_info
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.errors import CogViewDownloadError, CogViewError, printable
+from langchain_cogview.errors import (
+    CogViewDownloadError,
+    CogViewError,
+    CogViewRateLimitError,
+    CogViewServerError,
+    CogViewTimeoutError,
+    Outcome,
+    printable,
+)
 from langchain_cogview.images.download import LinkRules, Picture, afetch, expires_at, fetch
 from langchain_cogview.result import GeneratedImage, base_host
+from langchain_cogview.watch import CallWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from langchain_cogview.api.client import ImagesClient
+    from langchain_cogview.cache import CachedRequest
+    from langchain_cogview.events import Teller
+    from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
 
 ImageOutcome = list[GeneratedImage] | Exception
 """What became of one paid call: its pictures (one in practice), or why there is none."""
 
+_TURN_SECONDS = 600.0
+_REFETCH_SECONDS = 10.0
+
 logger = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """A paid reply, and what was asked for.
+
+    Attributes:
+        request: With the model that drew.
+        reply: The service's.
+        notes: What to tell of the way there.
+    """
+
+    request: ImageRequest
+    reply: ImagesReply
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,76 +65,245 @@ class ImageCall:
     """How one picture is made; each `draw` is one paid call under a request id of its own.
 
     Attributes:
-        request: What is asked for.
+        requests: What is asked for; then the same for other models, for when the one before did not run. With each, what
+            to tell of it.
         client: Makes the paid call.
         base_url: Where the service is; tells which links may be fetched.
-        timeout: Seconds for call, download and saving together; None: no limit.
+        timeout: Seconds for call, download and saving together, from its place in flight on; None: no limit.
         download: Whether the bytes are fetched.
-        folder: Where they are saved; None: kept in memory.
+        folder: Where they are saved, on this machine or elsewhere; None: kept in memory.
         allowed_hosts: The only hosts to fetch from; None: any public one.
+        use_tasks: Whether the task endpoint is used; `auto`: where the catalog says that the model allows it.
+        poll_interval: Seconds between two polls of a task.
+        price: Of a model's picture: amount (None where unknown) and currency.
+        teller: Sends the events.
+        include_prompt: Whether content filter events hold the prompt.
+        cache: Where the request's pictures are looked up first; None: each is paid.
     """
 
-    request: ImageRequest
+    requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...]
     client: ImagesClient
     base_url: str
     timeout: float | None
     download: bool
-    folder: Path | None
+    folder: Path | RemoteFolder | None
     allowed_hosts: tuple[str, ...] | None
+    use_tasks: Literal["auto"] | bool
+    poll_interval: float
+    price: Callable[[str], tuple[Decimal | None, str]]
+    teller: Teller
+    include_prompt: bool
+    cache: CachedRequest | None = None
 
-    def draw(self) -> ImageOutcome:
-        """Make one picture. Gives the error, so that it is raised or recorded whatever became of the others."""
-        request_id = str(uuid.uuid4())
+    @property
+    def request(self) -> ImageRequest:
+        """What was asked for."""
+        return self.requests[0][0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of the call as a whole, once it has ended."""
+        return tuple(self.cache.notes) if self.cache else ()
+
+    def draw(self, index: int = 0) -> ImageOutcome:
+        """Give one picture, from the cache or new. Gives the error, so that it is raised or recorded whatever became of others.
+
+        Args:
+            index: Which of the `n`.
+        """
+        if self.cache is None:
+            return self._new()
+        hit = self.cache.lookup(index, self._refetched)
+        if hit is None:
+            # Who waits here for another's equal request holds no place in flight.
+            with self.cache.turn(index, _TURN_SECONDS):
+                hit = self.cache.lookup(index, self._refetched)
+                if hit is None:
+                    outcome = self._new()
+                    if not isinstance(outcome, Exception):
+                        self.cache.store(index, outcome[0])
+                    return outcome
+        self.teller.tell(*self._watch(Deadline(None), hit.request_id).made([hit]))
+        return [hit]
+
+    async def adraw(self, index: int = 0) -> ImageOutcome:
+        """Give one picture. The twin of `draw`."""
+        if self.cache is None:
+            return await self._anew()
+        hit = await self.cache.alookup(index, self._arefetched)
+        if hit is None:
+            async with self.cache.aturn(index, _TURN_SECONDS):
+                hit = await self.cache.alookup(index, self._arefetched)
+                if hit is None:
+                    outcome = await self._anew()
+                    if not isinstance(outcome, Exception):
+                        await self.cache.astore(index, outcome[0])
+                    return outcome
+        await self.teller.atell(*self._watch(Deadline(None), hit.request_id).made([hit]))
+        return [hit]
+
+    def _new(self) -> ImageOutcome:
+        watch = self._watch(Deadline(self.timeout, started=False))
         try:
-            self.client.leave()
-            deadline = Deadline(self.timeout)
-            reply = self.client.generate(images_body(self.request, request_id), deadline)
+            drawn = self._drawn(watch)
         except Exception as error:  # noqa: BLE001
+            self.teller.tell(*watch.ended_with(error))
             return error
-        with _told_when_lost(request_id, reply):
-            return [self._image(request_id, reply, url, self._fetched(url, deadline)) for url in reply.urls]
+        return self._kept(drawn, watch)
 
-    async def adraw(self) -> ImageOutcome:
-        """Make one picture. The twin of `draw`."""
-        request_id = str(uuid.uuid4())
+    async def _anew(self) -> ImageOutcome:
+        watch = self._watch(Deadline(self.timeout, started=False))
         try:
-            await self.client.aleave()
-            deadline = Deadline(self.timeout)
-            reply = await self.client.agenerate(images_body(self.request, request_id), deadline)
+            drawn = await self._adrawn(watch)
         except Exception as error:  # noqa: BLE001
+            await self.teller.atell(*watch.ended_with(error))
             return error
-        with _told_when_lost(request_id, reply):
-            return [self._image(request_id, reply, url, await self._afetched(url, deadline)) for url in reply.urls]
+        return await self._akept(drawn, watch)
 
-    def _fetched(self, url: str, deadline: Deadline) -> Picture | CogViewError | None:
+    def submit(self) -> tuple[str, str]:
+        """Submit a task; gives its id and the request id."""
+        watch = self._watch(Deadline(self.timeout, started=False))
+        body = images_body(self.request, watch.request_id)
+        return self.tasks().submit(body, watch.deadline, watch), watch.request_id
+
+    async def asubmit(self) -> tuple[str, str]:
+        """Submit a task. The twin of `submit`."""
+        watch = self._watch(Deadline(self.timeout, started=False))
+        body = images_body(self.request, watch.request_id)
+        return await self.tasks().asubmit(body, watch.deadline, watch), watch.request_id
+
+    def collect(self, task_id: str, request_id: str) -> ImageOutcome:
+        """Wait for a task's picture."""
+        watch = self._watch(Deadline(self.timeout), request_id)
+        try:
+            reply = self.tasks().result(task_id, watch.deadline, watch)
+        except Exception as error:  # noqa: BLE001
+            self.teller.tell(*watch.ended_with(error))
+            return error
+        return self._kept(Drawn(self.request, reply), watch)
+
+    async def acollect(self, task_id: str, request_id: str) -> ImageOutcome:
+        """Wait for a task's picture. The twin of `collect`."""
+        watch = self._watch(Deadline(self.timeout), request_id)
+        try:
+            reply = await self.tasks().aresult(task_id, watch.deadline, watch)
+        except Exception as error:  # noqa: BLE001
+            await self.teller.atell(*watch.ended_with(error))
+            return error
+        return await self._akept(Drawn(self.request, reply), watch)
+
+    # --- the paid call, by the first model that takes it
+
+    def _drawn(self, watch: CallWatch) -> Drawn:
+        refused: list[CogViewError] = []
+        for request, notes in self.requests:
+            watch.model = request.model
+            body = images_body(request, watch.request_id)
+            try:
+                reply = self._client(request.model).generate(body, watch.deadline, watch)
+            except CogViewError as error:
+                self._next_model(error, refused)
+            else:
+                return Drawn(request, reply, (*notes, *_fallen_back(request, refused)))
+        raise AssertionError  # the last model's error is raised
+
+    async def _adrawn(self, watch: CallWatch) -> Drawn:
+        refused: list[CogViewError] = []
+        for request, notes in self.requests:
+            watch.model = request.model
+            body = images_body(request, watch.request_id)
+            try:
+                reply = await self._client(request.model).agenerate(body, watch.deadline, watch)
+            except CogViewError as error:
+                self._next_model(error, refused)
+            else:
+                return Drawn(request, reply, (*notes, *_fallen_back(request, refused)))
+        raise AssertionError  # the last model's error is raised
+
+    def _next_model(self, error: CogViewError, refused: list[CogViewError]) -> None:
+        """Go on to the next model after an error that did not run, else raise it."""
+        did_not_run = error.outcome is Outcome.NOT_RUN
+        if did_not_run and isinstance(error, CogViewTimeoutError) and refused:
+            # That the time ran out before another model could be asked tells less than why it was to be asked.
+            raise refused[-1] from None
+        refused.append(error)
+        may = did_not_run and isinstance(error, CogViewRateLimitError | CogViewServerError)
+        if may and len(refused) < len(self.requests):
+            return
+        for earlier, (request, _) in zip(refused[:-1], self.requests, strict=False):
+            error.add_note(f"Before, {request.model} did not run: {earlier}")
+        raise error
+
+    def _client(self, model: str) -> ImagesClient | TasksClient:
+        wanted = model_info(model).tasks if self.use_tasks == "auto" else self.use_tasks
+        return self.tasks() if wanted else self.client
+
+    def tasks(self) -> TasksClient:
+        """The task endpoint of the same service."""
+        return TasksClient(self.client, self.poll_interval, plain_route=self.use_tasks == "auto")
+
+    def _watch(self, deadline: Deadline, request_id: str | None = None) -> CallWatch:
+        prompt = self.request.prompt if self.include_prompt else None
+        return CallWatch(self.teller, self.price, prompt, deadline, request_id or str(uuid.uuid4()), self.request.model)
+
+    # --- the picture's bytes and record
+
+    def _kept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
+        with _told_when_lost(watch.request_id, drawn.reply):
+            images = [
+                self._image(drawn, watch, url, self._fetched(url, watch.deadline, watch.label))
+                for url in drawn.reply.urls
+            ]
+        self.teller.tell(*watch.made(images))
+        return images
+
+    async def _akept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
+        with _told_when_lost(watch.request_id, drawn.reply):
+            images = [
+                self._image(drawn, watch, url, await self._afetched(url, watch.deadline, watch.label))
+                for url in drawn.reply.urls
+            ]
+        await self.teller.atell(*watch.made(images))
+        return images
+
+    def _fetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
         if not self.download:
             return None
         try:
-            return fetch(sender(self.base_url), url, deadline=deadline, folder=self.folder, rules=self._rules())
+            return fetch(sender(self.base_url), url, **self._way(deadline, label))
         except Exception as error:  # noqa: BLE001
             return _download_error(error)
 
-    async def _afetched(self, url: str, deadline: Deadline) -> Picture | CogViewError | None:
+    async def _afetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
         if not self.download:
             return None
         try:
-            return await afetch(asender(self.base_url), url, deadline=deadline, folder=self.folder, rules=self._rules())
+            return await afetch(asender(self.base_url), url, **self._way(deadline, label))
         except Exception as error:  # noqa: BLE001
             return _download_error(error)
 
-    def _rules(self) -> LinkRules:
-        return LinkRules(base_host=base_host(self.base_url), allowed_hosts=self.allowed_hosts)
+    def _refetched(self, url: str) -> Picture | CogViewError | None:
+        return self._fetched(url, Deadline(_REFETCH_SECONDS), "")
+
+    async def _arefetched(self, url: str) -> Picture | CogViewError | None:
+        return await self._afetched(url, Deadline(_REFETCH_SECONDS), "")
+
+    def _way(self, deadline: Deadline, label: str) -> dict[str, Any]:
+        rules = LinkRules(base_host=base_host(self.base_url), allowed_hosts=self.allowed_hosts)
+        return {"deadline": deadline, "folder": self.folder, "label": label, "rules": rules}
 
     def _image(
-        self, request_id: str, reply: ImagesReply, url: str, picture: Picture | CogViewError | None
+        self, drawn: Drawn, watch: CallWatch, url: str, picture: Picture | CogViewError | None
     ) -> GeneratedImage:
-        notes = list(reply.warnings)
+        request, reply = drawn.request, drawn.reply
+        notes = [*drawn.notes, *reply.warnings]
         made: dict[str, Any] = {}
         content = None
         if isinstance(picture, Picture):
             info, content = picture.info, picture.content
             made = {
                 "path": picture.path,
+                "uri": picture.uri,
                 "mime_type": info.mime_type,
                 "width": info.width,
                 "height": info.height,
@@ -116,22 +317,33 @@ class ImageCall:
                 )
         elif picture is not None:
             notes.append(f"{picture.message} {picture.hint}".strip())
+        amount, currency = self.price(request.model)
         return GeneratedImage(
-            id=request_id[:8] if len(reply.urls) == 1 else uuid.uuid4().hex[:8],
+            id=watch.label if len(reply.urls) == 1 else uuid.uuid4().hex[:8],
             url=url,
             expires_at=expires_at(url),
             content_filter=reply.content_filter,
-            request_id=request_id,
+            request_id=watch.request_id,
             response_id=reply.response_id,
+            task_id=reply.task_id,
             created=reply.created,
-            model=self.request.model,
-            size=self.request.drawn_size,
-            quality=self.request.drawn_quality,
-            prompt=self.request.prompt,
+            model=request.model,
+            size=request.drawn_size,
+            quality=request.drawn_quality,
+            prompt=request.prompt,
+            cost=Decimal(0) if reply.sandbox else amount,
+            currency=currency,
             sandbox=reply.sandbox,
             warnings=tuple(notes),
             **made,
-        ).with_content(content, self.base_url, self.allowed_hosts)
+        ).with_content(content, self.base_url, self.allowed_hosts, getattr(self.folder, "options", None))
+
+
+def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[str, ...]:
+    if not refused:
+        return ()
+    why = f"code {refused[-1].code}" if refused[-1].code else type(refused[-1]).__name__
+    return (f"The model that was asked for did not run ({why}); {request.model} drew.",)
 
 
 @contextmanager

@@ -16,7 +16,9 @@
     ├── CogViewConnectionError                   the request was never sent; retryable
     ├── CogViewTimeoutError                      the deadline passed before the request was sent; retryable
     ├── CogViewOutcomeUnknownError               a picture may have been made and charged; never sent again
-    │   └── CogViewMalformedReplyError           the reply could not be understood
+    │   ├── CogViewMalformedReplyError           the reply could not be understood
+    │   └── CogViewTaskUnfinishedError           a task was accepted but has not ended; it can be resumed
+    ├── CogViewTaskFailedError                   a task ended without a picture
     ├── CogViewDownloadError                     the picture's bytes could not be had; its URL may still be good
     │   └── CogViewExpiredURLError               the link has ended
     └── CogViewStorageError                      the bytes could not be written, or are no longer there
@@ -86,6 +88,7 @@ class CogViewError(ModelError):
     Attributes:
         outcome: What became of the request; the class tells.
         attempts: How often the request was sent.
+        task_id: Of the task endpoint, where the request was taken as a task; None elsewhere.
         retry_after: Seconds that the service asked to wait; None where it said nothing.
         batch_results: On an error raised by `batch` or `abatch`: one result or exception for each input, in order.
     """
@@ -111,6 +114,7 @@ class CogViewError(ModelError):
         self.request_id = request_id
         self.detail = printable(detail) if detail else None
         self.attempts = 0
+        self.task_id: str | None = None
         self.retry_after: float | None = None
         self.batch_results: list[Any] | None = None
         super().__init__(self.message)
@@ -130,6 +134,7 @@ class CogViewError(ModelError):
             f"code {self.code}" if self.code else "",
             f"HTTP {self.status}" if self.status else "",
             f"request id {self.request_id}" if self.request_id else "",
+            f"task id {self.task_id}" if self.task_id else "",
             f"sent {self.attempts} times" if self.attempts > 1 else "",
             f"detail: {self.detail!r}" if self.detail else "",
         ]
@@ -298,6 +303,22 @@ class CogViewMalformedReplyError(CogViewOutcomeUnknownError):
     """When the reply could not be understood; a picture may have been made and charged."""
 
     default_message = "The service's reply could not be understood; a picture may have been made and charged."
+
+
+class CogViewTaskUnfinishedError(CogViewOutcomeUnknownError):
+    """When a task was accepted by the service, and its end was not seen. `task_id` holds its id."""
+
+    default_message = (
+        "The service took the request as a task, but its end was not seen in time; it may become a picture."
+    )
+    default_hint = "It is not paid again to look once more: ImageTask.resume(error.task_id).result()."
+
+
+class CogViewTaskFailedError(CogViewError, ToolException):
+    """When a task ended without a picture. Billing is per picture, so nothing should be charged."""
+
+    default_message = "The service took the request as a task, which failed without a picture."
+    default_hint = "Try again later, or reword the prompt."
 
 
 class CogViewDownloadError(CogViewError):

@@ -7,7 +7,8 @@ handler that raises is logged and never costs a picture.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
 CONTENT_FILTER_EVENT: Final = "cogview.content_filter"
+GENERATED_EVENT: Final = "cogview.generated"
+PROGRESS_EVENT: Final = "cogview.progress"
+RETRY_EVENT: Final = "cogview.retry"
 EVENT_VERSION: Final = 1
 
 logger = logging.getLogger(__name__)
+
+Event = tuple[str, Any]
+"""A name, and what its payload says beside what the `Teller` adds."""
 
 
 class ContentFilterEntry(TypedDict):
@@ -56,20 +63,90 @@ class ContentFilterEvent(TypedDict):
     """Only with `include_prompt_in_events=True`."""
 
 
+class GeneratedEvent(TypedDict):
+    """Payload of `cogview.generated`: one for each picture, once it is safe. Plain JSON."""
+
+    version: int
+    """1."""
+    id: str
+    """The picture's, as on the result."""
+    request_id: str
+    model: str
+    """Which model drew."""
+    size: str | None
+    path: str | None
+    uri: str | None
+    """Where it was saved: a local file, or elsewhere."""
+    cost: str | None
+    """A decimal number; "0" for a cached or sandbox picture; None where the price is unknown."""
+    currency: str | None
+    """ISO code."""
+    cached: bool
+    sandbox: bool
+    seconds: float
+    """From having a place in flight to being saved."""
+    tool_call_id: str | None
+
+
+class ProgressEvent(TypedDict):
+    """Payload of `cogview.progress`: where one picture is on its way. Plain JSON.
+
+    Each picture that is asked of the service sends `sent` once, `processing` at each poll of a task, and ends with
+    either `failed` or the event `cogview.generated`. A cached picture sends `cogview.generated` alone.
+    """
+
+    version: int
+    """1."""
+    stage: Literal["sent", "processing", "failed"]
+    request_id: str
+    model: str
+    elapsed: float
+    """Seconds since it had its place in flight."""
+    task_id: str | None
+    """Of the task endpoint."""
+    error: str | None
+    """Name of the error's class, at `failed`."""
+    blocked: bool
+    """At `failed`: by the content filter."""
+    outcome: str | None
+    """At `failed`: `not_run`, `final`, or `unknown` (a picture may have been charged)."""
+    cost: str | None
+    """What the picture costs if it is made; None where the price is unknown."""
+    currency: str | None
+    sandbox: bool
+    tool_call_id: str | None
+
+
+class RetryEvent(TypedDict):
+    """Payload of `cogview.retry`: a request that did not run waits to be sent again. Plain JSON."""
+
+    version: int
+    """1."""
+    request_id: str
+    model: str
+    attempt: int
+    """How often it was sent so far."""
+    wait: float
+    """Seconds until it is sent again; the queue for a place in flight comes on top."""
+    error: str
+    """Name of the error's class."""
+    code: str | None
+    status: int | None
+    sandbox: bool
+    tool_call_id: str | None
+
+
 def content_filter_event(
     entries: tuple[ContentFilter, ...],
     *,
     blocked: bool,
     model: str,
     request_id: str | None,
-    tool_call_id: str | None,
-    sandbox: bool,
     prompt: str | None,
-) -> ContentFilterEvent:
-    """Make the payload. `prompt` is left out when None."""
+) -> Event:
+    """Make the event `cogview.content_filter`. `prompt` is left out when None."""
     worst = most_severe(entries)
-    event: ContentFilterEvent = {
-        "version": EVENT_VERSION,
+    event: dict[str, Any] = {
         "role": worst.role if worst else None,
         "level": worst.level if worst else None,
         "stage": worst.stage if worst else None,
@@ -78,12 +155,45 @@ def content_filter_event(
         "entries": [{"role": entry.role, "level": entry.level} for entry in entries],
         "model": model,
         "request_id": request_id,
-        "tool_call_id": tool_call_id,
-        "sandbox": sandbox,
     }
     if prompt is not None:
         event["prompt"] = prompt
-    return event
+    return CONTENT_FILTER_EVENT, event
+
+
+@dataclass(frozen=True, slots=True)
+class Teller:
+    """Sends the events of one run.
+
+    Attributes:
+        config: The run's.
+        tool_call_id: Of the tool call that the run belongs to.
+        sandbox: Whether the service is a sandbox.
+        listening: Whether anybody hears them; else no event need be made.
+    """
+
+    config: RunnableConfig
+    tool_call_id: str | None
+    sandbox: bool
+    listening: bool
+
+    def tell(self, *events: Event) -> None:
+        """Send events to the handlers of the run; whatever goes wrong is logged."""
+        for name, payload in events if self.listening else ():
+            dispatch(name, self._whole(payload), self.config)
+
+    async def atell(self, *events: Event) -> None:
+        """The twin of `tell`."""
+        for name, payload in events if self.listening else ():
+            await adispatch(name, self._whole(payload), self.config)
+
+    def _whole(self, payload: Any) -> dict[str, Any]:
+        about = {"version": EVENT_VERSION, "tool_call_id": self.tool_call_id, "sandbox": self.sandbox}
+        return {**about, **payload}
+
+
+NOBODY: Final = Teller(config={}, tool_call_id=None, sandbox=False, listening=False)
+"""For what is done outside a run."""
 
 
 def dispatch(name: str, payload: Any, config: RunnableConfig) -> None:

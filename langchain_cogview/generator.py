@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import warnings
-from datetime import timedelta
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sized
+from contextlib import aclosing, closing
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
-import httpx
-from langchain_core.rate_limiters import BaseRateLimiter
-from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
+from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 
-from langchain_cogview.api.client import ImagesClient
-from langchain_cogview.api.retry import RetryPolicy
-from langchain_cogview.api.settings import (
-    BASE_URL_VARIABLE,
-    BASE_URLS,
-    SANDBOX_ENDPOINT,
-    both_keys_are_set,
-    environment,
-    found_key,
-    is_sandbox,
-    normal_base_url,
-    region_of,
-)
-from langchain_cogview.api.transport import ASHARED, SHARED, asender, sender
-from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, find_model, model_info
-from langchain_cogview.drawing import ImageCall, ImageOutcome
+from langchain_cogview.api.settings import is_sandbox
+from langchain_cogview.api.transport import ASHARED, SHARED
+from langchain_cogview.batches import Collected, all_or_first_error, bar, configs_of, tasks_of, without_key
+from langchain_cogview.catalog import model_info
+from langchain_cogview.configuration import REQUEST_DEFAULTS, ConfiguredGenerator
 from langchain_cogview.errors import (
-    CogViewConfigurationError,
     CogViewContentFilterError,
     CogViewError,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
     Outcome,
 )
-from langchain_cogview.events import CONTENT_FILTER_EVENT, ContentFilterEvent, adispatch, content_filter_event, dispatch
+from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.inputs import ImageInput, arguments_of
-from langchain_cogview.request import ImageRequest, checked_request, describe_validation, unknown_argument
-from langchain_cogview.result import ImageFailure, ImageResult
-from langchain_cogview.threads import in_threads, or_error
+from langchain_cogview.many import astream_tasks, in_tasks, in_threads, stream_in_threads
+from langchain_cogview.request import ImageRequest, checked_request
+from langchain_cogview.result import ImageFailure, ImageResult, total_cost
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 
+    from langchain_cogview.content_filter import ContentFilter
+    from langchain_cogview.drawing import ImageCall, ImageOutcome
+    from langchain_cogview.tasks import ImageTask
+
 logger = logging.getLogger(__name__)
 
-_REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
-_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter")
 
-
-class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
+class CogViewImageGenerator(ConfiguredGenerator):
     """Pictures from Zhipu's CogView endpoint, as a Runnable.
 
     Setup:
@@ -76,7 +60,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         Per call: `generator.invoke({"prompt": "a kitten", "size": "square"})`, `generator.bind(quality="hd")`.
 
     Async, many, in a chain:
-        `await generator.ainvoke(...)`, `generator.batch([...])`, `prompt_template | generator`.
+        `await generator.ainvoke(...)`, `generator.batch([...])`, `generator.stream_many(prompts)`, `prompt_template | generator`.
 
     Args:
         model: One of the catalog's models, or any other, with a warning.
@@ -88,18 +72,27 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         n: Pictures for each call; each is one request, and one price.
         user_id: The end user, for the provider's abuse reports; 6 to 128 characters.
         watermark_enabled: False only for accounts that signed the provider's waiver.
-        timeout: Seconds for one picture in all: look-up, connect, answer, waits between attempts, download and save. Waiting
-            for a place (`rate_limiter`, or others of the same call) comes before it. None: no limit.
+        timeout: Seconds for one picture in all: look-up, connect, answer, waits between attempts, download and save. The queue
+            for a place in flight, and for the `rate_limiter`, comes before it. None: no limit.
         max_retries: Further attempts of a request that provably did not run.
         retry_unknown: Also send again what may have been made and charged. Can pay twice.
-        max_concurrency: Requests in flight of one `batch`, `abatch` or call with `n`. None: the catalog's figure for the model.
+        max_concurrency: Requests in flight, of all generators, threads and event loops of this process with the same key, model
+            and service together. None: the catalog's figure for the model. It is lowered by itself while the service
+            refuses (code 1302), and raised again.
         rate_limiter: A LangChain rate limiter, asked before every attempt.
         http_client: Used for sync API requests as it is, and never closed; `timeout` is then looked at between its socket
             operations. Pictures are fetched by connections of our own.
         http_async_client: The same for async ones.
+        fallback_models: Asked in this order when the model before is busy, over its limit or unavailable after all attempts,
+            that is, did not run. Never after a block or an unknown outcome.
+        use_tasks: The task endpoint: a paid POST of milliseconds, then free polls. `auto`: where the model allows it.
+        poll_interval: Seconds between two polls of a task.
+        prices: Of one picture by model, in the platform's currency, in place of the catalog's list prices.
         download: Fetch the bytes. False: the result has the URL alone, which ends after a day to a week.
-        output_dir: A folder, made when missing: each picture is saved there under a name made of time and hash. None: the
-            bytes stay in memory on the result.
+        output_dir: A folder, made when missing, or a URL that fsspec knows, such as `s3://bucket/pictures` (extra `storage`):
+            each picture is saved there under a name made of time, id and hash. None: the bytes stay in memory on the result.
+        storage_options: fsspec's, for such a URL. They are in no repr, trace or artifact.
+        cache: A LangChain cache, or a directory: the same request gives the same picture without paying. None: each call pays.
         allowed_image_hosts: Fetch pictures from these hosts only, such as `"*.ufileos.com"`. None: any public host.
         include_prompt_in_events: Put the prompt into `cogview.content_filter` events.
 
@@ -109,139 +102,6 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         CogViewError: As the class says, when no picture was made; see `langchain_cogview.errors`.
     """
 
-    model_config = ConfigDict(
-        # Frozen: key and service are found once; a changed setting would not change them.
-        frozen=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        hide_input_in_errors=True,
-        protected_namespaces=(),
-    )
-
-    model: str = DEFAULT_MODEL
-    api_key: SecretStr | None = Field(default=None, repr=False)
-    region: Region | None = None
-    base_url: str | None = None
-    size: str | None = None
-    quality: Quality | None = None
-    n: int = 1
-    user_id: str | None = None
-    watermark_enabled: bool | None = None
-    timeout: float | timedelta | None = 120.0
-    max_retries: int = Field(default=2, ge=0, le=100)
-    retry_unknown: bool = False
-    max_concurrency: int | None = Field(default=None, ge=1)
-    rate_limiter: BaseRateLimiter | None = Field(default=None, exclude=True, repr=False)
-    http_client: httpx.Client | None = Field(default=None, exclude=True, repr=False)
-    http_async_client: httpx.AsyncClient | None = Field(default=None, exclude=True, repr=False)
-    download: bool = True
-    output_dir: Path | None = None
-    allowed_image_hosts: tuple[str, ...] | None = None
-    include_prompt_in_events: bool = False
-
-    # Found from arguments and environment. Not fields, so that an instance made anew with another region or base URL
-    # (configurable_fields does that for each call) finds its own.
-    _key: SecretStr | None = PrivateAttr(default=None)
-    _region: Region = PrivateAttr(default="china")
-    _base_url: str = PrivateAttr(default="")
-
-    if not TYPE_CHECKING:  # the type checker and editors see the fields
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Wrapped before anything can raise, so that no traceback shows the key.
-            if isinstance(kwargs.get("api_key"), str):
-                kwargs["api_key"] = SecretStr(kwargs["api_key"])
-            _check_names(kwargs, type(self).model_fields)
-            super().__init__(*args, **kwargs)
-
-    @field_validator("timeout")
-    @classmethod
-    def _timeout_is_a_time(cls, value: float | timedelta | None) -> float | None:
-        seconds = value.total_seconds() if isinstance(value, timedelta) else value
-        if seconds is not None and not 0 < seconds <= 86_400:  # noqa: PLR2004
-            raise ValueError("The time limit is in seconds: more than 0, at most 86,400 (a day), or None for none.")
-        return seconds
-
-    @field_validator("allowed_image_hosts", mode="before")
-    @classmethod
-    def _one_host_is_a_list_too(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("output_dir", mode="before")
-    @classmethod
-    def _folder_is_local(cls, value: Any) -> Any:
-        if isinstance(value, str) and ("://" in value or not value.strip()):
-            raise ValueError("output_dir takes a local folder, such as 'pictures'.")
-        if "\0" in str(value):
-            raise ValueError("output_dir holds a null character.")
-        return Path(value).expanduser() if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _settings_go_together(self) -> Self:
-        defaults = {name: getattr(self, name) for name in _REQUEST_DEFAULTS}
-        problem = None
-        try:
-            request = ImageRequest(prompt="-", **defaults)
-        except ValidationError as error:
-            problem = describe_validation(error)
-        if problem:
-            raise ValueError(problem)
-        for warning in request.warnings:
-            warnings.warn(warning, stacklevel=2)
-        if not self.download and self.output_dir is not None:
-            raise ValueError("output_dir needs the bytes: leave download=False out.")
-        self._find_service()
-        for warning in self._doubts():
-            warnings.warn(warning, stacklevel=2)
-        return self
-
-    def _doubts(self) -> list[str]:
-        if is_sandbox(self._base_url):
-            return []
-        doubts = []
-        chosen = self.api_key or self.region or self.base_url or environment(BASE_URL_VARIABLE)
-        if not chosen and both_keys_are_set():
-            doubts.append(
-                "ZHIPUAI_API_KEY and ZAI_API_KEY are both set: the first is used, with region='china'. Pass region= to choose."
-            )
-        info = find_model(self.model)
-        if info and self._region not in info.regions:
-            doubts.append(
-                f"The model {info.name} is not documented for region={self._region!r}; it may not answer there."
-            )
-        return doubts
-
-    def _find_service(self) -> None:
-        base_url = environment(BASE_URL_VARIABLE) if self.base_url is None else self.base_url
-        self._region = region_of(None if base_url is None else normal_base_url(base_url), self.region)
-        self._base_url = normal_base_url(BASE_URLS[self._region] if base_url is None else base_url)
-        if is_sandbox(self._base_url):
-            if self.http_client is not None or self.http_async_client is not None:
-                raise CogViewConfigurationError(
-                    "The sandbox in this process is not reached by an HTTP client.",
-                    hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
-                )
-            self._key = SecretStr("sandbox")
-        else:
-            self._key = found_key(self.api_key, self._region)
-
-    @property
-    def platform(self) -> Region:
-        """The platform in use, as found from arguments and environment."""
-        return self._region
-
-    # --- LangChain's view
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """LangChain may serialize it; the key becomes a reference to its variable."""
-        return True
-
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        """Which field is a secret, and under which variable it is found."""
-        return {"api_key": "ZAI_API_KEY" if self._region == "international" else "ZHIPUAI_API_KEY"}
-
     def invoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
         """Make the pictures of one request.
 
@@ -250,29 +110,72 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             config: LangChain's.
             **kwargs: Arguments of `ImageRequest`; what `input` says goes before them.
         """
-        made: list[ImageResult] = []
-        draw = partial(self._draw, overrides=kwargs, made=made)
         config = self._traced(input, config, kwargs)
-        try:
-            return self._call_with_config(draw, input, config, run_type="llm")
-        except Exception as error:
-            if not made:
-                raise
-            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
-            return made[0]
+        return self._run(partial(self._draw, overrides=kwargs), input, config)
 
     async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
         """Make the pictures of one request. The twin of `invoke`."""
-        made: list[ImageResult] = []
-        draw = partial(self._adraw, overrides=kwargs, made=made)
         config = self._traced(input, config, kwargs)
-        try:
-            return await self._acall_with_config(draw, input, config, run_type="llm")
-        except Exception as error:
-            if not made:
-                raise
-            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
-            return made[0]
+        return await self._arun(partial(self._adraw, overrides=kwargs), input, config)
+
+    # --- many requests
+
+    def stream_many(
+        self,
+        inputs: Iterable[ImageInput],
+        config: RunnableConfig | None = None,
+        *,
+        progress: bool | None = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, ImageResult | Exception]]:
+        """Make the pictures of any number of requests; gives them as they finish.
+
+        Inputs are taken as places get free, and at most twice `places()` results wait for you: an endless iterator is fine. An
+        iterator that you leave stops the work; what is under way is logged when it ends.
+
+        Args:
+            inputs: As for `invoke`; taken from one thread at a time.
+            config: LangChain's; its `max_concurrency` is how many requests are worked on at once.
+            progress: Draw a bar (extra `progress`). None: where somebody looks at it, a terminal or a notebook.
+            **kwargs: As for `invoke`.
+
+        Yields:
+            The number of the input, from 0, and its result, or the exception that it raised.
+        """
+        if isinstance(inputs, AsyncIterable):
+            raise TypeError("stream_many takes an iterable; astream_many takes an async one too.")
+        config = without_key(config)
+        with bar(self._count(inputs), config, progress) as (own, note):
+            config_of = configs_of(own)
+            tasks = (partial(self.invoke, each, config_of(number), **kwargs) for number, each in enumerate(inputs))
+            with closing(stream_in_threads(tasks, self._workers(own))) as finished:
+                for number, result in finished:
+                    note(result)
+                    yield number, result
+
+    async def astream_many(
+        self,
+        inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        config: RunnableConfig | None = None,
+        *,
+        progress: bool | None = False,
+        **kwargs: Any,
+    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+        """Make the pictures of any number of requests; gives them as they finish. The twin of `stream_many`.
+
+        An iterator that is closed (`contextlib.aclosing`) cancels what is under way.
+        """
+        config = without_key(config)
+        with bar(self._count(inputs), config, progress) as (own, note):
+            config_of = configs_of(own)
+
+            def task(number: int, each: ImageInput) -> Callable[[], Any]:
+                return partial(self.ainvoke, each, config_of(number), **kwargs)
+
+            async with aclosing(astream_tasks(tasks_of(inputs, task), self._workers(own))) as finished:
+                async for number, result in finished:
+                    note(result)
+                    yield number, result
 
     def batch(
         self,
@@ -282,23 +185,24 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         return_exceptions: bool = False,
         **kwargs: Any | None,
     ) -> list[ImageResult]:
-        """Make the pictures of many requests, `max_concurrency` in flight.
+        """Make the pictures of many requests.
 
         Every input is drawn, whatever happens to others: nothing paid is lost.
 
         Args:
             inputs: As for `invoke`.
-            config: LangChain's; its `max_concurrency` goes before the field.
+            config: LangChain's; its `max_concurrency` is how many requests are worked on at once, where that is less than the
+                generator's.
             return_exceptions: Give exceptions in the list in place of raising.
             **kwargs: As for `invoke`.
 
         Raises:
             CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
         """
-        configs = self._bounded(config, inputs, kwargs)
-        tasks = [partial(or_error, self.invoke, each, own, **kwargs) for each, own in zip(inputs, configs, strict=True)]
-        results = in_threads(tasks, configs[0]["max_concurrency"] or 1) if tasks else []
-        return results if return_exceptions else _all_or_first_error(results)
+        config = without_key(config)
+        tasks, workers = self._batch(self.invoke, inputs, config, kwargs)
+        results = in_threads(tasks, workers)
+        return results if return_exceptions else all_or_first_error(results)
 
     async def abatch(
         self,
@@ -309,8 +213,88 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         **kwargs: Any | None,
     ) -> list[ImageResult]:
         """Make the pictures of many requests. The twin of `batch`."""
-        results = await super().abatch(inputs, self._bounded(config, inputs, kwargs), return_exceptions=True, **kwargs)
-        return results if return_exceptions else _all_or_first_error(results)
+        config = without_key(config)
+        tasks, workers = self._batch(self.ainvoke, inputs, config, kwargs)
+        results = await in_tasks(tasks, workers)
+        return results if return_exceptions else all_or_first_error(results)
+
+    def batch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> Iterator[tuple[int, ImageResult | Exception]]:
+        """Make the pictures of many requests; gives number and result as they finish.
+
+        Raises:
+            CogViewError: Unless `return_exceptions`: after all were drawn, the first error, as `batch` does.
+        """
+        config = without_key(config)
+        tasks, workers = self._batch(self.invoke, inputs, config, kwargs)
+        collected = Collected(len(tasks))
+        with closing(stream_in_threads(tasks, workers)) as finished:
+            for number, result in finished:
+                if return_exceptions or collected.keep(number, result):
+                    yield number, result
+        collected.raise_first()
+
+    async def abatch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+        """Make the pictures of many requests. The twin of `batch_as_completed`."""
+        config = without_key(config)
+        tasks, workers = self._batch(self.ainvoke, inputs, config, kwargs)
+        collected = Collected(len(tasks))
+        async with aclosing(astream_tasks(tasks, workers)) as finished:
+            async for number, result in finished:
+                if return_exceptions or collected.keep(number, result):
+                    yield number, result
+        collected.raise_first()
+
+    # --- tasks
+
+    def submit(self, input: ImageInput, **kwargs: Any) -> ImageTask:  # noqa: A002
+        """Give a request to the task endpoint and come back at once: the paid POST takes milliseconds.
+
+        Args:
+            input: As for `invoke`; with a model of the task endpoint, such as `glm-image`.
+            **kwargs: As for `invoke`.
+
+        Returns:
+            The task; its `id` finds the picture again, in another process too.
+        """
+        from langchain_cogview.tasks import ImageTask  # noqa: PLC0415
+
+        request, notes = self._request(input, kwargs)
+        task_id, request_id = self._task_call(request).submit()
+        return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
+
+    async def asubmit(self, input: ImageInput, **kwargs: Any) -> ImageTask:  # noqa: A002
+        """Give a request to the task endpoint and come back at once. The twin of `submit`."""
+        from langchain_cogview.tasks import ImageTask  # noqa: PLC0415
+
+        request, notes = self._request(input, kwargs)
+        task_id, request_id = await self._task_call(request).asubmit()
+        return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
+
+    def collect(self, task: ImageTask, config: RunnableConfig | None = None) -> ImageResult:
+        """Wait for a task's picture, fetch and save it; see `ImageTask.result`."""
+        config = self._traced(task.request, config, {})
+        return self._run(partial(self._collect, task=task), task.request, config)
+
+    async def acollect(self, task: ImageTask, config: RunnableConfig | None = None) -> ImageResult:
+        """Wait for a task's picture. The twin of `collect`."""
+        config = self._traced(task.request, config, {})
+        return await self._arun(partial(self._acollect, task=task), task.request, config)
+
+    # --- connections
 
     def close(self) -> None:
         """Close idle sync connections. They belong to the process; later calls open new ones."""
@@ -332,32 +316,27 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
-    def __getstate__(self) -> dict[Any, Any]:
-        held = [name for name in _INJECTED if getattr(self, name) is not None]
-        if held:
-            raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
-        state = super().__getstate__()
-        # The key stays in this process; the other one finds it in its environment.
-        state["__dict__"] = {**state["__dict__"], "api_key": None}
-        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None}
-        return state
+    # --- one run
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy; one with other settings finds its key and service anew."""
-        if update:
-            return type(self)(**{**self.__dict__, **update})
-        return super().model_copy(deep=deep)
+    def _run(self, work: Callable[..., ImageResult], given: ImageInput, config: RunnableConfig) -> ImageResult:
+        made: list[ImageResult] = []
+        try:
+            return self._call_with_config(partial(work, made=made), given, config, run_type="llm")
+        except Exception as error:
+            if not made:
+                raise
+            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
+            return made[0]
 
-    @property
-    def lc_attributes(self) -> dict[str, Any]:
-        """What LangChain serializes in another form than the field's."""
-        return {} if self.output_dir is None else {"output_dir": str(self.output_dir)}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        # Settings are values; what was injected is used as it is, by the copy too.
-        return self.model_copy()
-
-    # --- one request
+    async def _arun(self, work: Callable[..., Any], given: ImageInput, config: RunnableConfig) -> ImageResult:
+        made: list[ImageResult] = []
+        try:
+            return await self._acall_with_config(partial(work, made=made), given, config, run_type="llm")
+        except Exception as error:
+            if not made:
+                raise
+            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
+            return made[0]
 
     def _draw(
         self,
@@ -369,12 +348,9 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         made: list[ImageResult],
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
-        call = self._call(request)
-        outcomes = in_threads([call.draw] * request.n, self._places(request.model))
-        for event in self._filter_events(request, outcomes, run_manager.metadata):
-            dispatch(CONTENT_FILTER_EVENT, event, config)
-        made.append(self._result(request, outcomes, notes))
-        return made[0]
+        call = self._call(((request, ()), *self._fallbacks(request)), self._teller(run_manager, config))
+        outcomes = in_threads([partial(call.draw, index) for index in range(request.n)], self.places(request.model))
+        return self._result(request, outcomes, notes + call.notes, run_manager, made)
 
     async def _adraw(
         self,
@@ -386,24 +362,41 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         made: list[ImageResult],
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
-        call = self._call(request)
-        places = asyncio.Semaphore(self._places(request.model))
+        call = self._call(((request, ()), *self._fallbacks(request)), self._teller(run_manager, config))
+        outcomes = await in_tasks(
+            [partial(call.adraw, index) for index in range(request.n)], self.places(request.model)
+        )
+        return self._result(request, outcomes, notes + call.notes, run_manager, made)
 
-        async def one() -> ImageOutcome:
-            async with places:
-                return await call.adraw()
+    def _collect(
+        self,
+        given: ImageInput,
+        run_manager: CallbackManagerForChainRun,
+        config: RunnableConfig,
+        *,
+        task: ImageTask,
+        made: list[ImageResult],
+    ) -> ImageResult:
+        outcome = self._task_call(task.request, run_manager, config).collect(task.id, task.request_id)
+        return self._result(task.request, [outcome], task.warnings, run_manager, made)
 
-        outcomes = await asyncio.gather(*(one() for _ in range(request.n)))
-        for event in self._filter_events(request, outcomes, run_manager.metadata):
-            await adispatch(CONTENT_FILTER_EVENT, event, config)
-        made.append(self._result(request, outcomes, notes))
-        return made[0]
+    async def _acollect(
+        self,
+        given: ImageInput,
+        run_manager: AsyncCallbackManagerForChainRun,
+        config: RunnableConfig,
+        *,
+        task: ImageTask,
+        made: list[ImageResult],
+    ) -> ImageResult:
+        outcome = await self._task_call(task.request, run_manager, config).acollect(task.id, task.request_id)
+        return self._result(task.request, [outcome], task.warnings, run_manager, made)
 
     # --- pure steps
 
     def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
         said, notes = arguments_of(given)
-        values = {name: getattr(self, name) for name in _REQUEST_DEFAULTS} | overrides | said
+        values = {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides | said
         if "prompt" not in values:
             raise CogViewInvalidRequestError(
                 "Nothing was sent: there is no prompt.", hint="Pass a string, or a dict with the key 'prompt'."
@@ -411,51 +404,58 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         request = checked_request(values)
         return request, request.warnings + notes
 
-    def _call(self, request: ImageRequest) -> ImageCall:
-        if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
-            self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
-        # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
-        once: dict[str, Any] = {"stream": True, "follow_redirects": False}
-        injected, ainjected = self.http_client, self.http_async_client
-        client = ImagesClient(
-            base_url=SANDBOX_ENDPOINT if is_sandbox(self._base_url) else self._base_url,
-            api_key=self._key,
-            send=partial(injected.send, **once) if injected else sender(self._base_url),
-            asend=partial(ainjected.send, **once) if ainjected else asender(self._base_url),
-            build=injected.build_request if injected else httpx.Request,
-            abuild=ainjected.build_request if ainjected else httpx.Request,
-            policy=RetryPolicy(max_retries=self.max_retries, retry_unknown=self.retry_unknown),
-            rate_limiter=self.rate_limiter,
-        )
-        return ImageCall(
-            request=request,
-            client=client,
-            base_url=self._base_url,
-            timeout=cast("float | None", self.timeout),
-            download=self.download,
-            folder=self.output_dir,
-            allowed_hosts=self.allowed_image_hosts,
-        )
+    def _fallbacks(self, request: ImageRequest) -> list[tuple[ImageRequest, tuple[str, ...]]]:
+        others = (request.for_model(model) for model in self.fallback_models if model != request.model)
+        return [other for other in others if other]
 
-    def _places(self, model: str) -> int:
-        return self.max_concurrency or model_info(model).in_flight
-
-    def _bounded(
+    def _task_call(
         self,
-        config: RunnableConfig | list[RunnableConfig] | None,
+        request: ImageRequest,
+        run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun | None = None,
+        config: RunnableConfig | None = None,
+    ) -> ImageCall:
+        if not model_info(request.model).tasks:
+            raise CogViewInvalidRequestError(
+                f"Nothing was sent: {request.model} is no model of the task endpoint.", hint="Use model='glm-image'."
+            )
+        if request.n > 1:
+            raise CogViewInvalidRequestError("Nothing was sent: a task makes one picture.", hint="Submit it n times.")
+        teller = self._teller(run_manager, config) if run_manager and config else NOBODY
+        return self._call(((request, ()),), teller)
+
+    def _teller(
+        self, run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun, config: RunnableConfig
+    ) -> Teller:
+        return Teller(
+            config=config,
+            tool_call_id=(run_manager.metadata or {}).get("tool_call_id"),
+            sandbox=is_sandbox(self._base_url),
+            listening=bool(run_manager.handlers),
+        )
+
+    def _count(self, inputs: Any) -> int | None:
+        return len(inputs) * self.n if isinstance(inputs, Sized) else None
+
+    def _workers(self, config: RunnableConfig) -> int:
+        return min(self.places(), config.get("max_concurrency") or self.places())
+
+    def _batch(
+        self,
+        call: Callable[..., Any],
         inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None,
         overrides: dict[str, Any],
-    ) -> list[RunnableConfig]:
-        """A config for each input, with how many of them may run at once: in flight counts pictures, not inputs."""
-        said = [each if isinstance(each, dict) else {} for each in inputs]
-        models = {str(each.get("model") or overrides.get("model") or self.model) for each in said}
-        counts = {each.get("n") or overrides.get("n") or self.n for each in said}
-        most = max((count for count in counts if isinstance(count, int)), default=1)
-        places = max(1, min(self._places(model) for model in models or {self.model}) // max(1, most))
-        return [
-            {**each, "max_concurrency": each.get("max_concurrency") or places}
-            for each in (get_config_list(config, len(inputs)) if inputs else [])
+    ) -> tuple[list[Callable[[], Any]], int]:
+        configs = get_config_list(config, len(inputs)) if inputs else []
+        tasks: list[Callable[[], Any]] = [
+            partial(call, each, own, **overrides) for each, own in zip(inputs, configs, strict=True)
         ]
+        models = {
+            str(each.get("model") or self.model) if isinstance(each, dict) else self.model
+            for each in (*inputs, overrides)
+        }
+        workers = max(map(self.places, models))
+        return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1
 
     def _traced(self, given: ImageInput, config: RunnableConfig | None, overrides: dict[str, Any]) -> RunnableConfig:
         config = ensure_config(config)
@@ -465,39 +465,29 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         elif isinstance(given, ImageRequest) and "model" in given.model_fields_set:
             said = given.model
         metadata = {"ls_provider": "zhipuai", "ls_model_name": str(said or self.model), "ls_model_type": "image"}
-        traced: RunnableConfig = {**config, "metadata": {**(config.get("metadata") or {}), **metadata}}
-        if "api_key" in config.get("configurable", {}):
-            # It has done its work when this instance was made; from here on no frame of ours holds it.
-            traced["configurable"] = {**config["configurable"], "api_key": "**********"}
+        traced: RunnableConfig = without_key({**config, "metadata": {**(config.get("metadata") or {}), **metadata}})
         return traced
 
-    def _filter_events(
-        self, request: ImageRequest, outcomes: Sequence[ImageOutcome], metadata: dict[str, Any] | None
-    ) -> list[ContentFilterEvent]:
-        events = []
-        for outcome in outcomes:
-            if isinstance(outcome, CogViewContentFilterError):
-                entries, blocked, request_id = outcome.content_filter, True, outcome.request_id
-            elif not isinstance(outcome, Exception) and outcome[0].content_filter:
-                entries, blocked, request_id = outcome[0].content_filter, False, outcome[0].request_id
-            else:
-                continue
-            events.append(
-                content_filter_event(
-                    entries,
-                    blocked=blocked,
-                    model=request.model,
-                    request_id=request_id,
-                    tool_call_id=(metadata or {}).get("tool_call_id"),
-                    sandbox=is_sandbox(self._base_url),
-                    prompt=request.prompt if self.include_prompt_in_events else None,
-                )
-            )
-        return events
-
-    def _result(self, request: ImageRequest, outcomes: Sequence[ImageOutcome], notes: tuple[str, ...]) -> ImageResult:
+    def _result(
+        self,
+        request: ImageRequest,
+        outcomes: Sequence[ImageOutcome],
+        notes: tuple[str, ...],
+        run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun,
+        made: list[ImageResult],
+    ) -> ImageResult:
+        """The result of a run, or the error where there is no picture."""
         images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
         errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
+        cost = total_cost(images)
+        if run_manager.metadata is not None:  # traces hold it with the run
+            filtered = [entry for outcome in outcomes for entry in _entries(outcome)]
+            run_manager.metadata.update(
+                cogview_images=len(images),
+                cogview_cost=None if cost is None else str(cost),
+                cogview_currency=self._price(request.model)[1],
+                cogview_content_filter=[str(entry) for entry in filtered],
+            )
         if not images:
             # Who may have paid must hear that first: the others can be sent again.
             errors.sort(key=lambda error: getattr(error[1], "outcome", None) is not Outcome.UNKNOWN)
@@ -508,34 +498,23 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
                 first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
             # The frames below say nothing that the error does not say.
             raise first.with_traceback(None) if isinstance(first, CogViewError) else first
-        return ImageResult(
+        result = ImageResult(
             images=tuple(images),
             failures=tuple(ImageFailure.of(error, index) for index, error in errors),
             prompt=request.prompt,
-            model=request.model,
-            size=request.drawn_size,
-            quality=request.drawn_quality,
+            model=images[0].model,
+            size=images[0].size,
+            quality=images[0].quality,
+            cost=cost,
+            currency=images[0].currency,
             sandbox=any(image.sandbox for image in images),
             warnings=tuple(dict.fromkeys([*notes, *(note for image in images for note in image.warnings)])),
         )
+        made.append(result)
+        return result
 
 
-def _check_names(values: dict[str, Any], known: Any) -> None:
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise CogViewConfigurationError(unknown_argument(unknown[0], known))
-
-
-def _all_or_first_error(results: list[Any]) -> list[ImageResult]:
-    for result in results:
-        if isinstance(result, CogViewError):
-            result.batch_results = results
-            raise result
-    for result in results:
-        if isinstance(result, Exception):
-            carrier = CogViewError(
-                f"An input failed with {type(result).__name__}.", hint="See __cause__ and batch_results."
-            )
-            carrier.batch_results = results
-            raise carrier from result
-    return results
+def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:
+    if isinstance(outcome, CogViewContentFilterError):
+        return outcome.content_filter
+    return () if isinstance(outcome, Exception) else [entry for image in outcome for entry in image.content_filter]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from langchain_cogview.catalog import DEFAULT_MODEL, Quality, legal_size, model_info, model_warning
+from langchain_cogview.catalog import DEFAULT_MODEL, Quality, legal_size, model_info, model_warning, parse_size
 from langchain_cogview.errors import CogViewInvalidRequestError, printable
 
 if TYPE_CHECKING:
@@ -149,6 +149,26 @@ class ImageRequest(BaseModel):
     def drawn_quality(self) -> Quality:
         """The quality that will be drawn: the one asked for, else the model's default."""
         return self.quality or model_info(self.model).qualities[0]
+
+    def for_model(self, model: str) -> tuple[Self, tuple[str, ...]] | None:
+        """The same request for another model, and what had to change: a size becomes the nearest legal one.
+
+        Returns:
+            None where the prompt is too long for that model.
+        """
+        info = model_info(model)
+        values = {name: getattr(self, name) for name in self.model_fields_set} | {"model": model}
+        notes = []
+        pixels = parse_size(self.size or "")
+        if pixels and info.rule and self.size not in info.sizes and not info.rule.allows(*pixels):
+            values["size"] = "{}x{}".format(*info.rule.nearest(*pixels))
+            notes.append(f"{info.name} does not draw {self.size}; {values['size']} was asked for.")
+        if self.quality and self.quality not in info.qualities:
+            del values["quality"]
+            notes.append(f"{info.name} does not know quality {self.quality!r}; {info.qualities[0]!r} was asked for.")
+        if info.max_prompt_characters is not None and len(self.prompt) > info.max_prompt_characters:
+            return None
+        return type(self)(**values), tuple(notes)
 
     @property
     def warnings(self) -> tuple[str, ...]:

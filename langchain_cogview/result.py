@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import urlsplit
@@ -44,7 +45,8 @@ class GeneratedImage(BaseModel):
         id: Short and ours; what an agent calls it.
         url: Where the service keeps it, for a day to a week; None where it is not known.
         expires_at: When the link ends, where the URL tells it.
-        path: The saved file; None where it was not saved.
+        path: The saved file; None where it was not saved on this machine.
+        uri: Where it was saved elsewhere, such as `s3://bucket/name.png`; any process with access can open it.
         mime_type: `image/png`, `image/jpeg` or `image/webp`, by the bytes. None where they were not fetched.
         width: In pixels, from the bytes.
         height: In pixels, from the bytes.
@@ -58,6 +60,10 @@ class GeneratedImage(BaseModel):
         size: As asked for, or the model's default.
         quality: As asked for, or the model's default.
         prompt: What was asked for.
+        task_id: Of the task endpoint, where that was used.
+        cost: Its list price in `currency`; 0 where it is cached or a placeholder, None where the price is unknown.
+        currency: ISO code, such as `CNY`.
+        cached: Whether it came from the cache: nothing was sent or paid.
         sandbox: Whether it is a placeholder of the offline service.
         warnings: What could not be done, such as saving it.
     """
@@ -68,6 +74,7 @@ class GeneratedImage(BaseModel):
     url: str | None = None
     expires_at: datetime | None = None
     path: Path | None = None
+    uri: str | None = None
     mime_type: str | None = None
     width: int | None = None
     height: int | None = None
@@ -81,30 +88,44 @@ class GeneratedImage(BaseModel):
     size: str | None = None
     quality: str | None = None
     prompt: str
+    task_id: str | None = None
+    cost: Decimal | None = None
+    currency: str | None = None
+    cached: bool = False
     sandbox: bool = False
     warnings: tuple[str, ...] = ()
 
     _content: bytes | None = PrivateAttr(default=None)
     _base_url: str | None = PrivateAttr(default=None)
     _allowed_hosts: tuple[str, ...] | None = PrivateAttr(default=None)
+    _storage_options: Mapping[str, Any] | None = PrivateAttr(default=None)
 
     def with_content(
-        self, content: bytes | None, base_url: str | None, allowed_hosts: tuple[str, ...] | None = None
+        self,
+        content: bytes | None,
+        base_url: str | None,
+        allowed_hosts: tuple[str, ...] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Self:
         """The same picture holding its bytes in memory, and where more may be fetched; in no repr, JSON or trace."""
         self._allowed_hosts = allowed_hosts
         self._content = content
         self._base_url = base_url
+        self._storage_options = storage_options
         return self
 
     def read(self) -> bytes:
-        """The picture's bytes, as the service made them: from memory, from its file, else fetched from its URL (free).
+        """The picture's bytes, as the service made them: from memory, its file or its URI, else fetched from its URL (free).
 
         Raises:
-            CogViewStorageError: When the saved file cannot be read.
+            CogViewStorageError: When the saved file, or what stands at its URI, cannot be read.
             CogViewDownloadError: When the URL gives no whole picture any more.
         """
         content = self.at_hand()
+        if content is None and self.uri:
+            from langchain_cogview.images.remote import read_uri  # noqa: PLC0415
+
+            content = self._content = read_uri(self.uri, self._storage_options)
         if content is None:
             from langchain_cogview.api.transport import sender  # noqa: PLC0415
             from langchain_cogview.images.download import fetch  # noqa: PLC0415
@@ -119,6 +140,10 @@ class GeneratedImage(BaseModel):
     async def aread(self) -> bytes:
         """The twin of `read`, without blocking the event loop while it fetches."""
         content = self.at_hand()
+        if content is None and self.uri:
+            from langchain_cogview.images.remote import aread_uri  # noqa: PLC0415
+
+            content = self._content = await aread_uri(self.uri, self._storage_options)
         if content is None:
             from langchain_cogview.api.transport import asender  # noqa: PLC0415
             from langchain_cogview.images.download import afetch  # noqa: PLC0415
@@ -225,6 +250,10 @@ class GeneratedImage(BaseModel):
         yield "mime_type", self.mime_type
         if self.path:
             yield "path", self.path.name
+        if self.uri:
+            yield "uri", printable(self.uri, 120)
+        if self.cached:
+            yield "cached", True
         if self.sandbox:
             yield "sandbox", True
         if self.warnings:
@@ -233,7 +262,7 @@ class GeneratedImage(BaseModel):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         from langchain_cogview.images.display import bundle  # noqa: PLC0415
 
-        return bundle(self)
+        return bundle(self, self._content)
 
 
 def base_host(base_url: str | None) -> str | None:
@@ -252,6 +281,7 @@ class ImageFailure(BaseModel):
         code: The service's business code.
         status: The HTTP status.
         request_id: Ours, the same on every attempt.
+        task_id: Of the task endpoint: the picture may still come.
         outcome: `not_run`, `unknown` (a picture may have been charged) or `final`.
         content_filter: The filter's entries where it was blocked.
     """
@@ -265,6 +295,7 @@ class ImageFailure(BaseModel):
     code: str | None = None
     status: int | None = None
     request_id: str | None = None
+    task_id: str | None = None
     outcome: Outcome = Outcome.FINAL
     content_filter: tuple[ContentFilter, ...] = ()
 
@@ -281,6 +312,7 @@ class ImageFailure(BaseModel):
             code=error.code,
             status=error.status,
             request_id=error.request_id,
+            task_id=error.task_id,
             outcome=error.outcome,
             content_filter=error.content_filter if isinstance(error, CogViewContentFilterError) else (),
         )
@@ -298,6 +330,9 @@ class ImageResult(BaseModel):
         model: Which model drew.
         size: As asked for, or the model's default.
         quality: As asked for, or the model's default.
+        cost: List price of all pictures together; None where one is unknown. What failed costs nothing, unless its outcome
+            is unknown.
+        currency: ISO code.
         sandbox: Whether the offline service made it.
         warnings: What holds for the whole call, then what holds for each picture.
     """
@@ -310,6 +345,8 @@ class ImageResult(BaseModel):
     model: str
     size: str | None = None
     quality: str | None = None
+    cost: Decimal | None = None
+    currency: str | None = None
     sandbox: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -332,6 +369,16 @@ class ImageResult(BaseModel):
     def path(self) -> Path | None:
         """The first picture's file."""
         return self.image.path
+
+    @property
+    def uri(self) -> str | None:
+        """Where the first picture was saved elsewhere."""
+        return self.image.uri
+
+    @property
+    def cached(self) -> bool:
+        """Whether every picture came from the cache."""
+        return all(image.cached for image in self.images)
 
     @property
     def mime_type(self) -> str | None:
@@ -456,7 +503,14 @@ class ImageResult(BaseModel):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         from langchain_cogview.images.display import result_bundle  # noqa: PLC0415
 
-        return result_bundle(self)
+        return result_bundle(self, [image._content for image in self.images])  # noqa: SLF001
+
+
+def total_cost(images: Iterable[GeneratedImage]) -> Decimal | None:
+    """What pictures cost together; None where the price of one is unknown."""
+    costs = [image.cost for image in images]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known, Decimal(0)) if len(known) == len(costs) else None
 
 
 def images_from_messages(messages: Iterable[BaseMessage] | Mapping[str, Any]) -> list[GeneratedImage]:

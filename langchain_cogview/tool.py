@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForToolRun, CallbackManagerForToolRun  # noqa: TC002  BaseTool reads the annotations of _run
@@ -201,12 +201,17 @@ class CogViewImageTool(BaseTool):
         return self._answer(result)
 
     def _limits(self) -> Limits:
-        price = model_info(self.generator.model).price(self.generator.platform)
-        if self.budget is not None and price is None:
+        names = (self.generator.model, *self.generator.fallback_models)
+        prices = {name: self.generator.price(name) for name in names}
+        unknown = [name for name, price in prices.items() if price is None]
+        if self.budget is not None and unknown:
             raise CogViewConfigurationError(
-                f"The price of {self.generator.model} is not known, so a budget cannot be kept.", hint="Use max_images."
+                f"The price of {unknown[0]} is not known, so a budget cannot be kept.",
+                hint="Use max_images, or tell it: prices={...}.",
             )
-        return Limits(self.max_images, self.budget, *(price or (Decimal(0), "")))
+        # The dearest of the models that may draw, so that the budget holds whichever does.
+        price, currency = max(filter(None, prices.values()), default=(Decimal(0), ""))
+        return Limits(self.max_images, self.budget, price, currency)
 
     # --- what the model reads
 
@@ -233,7 +238,8 @@ class CogViewImageTool(BaseTool):
 
 
 def _paid(result: ImageResult) -> int:
-    return len(result.images) + sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
+    unknown = sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
+    return sum(not image.cached for image in result.images) + unknown
 
 
 def _given(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def _saved_all_the_same(result: ImageResult) -> ImageResult:
     images = []
     for image in result.images:
         kept = image
-        if image.path is None and image.mime_type is not None:
+        if image.path is None and image.uri is None and image.mime_type is not None:
             with contextlib.suppress(CogViewError, OSError):
                 folder = _temporary_folder()
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -277,9 +283,11 @@ def text_for_model(result: ImageResult) -> str:
     pictures = []
     for image in result.images[:3]:
         facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
-        if image.path:
-            path = str(image.path)
-            facts.append(f"saved as {path if len(path) <= _PATH_CHARACTERS // min(count, 3) else image.path.name}")
+        place = str(image.path or image.uri or "")
+        if place:
+            facts.append(
+                f"saved as {place if len(place) <= _PATH_CHARACTERS // min(count, 3) else PurePath(place).name}"
+            )
         pictures.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
     more = f" and {count - 3} more" if count > 3 else ""  # noqa: PLR2004
     text = f"Made {count} image{'s' if count > 1 else ''}: {'; '.join(pictures)}{more}."
@@ -293,7 +301,7 @@ def text_for_model(result: ImageResult) -> str:
     if len(fetched) < count:
         missing = "It" if count == 1 else f"{count - len(fetched)} of them"
         text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
-    elif any(image.path is None for image in result.images):
+    elif any(image.path is None and image.uri is None for image in result.images):
         text += " It is not saved as a file; the application has its link."
     seen = " The user already sees it." if fetched else ""
     return printable(f"{text}{seen} Do not write a link, and do not call this tool again unless asked.", MAX_MODEL_TEXT)

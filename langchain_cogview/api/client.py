@@ -1,38 +1,27 @@
-"""One logical call of the endpoint: attempts, waits and deadline; sync and async around the same pure steps."""
+"""One logical call of the endpoint: its place in flight, attempts, waits and deadline."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import threading
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import httpx
 import tenacity
 
-from langchain_cogview.api.protocol import MAX_REPLY_BYTES, ImagesReply, decoded_body, read_reply
-from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, parse_retry_after, transport_error
-from langchain_cogview.deadline import DEADLINE
-from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewTimeoutError, Outcome
+from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
+from langchain_cogview.api.gate import Gate, Place, gate_for
+from langchain_cogview.api.protocol import ImagesReply, read_reply
+from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, transport_error
+from langchain_cogview.catalog import model_info
+from langchain_cogview.errors import CogViewBusyError, CogViewError, CogViewRateLimitError, CogViewTimeoutError, Outcome
+from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from pydantic import SecretStr
-
     from langchain_cogview.deadline import Deadline
+    from langchain_cogview.stopping import Stop
 
 ROUTE: Final = "/images/generations"
-SANDBOX_HEADER: Final = "x-cogview-sandbox"
-_KEY_PART_CHARACTERS = 12
-
-NEVER: Final = threading.Event()
-STOPPED: Final[ContextVar[threading.Event]] = ContextVar("cogview_stopped", default=NEVER)
-"""Set when the caller is gone (Ctrl-C) while threads work for it: those send nothing more."""
 
 
 class RateLimiter(Protocol):
@@ -47,125 +36,208 @@ class RateLimiter(Protocol):
         ...
 
 
-_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
-_SETTINGS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
-_RUBBISH = (httpx.RemoteProtocolError, httpx.DecodingError)
+class Watch(Protocol):
+    """Hears what a call does, while it does it."""
+
+    def sending(self, *, task: bool) -> None:
+        """Right before the first attempt is sent; what it raises stops the call."""
+
+    async def asending(self, *, task: bool) -> None:
+        """The twin of `sending`."""
+
+    def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
+        """Before waiting to send again."""
+
+    async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
+        """The twin of `retrying`."""
+
+    def submitted(self, task_id: str) -> None:
+        """A task was accepted."""
+
+    def processing(self, task_id: str) -> None:
+        """A task has not ended."""
+
+    async def aprocessing(self, task_id: str) -> None:
+        """The twin of `processing`."""
 
 
-class _Progress:
-    """How far one attempt has come, as httpcore's trace tells it."""
+@dataclass(slots=True)
+class _Attempts:
+    """Of one logical call.
 
-    def __init__(self) -> None:
-        self.traced = False
-        self.sent = False
+    Attributes:
+        made: How many were sent.
+        waited_for: The errors after which it was sent again.
+        ticket: Where the call stands in the queue of the gate.
+        queue_is_wait: Whether the queue for a place takes the place of a wait.
+    """
 
-    def __call__(self, event: str, info: dict[str, Any]) -> None:
-        self.traced = True
-        if event.endswith("send_request_headers.started"):
-            request = info.get("request")
-            self.sent = self.sent or getattr(request, "method", b"") != b"CONNECT"
-
-    async def anote(self, event: str, info: dict[str, Any]) -> None:
-        self(event, info)
-
-    def phase(self, error: BaseException | None = None) -> Phase:
-        """Without a trace (another transport than httpcore's) only the exception's class tells; in doubt it was sent."""
-        if self.traced:
-            return Phase.SENT if self.sent else Phase.CONNECTING
-        return Phase.CONNECTING if isinstance(error, _NOT_SENT) else Phase.SENT
+    made: int = 0
+    waited_for: list[CogViewError] = field(default_factory=list)
+    ticket: int | None = None
+    queue_is_wait: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ImagesClient:
-    """The endpoint at one base URL with one key.
+    """Calls of the endpoint, each in its place among those in flight.
 
     Args:
-        base_url: Normal form, without a trailing slash.
-        api_key: Goes into the `Authorization` header and nowhere else.
-        send: Sends one sync request and gives the response with its body unread.
-        asend: The same, async.
-        build: Makes a request; an injected client adds its own headers and parameters.
-        abuild: The same, async.
+        endpoint: Where to.
+        account: The base URL as the user knows it; with key and model it tells who shares a gate.
+        max_concurrency: Requests in flight; None: the catalog's figure for the model.
         policy: What is sent again, and when.
         rate_limiter: Asked before every attempt.
     """
 
-    base_url: str
-    api_key: SecretStr = field(repr=False)
-    send: Callable[[httpx.Request], httpx.Response]
-    asend: Callable[[httpx.Request], Awaitable[httpx.Response]]
-    build: Callable[..., httpx.Request] = httpx.Request
-    abuild: Callable[..., httpx.Request] = httpx.Request
+    endpoint: Endpoint
+    account: str
+    max_concurrency: int | None = None
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     rate_limiter: RateLimiter | None = None
 
-    def generate(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
+    def generate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
         """POST one request, again only where that is safe.
 
         Args:
             body: As `protocol.images_body` makes it; its `request_id` is the same on every attempt.
-            deadline: For everything, waits included.
+            deadline: For everything from the first place in flight on, waits included; started here.
+            watch: Hears of it.
 
         Raises:
             CogViewError: Carries the request id and the number of attempts.
         """
-        attempts = 0
-        stopped = STOPPED.get()
-        waited_for: list[CogViewError] = []
+        reply, place = self.paid(ROUTE, body, read_reply, deadline, watch)
+        place.done()
+        return reply
+
+    async def agenerate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
+        """POST one request, again only where that is safe. The twin of `generate`."""
+        reply, place = await self.apaid(ROUTE, body, read_reply, deadline, watch)
+        place.done()
+        return reply
+
+    def paid(
+        self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, watch: Watch
+    ) -> tuple[ReplyT, Place]:
+        """POST to a route that costs money; the caller ends the place in flight that comes with the reply."""
+        attempts = _Attempts()
+        call = Call("POST", route, body)
+        sleep = tenacity.sleep_using_event(STOPPED.get())
+
+        def note(state: tenacity.RetryCallState) -> None:
+            watch.retrying(self._waits_for(state, attempts), state.upcoming_sleep, attempts.made)
+
         try:
-            for attempt in tenacity.Retrying(
-                sleep=tenacity.sleep_using_event(stopped), **self._loop(deadline, waited_for)
+            for attempt in tenacity.Retrying(sleep=sleep, before_sleep=note, **self._loop(deadline, attempts)):
+                with attempt:
+                    place = self._placed(body, deadline, attempts)
+                    try:
+                        if not attempts.made:
+                            watch.sending(task=route != ROUTE)
+                        attempts.made += 1
+                        return _warned(self.endpoint.exchange(call, deadline, read), attempts), place
+                    except BaseException as error:
+                        _ended(place, error, attempts)
+                        raise
+        except CogViewError as error:
+            raise _told(error, body, attempts) from None
+        raise AssertionError  # tenacity ends with a result or an exception
+
+    async def apaid(
+        self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, watch: Watch
+    ) -> tuple[ReplyT, Place]:
+        """The twin of `paid`."""
+        attempts = _Attempts()
+        call = Call("POST", route, body)
+
+        async def note(state: tenacity.RetryCallState) -> None:
+            await watch.aretrying(self._waits_for(state, attempts), state.upcoming_sleep, attempts.made)
+
+        try:
+            async for attempt in tenacity.AsyncRetrying(
+                sleep=asyncio.sleep, before_sleep=note, **self._loop(deadline, attempts)
             ):
                 with attempt:
-                    if attempts:
-                        self._wait_for_leave(deadline)
-                    if stopped.is_set():
-                        raise CogViewTimeoutError("The call was interrupted before the request was sent.")
-                    attempts += 1
-                    return _warned(self._once(body, deadline), waited_for)
+                    place = await self._aplaced(body, deadline, attempts)
+                    try:
+                        if not attempts.made:
+                            await watch.asending(task=route != ROUTE)
+                        attempts.made += 1
+                        return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), place
+                    except BaseException as error:
+                        _ended(place, error, attempts)
+                        raise
         except CogViewError as error:
-            raise self._told(error, waited_for, body, attempts) from None
+            raise _told(error, body, attempts) from None
         raise AssertionError  # tenacity ends with a result or an exception
 
-    async def agenerate(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
-        """POST one request, again only where that is safe. The twin of `generate`."""
-        attempts = 0
-        waited_for: list[CogViewError] = []
+    # --- a place in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
+
+    def _placed(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Place:
+        stopped = STOPPED.get()
+        gate, cap = self._gate(body["model"])
+        again = deadline if deadline.started else None
+        place = gate.take(cap, deadline=again, stopped=stopped, ticket=attempts.ticket)
+        if place is None:
+            raise _no_place(deadline, stopped=stopped.is_set())
         try:
-            async for attempt in tenacity.AsyncRetrying(sleep=asyncio.sleep, **self._loop(deadline, waited_for)):
-                with attempt:
-                    if attempts:
-                        await self._await_leave(deadline)
-                    attempts += 1
-                    return _warned(await self._aonce(body, deadline), waited_for)
-        except CogViewError as error:
-            raise self._told(error, waited_for, body, attempts) from None
-        raise AssertionError  # tenacity ends with a result or an exception
+            self._wait_for_leave(deadline)
+            _go_on(stopped)
+        except BaseException:
+            place.leave()
+            raise
+        deadline.start()
+        attempts.ticket = place.ticket
+        return place
 
-    def leave(self) -> None:
-        """Wait for the rate limiter's leave for the first attempt; that wait is a queue, not part of the call."""
-        if self.rate_limiter:
+    async def _aplaced(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Place:
+        gate, cap = self._gate(body["model"])
+        again = deadline if deadline.started else None
+        place = await gate.atake(cap, deadline=again, ticket=attempts.ticket)
+        if place is None:
+            raise _no_place(deadline)
+        try:
+            await self._await_leave(deadline)
+        except BaseException:
+            place.leave()
+            raise
+        deadline.start()
+        attempts.ticket = place.ticket
+        return place
+
+    def _wait_for_leave(self, deadline: Deadline) -> None:
+        if self.rate_limiter and not deadline.started:
             self.rate_limiter.acquire(blocking=True)
+            return
+        while self.rate_limiter and not self.rate_limiter.acquire(blocking=False):
+            if not deadline.allows(0.05):
+                raise _no_place(deadline)
+            time.sleep(0.05)
 
-    async def aleave(self) -> None:
-        """The twin of `leave`."""
-        if self.rate_limiter:
+    async def _await_leave(self, deadline: Deadline) -> None:
+        if self.rate_limiter and not deadline.started:
             await self.rate_limiter.aacquire(blocking=True)
+            return
+        while self.rate_limiter and not await self.rate_limiter.aacquire(blocking=False):
+            if not deadline.allows(0.05):
+                raise _no_place(deadline)
+            await asyncio.sleep(0.05)
 
     # --- pure steps
 
-    def _loop(self, deadline: Deadline, waited_for: list[CogViewError]) -> dict[str, Any]:
+    def _gate(self, model: str) -> tuple[Gate, int]:
+        key = self.endpoint.api_key.get_secret_value()
+        return gate_for(self.account, model, key), self.max_concurrency or model_info(model).in_flight
+
+    def _loop(self, deadline: Deadline, attempts: _Attempts) -> dict[str, Any]:
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            return self.policy.wait(error, state.attempt_number) if error else 0.0
-
-        def note(state: tenacity.RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            if isinstance(error, CogViewError):
-                waited_for.append(error)
+            if error is None or attempts.queue_is_wait:
+                return 0.0
+            return self.policy.wait(error, state.attempt_number)
 
         return {
-            "before_sleep": note,
             "retry": tenacity.retry_if_exception(self.policy.sends_again),
             "wait": wait,
             "stop": lambda state: (
@@ -176,185 +248,54 @@ class ImagesClient:
             "reraise": True,
         }
 
-    def _request(
-        self, build: Callable[..., httpx.Request], body: dict[str, Any], deadline: Deadline, trace: Any
-    ) -> httpx.Request:
-        left = deadline.remaining()
-        return build(
-            "POST",
-            f"{self.base_url}{ROUTE}",
-            headers=self._headers(),
-            content=json.dumps(body, ensure_ascii=False).encode(),
-            extensions={
-                "timeout": {"connect": left, "read": left, "write": left, "pool": left},
-                "trace": trace,
-                DEADLINE: deadline,
-            },
-        )
-
-    def _headers(self) -> dict[str, str]:
-        return {
-            "Authorization": f"Bearer {self.api_key.get_secret_value()}",
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "User-Agent": "langchain-cogview",
-        }
-
-    def _told(
-        self, error: CogViewError, waited_for: list[CogViewError], body: dict[str, Any], attempts: int
-    ) -> CogViewError:
-        """The error to raise after all attempts, with what is known of the call."""
-        unknown = [each for each in waited_for if each.outcome is Outcome.UNKNOWN]
-        if unknown and error.outcome is not Outcome.UNKNOWN:
-            # A later refusal does not undo that an earlier attempt may have been charged.
-            unknown[-1].add_note(f"A later attempt ended with: {error}")
-            error = unknown[-1]
-        elif waited_for and isinstance(error, CogViewTimeoutError):
-            # That time ran out before another attempt tells less than why there was to be one.
-            error = waited_for[-1]
-        error.request_id = body.get("request_id")
-        error.attempts = attempts
+    def _waits_for(self, state: tenacity.RetryCallState, attempts: _Attempts) -> CogViewError:
+        error = state.outcome.exception() if state.outcome else None
+        if not isinstance(error, CogViewError):  # the policy sends nothing else again
+            raise TypeError(type(error).__name__)
+        attempts.waited_for.append(error)
         return error
 
-    def _redacted(self, text: str) -> str:
-        """A foreign text without the key: services and gateways repeat what they were sent."""
-        key = self.api_key.get_secret_value()
-        parts = (key, *key.split("."))
-        # The first half is an id, which may stand in the path of a picture's link by right.
-        for part in (key, parts[-1]) if text.startswith(("http:", "https:")) else parts:
-            if len(part) >= _KEY_PART_CHARACTERS:
-                text = text.replace(part, "[key]")
-        return text
 
-    def _without_key(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._redacted(value)
-        if isinstance(value, list):
-            return [self._without_key(each) for each in value]
-        if isinstance(value, dict):
-            return {self._redacted(name): self._without_key(each) for name, each in value.items()}
-        return value
-
-    def _body_without_key(self, body: bytes) -> bytes:
-        try:
-            # Through JSON, where there is some: an escaped key is a key too.
-            return json.dumps(self._without_key(json.loads(body))).encode()
-        except (ValueError, RecursionError):
-            # Latin-1 gives every byte back as it was.
-            return self._redacted(body.decode("latin-1")).encode("latin-1")
-
-    def _judged(self, received: _Received | CogViewError) -> ImagesReply:
-        if isinstance(received, CogViewError):
-            raise received
-        try:
-            return read_reply(received.status, received.body, sandbox=received.sandbox)
-        except CogViewError as error:
-            error.retry_after = received.retry_after
-            raise
-
-    def _received(self, response: httpx.Response, content: bytes, encoding: str) -> _Received | CogViewError:
-        if len(content) <= MAX_REPLY_BYTES:
-            body = decoded_body(content, encoding)
-            if body is not None:
-                retry_after = parse_retry_after(response.headers.get("retry-after"))
-                sandbox = SANDBOX_HEADER in response.headers
-                return _Received(response.status_code, self._body_without_key(body), sandbox, retry_after)
-        return CogViewMalformedReplyError(
-            "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
-            "a picture may have been made and charged.",
-            status=response.status_code,
-        )
-
-    def _salvaged(self, response: httpx.Response | None, content: bytes, encoding: str) -> _Received | None:
-        """A reply whose end was lost, when the picture's link is in what came: it is paid for."""
-        received = self._received(response, content, encoding) if response is not None and content else None
-        if not isinstance(received, _Received):
-            return None
-        try:
-            read_reply(received.status, received.body)
-        except CogViewError:
-            return None
-        return received
-
-    def _as_ours(self, error: Exception, progress: _Progress, limit: float | None) -> CogViewError:
-        if isinstance(error, CogViewError):
-            return error
-        said = self._redacted(str(error))
-        if isinstance(error, httpx.TimeoutException | TimeoutError):
-            fault = Fault.TIMEOUT
-        elif isinstance(error, _SETTINGS):
-            fault = Fault.SETTINGS
-        elif isinstance(error, _RUBBISH):
-            fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.RUBBISH
-        elif "CERTIFICATE_VERIFY_FAILED" in said:
-            fault = Fault.UNTRUSTED
-        else:
-            fault = Fault.BROKEN
-        detail = f"{type(error).__name__}: {said}".rstrip(": ")
-        return transport_error(fault, progress.phase(error), detail=detail, limit=limit)
-
-    # --- one attempt, twice: only "send", "wait" and "read" differ. Errors are given back rather than raised: httpx's hold
-    # the request, and these frames what the service said, and so perhaps the key; no traceback and no chain shows them.
-
-    def _once(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
-        return self._judged(self._exchanged(body, deadline))
-
-    def _exchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
-        if deadline.passed:
-            return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress, response, content, encoding = _Progress(), None, b"", ""
-        try:
-            response = self.send(self._request(self.build, body, deadline, progress))
-            with contextlib.closing(response):
-                content, encoding = _read_already(response)
-                if not response.is_closed:
-                    for chunk in response.iter_raw():
-                        content += chunk
-                        if len(content) > MAX_REPLY_BYTES:
-                            break
-                        if deadline.passed:
-                            raise httpx.ReadTimeout("The time limit passed.")  # noqa: TRY301
-                return self._received(response, content, encoding)
-        except Exception as error:  # noqa: BLE001
-            return self._salvaged(response, content, encoding) or self._as_ours(error, progress, deadline.seconds)
-
-    async def _aonce(self, body: dict[str, Any], deadline: Deadline) -> ImagesReply:
-        return self._judged(await self._aexchanged(body, deadline))
-
-    async def _aexchanged(self, body: dict[str, Any], deadline: Deadline) -> _Received | CogViewError:
-        if deadline.passed:
-            return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress, response, content, encoding = _Progress(), None, b"", ""
-        try:
-            async with asyncio.timeout(deadline.remaining()):
-                response = await self.asend(self._request(self.abuild, body, deadline, progress.anote))
-                async with contextlib.aclosing(response):
-                    content, encoding = _read_already(response)
-                    if not response.is_closed:
-                        async for chunk in response.aiter_raw():
-                            content += chunk
-                            if len(content) > MAX_REPLY_BYTES:
-                                break
-                    return self._received(response, content, encoding)
-        except Exception as error:  # noqa: BLE001
-            return self._salvaged(response, content, encoding) or self._as_ours(error, progress, deadline.seconds)
-
-    def _wait_for_leave(self, deadline: Deadline) -> None:
-        while self.rate_limiter and not self.rate_limiter.acquire(blocking=False):
-            if not deadline.allows(0.05):
-                raise transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-            time.sleep(0.05)
-
-    async def _await_leave(self, deadline: Deadline) -> None:
-        while self.rate_limiter and not await self.rate_limiter.aacquire(blocking=False):
-            if not deadline.allows(0.05):
-                raise transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-            await asyncio.sleep(0.05)
+def _ended(place: Place, error: BaseException, attempts: _Attempts) -> None:
+    if isinstance(error, CogViewRateLimitError) and not isinstance(error, CogViewBusyError):
+        attempts.queue_is_wait = place.refused() and error.retry_after is None
+    else:
+        attempts.queue_is_wait = False
+        place.leave()
 
 
-def _warned(reply: ImagesReply, waited_for: list[CogViewError]) -> ImagesReply:
-    count = sum(error.outcome is Outcome.UNKNOWN for error in waited_for)
+def _go_on(stopped: Stop) -> None:
+    if stopped.is_set():
+        raise _interrupted()
+
+
+def _interrupted() -> CogViewTimeoutError:
+    return CogViewTimeoutError("The call was interrupted before the request was sent.")
+
+
+def _no_place(deadline: Deadline, *, stopped: bool = False) -> CogViewError:
+    if stopped:
+        return _interrupted()
+    return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
+
+
+def _told(error: CogViewError, body: dict[str, Any], attempts: _Attempts) -> CogViewError:
+    """The error to raise after all attempts, with what is known of the call."""
+    unknown = [each for each in attempts.waited_for if each.outcome is Outcome.UNKNOWN]
+    if unknown and error.outcome is not Outcome.UNKNOWN:
+        # A later refusal does not undo that an earlier attempt may have been charged.
+        unknown[-1].add_note(f"A later attempt ended with: {error}")
+        error = unknown[-1]
+    elif attempts.waited_for and isinstance(error, CogViewTimeoutError):
+        # That time ran out before another attempt tells less than why there was to be one.
+        error = attempts.waited_for[-1]
+    error.request_id = body.get("request_id")
+    error.attempts = attempts.made
+    return error
+
+
+def _warned(reply: ReplyT, attempts: _Attempts) -> ReplyT:
+    count = sum(error.outcome is Outcome.UNKNOWN for error in attempts.waited_for)
     if not count:
         return reply
     warning = (
@@ -362,20 +303,4 @@ def _warned(reply: ImagesReply, waited_for: list[CogViewError]) -> ImagesReply:
         if count > 1
         else "An earlier attempt may have been charged too."
     )
-    return replace(reply, warnings=(*reply.warnings, warning))
-
-
-class _Received(NamedTuple):
-    """A whole reply, without the key."""
-
-    status: int
-    body: bytes
-    sandbox: bool
-    retry_after: float | None
-
-
-def _read_already(response: httpx.Response) -> tuple[bytes, str]:
-    """What an injected client has read (and decompressed) by itself, and the encoding of what is still to come."""
-    if response.is_stream_consumed:
-        return response.content, ""
-    return b"", response.headers.get("content-encoding", "")
+    return replace(reply, warnings=(*reply.warnings, warning))  # type: ignore[type-var,attr-defined]

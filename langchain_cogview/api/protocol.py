@@ -29,6 +29,7 @@ from langchain_cogview.errors import (
     CogViewPromptTooLongError,
     CogViewRateLimitError,
     CogViewServerError,
+    CogViewTaskFailedError,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class ImagesReply:
         content_filter: What the filter said of a picture that was made all the same.
         created: Unix seconds of the request.
         response_id: The service's own id of the reply.
+        task_id: Of the task endpoint, where that was used.
         sandbox: Whether the sandbox made it.
         warnings: What was odd in the reply.
     """
@@ -80,7 +82,23 @@ class ImagesReply:
     content_filter: tuple[ContentFilter, ...] = ()
     created: int | None = None
     response_id: str | None = None
+    task_id: str | None = None
     sandbox: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReply:
+    """What the task endpoint says of a task that has not failed.
+
+    Attributes:
+        task_id: The service's id; None where a poll's reply leaves it out.
+        reply: The pictures; None while it is processing.
+        warnings: What was odd on the way.
+    """
+
+    task_id: str | None
+    reply: ImagesReply | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -125,20 +143,63 @@ def read_reply(status: int, body: bytes, *, sandbox: bool = False) -> ImagesRepl
     Raises:
         CogViewError: The class says what became of the request.
     """
+    fields, entries, failure = _fields(status, body)
+    if 200 <= status < 300:  # noqa: PLR2004
+        pictures = _pictures(fields, "data", entries, failure, sandbox=sandbox)
+        if pictures:
+            return pictures
+    raise _error(status, failure, entries, body)
+
+
+def read_task(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
+    """Read one reply of the task endpoint, to the POST or to a poll.
+
+    Raises:
+        CogViewError: The class says what became of the request; `CogViewTaskFailedError` where the task itself failed.
+    """
+    fields, entries, failure = _fields(status, body)
+    if 200 <= status < 300:  # noqa: PLR2004
+        task_id = _short(fields.get("id"))
+        pictures = _pictures(fields, "image_result", entries, failure, sandbox=sandbox)
+        if pictures:
+            return TaskReply(task_id, pictures)
+        said = fields.get("task_status")
+        state = said.strip().upper() if isinstance(said, str) else ""
+        if state == "FAIL" and failure is None:
+            if entries:
+                raise CogViewContentFilterError(content_filter=entries, status=status)
+            raise CogViewTaskFailedError(status=status)
+        if failure is None and state not in {"", "SUCCESS", "FAIL"}:
+            return TaskReply(task_id)
+        if state == "FAIL" and failure is not None and failure.code not in CODES:
+            raise CogViewTaskFailedError(code=failure.code, status=status, detail=failure.message)
+    raise _error(status, failure, entries, body)
+
+
+def _fields(status: int, body: bytes) -> tuple[dict[str, Any], tuple[ContentFilter, ...], _Failure | None]:
     reply = _parsed(body)
     fields = reply if isinstance(reply, dict) else {}
     entries = read_entries(fields.get("content_filter")) + read_entries(fields.get("contentFilter"))
-    failure = _failure(fields, enveloped=status < 300)  # noqa: PLR2004
-    if 200 <= status < 300:  # noqa: PLR2004
-        urls, bad = _urls(fields.get("data"))
-        if urls:
-            warnings = ["The reply held an unusable entry beside the picture."] if bad else []
-            if failure:
-                warnings.append(f"The reply held an error beside the picture (code {failure.code or 'none'}).")
-            return ImagesReply(
-                urls, entries, _seconds(fields.get("created")), _short(fields.get("id")), sandbox, tuple(warnings)
-            )
-    raise _error(status, failure, entries, body)
+    return fields, entries, _failure(fields, enveloped=status < 300)  # noqa: PLR2004
+
+
+def _pictures(
+    fields: dict[str, Any], name: str, entries: tuple[ContentFilter, ...], failure: _Failure | None, *, sandbox: bool
+) -> ImagesReply | None:
+    urls, bad = _urls(fields.get(name))
+    if not urls:
+        return None
+    warnings = ["The reply held an unusable entry beside the picture."] if bad else []
+    if failure:
+        warnings.append(f"The reply held an error beside the picture (code {failure.code or 'none'}).")
+    return ImagesReply(
+        urls,
+        entries,
+        _seconds(fields.get("created")),
+        _short(fields.get("id")),
+        sandbox=sandbox,
+        warnings=tuple(warnings),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +225,11 @@ def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
         return _Failure(_short(error.get("code")), _text(error.get("message")))
     if error:
         return _Failure(None, _text(error))
-    if enveloped and "data" not in fields and (fields.get("success") is False or "code" in fields):
+    if (
+        enveloped
+        and not fields.keys() & {"data", "task_status"}
+        and (fields.get("success") is False or "code" in fields)
+    ):
         # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
         message = _text(fields.get("msg") or fields.get("message"))
         code = _short(fields.get("code"))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from langchain_cogview.images.remote import RemoteFolder
+
 
 MAX_PICTURE_BYTES: Final = 32 * 2**20
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)
@@ -45,7 +47,8 @@ class Picture:
         info: Type and dimensions, read from the bytes.
         size_bytes: Their number.
         sha256: Their hash, in hexadecimal.
-        path: The file that holds them; None when they are in `content`.
+        path: The file of this machine that holds them.
+        uri: The file elsewhere that holds them, such as `s3://bucket/name.png`.
         content: The bytes, when they are in no file.
         problem: Why they could not be written into the folder asked for.
     """
@@ -54,6 +57,7 @@ class Picture:
     size_bytes: int
     sha256: str
     path: Path | None = None
+    uri: str | None = None
     content: bytes | None = None
     problem: str | None = None
 
@@ -128,8 +132,8 @@ def _not_yet(message: str, **facts: Any) -> CogViewDownloadError:
 class _Download:
     """The steps of one download without its I/O."""
 
-    def __init__(self, url: str, deadline: Deadline, rules: LinkRules) -> None:
-        self.url, self.deadline = url, deadline
+    def __init__(self, url: str, deadline: Deadline, rules: LinkRules, label: str) -> None:
+        self.url, self.deadline, self.label = url, deadline, label
         self._check = rules.check(url)
 
     def loop(self) -> dict[str, Any]:
@@ -192,15 +196,22 @@ class _Download:
         except OSError as error:
             raise CogViewStorageError(f"There is no room for the picture's bytes: {error.strerror}.") from None
 
-    def finish(self, file: PictureFile) -> Picture:
-        """Look at the whole picture, then let it stay."""
+    def inspected(self, file: PictureFile) -> ImageInfo:
+        """Look at the whole picture."""
         file.file.seek(0)
         try:
-            info = inspect(file.file)
+            return inspect(file.file)
         except ImageFormatError as error:
             raise _not_yet(f"The link gave no whole picture: {error}.") from None
-        path = file.keep(info)
-        return Picture(info, file.size, file.sha256, path, None if path else file.read(), file.problem)
+
+    def picture(self, info: ImageInfo, file: PictureFile, kept: Path | str | None) -> Picture:
+        """What was fetched, wherever it stays."""
+        try:
+            content = None if kept else file.read()
+        except OSError as error:
+            raise CogViewStorageError(f"The picture's bytes could not be read back: {error.strerror}.") from None
+        path, uri = (None, kept) if isinstance(kept, str) else (kept, None)
+        return Picture(info, file.size, file.sha256, path, uri, content, file.problem)
 
 
 def _too_large() -> CogViewDownloadError:
@@ -223,7 +234,8 @@ def fetch(
     url: str,
     *,
     deadline: Deadline,
-    folder: Path | None = None,
+    folder: Path | RemoteFolder | None = None,
+    label: str = "",
     rules: LinkRules = LinkRules(),
 ) -> Picture:
     """Fetch, check and keep one picture.
@@ -231,15 +243,16 @@ def fetch(
     Args:
         send: Sends one request and gives the response with its body unread.
         url: Where the picture is.
-        deadline: For everything, waits and writing included.
+        deadline: For everything, waits, writing and uploading included.
         folder: Where the file goes; None keeps the bytes in memory.
+        label: Stands in the file's name.
         rules: Which links may be fetched.
 
     Raises:
         CogViewDownloadError: When no whole picture came.
         CogViewStorageError: When there is no room even in memory.
     """
-    download = _Download(url, deadline, rules)
+    download = _Download(url, deadline, rules, label)
     for attempt in tenacity.Retrying(sleep=time.sleep, **download.loop()):
         with attempt:
             return _once(send, download, folder)
@@ -251,47 +264,59 @@ async def afetch(
     url: str,
     *,
     deadline: Deadline,
-    folder: Path | None = None,
+    folder: Path | RemoteFolder | None = None,
+    label: str = "",
     rules: LinkRules = LinkRules(),
 ) -> Picture:
     """Fetch, check and keep one picture. The twin of `fetch`."""
-    download = _Download(url, deadline, rules)
+    download = _Download(url, deadline, rules, label)
     async for attempt in tenacity.AsyncRetrying(sleep=asyncio.sleep, **download.loop()):
         with attempt:
             return await _aonce(asend, download, folder)
     raise AssertionError  # tenacity ends with a result or an exception
 
 
-def _once(send: Callable[[httpx.Request], httpx.Response], download: _Download, folder: Path | None) -> Picture:
+# A picture stays after its connection is let go and outside of what is tried again: the upload that fails is no reason to fetch.
+
+
+def _once(
+    send: Callable[[httpx.Request], httpx.Response], download: _Download, folder: Path | RemoteFolder | None
+) -> Picture:
     request = download.request()
-    try:
-        response = send(request)
-        with contextlib.closing(response):
-            download.accept(response)
-            with contextlib.closing(PictureFile(folder)) as file:
+    with contextlib.ExitStack() as files:
+        try:
+            response = send(request)
+            with contextlib.closing(response):
+                download.accept(response)
+                file = files.enter_context(contextlib.closing(PictureFile(folder, label=download.label)))
                 head = bytearray()
                 for chunk in response.iter_raw():
                     download.take(chunk, file, head)
                     if download.deadline.passed:
                         raise httpx.ReadTimeout("The time limit passed.")
-                return download.finish(file)
-    except _FOREIGN as error:
-        raise _as_ours(error) from None
+                info = download.inspected(file)
+        except _FOREIGN as error:
+            raise _as_ours(error) from None
+        return download.picture(info, file, file.keep(info, download.deadline))
 
 
 async def _aonce(
-    asend: Callable[[httpx.Request], Awaitable[httpx.Response]], download: _Download, folder: Path | None
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]],
+    download: _Download,
+    folder: Path | RemoteFolder | None,
 ) -> Picture:
     request = download.request()
-    try:
-        async with asyncio.timeout(download.deadline.remaining()):
-            response = await asend(request)
-            async with contextlib.aclosing(response):
-                download.accept(response)
-                with contextlib.closing(PictureFile(folder)) as file:
+    with contextlib.ExitStack() as files:
+        try:
+            async with asyncio.timeout(download.deadline.remaining()):
+                response = await asend(request)
+                async with contextlib.aclosing(response):
+                    download.accept(response)
+                    file = files.enter_context(contextlib.closing(PictureFile(folder, label=download.label)))
                     head = bytearray()
                     async for chunk in response.aiter_raw():
                         download.take(chunk, file, head)
-                    return download.finish(file)
-    except _FOREIGN as error:
-        raise _as_ours(error) from None
+                    info = download.inspected(file)
+        except _FOREIGN as error:
+            raise _as_ours(error) from None
+        return download.picture(info, file, await file.akeep(info, download.deadline))

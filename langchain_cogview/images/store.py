@@ -1,7 +1,7 @@
 """Where the bytes of a picture stay: whole or absent, under a name of ours, never over another file.
 
 On Linux the bytes go into a file without a name, which gets one only when it is whole: a process that is killed leaves
-nothing behind. Elsewhere a temporary file takes its place.
+nothing behind. On other systems a temporary file takes its place. To a remote folder they go in one request when all are there.
 """
 
 from __future__ import annotations
@@ -16,27 +16,37 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
-if TYPE_CHECKING:
-    from langchain_cogview.images.formats import ImageInfo
+from langchain_cogview.deadline import Deadline
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from langchain_cogview.images.formats import ImageInfo
+    from langchain_cogview.images.remote import RemoteFolder
+
+_NO_LIMIT: Final = Deadline(None)
 _IN_MEMORY_BYTES: Final = 1 << 20
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
 
 
 class PictureFile:
-    """The bytes of one download: written into the folder at once, or kept aside where there is none.
+    """The bytes of one download: written into the folder at once, or kept aside where there is none on this machine.
 
     Args:
-        folder: Where the file will be; made when missing. None: the bytes are read back by the caller.
+        folder: Where the file will be; made when missing. A remote one gets it in `keep`. None: the bytes are read back by
+            the caller.
+        label: Stands in the name between time and hash, so that the file is found by it.
 
     Attributes:
         problem: Why the folder could not be used; the bytes are kept aside all the same.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | RemoteFolder | None, *, label: str = "") -> None:
         self.problem: str | None = None
         self.size = 0
-        self._folder = folder
+        self._label = label
+        self._folder = folder if isinstance(folder, Path) else None
+        self._remote = None if isinstance(folder, Path) else folder
         self._hash = hashlib.sha256()
         self._temporary: Path | None = None
         self.file: BinaryIO = self._opened()
@@ -57,19 +67,28 @@ class PictureFile:
         """Of the bytes, in hexadecimal."""
         return self._hash.hexdigest()
 
-    def keep(self, info: ImageInfo) -> Path | None:
-        """Give the file its name, made of time and hash; None where the bytes are not in the folder."""
-        if self._folder is None or self.problem:
-            return None
-        stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{self.sha256[:16]}"
-        try:
-            for number in range(1, 1000):
-                path = self._folder / f"{stem}{'' if number == 1 else f'-{number}'}{info.extension}"
-                with contextlib.suppress(FileExistsError):
-                    self._link(path)
-                    return path
-        except OSError as error:
-            self.problem = _reason(error)
+    def keep(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> Path | str | None:
+        """Let the file stay under a name made of time, label and hash.
+
+        Args:
+            info: Type of the picture; gives the ending.
+            deadline: For an upload; a local file has its name at once.
+
+        Returns:
+            The path of a local file, or the URI of a remote one; None where the bytes are aside only.
+        """
+        with self._noting_problems():
+            if self._remote:
+                return self._remote.upload(self._names(info), self.read(), deadline)
+            return self._linked(info)
+        return None
+
+    async def akeep(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> Path | str | None:
+        """The twin of `keep`, without blocking the event loop while it uploads."""
+        with self._noting_problems():
+            if self._remote:
+                return await self._remote.aupload(self._names(info), self.read(), deadline)
+            return self._linked(info)
         return None
 
     def read(self) -> bytes:
@@ -85,6 +104,28 @@ class PictureFile:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
             self._temporary = None
+
+    @contextlib.contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = _reason(error)
+
+    def _names(self, info: ImageInfo) -> Iterator[str]:
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stem = "-".join(filter(None, (moment, self._label, self.sha256[:16])))
+        return (f"{stem}{'' if number == 1 else f'-{number}'}{info.extension}" for number in range(1, 1000))
+
+    def _linked(self, info: ImageInfo) -> Path | None:
+        if self._folder is None or self.problem:
+            return None
+        for name in self._names(info):
+            path = self._folder / name
+            with contextlib.suppress(FileExistsError):
+                self._link(path)
+                return path
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def _opened(self) -> BinaryIO:
         if self._folder is None:

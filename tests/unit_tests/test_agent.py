@@ -110,7 +110,7 @@ async def test_filter_events_come_through_the_agents_event_stream(tool):
         async for event in agent.astream_events({"messages": "x"}, version="v2")
         if event["event"] == "on_custom_event"
     ]
-    assert names == ["cogview.content_filter"]
+    assert names == ["cogview.progress", "cogview.generated", "cogview.content_filter"]
 
 
 @both

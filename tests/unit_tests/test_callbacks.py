@@ -105,12 +105,12 @@ def test_max_level_selects_the_severe_ones(generator):
 
 
 async def test_events_come_through_astream_events(generator, tool):
-    for runnable, given in ((generator, FLAGGED), (tool, call(BLOCKED))):
+    for runnable, given, end in ((generator, FLAGGED, "cogview.generated"), (tool, call(BLOCKED), "cogview.progress")):
         custom = [
             event async for event in runnable.astream_events(given, version="v2") if event["event"] == "on_custom_event"
         ]
-        assert [event["name"] for event in custom] == ["cogview.content_filter"]
-        assert custom[0]["data"]["model"] == "cogview-4-250304"
+        assert [event["name"] for event in custom] == ["cogview.progress", end, "cogview.content_filter"]
+        assert {event["data"]["model"] for event in custom} == {"cogview-4-250304"}
 
 
 class Faulty(BaseCallbackHandler):
@@ -154,6 +154,15 @@ def test_collecting_blocks_can_be_nested(generator):
     assert inner == []
 
 
+@pytest.mark.parametrize("make", [ContentFilterCallbackHandler, AsyncContentFilterCallbackHandler])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_handler_that_is_in_the_list_twice_hears_once(generator, tool, way, make):
+    got = []
+    handler = make(got.append)
+    WAYS[way](generator, tool, {"callbacks": [handler, handler]})
+    assert len(handler.events) == len(got) == 1
+
+
 def test_collecting_in_one_thread_does_not_hear_another(generator):
     def other():
         generator.invoke(FLAGGED)
@@ -184,3 +193,5 @@ def test_a_listener_that_cannot_listen_is_refused_when_it_is_made():
         AsyncContentFilterCallbackHandler(5)
     with pytest.raises(ValueError, match="max_level"):
         ContentFilterCallbackHandler(max_level=7)
+    with pytest.raises(ValueError, match="max_level"), collect_content_filter_events(max_level=7):
+        pass

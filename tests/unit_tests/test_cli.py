@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import io
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
+import termios
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, cli, errors
+from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, cli, errors, shell
 from langchain_cogview.images import store
 
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
@@ -96,6 +99,7 @@ def test_help_is_plain_when_piped_and_may_be_drawn_on_a_terminal(tmp_path):
 
 def on_a_terminal(*arguments: str, folder: Path) -> tuple[str, int]:
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = dict(os.environ) | {"TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(
         arguments, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
@@ -413,12 +417,12 @@ def test_an_error_that_is_not_ours_among_several_is_1(folder, sandbox, monkeypat
 
 def test_every_error_has_its_exit_code():
     classes = {name: kind for name, kind in vars(errors).items() if name.startswith("CogView")}
-    codes = {name: cli._CODES.get(name) for name in classes if name != "CogViewError"}
+    codes = {name: shell.CODES.get(name) for name in classes if name != "CogViewError"}
     assert None not in codes.values(), codes
     for name, kind in classes.items():  # none is milder than what it is a kind of
-        assert cli._CODES.get(kind.__base__.__name__, cli._CODES.get(name)) == cli._CODES.get(name)
+        assert shell.CODES.get(kind.__base__.__name__, shell.CODES.get(name)) == shell.CODES.get(name)
     assert {*codes.values()} == {2, 3, 4, 5, 6, 7}
-    assert {*cli._CODES} == {*codes}
+    assert {*shell.CODES} == {*codes}
 
 
 # --- wrong usage

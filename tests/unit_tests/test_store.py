@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import stat
+import threading
 
 import pytest
 
@@ -92,3 +93,26 @@ def test_an_explicit_save_replaces_a_file_and_writes_to_a_device(tmp_path):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(OSError):
         write_whole(target / "below", b"x")
+
+
+async def test_a_local_file_is_kept_alike_in_an_event_loop(tmp_path):
+    before = threading.active_count()
+    kept = PictureFile(tmp_path)
+    kept.write(b"bytes")
+    path = await kept.akeep(PNG)
+    kept.close()
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"bytes"
+    assert threading.active_count() == before
+
+
+def test_when_every_name_is_taken_the_bytes_stay_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(PictureFile, "_names", lambda kept, info: iter(["taken.png"]))
+    (tmp_path / "taken.png").write_bytes(b"a letter")
+    kept = PictureFile(tmp_path)
+    kept.write(b"bytes")
+    assert kept.keep(PNG) is None
+    assert kept.problem == "File exists"
+    assert kept.read() == b"bytes"
+    assert (tmp_path / "taken.png").read_bytes() == b"a letter"
+    kept.close()

@@ -1,0 +1,426 @@
+"""The gate in flight: how many requests of one account and model are under way at once, over threads and event loops.
+
+A call takes a place, sends, and ends the place by what came back: `done`, `refused` (1302) or `leave` (anything else). First
+come, first served. The gate learns from refusals how many the service accepts, and from successes when to try more.
+
+Of HTTP, and of what is sent, this module knows nothing.
+"""
+# ruff: noqa: SLF001  a gate and its places are one thing in two halves
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import heapq
+import math
+import os
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from langchain_cogview.deadline import Deadline
+
+MAX_GATES: Final = 1000
+"""Gates that are remembered while nobody uses them; the one unused for longest is forgotten first."""
+POLL: Final = 0.1
+"""Seconds between two looks of a waiting thread at whether it was stopped."""
+PROBE: Final = 10
+"""How many times slower than elsewhere the limit rises to the level that was last refused."""
+FEWEST_BEFORE_PROBE: Final = 30
+"""Successes that such a step takes at least: where only one is accepted, one request in eleven would be refused."""
+_COMPACT_AT: Final = 64
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+
+class Place:
+    """One request's place in flight. The first of `done`, `refused` and `leave` ends it; the others then change nothing.
+
+    A place that is dropped without an end (an interrupted thread, a coroutine that is never resumed) leaves by itself.
+
+    Attributes:
+        ticket: The place in the queue. Given to `take` again after a refusal, the call does not lose its turn.
+    """
+
+    __slots__ = ("_cap", "_epoch", "_gate", "_over", "ticket")
+
+    def __init__(self, gate: Gate, cap: int, ticket: int, epoch: int) -> None:
+        self._over = True  # until the gate has counted it
+        self._gate = gate
+        self._cap = cap
+        self._epoch = epoch
+        self.ticket: Final = ticket
+
+    def done(self) -> None:
+        """End it: the service took the request and answered it. Raises the gate's limit, slowly."""
+        self._gate._post(self, success=True)
+
+    def leave(self) -> None:
+        """End it in any other way (an error, a cancelled call, a busy model): nothing is learned."""
+        self._gate._post(self, success=False)
+
+    def refused(self) -> bool:
+        """End it: too many requests were in flight. Halves the gate's limit, once for a burst of refusals.
+
+        Returns:
+            Whether others are in flight: then the queue is the wait, and `take` may be called at once. Otherwise the caller
+            has to wait by itself before.
+        """
+        return self._gate._refused(self)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_over", True):
+            self.leave()
+
+
+class Gate:
+    """A queue before a number of places that adapts to what the service accepts.
+
+    The waiter with the lowest ticket goes first, as soon as fewer are in flight than `limit` and than its own cap; those
+    behind it wait for it even where their cap is higher. After a refusal with others in flight nobody goes until one of those
+    has ended: the same refusal would come at once.
+
+    The limit is unknown at first, so that the caps alone count. The first refusal of a burst halves it, but to no more than what
+    is left in flight; each further one of the same burst brings it down to what is left in flight then, never below 1. It
+    rises by 1 after as many successes as it is high, each of a request sent since the last refusal and with all places taken;
+    only the step back to the level that was last refused takes ten times as many, and 30 at least.
+
+    All methods may be called from any thread. `gate_for` gives the one that callers share.
+    """
+
+    def __init__(self) -> None:
+        self._arrivals = 0
+        self._epoch = 0
+        self._heap: list[tuple[int, int, Any]] = []  # ticket, arrival, waiter
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Forget everything, also the places that were granted: they are the parent process's."""
+        for _, _, waiter in self._heap:
+            waiter.gone = True
+        self._lock = threading.Lock()
+        # Ends and withdrawals, handled by whoever has the lock. The garbage collector can end a place (a coroutine that is
+        # never resumed) in a thread that holds the lock at that moment, so that nobody who ends one may wait for the lock.
+        self._mail: deque[tuple[Place | _Waiter, bool]] = deque()
+        self._heap = []
+        self._in_flight = 0
+        self._waiting = 0
+        self._held = False
+        self._limit: float = math.inf
+        self._refused_at: float = math.inf
+        self._successes = 0
+        self._epoch += 1
+        self._first_epoch = self._epoch
+
+    @property
+    def in_flight(self) -> int:
+        """Places that are taken."""
+        return self._in_flight
+
+    @property
+    def limit(self) -> float:
+        """Places that it allows now, besides each caller's cap: a whole number, or infinity while none was refused."""
+        return self._limit
+
+    @property
+    def waiting(self) -> int:
+        """Calls in the queue."""
+        return self._waiting
+
+    def __repr__(self) -> str:
+        return f"<Gate: {self._in_flight} in flight, limit {self._limit}, {self._waiting} waiting>"
+
+    def take(
+        self,
+        cap: int,
+        *,
+        deadline: Deadline | None = None,
+        stopped: threading.Event | None = None,
+        ticket: int | None = None,
+    ) -> Place | None:
+        """Wait for a place.
+
+        Args:
+            cap: What may be in flight at most when the place is granted, 1 or more.
+            deadline: When to wait no longer; one that has not started never passes.
+            stopped: Set when to wait no longer; looked at each 0.1 s.
+            ticket: That of a refused place, to keep its turn.
+
+        Returns:
+            The place; None when the deadline passed or `stopped` was set before there was one. Where there is one at
+            once, neither is looked at.
+
+        Raises:
+            ValueError: When `cap` is below 1.
+        """
+        place = self._place_at_once(cap, ticket)
+        if place is not None:
+            return place
+        waiter, granted = _ThreadWaiter(cap), False
+        try:
+            self._queue(waiter, ticket)
+            granted = waiter.wait(deadline, stopped)
+        finally:
+            if not granted:
+                self._post(waiter)
+        return waiter.place if granted else None
+
+    async def atake(self, cap: int, *, deadline: Deadline | None = None, ticket: int | None = None) -> Place | None:
+        """Wait for a place. The twin of `take`; a call that is cancelled leaves the queue."""
+        place = self._place_at_once(cap, ticket)
+        if place is not None:
+            return place
+        waiter, granted = _TaskWaiter(cap), False
+        try:
+            self._queue(waiter, ticket)
+            granted = await waiter.wait(deadline)
+        finally:
+            if not granted:
+                self._post(waiter)
+        return waiter.place if granted else None
+
+    # --- what takes the lock
+
+    def _place_at_once(self, cap: int, ticket: int | None) -> Place | None:
+        if cap < 1:
+            raise ValueError(f"cap is 1 or more, not {cap}: with no place at all the call would wait for ever.")
+        try:
+            with self._lock:
+                if self._mail:
+                    self._read_mail()
+                if self._waiting and (ticket is None or ticket > self._heap[0][0]):
+                    return None
+                return self._placed(cap, ticket or self._next_ticket()) if self._admits(cap) else None
+        finally:
+            if self._mail:
+                self._settle()
+
+    def _queue(self, waiter: _Waiter, ticket: int | None) -> None:
+        """Put a waiter into the queue; it may be granted before this returns."""
+        try:
+            with self._lock:
+                arrival = self._next_ticket()
+                heapq.heappush(self._heap, (ticket or arrival, arrival, waiter))
+                # Only now: what an interrupt leaves behind before is as good as withdrawn.
+                waiter.gone = False
+                self._waiting += 1
+                self._read_mail()
+                self._grant()
+        finally:
+            if self._mail:
+                self._settle()
+
+    def _refused(self, place: Place) -> bool:
+        try:
+            with self._lock:
+                self._read_mail()
+                fresh = self._closed(place)
+                left = self._in_flight
+                if fresh:
+                    self._learn_refusal(place, left)
+                    self._held = left > 0
+                    self._grant()
+                return left > 0
+        finally:
+            if self._mail:
+                self._settle()
+
+    def _post(self, ended: Place | _Waiter, *, success: bool = False) -> None:
+        self._mail.append((ended, success))
+        self._settle()
+
+    def _settle(self) -> None:
+        # Whoever does not get the lock may go: its holder looks at the mail after giving it back.
+        while self._mail and self._lock.acquire(blocking=False):
+            try:
+                self._read_mail()
+            finally:
+                self._lock.release()
+
+    # --- what is called with the lock held
+
+    def _read_mail(self) -> None:
+        while self._mail:
+            ended, success = self._mail.popleft()
+            if isinstance(ended, Place):
+                self._end(ended, success=success)
+            elif ended.place is not None:  # granted at the same moment: for the next
+                self._end(ended.place)
+            else:
+                self._withdraw(ended)
+            self._grant()
+
+    def _end(self, place: Place, *, success: bool = False) -> None:
+        if self._closed(place):
+            if success:
+                self._learn_success(place)
+            self._held = False
+
+    def _closed(self, place: Place) -> bool:
+        """Take a place out of the count; False when it is over already, or the parent process's."""
+        fresh = not place._over and place._epoch >= self._first_epoch
+        place._over = True
+        self._in_flight -= fresh
+        return fresh
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        if waiter.gone:
+            return
+        waiter.gone = True
+        self._waiting -= 1
+        if len(self._heap) > max(_COMPACT_AT, 2 * self._waiting):
+            self._heap = [entry for entry in self._heap if not entry[2].gone]
+            heapq.heapify(self._heap)
+
+    def _next_ticket(self) -> int:
+        self._arrivals += 1
+        return self._arrivals
+
+    def _admits(self, cap: int) -> bool:
+        return self._in_flight < cap and self._in_flight < self._limit and not self._held
+
+    def _placed(self, cap: int, ticket: int) -> Place:
+        place = Place(self, cap, ticket, self._epoch)
+        # No interrupt comes between these two.
+        self._in_flight += 1
+        place._over = False
+        return place
+
+    def _grant(self) -> None:
+        while self._heap:
+            ticket, _, waiter = self._heap[0]
+            if not waiter.gone and not self._admits(waiter.cap):
+                return
+            heapq.heappop(self._heap)
+            if not waiter.gone:
+                waiter.gone = True
+                self._waiting -= 1
+                waiter.place = self._placed(waiter.cap, ticket)
+                if not waiter.wake():
+                    self._closed(waiter.place)
+
+    def _learn_success(self, place: Place) -> None:
+        """Called after the place was taken out of the count."""
+        # What was sent before the last refusal, or with places left over, does not show that there is room for more.
+        if place._epoch < self._epoch or not self._in_flight + 1 >= self._limit < place._cap:
+            return
+        self._successes += 1
+        probes = self._limit + 1 == self._refused_at
+        if self._successes >= (max(PROBE * self._limit, FEWEST_BEFORE_PROBE) if probes else self._limit):
+            self._limit += 1
+            self._successes = 0
+
+    def _learn_refusal(self, place: Place, left: int) -> None:
+        if place._epoch == self._epoch:
+            self._epoch += 1
+            self._limit = min(self._limit, place._cap) // 2
+            self._refused_at = math.inf
+        self._limit = max(1, min(self._limit, left))
+        self._refused_at = min(self._refused_at, left + 1)
+        self._successes = 0
+
+
+class _Waiter(ABC):
+    """Somebody who waits. `gone` says that it is not in the queue: not yet, granted, or withdrawn."""
+
+    def __init__(self, cap: int) -> None:
+        self.cap = cap
+        self.gone = True
+        self.place: Place | None = None
+
+    @abstractmethod
+    def wake(self) -> bool:
+        """Let it go on; False when it never will."""
+
+
+class _ThreadWaiter(_Waiter):
+    def __init__(self, cap: int) -> None:
+        super().__init__(cap)
+        self._granted = threading.Lock()
+        self._granted.acquire()
+
+    def wake(self) -> bool:
+        self._granted.release()
+        return True
+
+    def wait(self, deadline: Deadline | None, stopped: threading.Event | None) -> bool:
+        """Whether the place came before the deadline passed or `stopped` was set."""
+        longest = threading.TIMEOUT_MAX if stopped is None else POLL
+        while not (stopped and stopped.is_set()) and not (deadline and deadline.passed):
+            left = deadline.remaining() if deadline else None
+            if self._granted.acquire(timeout=longest if left is None else min(left, longest)):
+                return True
+        return False
+
+
+class _TaskWaiter(_Waiter):
+    def __init__(self, cap: int) -> None:
+        super().__init__(cap)
+        self._loop = asyncio.get_running_loop()
+        self._granted: asyncio.Future[None] = self._loop.create_future()
+
+    def wake(self) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(self._granted.set_result, None)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
+
+    async def wait(self, deadline: Deadline | None) -> bool:
+        """Whether the place came before the deadline passed."""
+        while not (deadline and deadline.passed):
+            # Not `wait_for`: it would cancel the future, on which a grant may be on its way.
+            await asyncio.wait([self._granted], timeout=deadline.remaining() if deadline else None)
+            if self._granted.done():
+                return True
+        return False
+
+
+_GateName = tuple[str, str, bytes]
+_registry_lock = threading.Lock()
+_alive: weakref.WeakValueDictionary[_GateName, Gate] = weakref.WeakValueDictionary()
+_recent: OrderedDict[_GateName, Gate] = OrderedDict()
+
+
+def gate_for(base_url: str, model: str, key: str) -> Gate:
+    """The gate that all calls of one account share in this process.
+
+    A gate that somebody waits at or has a place of is never forgotten; what an unused one has learned is, once a
+    thousand others were asked for after it. After a fork the child's gates start afresh.
+
+    Args:
+        base_url: Only the host and port count, or all of it for a sandbox.
+        model: In any case of letters.
+        key: The API key; only a hash of it is kept.
+    """
+    name = (_host(base_url), model.lower(), hashlib.sha256(key.encode()).digest())
+    with _registry_lock:
+        gate = _alive.get(name)
+        if gate is None:
+            gate = _alive[name] = Gate()
+        _recent[name] = gate
+        _recent.move_to_end(name)
+        if len(_recent) > MAX_GATES:
+            _recent.popitem(last=False)
+    return gate
+
+
+def _host(base_url: str) -> str:
+    parts = urlsplit(base_url)
+    if parts.scheme not in _DEFAULT_PORTS:
+        return base_url
+    return f"{parts.hostname}:{parts.port or _DEFAULT_PORTS[parts.scheme]}"
+
+
+def _after_fork() -> None:
+    global _registry_lock  # noqa: PLW0603  another thread of the parent may have held it
+    _registry_lock = threading.Lock()
+    for gate in list(_alive.values()):
+        gate._start_over()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

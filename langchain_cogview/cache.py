@@ -1,0 +1,401 @@
+"""The same request gives the same picture without paying: what a generator's `cache=` does.
+
+A cached picture is a hit when it can be had as it was made: from a file whose bytes are those recorded, or through its link
+while that lives. A cache that fails costs no picture and no call: the request goes to the service, and a note tells of it.
+
+Equal requests under way at once in one process can take turns, so that a batch with duplicates pays once. Processes share what
+is stored, and do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from langchain_core.caches import BaseCache
+
+from langchain_cogview.cache_entries import (
+    CacheKey,
+    DirectoryEntries,
+    Entries,
+    LangChainEntries,
+    from_entry,
+    is_picture,
+    whole,
+)
+from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
+from langchain_cogview.images.download import Picture, expires_at
+from langchain_cogview.images.formats import EXTENSIONS
+from langchain_cogview.images.store import write_whole
+from langchain_cogview.steps import Step, arun, file_step, run
+from langchain_cogview.turns import TURNS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from langchain_cogview.images.remote import RemoteFolder
+    from langchain_cogview.request import ImageRequest
+    from langchain_cogview.result import GeneratedImage
+
+UNDATED_LINK_LIFETIME: Final = timedelta(hours=24)
+"""How long a link that does not tell its end is taken to live: the shortest life that was seen."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter alone is a Windows drive; Path("s3://b") is "s3:/b"
+
+logger = logging.getLogger(__name__)
+
+
+def picture_cache(given: BaseCache | str | Path) -> PictureCache:
+    """The cache that was asked for with `cache=`.
+
+    Args:
+        given: A LangChain cache, or a directory of this machine, which is made when it is needed.
+
+    Raises:
+        CogViewConfigurationError: When it is neither.
+    """
+    if isinstance(given, BaseCache):
+        return PictureCache(LangChainEntries(given))
+    if isinstance(given, str | Path):
+        return PictureCache(DirectoryEntries(_directory(str(given))))
+    shown = f"={given}" if given is None or isinstance(given, bool) else f" of type {type(given).__name__}"
+    raise CogViewConfigurationError(
+        f"cache{shown} is neither a LangChain cache nor a directory.",
+        hint="Give one, such as InMemoryCache() from langchain_core.caches, or the path of a directory; None: no cache.",
+    )
+
+
+def _directory(text: str) -> Path:
+    if not text.strip() or "\0" in text or _URL.match(text):
+        raise CogViewConfigurationError(
+            "cache= is a text that names no directory of this machine.",
+            hint="Give a path; for a server such as Redis, give LangChain's cache object for it.",
+        )
+    try:
+        path = Path(text).expanduser().absolute()
+        is_file = path.exists() and not path.is_dir()
+    except (OSError, RuntimeError):  # cannot be looked at now: each call tells
+        return Path(text).absolute()
+    if is_file:
+        raise CogViewConfigurationError(
+            f"cache={printable(text, 120)!r} is a file, not a directory.", hint="Give another path."
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class PictureCache:
+    """The cache of a generator. Settings alone: threads, event loops and generators can share it.
+
+    Attributes:
+        entries: In a LangChain cache, or in a directory.
+    """
+
+    entries: Entries
+
+    def request(
+        self,
+        request: ImageRequest,
+        *,
+        base_url: str,
+        download: bool = True,
+        folder: Path | RemoteFolder | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        allowed_hosts: tuple[str, ...] | None = None,
+        timeout: float | None = 60.0,
+    ) -> CachedRequest:
+        """The cache as one request sees it.
+
+        Args:
+            request: What is asked for.
+            base_url: Where the service is, normalised; a part of the key.
+            download: Whether the caller wants the bytes. False: it wants the link, and one that lives is what makes a hit.
+            folder: Where the caller wants the file; None: in memory.
+            storage_options: fsspec's, for pictures that were saved elsewhere.
+            allowed_hosts: The only hosts that the picture's own `read` fetches from; None: any public one.
+            timeout: Seconds for a look-up's reads from and uploads to elsewhere; None: no limit.
+        """
+        return CachedRequest(self.entries, request, base_url, download, folder, storage_options, allowed_hosts, timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRequest:
+    """The cache as one request sees it: looks its pictures up and stores them, and never raises.
+
+    Attributes:
+        notes: What went wrong with the cache itself, for the result's warnings.
+    """
+
+    entries: Entries
+    request: ImageRequest
+    base_url: str
+    download: bool
+    folder: Path | RemoteFolder | None
+    storage_options: Mapping[str, Any] | None = field(repr=False)
+    allowed_hosts: tuple[str, ...] | None
+    timeout: float | None
+    notes: list[str] = field(default_factory=list)
+
+    def turn(self, index: int, seconds: float | None) -> AbstractContextManager[None]:
+        """Wait until no other call in this process is at the same picture, then keep others waiting until the block ends.
+
+        Looking up, drawing and storing inside it makes equal requests pay once. Nobody may wait in it for a place in flight
+        that another waiter of the same turn holds.
+
+        Args:
+            index: Which of the `n`.
+            seconds: How long to wait at most; after that the block begins all the same. None: as long as it takes.
+        """
+        return TURNS.turn((self.entries.place, self._key(index).digest), seconds)
+
+    def aturn(self, index: int, seconds: float | None) -> AbstractAsyncContextManager[None]:
+        """The twin of `turn`."""
+        return TURNS.aturn((self.entries.place, self._key(index).digest), seconds)
+
+    def lookup(self, index: int, refetch: Callable[[str], Picture | CogViewError | None]) -> GeneratedImage | None:
+        """The picture number `index` (from 0) of the request, if it was made before and can still be had.
+
+        Args:
+            index: Which of the `n`.
+            refetch: Fetches a link anew (free) into the caller's folder or memory, by the caller's rules. A `CogViewError`, given
+                or raised: not a hit.
+
+        Returns:
+            The picture as it was made, with `cached=True` and a cost of 0; None: not a hit.
+        """
+        return run(self._look_up(index, refetch))
+
+    async def alookup(
+        self, index: int, refetch: Callable[[str], Awaitable[Picture | CogViewError | None]]
+    ) -> GeneratedImage | None:
+        """The twin of `lookup`."""
+        return await arun(self._look_up(index, refetch))
+
+    def store(self, index: int, image: GeneratedImage) -> None:
+        """Remember a picture that was made just now.
+
+        Args:
+            index: Which of the `n`.
+            image: As the caller gets it. What came from a cache, what another model drew than the request names, and what has
+                neither bytes nor a living link is not stored.
+        """
+        run(self._store(index, image))
+
+    async def astore(self, index: int, image: GeneratedImage) -> None:
+        """The twin of `store`."""
+        await arun(self._store(index, image))
+
+    # --- what is done, in steps
+
+    def _look_up(self, index: int, refetch: Callable[[str], Any]) -> Generator[Step, Any, GeneratedImage | None]:
+        with self._spared("read"):
+            key = self._key(index)
+            text = yield Step(partial(self.entries.read, key), partial(self.entries.aread, key))
+            recorded = None if text is None else from_entry(key, text)
+            if recorded is None:
+                return None
+            # What was told of its files then is told anew by this call.
+            recorded = recorded.model_copy(update={"warnings": ()})
+            recorded.with_content(None, self.base_url, self.allowed_hosts)
+            if not self.download:
+                # No path or URI that nobody has looked at.
+                return self._hit(recorded, path=None, uri=None) if _lives(recorded) else None
+            return (yield from self._from_files(recorded)) or (yield from self._from_link(key, recorded, refetch))
+        return None
+
+    def _from_files(self, recorded: GeneratedImage) -> Generator[Step, Any, GeneratedImage | None]:
+        if recorded.sha256 is None:
+            return None
+        deadline = Deadline(self.timeout)
+        own = self._own_places(recorded)
+        others = [self.entries.bytes_path(recorded), recorded.path, recorded.uri]
+        for place in dict.fromkeys([*own, *(other for other in others if other is not None)]):
+            content = yield from self._read(place, recorded, deadline)
+            if content is None:
+                continue
+            if place in own:
+                return self._hit(recorded, **_where(place))
+            if self.folder is None:
+                return self._hit(recorded, content=content, **_where(place))
+            return (yield from self._saved(recorded, content, self.folder, deadline))
+        return None
+
+    def _own_places(self, recorded: GeneratedImage) -> list[Path | str]:
+        """Where in the caller's folder the picture is, if it is there."""
+        if self.folder is None:
+            return []
+        if isinstance(self.folder, Path):
+            folder = self.folder.resolve()
+            first = [recorded.path] if recorded.path and recorded.path.parent == folder else []
+            return [*first, folder / _names(recorded)[0]]
+        root = f"{self.folder.url.rstrip('/')}/"
+        return [*([recorded.uri] if recorded.uri and recorded.uri.startswith(root) else []), root + _names(recorded)[0]]
+
+    def _read(
+        self, place: Path | str, recorded: GeneratedImage, deadline: Deadline
+    ) -> Generator[Step, Any, bytes | None]:
+        """The bytes of a file here or elsewhere, if they are as recorded."""
+        if isinstance(place, Path):
+            return (yield file_step(whole, place, recorded))  # type: ignore[no-any-return]
+        from langchain_cogview.images.remote import aread_uri, read_uri  # noqa: PLC0415
+
+        left = deadline.remaining()
+        reading = partial(read_uri, place, self.storage_options, seconds=left)
+        areading = partial(aread_uri, place, self.storage_options, seconds=left)
+        try:
+            content = yield Step(reading, areading)
+        except CogViewStorageError:
+            return None
+        return content if is_picture(content, recorded) else None
+
+    def _saved(
+        self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
+    ) -> Generator[Step, Any, GeneratedImage]:
+        """The picture with a file in the caller's folder, as the caller would have got it when it was made."""
+        names = _names(recorded)
+        try:
+            if isinstance(folder, Path):
+                place = yield file_step(_save, folder, names, content)
+            else:
+                sending = (names, content, deadline)
+                place = yield Step(partial(folder.upload, *sending), partial(folder.aupload, *sending))
+        except OSError as error:
+            note = _unsaved(folder, error.strerror or type(error).__name__)
+            return self._hit(recorded, path=None, uri=None, content=content, warnings=(note,))
+        return self._hit(recorded, **_where(place))
+
+    def _from_link(
+        self, key: CacheKey, recorded: GeneratedImage, refetch: Callable[[str], Any]
+    ) -> Generator[Step, Any, GeneratedImage | None]:
+        ends = expires_at(recorded.url or "")
+        if recorded.url is None or (ends and ends <= datetime.now(UTC)):
+            return None
+        try:
+            fetched = yield Step(partial(refetch, recorded.url), partial(refetch, recorded.url))
+        except CogViewError:
+            return None
+        if not isinstance(fetched, Picture):
+            return None
+        if recorded.sha256 not in {None, fetched.sha256}:
+            logger.warning("The link of a cached picture gives another one now, which is not used.")
+            if fetched.path:
+                with contextlib.suppress(OSError):
+                    fetched.path.unlink()
+            return None
+        facts = {
+            "path": fetched.path,
+            "uri": fetched.uri,
+            "mime_type": fetched.info.mime_type,
+            "width": fetched.info.width,
+            "height": fetched.info.height,
+            "size_bytes": fetched.size_bytes,
+            "sha256": fetched.sha256,
+            "warnings": (_unsaved(self.folder, fetched.problem),) if fetched.problem else (),
+        }
+        image = recorded.model_copy(update=facts)
+        image.with_content(fetched.content, self.base_url, self.allowed_hosts)
+        yield from self._write(key, image)
+        return self._hit(image)
+
+    def _store(self, index: int, image: GeneratedImage) -> Generator[Step, Any, None]:
+        if image.cached or image.model != self.request.model or not (image.sha256 or _lives(image)):
+            return
+        yield from self._write(self._key(index), image)
+
+    def _write(self, key: CacheKey, image: GeneratedImage) -> Generator[Step, Any, None]:
+        with self._spared("written"):
+            content = None
+            if self.entries.bytes_path(image):
+                content = yield file_step(_bytes_at_hand, image)
+                if content is None and image.uri:
+                    content = yield from self._read(image.uri, image, Deadline(self.timeout))
+            yield Step(
+                partial(self.entries.write, key, image, content), partial(self.entries.awrite, key, image, content)
+            )
+
+    # --- pure steps
+
+    def _key(self, index: int) -> CacheKey:
+        return CacheKey.of(self.request, index, self.base_url)
+
+    def _hit(self, recorded: GeneratedImage, *, content: bytes | None = None, **changes: Any) -> GeneratedImage:
+        hit = recorded.model_copy(update={"cached": True, "cost": Decimal(0), **changes})
+        return hit if content is None else hit.with_content(content, self.base_url, self.allowed_hosts)
+
+    @contextlib.contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """What the cache raises costs neither a picture nor the call; it is logged once for each request."""
+        try:
+            yield
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            note = f"The cache could not be {what}: {printable(str(reason), 80)}."
+            if not self.notes:
+                logger.warning("%s The call goes on without it.", note, exc_info=error)
+            if note not in self.notes:
+                self.notes.append(note)
+
+
+def _lives(image: GeneratedImage) -> bool:
+    """Whether a picture's link is good, as far as can be told without asking."""
+    if image.url is None:
+        return False
+    now, ends = datetime.now(UTC), expires_at(image.url)
+    if ends is not None:
+        return ends > now
+    return image.created is not None and now.timestamp() < image.created + UNDATED_LINK_LIFETIME.total_seconds()
+
+
+def _names(image: GeneratedImage) -> list[str]:
+    """Under which names a file is saved again; always the same ones, so that more hits make no more files."""
+    try:
+        moment = time.gmtime(image.created or 0)
+    except (ValueError, OverflowError, OSError):
+        moment = time.gmtime(0)
+    identity = re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8])
+    stem = f"{time.strftime('%Y%m%dT%H%M%SZ', moment)}-{identity}-{str(image.sha256)[:16]}"
+    ending = EXTENSIONS.get(image.mime_type or "", "")
+    return [f"{stem}{ending}", *(f"{stem}-{number}{ending}" for number in range(2, 100))]
+
+
+def _save(folder: Path, names: list[str], content: bytes) -> Path:
+    """Write the file under the first name that no other file has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    for path in (folder / name for name in names):
+        if not path.exists():
+            write_whole(path, content)
+            return path
+        if path.is_file() and path.read_bytes() == content:  # another thread or process was faster
+            return path
+    raise FileExistsError(errno.EEXIST, "every name is taken")
+
+
+def _where(place: Path | str) -> dict[str, Any]:
+    return {"path": place, "uri": None} if isinstance(place, Path) else {"path": None, "uri": place}
+
+
+def _unsaved(folder: object, why: str) -> str:
+    return (
+        f"The picture could not be saved in output_dir ({printable(str(folder), 120)}): {why}. "
+        "Its bytes are in memory: call save(path)."
+    )
+
+
+def _bytes_at_hand(image: GeneratedImage) -> bytes | None:
+    try:
+        content = image.at_hand()
+    except CogViewStorageError:
+        return None
+    return content if content is not None and is_picture(content, image) else None

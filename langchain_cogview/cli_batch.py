@@ -1,0 +1,143 @@
+"""`cogview batch`: a file of prompts into a folder of pictures."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import contextmanager
+from enum import StrEnum
+from heapq import nsmallest
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from langchain_cogview.catalog import DEFAULT_MODEL
+from langchain_cogview.shell import CODES, finish, in_shell_words, json_text, say, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from langchain_cogview.jobs import JobReport
+
+_SHOWN: Final = 20
+_PROMPT_CHARACTERS: Final = 60
+
+
+class Format(StrEnum):
+    """How prompts stand in a file."""
+
+    TXT = "txt"
+    CSV = "csv"
+    TSV = "tsv"
+    JSONL = "jsonl"
+
+
+def batch(
+    prompts: Annotated[
+        str, typer.Argument(metavar="FILE", help="Prompts: .txt (one a line), .csv, .tsv, .jsonl; - reads the input.")
+    ],
+    *,
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for pictures, manifest and contact sheet.")],
+    form: Annotated[Format | None, typer.Option("--format", help="Default: as the file's ending says.")] = None,
+    size: Annotated[str | None, typer.Option(help="Where a line says none: as 1024x1024, 16:9, square.")] = None,
+    quality: Annotated[str | None, typer.Option(help="Where a line says none: standard or hd.")] = None,
+    model: Annotated[str, typer.Option(help="Where a line says none.")] = DEFAULT_MODEL,
+    n: Annotated[int, typer.Option("--n", help="Pictures for each prompt that says no number.")] = 1,
+    user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="Draw at most so many of the prompts that are left.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Stop before list prices pass it: all runs in the folder, in the key's currency.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Draw what failed or was blocked again.")
+    ] = False,
+    retry_unknown: Annotated[
+        bool, typer.Option("--retry-unknown", help="Draw what may have been charged again: can pay twice.")
+    ] = False,
+    unique: Annotated[bool, typer.Option("--unique", help="Draw lines that say the same only once.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that cannot be drawn.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count, price and check; send and write nothing. Needs no key.")
+    ] = False,
+    region: Annotated[str | None, typer.Option(help="china or international. Default: as the key that is set.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one picture in all.")] = 120.0,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Requests in flight at once. Default: the model's usual limit.")
+    ] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Placeholders, offline: no key, no cost.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar, on a terminal either.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the summary, or the plan, as JSON.")] = False,
+) -> None:
+    """Make a picture of each prompt in a file. Run again after whatever ended it, it goes on and pays for nothing twice.
+
+    The folder gets a manifest (JSON lines) and a contact sheet (index.html), whose path is written to the standard output.
+    """
+    if base_url is not None and (sandbox or not base_url.strip()):
+        raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+    given: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
+    given |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
+    settings = {name: value for name, value in given.items() if value is not None}
+    settings |= {"model": model, "n": n, "timeout": timeout}
+    job: dict[str, Any] = {"limit": limit, "budget": budget}
+    job |= {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
+    job |= {"unique": unique, "format": form.value if form else None, **settings}
+    if dry_run:
+        finish(lambda: _plan(prompts, output, job, as_json=as_json, skip_bad=skip_bad))
+    job |= {"skip_bad": skip_bad, "progress": False if no_progress else None}
+    finish(lambda: _run(prompts, output, job, as_json=as_json))
+
+
+def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip_bad: bool) -> int:
+    from langchain_cogview.jobs import plan_job  # noqa: PLC0415
+
+    # Nothing is sent, so any key will do; the one that is set still tells the region.
+    plan = plan_job(prompts, output, **job, api_key="dry-run")
+    code = 2 if plan.problems and not skip_bad else 0
+    return max(code, write(json_text(plan.to_dict()) if as_json else in_shell_words(str(plan))))
+
+
+def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
+    from langchain_cogview.jobs import run_job  # noqa: PLC0415
+
+    try:
+        with _terminated_like_interrupted():
+            report = run_job(prompts, output, **job, on_plan=lambda plan: say(str(plan)))
+    except KeyboardInterrupt:
+        say(
+            "Interrupted. What was finished is in the manifest, and the same command goes on from there. "
+            "A request that was already sent may have been charged: it is found again, or listed."
+        )
+        return 130
+    say(*_not_made(report), str(report))
+    codes = [CODES.get(name, 1) for name in report.errors]
+    codes += [7] if report.unknown else []
+    codes += [2] if report.over_budget else []
+    codes += [CODES.get(type(report.stopped).__name__, 1)] if report.stopped else []
+    shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
+    return max([0, *codes, write(shown)])
+
+
+def _not_made(report: JobReport) -> Iterator[str]:
+    """The prompts that were blocked or failed, a line each, the first twenty."""
+    lines = (line for line in report.items() if line["failures"])
+    for line in nsmallest(_SHOWN, lines, key=lambda line: int(line["line"])):
+        prompt = " ".join(line["arguments"]["prompt"].split())
+        prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[: _PROMPT_CHARACTERS - 1]}…"
+        yield f"Line {line['line']} was not made: {prompt!r}. {line['failures'][0]['message']}"
+    more = report.blocked + report.failed - _SHOWN
+    if more > 0:
+        yield f"{more:,} more were not made; the manifest says why."
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,185 @@
+"""Small pictures to look at: made where a picture's bytes are at hand, and held in memory for a notebook's outputs.
+
+What a notebook shows may neither read a file nor fetch. So inside a Jupyter kernel a preview is made when a picture is made, and
+found again by the picture's hash: by its result, its artifact, or a gallery of either. Elsewhere nothing is made or loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import math
+import sys
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from langchain_cogview.images.formats import EXTENSIONS, sniff
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PREVIEW_BYTES: Final = 40_000
+"""Of one preview at most: with base64's third and its caption it stays under 60 kB."""
+HELD_BYTES: Final = 32 << 20
+"""Of all previews held; those not looked at for longest go first."""
+PILLOW_MISSING: Final = 'A preview needs Pillow: pip install "langchain-cogview[notebook]"'
+
+_SIDE: Final = 768
+_SMALLEST_SIDE: Final = 24
+_WEBP_BELOW: Final = 12_000  # JPEG's tables alone are 600 bytes; a large WebP takes a hundred times as long to make
+
+logger = logging.getLogger(__name__)
+
+
+class Preview(NamedTuple):
+    """A small picture.
+
+    Attributes:
+        content: Its bytes.
+        mime_type: By its bytes.
+    """
+
+    content: bytes
+    mime_type: str
+
+
+class Previewable(Protocol):
+    """A picture that a preview can be made of."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the bytes, in hexadecimal."""
+
+    def at_hand(self) -> bytes | None:
+        """The bytes without fetching them."""
+
+
+def in_kernel() -> bool:
+    """Whether this is a Jupyter kernel. Where IPython is not loaded it is none; it is not loaded to find out."""
+    ask = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return ask is not None and getattr(ask(), "kernel", None) is not None
+
+
+def preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SIDE) -> Preview | None:
+    """A picture in few bytes: as it is where it fits, else smaller (needs Pillow).
+
+    Args:
+        content: A whole PNG, JPEG or WebP.
+        limit: Bytes at most.
+        side: Pixels of the longer side, at most, where it is made smaller.
+
+    Returns:
+        None where it cannot be made: no picture, no Pillow, or no room.
+    """
+    mime_type = sniff(content[:32])
+    if mime_type in EXTENSIONS and len(content) <= limit:
+        return Preview(content, mime_type or "")
+    try:
+        from PIL import Image, features  # noqa: PLC0415
+    except ImportError:
+        return None
+    try:
+        webp = limit < _WEBP_BELOW and features.check("webp")
+        return _shrunk(_opaque(Image, content), limit, side, "WEBP" if webp else "JPEG")
+    except Exception:  # whatever a foreign picture makes of the decoder, it is shown as text
+        logger.debug("No preview could be made of a picture", exc_info=True)
+        return None
+
+
+def _opaque(pillow: Any, content: bytes) -> Any:
+    picture = pillow.open(io.BytesIO(content))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = pillow.new("RGB", picture.size, "white")
+        ground.paste(picture, mask=picture.getchannel("A"))
+        return ground
+    return picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")
+
+
+def _shrunk(picture: Any, limit: int, side: int, form: str) -> Preview | None:
+    while side >= _SMALLEST_SIDE:
+        picture.thumbnail((side, side), reducing_gap=2.0)
+        out = io.BytesIO()
+        picture.save(out, form, quality=72)
+        if out.tell() <= limit:
+            return Preview(out.getvalue(), f"image/{form.lower()}")
+        # Bytes go with the area; a picture made smaller has more detail for each pixel.
+        side = int(max(picture.size) * min(0.9, 0.95 * math.sqrt(limit / out.tell())))
+    return None
+
+
+class HeldPreviews:
+    """Previews by the hash of their picture. Thread-safe.
+
+    Args:
+        limit: Bytes of all of them.
+    """
+
+    def __init__(self, limit: int = HELD_BYTES) -> None:
+        self._limit = limit
+        self._size = 0
+        self._previews: OrderedDict[str, Preview] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, sha256: str, made: Preview) -> None:
+        """Hold a preview, in place of those that were not asked for since longest."""
+        with self._lock:
+            before = self._previews.pop(sha256, None)
+            self._size += len(made.content) - (len(before.content) if before else 0)
+            self._previews[sha256] = made
+            while self._size > self._limit:
+                self._size -= len(self._previews.popitem(last=False)[1].content)
+
+    def get(self, sha256: str | None) -> Preview | None:
+        """The preview of the picture with this hash; None where none is held."""
+        with self._lock:
+            if sha256 is None or sha256 not in self._previews:
+                return None
+            self._previews.move_to_end(sha256)
+            return self._previews[sha256]
+
+    def clear(self) -> None:
+        """Forget them all."""
+        with self._lock:
+            self._previews.clear()
+            self._size = 0
+
+
+HELD: Final = HeldPreviews()
+"""Of this process."""
+
+
+def made_from(content: bytes | None, sha256: str | None) -> Preview | None:
+    """The preview that is held of a picture, else one made of its bytes, which is held from now on where the hash is known."""
+    held = HELD.get(sha256)
+    if held is None and content is not None:
+        held = preview(content)
+        if held and sha256:
+            HELD.keep(sha256, held)
+    return held
+
+
+def remember(images: Iterable[Previewable]) -> None:
+    """Make and hold previews of pictures that were just made, from memory or their files; in a Jupyter kernel only.
+
+    Costs some 30 ms for each picture. Whatever goes wrong is logged: it must not cost a picture that was paid for.
+    """
+    if in_kernel():
+        _remember(images)
+
+
+async def aremember(images: Iterable[Previewable]) -> None:
+    """The twin of `remember`, without blocking the event loop."""
+    if in_kernel():
+        await asyncio.to_thread(_remember, images)
+
+
+def _remember(images: Iterable[Previewable]) -> None:
+    for image in images:
+        try:
+            if image.sha256 and HELD.get(image.sha256) is None:
+                made_from(image.at_hand(), image.sha256)
+        except Exception:
+            logger.debug("No preview could be made of a picture", exc_info=True)

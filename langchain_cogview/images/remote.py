@@ -1,0 +1,416 @@
+"""Where pictures stay on another machine: a folder behind any URL that fsspec knows, such as `s3://bucket/pictures`.
+
+A picture goes there whole in one request, under a name that nothing has yet. The file systems are fsspec's: those that are
+coroutines inside run on fsspec's own loop and are cancelled when nobody waits any more; the others block, so each of their calls
+has a daemon thread. Credentials come from `options` or from where the file system looks for them (environment, profile, role).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import errno
+import inspect
+import os
+import re
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
+from langchain_cogview.images.download import MAX_PICTURE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+
+T = TypeVar("T")
+
+READ_SECONDS: Final = 60.0
+
+_INSTALL: Final = 'Install it with: pip install "langchain-cogview[storage]"'
+_S3: Final = frozenset({"s3", "s3a"})
+_LOCAL: Final = frozenset({"file", "local"})
+_NO_FOLDERS: Final = frozenset({"http", "https", "data"})
+_OWN_OPTIONS: Final = frozenset({"asynchronous", "loop"})
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)  # one letter alone is a Windows drive
+_NO_URL_NOR_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\](?!/)|[^/\\]{2,}://")  # Path("s3://b") is "s3:/b"
+_PASSWORD = re.compile(r"(?!arn:)[^/@]*:(?!\d+/)[^@]*@")  # a secret may hold slashes; a port holds digits alone
+_CLAIMED: Final[dict[str, object]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFolder:
+    """A folder that fsspec reaches; `remote_folder` makes one of a URL and checks it.
+
+    Attributes:
+        url: Such as `s3://bucket/pictures`; without credentials.
+        options: fsspec's storage options for it. They may hold secrets: they are in no repr and in no error.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def upload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
+        """Put a file there under the first of the names that is free, whole or not at all, and tell its URI.
+
+        Raises:
+            OSError: When it could not be done in time; `strerror` says why in words of ours.
+        """
+        with _in_our_words("uploaded"):
+            return _waited(self._uploading(names, content, deadline), deadline)
+
+    async def aupload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
+        """The twin of `upload`; a cancelled one stops the upload."""
+        with _in_our_words("uploaded"):
+            return await _awaited(self._uploading(names, content, deadline), deadline)
+
+    def _uploading(self, names: Iterable[str], content: bytes, deadline: Deadline) -> _Answer[str]:
+        root = self.url if self.url.endswith("/") else f"{self.url}/"
+        uris = (f"{root}{name}" for name in names)
+        return _started(lambda: self, deadline, lambda store, answer: _put(store, answer, uris, content))
+
+
+def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> RemoteFolder | Path:
+    """The folder that a URL names, checked without asking the network.
+
+    Args:
+        url: A URL of a protocol that fsspec knows. A path, or a `file://` URL, is a folder of this machine.
+        options: fsspec's storage options.
+
+    Raises:
+        CogViewConfigurationError: When the URL cannot name a folder, holds credentials, or needs a package that is missing.
+    """
+    text = os.fspath(url)
+    parts = _URL.fullmatch(text)
+    if parts is None or parts[1].lower() in _LOCAL:
+        if options:
+            raise _wrong("storage_options were given for a folder of this machine", "Leave them out.")
+        return _local_folder(text, is_url=parts is not None)
+    protocol, rest = parts[1].lower(), parts[2].rstrip("/")
+    _check_rest(protocol, rest)
+    _check_protocol(protocol)
+    if own := _OWN_OPTIONS.intersection(options or {}):
+        raise _wrong(f"storage_options hold {min(own)!r}, which is set here", "Leave it out.")
+    return RemoteFolder(f"{protocol}://{rest}", dict(options or {}))
+
+
+def read_uri(uri: str, options: Mapping[str, Any] | None = None, *, seconds: float | None = READ_SECONDS) -> bytes:
+    """The bytes of a picture that was saved elsewhere, at most 32 MiB.
+
+    Args:
+        uri: As the result or the artifact holds it.
+        options: fsspec's storage options.
+        seconds: For everything; None: no limit of ours.
+
+    Raises:
+        CogViewStorageError: When it could not be read.
+    """
+    deadline = Deadline(seconds)
+    with _unreadable():
+        return _waited(_reading(uri, options, deadline), deadline)
+
+
+async def aread_uri(
+    uri: str, options: Mapping[str, Any] | None = None, *, seconds: float | None = READ_SECONDS
+) -> bytes:
+    """The twin of `read_uri`, without blocking the event loop."""
+    deadline = Deadline(seconds)
+    with _unreadable():
+        return await _awaited(_reading(uri, options, deadline), deadline)
+
+
+# --- what a URL may be
+
+
+def _local_folder(text: str, *, is_url: bool) -> Path:
+    if not is_url:
+        if _NO_URL_NOR_PATH.match(text):
+            raise _wrong("it is no URL of a folder", "Pass a URL such as 's3://bucket/pictures' as a string.")
+        return Path(text)
+    parts = urlsplit(text)
+    if parts.netloc not in {"", "localhost"} or not parts.path or parts.query or parts.fragment:
+        raise _wrong("it is no file URL of a folder of this machine", "Write it as 'file:///folder', or as a path.")
+    return Path(url2pathname(parts.path))
+
+
+def _check_rest(protocol: str, rest: str) -> None:
+    host = rest.partition("/")[0]
+    if _PASSWORD.match(rest) or (protocol in _S3 and "@" in host):
+        raise _wrong("the URL holds credentials", "Leave them to the environment, or pass them in storage_options.")
+    if "?" in rest or "#" in rest:
+        raise _wrong("the URL has a query or a fragment", "Leave it out; storage_options take what the store needs.")
+    if "::" in rest or not rest.isprintable():
+        raise _wrong("the URL is chained or holds unprintable characters", "Pass the plain URL of one folder.")
+    if protocol in _S3 and not host:
+        raise _wrong("the URL names no bucket", "Write it as 's3://bucket/pictures'.")
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol in _NO_FOLDERS:
+        raise _wrong(f"{protocol}:// addresses are not folders", "Take the store's own protocol, such as s3://.")
+    try:
+        from fsspec import get_filesystem_class  # noqa: PLC0415
+    except ImportError:
+        raise CogViewConfigurationError(
+            "Storage elsewhere needs fsspec, which is not installed.", hint=_INSTALL
+        ) from None
+    try:
+        get_filesystem_class(protocol)
+    except ValueError:
+        raise _wrong(f"fsspec knows no protocol {protocol[:40]!r}", "Check its spelling.") from None
+    except ImportError as error:
+        raise CogViewConfigurationError(
+            f"Storage at {protocol}:// needs a package that is not installed.",
+            hint=_INSTALL if protocol in _S3 else "Install fsspec's package for it.",
+            detail=str(error),
+        ) from None
+
+
+def _wrong(why: str, what_to_do: str) -> CogViewConfigurationError:
+    return CogViewConfigurationError(f"The folder cannot be used: {why}.", hint=what_to_do)
+
+
+# --- what is done there
+
+
+class _Store:
+    """One of fsspec's file systems, its coroutines or its blocking calls behind one `await`."""
+
+    def __init__(self, folder: RemoteFolder) -> None:
+        from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec keeps one for the same options, anew after a fork
+
+        self.url = folder.url
+        self.files, _ = url_to_fs(folder.url, **folder.options)
+        self.blocks = not self.files.async_impl
+        put = self.files.pipe_file if self.blocks else self.files._pipe_file  # noqa: SLF001  fsspec's way to name coroutines
+        self._creates = "mode" in inspect.signature(put).parameters
+
+    def run(self, steps: Coroutine[Any, Any, T], answer: _Answer[T]) -> T:
+        """Do the steps; when the answer is cancelled they are, too, where they are coroutines indeed."""
+        if not self.blocks:
+            running = asyncio.run_coroutine_threadsafe(steps, self.files.loop)
+            answer.add_done_callback(lambda _: running.cancel())
+            return running.result()
+        try:
+            steps.send(None)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+        raise AssertionError  # nothing in blocking steps waits
+
+    async def call(self, method: str, uri: str, *args: Any, **options: Any) -> Any:
+        """One method of the file system on a URI."""
+        path = self.files._strip_protocol(uri)  # noqa: SLF001  public in all but name: every fsspec file system has it
+        if self.blocks:
+            return getattr(self.files, method)(path, *args, **options)
+        return await getattr(self.files, f"_{method}")(path, *args, **options)
+
+    async def create(self, uri: str, content: bytes) -> None:
+        """Write a new file in one request.
+
+        Raises:
+            FileExistsError: When the name is taken.
+        """
+        if self._creates:
+            try:
+                await self.call("pipe_file", uri, content, mode="create")
+            except Exception as error:
+                if _is_taken(error):
+                    raise FileExistsError from None
+                if not _knows_no_conditions(error):
+                    raise
+            else:
+                return
+        if await self.call("exists", uri):
+            raise FileExistsError
+        await self.call("pipe_file", uri, content)
+
+    async def create_below(self, uri: str, content: bytes) -> None:
+        """Write a new file, making its folder where folders are real; a half one is removed."""
+        if not self.blocks:  # object stores: one PUT is whole or nothing, and there are no folders
+            await self.create(uri, content)
+            return
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                await self.create(uri, content)
+                return
+            await self.call("makedirs", uri.rpartition("/")[0], exist_ok=True)
+            await self.create(uri, content)
+        except FileExistsError:
+            raise
+        except BaseException:
+            await self.remove(uri)
+            raise
+
+    async def remove(self, uri: str) -> None:
+        """Remove a file of ours, if that can be done."""
+        with contextlib.suppress(Exception):
+            await self.call("rm_file", uri)
+
+
+async def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: bytes) -> str:
+    for uri in uris:
+        mine = object()
+        try:
+            # Two of this process never try one name at once: not every store can tell them apart.
+            if _CLAIMED.setdefault(uri, mine) is mine:
+                await store.create_below(uri, content)
+                if store.blocks and answer.cancelled():
+                    await store.remove(uri)  # nobody will ever know of it
+                return uri
+        except FileExistsError:
+            continue
+        finally:
+            if _CLAIMED.get(uri) is mine:
+                del _CLAIMED[uri]
+    raise _PlainError("every name is taken")
+
+
+def _reading(uri: str, options: Mapping[str, Any] | None, deadline: Deadline) -> _Answer[bytes]:
+    def found() -> RemoteFolder:
+        folder = remote_folder(uri, options)
+        if isinstance(folder, Path):
+            raise _wrong("it is a file of this machine", "Open it as one.")
+        return folder
+
+    return _started(found, deadline, lambda store, _: _get(store))
+
+
+async def _get(store: _Store) -> bytes:
+    content: bytes = await store.call("cat_file", store.url, start=0, end=MAX_PICTURE_BYTES + 1)
+    if len(content) > MAX_PICTURE_BYTES:
+        raise _PlainError(f"it is larger than {MAX_PICTURE_BYTES // 2**20} MiB")
+    return content
+
+
+# --- waiting
+
+_Answer = concurrent.futures.Future[T | BaseException]
+"""What became of the steps. An exception is a value here, so that none is complained of when nobody waits any more."""
+
+
+class _TimePassedError(Exception):
+    """When nobody waits any more."""
+
+
+class _PlainError(Exception):
+    """What went wrong, in words of ours."""
+
+
+def _started(
+    place: Callable[[], RemoteFolder], deadline: Deadline, steps: Callable[[_Store, _Answer[T]], Coroutine[Any, Any, T]]
+) -> _Answer[T]:
+    if deadline.passed:
+        raise _TimePassedError
+    answer: _Answer[T] = concurrent.futures.Future()
+
+    def work() -> None:
+        outcome: T | BaseException
+        try:
+            # Here, for it can import packages, and some file systems ask the network already when they are made.
+            store = _Store(place())
+            outcome = store.run(steps(store, answer), answer)
+        except BaseException as error:  # noqa: BLE001  raised by who waits
+            outcome = error
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(outcome)
+
+    threading.Thread(target=work, daemon=True, name="cogview-storage").start()
+    return answer
+
+
+def _waited(answer: _Answer[T], deadline: Deadline) -> T:
+    try:
+        concurrent.futures.wait([answer], timeout=deadline.remaining())
+    finally:
+        answer.cancel()  # of no effect when it is there
+    return _settled(answer)
+
+
+async def _awaited(answer: _Answer[T], deadline: Deadline) -> T:
+    try:
+        await asyncio.wait([asyncio.wrap_future(answer)], timeout=deadline.remaining())
+    finally:
+        answer.cancel()
+    return _settled(answer)
+
+
+def _settled(answer: _Answer[T]) -> T:
+    if answer.cancelled():
+        raise _TimePassedError
+    outcome = answer.result()
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+# --- what went wrong, in words of ours: a store's own may hold keys
+
+
+@contextlib.contextmanager
+def _in_our_words(done: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  foreign packages raise what they like
+        raise OSError(getattr(error, "errno", None) or errno.EIO, _reason(error, done)) from None
+
+
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    try:
+        yield
+    except CogViewConfigurationError as error:
+        raise CogViewStorageError(error.message, hint=error.hint, detail=error.detail) from None
+    except Exception as error:  # noqa: BLE001  foreign packages raise what they like
+        raise CogViewStorageError(
+            f"The saved picture could not be read: {_reason(error, 'read')}.",
+            hint="Check the access to its store (environment, storage_options); while the link lives, the URL still gives it.",
+        ) from None
+
+
+def _reason(error: Exception, done: str) -> str:
+    if isinstance(error, _PlainError):
+        return str(error)
+    known = (
+        (_TimePassedError, f"the time limit passed while it was {done}"),
+        (FileNotFoundError, "the bucket, folder or file does not exist"),
+        (PermissionError, "access was denied"),
+        (TimeoutError, "the store did not answer in time"),
+        (ImportError, f"a package for it is not installed. {_INSTALL}"),
+        (ConnectionError, "the store could not be reached"),
+        (TypeError, "its storage_options were not understood"),
+    )
+    for kind, words in known:
+        if isinstance(error, kind):
+            return words
+    names = {each.__name__ for each in type(error).__mro__}
+    if names & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}:
+        return "no credentials were found"
+    if names & {"ConnectionError", "HTTPClientError", "ClientConnectionError"}:  # of botocore and aiohttp
+        return "the store could not be reached"
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+
+
+def _refusal(error: BaseException) -> tuple[int | None, str]:
+    """HTTP status and code of an S3 refusal, which s3fs gives as the cause of a plain OSError."""
+    response = getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return None, ""
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), str(response.get("Error", {}).get("Code"))
+
+
+def _is_taken(error: Exception) -> bool:
+    status, code = _refusal(error)
+    return isinstance(error, FileExistsError) or status == 412 or code == "ConditionalRequestConflict"  # noqa: PLR2004
+
+
+def _knows_no_conditions(error: Exception) -> bool:
+    return _refusal(error)[0] == 501  # noqa: PLR2004  some S3-compatible stores refuse If-None-Match

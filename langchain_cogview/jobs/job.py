@@ -1,0 +1,272 @@
+"""`run_job` and its twin: from the prompts to the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.runnables import ensure_config
+from langchain_core.runnables.config import merge_configs
+
+from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.jobs.lock import FolderLock
+from langchain_cogview.jobs.manifest import compact, read_history, read_settings, write_settings
+from langchain_cogview.jobs.plan import JobPlan, checked_prompts, job_settings, refuse_other_settings
+from langchain_cogview.jobs.report import JobReport, reported
+from langchain_cogview.jobs.run import JobRun
+from langchain_cogview.jobs.survey import Purse, Survey
+from langchain_cogview.many import astream_tasks, stream_in_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from decimal import Decimal
+
+    from langchain_core.runnables import RunnableConfig
+
+    from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
+
+
+def run_job(
+    prompts: PromptSource,
+    output_dir: str | Path,
+    *,
+    generator: CogViewImageGenerator | None = None,
+    limit: int | None = None,
+    budget: Decimal | float | str | None = None,
+    retry_failed: bool = False,
+    retry_unknown: bool = False,
+    unique: bool = False,
+    skip_bad: bool = False,
+    format: PromptFormat | None = None,  # noqa: A002
+    progress: bool | None = None,
+    config: RunnableConfig | None = None,
+    on_plan: Callable[[JobPlan], None] | None = None,
+    **settings: Any,
+) -> JobReport:
+    """Draw every prompt of a file into a folder, each once, over as many runs as it takes.
+
+    The folder's manifest has a line for each finished prompt, and a line was written before each paid request. Run again
+    after whatever ended it, the job goes on: what is in the manifest is skipped, a picture that was saved or is being made
+    at the service is entered without paying, and a request of which nothing tells what became of it is listed. Lines are
+    known by their arguments, so that the file may grow or be sorted anew.
+
+    Args:
+        prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or texts and dicts of arguments.
+        output_dir: A local folder, made when missing; one job at a time writes to it.
+        generator: Makes the pictures; its `output_dir` is replaced. None: one is made of `settings`.
+        limit: Draw at most so many prompts; None: all.
+        budget: Stop before a picture whose list price would pass it, in the platform's currency; counts all runs in this
+            folder, what may have been charged, and sandbox pictures alike. None: no limit.
+        retry_failed: Draw again what failed or was blocked.
+        retry_unknown: Draw again what may have been charged: that can pay twice.
+        unique: Draw lines that say the same once, not each.
+        skip_bad: Leave lines out that cannot be drawn, in place of refusing all.
+        format: Of the file: `txt`, `csv`, `tsv` or `jsonl`. None: as its ending says.
+        progress: Show a bar. None: where somebody sees it.
+        config: LangChain's, for every call.
+        on_plan: Called with what will be done, before anything is sent; what it raises ends the job.
+        **settings: Arguments of `CogViewImageGenerator`.
+
+    Returns:
+        What it came to. An error that would befall every prompt (key, balance, no network) stops the job and is
+        `report.stopped`; a blocked or failed prompt is counted, and the others go on.
+
+    Raises:
+        CogViewInvalidRequestError: A line cannot be drawn, and `skip_bad` is not set; its notes say which.
+        CogViewConfigurationError: A setting or the file is wrong, the folder's job was begun with other arguments, its manifest
+            is damaged, or another job is writing to it. Nothing was sent.
+        CogViewStorageError: The folder cannot be written. Nothing was sent.
+    """
+    job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+    with job.running(
+        limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
+    ) as run:
+        if on_plan:
+            on_plan(job.plan)
+        with job.watched(progress, config) as each:
+            _drained(stream_in_threads((partial(run.collect, work, each) for work in run.free()), job.places))
+            again = True
+            while again:
+                _drained(stream_in_threads((partial(run.draw, work, each) for work in run.draws()), job.places))
+                again = run.reaches_further()
+        return reported(run, job.started, job.skipped)
+
+
+async def arun_job(
+    prompts: PromptSource,
+    output_dir: str | Path,
+    *,
+    generator: CogViewImageGenerator | None = None,
+    limit: int | None = None,
+    budget: Decimal | float | str | None = None,
+    retry_failed: bool = False,
+    retry_unknown: bool = False,
+    unique: bool = False,
+    skip_bad: bool = False,
+    format: PromptFormat | None = None,  # noqa: A002
+    progress: bool | None = None,
+    config: RunnableConfig | None = None,
+    on_plan: Callable[[JobPlan], None] | None = None,
+    **settings: Any,
+) -> JobReport:
+    """Draw every prompt of a file into a folder. The twin of `run_job`."""
+    job = await asyncio.to_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
+    running = job.running(
+        limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
+    )
+    run = await asyncio.to_thread(running.__enter__)
+    with contextlib.ExitStack() as stack:
+        stack.push(running.__exit__)
+        if on_plan:
+            on_plan(job.plan)
+        with job.watched(progress, config) as each:
+            await _adrained(astream_tasks((partial(run.acollect, work, each) for work in run.free()), job.places))
+            again = True
+            while again:
+                await _adrained(astream_tasks((partial(run.adraw, work, each) for work in run.draws()), job.places))
+                again = run.reaches_further()
+        return await asyncio.to_thread(reported, run, job.started, job.skipped)
+
+
+def plan_job(
+    prompts: PromptSource,
+    output_dir: str | Path,
+    *,
+    generator: CogViewImageGenerator | None = None,
+    limit: int | None = None,
+    budget: Decimal | float | str | None = None,
+    retry_failed: bool = False,
+    retry_unknown: bool = False,
+    unique: bool = False,
+    format: PromptFormat | None = None,  # noqa: A002
+    **settings: Any,
+) -> JobPlan:
+    """What `run_job` would do with the same arguments: sends nothing, and changes no file.
+
+    Lines that cannot be drawn are told in the plan rather than raised.
+
+    Raises:
+        CogViewConfigurationError: As `run_job`.
+    """
+    job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+    survey, purse = job.surveyed(budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown)
+    return survey.plan(purse, limit=limit)
+
+
+class _Job:
+    """A job's prompts, folder and generator; the steps that both twins share."""
+
+    plan: JobPlan
+
+    def __init__(
+        self,
+        prompts: PromptSource,
+        output_dir: str | Path,
+        generator: CogViewImageGenerator | None,
+        settings: dict[str, Any],
+        *,
+        format: PromptFormat | None,  # noqa: A002
+        unique: bool,
+    ) -> None:
+        self.started = time.monotonic()
+        self.folder = _local(output_dir)
+        self.generator = _generator(generator, settings, self.folder)
+        self.settings = job_settings(self.generator)
+        defaults = {name: value for name, value in self.settings.items() if name != "service"}
+        self.prompts = checked_prompts(prompts, defaults, format=format, unique=unique)
+        models = {item.model for item in self.prompts.items} or {self.generator.model}
+        self.places = max(self.generator.places(model) for model in models)
+
+    def surveyed(self, *, budget: Any, retry_failed: bool, retry_unknown: bool) -> tuple[Survey, Purse]:
+        """What is left to do, and what may be spent on it."""
+        refuse_other_settings(self.folder, read_settings(self.folder), self.settings)
+        history = read_history(self.folder)
+        survey = Survey(self.prompts, history, self.folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
+        purse = Purse(self.generator, budget, (item.model for item in self.prompts.items))
+        for model in survey.spent_models():
+            purse.spend(model)
+        return survey, purse
+
+    @contextmanager
+    def running(
+        self, *, limit: int | None, budget: Any, retry_failed: bool, retry_unknown: bool, skip_bad: bool
+    ) -> Iterator[JobRun]:
+        """The job with its folder locked and what is free in it entered."""
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise CogViewConfigurationError(f"limit is a number of prompts, 0 or more, not {limit!r:.40}.", hint="")
+        if not skip_bad:
+            self.prompts.refuse_problems()
+        Purse(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is made
+        with FolderLock(self.folder), contextlib.ExitStack() as stack:
+            begun = read_settings(self.folder)
+            refuse_other_settings(self.folder, begun, self.settings)
+            if read_history(self.folder).superseded:
+                compact(self.folder)
+            survey, purse = self.surveyed(budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown)
+            if begun is None:
+                write_settings(self.folder, self.settings)
+            self.skipped = sum(survey.work(item).made for item in self.prompts.items)
+            self.plan = survey.plan(purse.copy(), limit=limit)
+            run = JobRun(self.folder, self.generator, survey, purse, limit=limit)
+            stack.callback(run.close)
+            run.enter_found()
+            yield run
+
+    @contextmanager
+    def watched(self, progress: bool | None, config: RunnableConfig | None) -> Iterator[RunnableConfig]:  # noqa: FBT001
+        """The config of every call: with a bar over all of them."""
+        # A run id names one run, and these are many.
+        own = {name: value for name, value in ensure_config(config).items() if name != "run_id"}
+        if progress is False:
+            yield own  # type: ignore[misc]
+            return
+        from langchain_cogview.progress import ProgressCallbackHandler  # noqa: PLC0415
+
+        with ProgressCallbackHandler(self.plan.pictures, show=progress) as bar:
+            yield merge_configs(own, {"callbacks": [bar]})  # type: ignore[arg-type]
+
+
+def _drained(results: Any) -> None:
+    with contextlib.closing(results):
+        for _, result in results:
+            if isinstance(result, Exception):  # the tasks raise nothing of their own accord
+                raise result
+
+
+async def _adrained(results: Any) -> None:
+    async with contextlib.aclosing(results):
+        async for _, result in results:
+            if isinstance(result, Exception):
+                raise result
+
+
+def _local(output_dir: str | Path) -> Path:
+    text = str(output_dir)
+    if "://" in text or "\0" in text or not text.strip():
+        raise CogViewConfigurationError(
+            f"A job's folder is a local one, not {printable(text, 120)!r}.",
+            hint="Its manifest is appended to, which no other storage does; copy the folder when the job has ended.",
+        )
+    try:
+        return Path(output_dir).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise CogViewConfigurationError(f"The folder cannot be found: {error}.", hint="Name another.") from None
+
+
+def _generator(given: CogViewImageGenerator | None, settings: dict[str, Any], folder: Path) -> CogViewImageGenerator:
+    from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
+
+    if given is None:
+        return CogViewImageGenerator(**settings, output_dir=folder)
+    if settings:
+        raise CogViewConfigurationError(
+            f"The setting {next(iter(settings))!r} does not go with a generator, which has its own.",
+            hint="Set it on the generator.",
+        )
+    return given.model_copy(update={"output_dir": folder, "download": True, "storage_options": None})

@@ -1,0 +1,163 @@
+"""The lines of a job's manifest: pictures, failures and prompts as plain JSON, and the files that they name.
+
+key          of the prompt's arguments, and of which one it is among those that say the same
+line         its line in the file of prompts, when it was drawn
+status       made (all its pictures), blocked, failed, or unknown (made in part, the rest may have been charged)
+arguments    prompt, model, size, quality, n, ... as drawn
+extra        what else its line holds; left out where that is nothing
+images       of each: file (in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
+             cached, request_id, sandbox
+failures     of each picture that was not made: error, message, code, status, outcome, request_id, content_filter, model;
+             with url and expires_at where it was made, but its bytes could not be had
+given_up     requests that may have been charged besides, and were drawn anew: request_id, model
+cost         of all its images, a decimal number; null where a price is unknown
+currency     ISO code
+sandbox      whether a placeholder is among them
+request_ids  of all its requests
+seconds      from the first request to the last file
+finished     when, UTC
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+import time
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from langchain_cogview.errors import CogViewDownloadError
+from langchain_cogview.images.formats import inspect
+from langchain_cogview.images.store import write_whole
+from langchain_cogview.jobs.manifest import synced, unwritable
+from langchain_cogview.jobs.plan import drawn_arguments
+from langchain_cogview.jobs.survey import kind_of
+from langchain_cogview.result import GeneratedImage, ImageFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from langchain_cogview.jobs.plan import PromptItem
+    from langchain_cogview.jobs.survey import Found
+    from langchain_cogview.request import ImageRequest
+
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+_IMAGE: Final = {
+    *("sha256", "size_bytes", "width", "height", "mime_type", "content_filter", "model", "cost", "cached"),
+    *("request_id", "sandbox", "warnings"),
+}
+_LINK: Final = {"url", "content_filter", "model", "cost", "cached", "request_id", "sandbox"}
+_FAILURE: Final = {"error", "message", "code", "status", "outcome", "request_id", "content_filter"}
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).strftime(_TIME)
+
+
+def image_entry(image: GeneratedImage, path: Path) -> dict[str, Any]:
+    """A picture whose file is in the folder."""
+    values = image.model_dump(mode="json", include=_IMAGE)
+    warnings = values.pop("warnings")
+    return {"file": path.name, **values, **({"warnings": warnings} if warnings else {})}
+
+
+def found_entry(found: Found, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
+    """A picture that was found in the folder."""
+    image = GeneratedImage(
+        id=found.attempt.request_id[:8],
+        mime_type=found.info.mime_type,
+        width=found.info.width,
+        height=found.info.height,
+        size_bytes=found.size_bytes,
+        sha256=found.sha256,
+        request_id=found.attempt.request_id,
+        model=found.attempt.model,
+        prompt=found.attempt.prompt,
+        cost=Decimal(0) if sandbox else price,
+        sandbox=sandbox,
+    )
+    return image_entry(image, found.path)
+
+
+def lost_entry(image: GeneratedImage) -> dict[str, Any]:
+    """A picture that was made and paid, but whose bytes could not be had: its link may still give them."""
+    return {
+        "error": CogViewDownloadError.__name__,
+        "message": " ".join(image.warnings) or CogViewDownloadError.default_message,
+        "code": None,
+        "status": None,
+        "outcome": "final",
+        **image.model_dump(mode="json", include=_LINK),
+        "expires_at": image.expires_at.astimezone(UTC).strftime(_TIME) if image.expires_at else None,
+    }
+
+
+def linked_image(entry: Mapping[str, Any], prompt: str) -> GeneratedImage | None:
+    """The picture of a `lost_entry`; None of another one, and of one whose link has ended."""
+    if not entry.get("url") or (entry["expires_at"] or now()) < now():
+        return None
+    facts = {name: entry[name] for name in _LINK}
+    return GeneratedImage(id=entry["request_id"][:8], prompt=prompt, **facts)
+
+
+def failure_entry(failure: ImageFailure, model: str) -> dict[str, Any]:
+    """A picture that was not made."""
+    return {**failure.model_dump(mode="json", include=_FAILURE), "model": model}
+
+
+def prompt_line(
+    item: PromptItem,
+    request: ImageRequest,
+    images: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    currency: str | None,
+) -> dict[str, Any]:
+    """What a line says of a prompt, its requests and times apart."""
+    costs = [each["cost"] for each in images]
+    made = len(images) >= item.n
+    return {
+        "key": item.key,
+        "line": item.number,
+        "status": "made" if made else kind_of(each["error"] for each in failures),
+        "arguments": {name: value for name, value in drawn_arguments(request).items() if value is not None},
+        **({"extra": item.extra} if item.extra else {}),
+        "images": images,
+        "failures": failures,
+        "cost": None if None in costs else str(sum(map(Decimal, costs), Decimal(0))),
+        "currency": currency,
+        "sandbox": any(each["sandbox"] for each in images),
+    }
+
+
+def saved_entry(folder: Path, image: GeneratedImage, content: bytes) -> dict[str, Any]:
+    """Write a picture's bytes into the folder, under the name that it has in every folder.
+
+    Raises:
+        CogViewStorageError: It cannot be written; a note says where the bytes are kept.
+    """
+    info = inspect(io.BytesIO(content))
+    sha256 = hashlib.sha256(content).hexdigest()
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    path = folder / f"{stamp}-{image.request_id[:8]}-{sha256[:16]}{info.extension}"
+    try:
+        write_whole(path, content)
+        synced(path)
+    except OSError as error:
+        failed = unwritable(folder, error)
+        failed.add_note(_kept_aside(path.name, content))
+        raise failed from None
+    facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
+    return image_entry(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
+
+
+def _kept_aside(name: str, content: bytes) -> str:
+    aside = Path(tempfile.gettempdir(), name)
+    try:
+        write_whole(aside, content)
+    except OSError:
+        return "A picture that was paid for could not be kept anywhere."
+    return f"A picture that was paid for is kept in {aside}: move it into the folder before the next run."

@@ -1,0 +1,353 @@
+"""Files of prompts: text, CSV, TSV and JSON lines, read line by line; what cannot be read is told with its line number.
+
+A prompt's line says at least the prompt, and may say `model`, `size`, `quality`, `n`, `user_id` and `watermark_enabled` for
+itself. Other columns and keys are carried along as `extra`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.request import NOT_TAKEN, ImageRequest, unknown_argument
+
+if TYPE_CHECKING:
+    from typing import BinaryIO, TextIO
+
+PromptFormat = Literal["txt", "csv", "tsv", "jsonl"]
+PromptSource = str | Path | Iterable[str | Mapping[str, Any]]
+"""A file (`-`: the standard input), or the prompts themselves, each a text or a dict of arguments."""
+
+MAX_LINE: Final = 100_000
+"""Characters of a line, or of the lines that a quote joins, above which it is a problem."""
+_ENDINGS: Final[dict[str, PromptFormat]] = {
+    ".txt": "txt",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+_UTF_16: Final = (b"\xff\xfe", b"\xfe\xff")
+_ARGUMENTS: Final = frozenset(ImageRequest.model_fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One prompt.
+
+    Attributes:
+        number: Of the line in the file where it begins, from 1; in a list of prompts its place, from 1.
+        arguments: Those that it says, as written: values of a CSV or TSV file are texts.
+        extra: What else stands there.
+        problem: Why it cannot be read; None where it can.
+    """
+
+    number: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+class PromptFile:
+    """The prompts of a source, read as they are taken; one pass.
+
+    Attributes:
+        blank: Lines without anything, skipped so far.
+        notes: What the reader should know, such as columns that are no arguments; each is said once.
+    """
+
+    def __init__(self, source: PromptSource, *, format: PromptFormat | None = None) -> None:  # noqa: A002
+        self.blank = 0
+        self.notes: list[str] = []
+        self._source = source
+        self._format = format
+        self._others: set[str] = set()
+
+    def __iter__(self) -> Iterator[Line]:
+        if not isinstance(self._source, str | Path):
+            yield from self._from_values(self._source)
+            return
+        form = self._format or _format_of(self._source)
+        with _opened(self._source) as file:
+            text = io.TextIOWrapper(
+                file, "utf-8-sig", "surrogateescape", newline="" if form == "csv" else None, write_through=True
+            )
+            try:
+                yield from {"txt": self._txt, "csv": self._csv, "tsv": self._tsv, "jsonl": self._jsonl}[form](text)
+            finally:
+                text.detach()
+
+    # --- formats
+
+    def _txt(self, file: TextIO) -> Iterator[Line]:
+        for number, text, problem in self._lines(file):
+            yield Line(number, {"prompt": text}, problem=problem)
+
+    def _jsonl(self, file: TextIO) -> Iterator[Line]:
+        for number, text, problem in self._lines(file):
+            yield Line(number, problem=problem) if problem else self._of_json(number, text)
+
+    def _of_json(self, number: int, text: str) -> Line:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            return Line(number, problem=f"It is no JSON: {error.msg} at character {error.colno}.")
+        except (ValueError, RecursionError):
+            return Line(number, problem="Its JSON is nested too deep, or holds a number that is too long.")
+        return self._of_value(number, value)
+
+    def _of_value(self, number: int, value: Any) -> Line:
+        if isinstance(value, str):
+            return Line(number, {"prompt": value})
+        if not isinstance(value, Mapping):
+            return Line(number, problem=f"A prompt is a text or an object with the key 'prompt', not {_kind(value)}.")
+        if "prompt" not in value:
+            close = next((name for name in value if str(name).strip().lower() == "prompt"), None)
+            return Line(
+                number,
+                problem="The key 'prompt' is missing." + (f" It is written {printable(close, 60)!r}." if close else ""),
+            )
+        said = {name: each for name, each in value.items() if name in _ARGUMENTS and each is not None}
+        extra = {str(name): each for name, each in value.items() if name not in _ARGUMENTS}
+        self._note_others("key", extra)
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError, RecursionError):
+            return Line(number, said, problem="It holds, besides its arguments, something that JSON cannot say.")
+        return Line(number, said, extra)
+
+    def _from_values(self, values: Iterable[str | Mapping[str, Any]]) -> Iterator[Line]:
+        for number, value in enumerate(values, 1):
+            if isinstance(value, str) and not value.strip():
+                self.blank += 1
+            else:
+                yield self._of_value(number, value)
+
+    def _csv(self, file: TextIO) -> Iterator[Line]:
+        bounded = _Bounded(file)
+        # strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
+        rows = csv.reader(bounded, strict=True)
+        header: list[str] | None = None
+        while True:
+            start = rows.line_num + 1
+            bounded.begin()
+            try:
+                row = next(rows, None)
+                problem = bounded.problem
+            except csv.Error as error:
+                row, problem = [], bounded.problem or _csv_problem(error, start, rows.line_num)
+            if row is None:
+                break
+            if not problem and not any(cell.strip() for cell in row):
+                self.blank += 1
+            elif header is None:
+                header = self._header(start, row, problem, "commas")
+            else:
+                yield Line(start, problem=problem) if problem else self._of_row(start, header, row)
+        if header is None:
+            raise _no_header(1, "it is empty")
+
+    def _tsv(self, file: TextIO) -> Iterator[Line]:
+        # A tab cannot stand in a cell here, so quotes need no meaning: only a cell that is quoted as spreadsheets write it
+        # (quotes at both ends, doubled within) loses them.
+        header: list[str] | None = None
+        for number, text, problem in self._lines(file):
+            row = [_unquoted(cell) for cell in text.split("\t")]
+            if header is None:
+                header = self._header(number, row, problem, "tabs")
+            elif not problem and not any(cell.strip() for cell in row):
+                self.blank += 1
+            else:
+                yield Line(number, problem=problem) if problem else self._of_row(number, header, row)
+        if header is None:
+            raise _no_header(1, "it is empty")
+
+    def _header(self, number: int, row: list[str], problem: str | None, separators: str) -> list[str]:
+        names = [name.strip() for name in row]
+        known = [name.lower() if name.lower() in _ARGUMENTS else name for name in names]
+        double = next((name for name in known if name in _ARGUMENTS and known.count(name) > 1), None)
+        if problem:
+            raise _no_header(number, problem.rstrip("."))
+        if double:
+            raise _no_header(number, f"the column {double!r} stands in it twice")
+        if "prompt" not in known:
+            shown = ", ".join(repr(printable(name, 30)) for name in names[:10])
+            raise _no_header(number, f"it has no column 'prompt', separated by {separators}, but {shown}")
+        self._note_others("column", [name for name in known if name not in _ARGUMENTS and name])
+        return known
+
+    def _of_row(self, number: int, header: list[str], row: list[str]) -> Line:
+        if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
+            return Line(
+                number,
+                problem=f"It has {len(row)} cells, the header {len(header)}: quote a cell that holds a separator.",
+            )
+        cells = dict(zip(header, row, strict=False))
+        said = {
+            name: cell.replace("\r\n", "\n") if name == "prompt" else cell.strip()
+            for name, cell in cells.items()
+            if name in _ARGUMENTS and (name == "prompt" or cell.strip())
+        }
+        extra = {name: cell for name, cell in cells.items() if name not in _ARGUMENTS and name and cell}
+        return Line(number, said, cast("dict[str, Any]", extra))
+
+    # --- steps
+
+    def _lines(self, file: TextIO) -> Iterator[tuple[int, str, str | None]]:
+        """Number, text and problem of each line that is not blank."""
+        number = 0
+        while text := file.readline(MAX_LINE + 2):
+            number += 1
+            problem = _line_problem(text, file)
+            text = text.rstrip("\r\n")
+            if problem or text.strip():
+                yield number, text, problem
+            else:
+                self.blank += 1
+
+    def _note_others(self, kind: str, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._others:
+                continue
+            self._others.add(name)
+            if len(self._others) > 20:  # noqa: PLR2004  no list of a foreign file's thousand names
+                continue
+            close = unknown_argument(name, _ARGUMENTS) if name in NOT_TAKEN else ""
+            self.notes.append(
+                f"The {kind} {printable(name, 60)!r} is no argument; it goes into the manifest as it is. {close}".strip()
+            )
+
+
+def _format_of(source: str | Path) -> PromptFormat:
+    if str(source) == "-":
+        return "txt"
+    form = _ENDINGS.get(Path(source).suffix.lower())
+    if form is None:
+        raise CogViewConfigurationError(
+            f"The ending of {printable(str(source), 120)} does not tell how the prompts stand in it.",
+            hint="Say it with format=: 'txt' (a prompt a line), 'csv', 'tsv' or 'jsonl'.",
+        )
+    return form
+
+
+@contextmanager
+def _opened(source: str | Path) -> Iterator[BinaryIO]:
+    name = printable(str(source), 120)
+    try:
+        if str(source) == "-":
+            if sys.stdin is None:
+                raise CogViewConfigurationError("There is no standard input to read prompts from.", hint="Name a file.")
+            file: Any = sys.stdin.buffer
+        else:
+            file = Path(source).expanduser().open("rb")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CogViewConfigurationError(
+            f"The file of prompts, {name}, cannot be read: {reason}.", hint="Check the path."
+        ) from None
+    shared = None if str(source) != "-" else file
+    file = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)
+    try:
+        if file.peek(2)[:2] in _UTF_16:
+            raise CogViewConfigurationError(
+                f"The prompts in {name} are in UTF-16, as some programs call 'Unicode'.", hint="Save them as UTF-8."
+            )
+        yield file
+    except OSError as error:
+        raise CogViewConfigurationError(
+            f"The file of prompts, {name}, cannot be read: {error.strerror}.", hint="Check the path."
+        ) from None
+    finally:
+        if shared is None:
+            file.close()
+        elif file is not shared:
+            file.detach()
+
+
+def _line_problem(text: str, file: TextIO) -> str | None:
+    """What is wrong with a line as it stands; of one that is too long the rest is passed over."""
+    if len(text.rstrip("\r\n")) > MAX_LINE:
+        while text and not text.endswith(("\n", "\r")):
+            text = file.readline(MAX_LINE)
+        return f"It has more than {MAX_LINE:,} characters."
+    wrong = next((place for place, c in enumerate(text, 1) if "\udc80" <= c <= "\udcff"), None)
+    return f"It is not UTF-8 at character {wrong}." if wrong else None
+
+
+class _Bounded:
+    """The lines of a CSV file for its reader, cut where one record has become too long."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.problem: str | None = None
+        self._taken = 0
+
+    def begin(self) -> None:
+        """A new record begins."""
+        self.problem, self._taken = None, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        text = self._file.readline(MAX_LINE + 2)
+        if not text:
+            raise StopIteration
+        if problem := _line_problem(text, self._file):
+            self.problem = self.problem or problem
+            text = text if len(text) <= MAX_LINE else "\n"  # what is cut may open a quote and never close it
+        self._taken += len(text)
+        if self._taken > MAX_LINE + 2:
+            self.problem = self.problem or (
+                f"With the lines that its quote joins to it, it has more than {MAX_LINE:,} characters."
+            )
+            raise csv.Error(self.problem)
+        return text
+
+
+def _csv_problem(error: csv.Error, start: int, end: int) -> str:
+    lines = f" Lines {start} to {end} are read as one." if end > start else ""
+    if "unexpected end" in str(error):
+        return f"A quote that opens in it is never closed.{lines}"
+    return f"Its quotes are wrong ({printable(str(error), 80)}); a quote within a quoted cell is doubled.{lines}"
+
+
+def _no_header(number: int, reason: str) -> CogViewConfigurationError:
+    return CogViewConfigurationError(
+        f"The first line of the prompts names the columns, and that line ({number}) cannot be used: {reason}.",
+        hint="Name a column 'prompt'; model, size, quality, n, user_id and watermark_enabled may stand beside it.",
+    )
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), printable(type(value).__name__, 40))
+
+
+def read_prompts(source: PromptSource, *, format: PromptFormat | None = None) -> PromptFile:  # noqa: A002
+    """The prompts of a file, or of an iterable.
+
+    Args:
+        source: A file: `.txt` holds a prompt a line; `.csv` and `.tsv` a header with the column `prompt` (of any case);
+            `.jsonl` an object or a text on each line. All in UTF-8, with or without a byte-order mark. `-` is the
+            standard input. Or texts and dicts of arguments.
+        format: `txt`, `csv`, `tsv` or `jsonl`. None: as the file's ending says; `txt` for the standard input.
+
+    Raises:
+        CogViewConfigurationError: When taken: the file cannot be read, its format is not told, or its header is wrong.
+    """
+    return PromptFile(source, format=format)

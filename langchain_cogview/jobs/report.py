@@ -1,0 +1,184 @@
+"""What a run of a job came to: the report, the manifest's final form, and the page with all pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+
+from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
+from langchain_cogview.jobs.manifest import MANIFEST, compact, read_record, read_records, unwritable
+from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
+from langchain_cogview.jobs.survey import kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from langchain_cogview.jobs.run import JobRun
+
+CONTACT_SHEET: Final = "index.html"
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """What a run of a job came to. `str(report)` says it in a few lines.
+
+    Attributes:
+        made: Prompts whose pictures were all made or recovered in this run.
+        skipped: Prompts whose pictures were there before.
+        blocked: Prompts that the content filter blocked, in this run or before.
+        failed: Prompts that failed otherwise, in this run or before.
+        unknown: Requests that may have been charged; repeated only with `retry_unknown`.
+        left: Prompts that are still to be drawn: behind the limit, the budget or what stopped the job.
+        bad: Lines that could not be drawn and were left out.
+        pictures: How many were made or recovered in this run.
+        cost: Of those, by currency; a sandbox picture costs nothing.
+        unpriced: How many of them have no known price.
+        total_cost: Of all pictures in the manifest, by currency.
+        seconds: That the run took.
+        over_budget: Whether something was left because of the budget.
+        stopped: The error that stopped the job; None where nothing did.
+        errors: Names of the classes of all errors that keep a prompt from being made, with their number.
+        folder: Where the pictures are.
+        manifest: One line of JSON for each finished prompt.
+        contact_sheet: A page with all pictures, for a browser.
+    """
+
+    made: int
+    skipped: int
+    blocked: int
+    failed: int
+    unknown: tuple[UnknownAttempt, ...]
+    left: int
+    bad: int
+    pictures: int
+    cost: Mapping[str, Decimal]
+    unpriced: int
+    total_cost: Mapping[str, Decimal]
+    seconds: float
+    over_budget: bool
+    stopped: Exception | None
+    errors: Mapping[str, int]
+    folder: Path
+    manifest: Path
+    contact_sheet: Path | None
+
+    def items(self) -> Iterator[dict[str, Any]]:
+        """The manifest's lines, read as they are taken; `job_lines` says what stands in them."""
+        return (record.values for record in read_records(self.manifest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        stopped = self.stopped and {"error": type(self.stopped).__name__, "message": str(self.stopped)}
+        return plain | {
+            "unknown": [unknown_dict(each) for each in self.unknown],
+            "cost": {currency: str(amount) for currency, amount in self.cost.items()},
+            "total_cost": {currency: str(amount) for currency, amount in self.total_cost.items()},
+            "errors": dict(self.errors),
+            "stopped": stopped,
+            "folder": str(self.folder),
+            "manifest": str(self.manifest),
+            "contact_sheet": self.contact_sheet and str(self.contact_sheet),
+        }
+
+    def __str__(self) -> str:
+        counts = [
+            f"{counted(self.made, 'prompt')} made",
+            *(
+                f"{count:,} {word}"
+                for count, word in (
+                    (self.skipped, "made before"),
+                    (self.blocked, "blocked"),
+                    (self.failed, "failed"),
+                    (len(self.unknown), "unknown"),
+                    (self.left, "left"),
+                    (self.bad, "left out"),
+                )
+                if count
+            ),
+        ]
+        lines = [f"{', '.join(counts)}; {money(self.cost, self.unpriced)} in {self.seconds:,.1f} s."]
+        if self.total_cost != self.cost and any(self.total_cost.values()):
+            lines.append(f"All pictures of the folder: {money(self.total_cost)}.")
+        if self.over_budget:
+            lines.append("The budget does not reach for the next prompt.")
+        if self.stopped:
+            lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
+        lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
+        return "\n".join(lines)
+
+
+def reported(run: JobRun, started: float, skipped: int) -> JobReport:
+    """What a run came to; the manifest gets its final form, and the page is written.
+
+    Args:
+        run: That has ended.
+        started: When, on the monotonic clock.
+        skipped: Prompts that were made before.
+    """
+    survey = run.survey
+    counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
+    errors = dict(run.errors)
+    for item in survey.prompts.items:
+        finished = survey.history.finished.get(item.key)
+        if finished and finished.made >= item.n:
+            counts["made"] += 1
+            continue
+        for name in finished.errors if finished else ():
+            errors[name] = errors.get(name, 0) + 1
+        if finished and finished.errors:
+            counts[kind_of(finished.errors)] += 1
+        elif item.key not in survey.history.open:
+            counts["left"] += 1
+    counts["made"] -= skipped
+    total, sheet = _finish_folder(run)
+    return JobReport(
+        **counts,
+        skipped=skipped,
+        unknown=survey.unknown(with_running=True),
+        bad=len(survey.prompts.problems),
+        pictures=run.made,
+        cost=run.cost,
+        unpriced=run.unpriced,
+        total_cost=total,
+        seconds=round(time.monotonic() - started, 3),
+        over_budget=run.over_budget,
+        stopped=run.stopped,
+        errors=errors,
+        folder=run.folder,
+        manifest=run.folder / MANIFEST,
+        contact_sheet=sheet,
+    )
+
+
+def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None]:
+    path, sheet = run.folder / MANIFEST, run.folder / CONTACT_SHEET
+    total: dict[str, Decimal] = {}
+    order: list[tuple[int, int]] = []
+    try:
+        if run.survey.history.superseded:
+            compact(run.folder)
+        for record in read_records(path):
+            values = record.values
+            order.append((values["line"], record.start))
+            if values["images"] and values["cost"] is not None and values["currency"]:
+                total[values["currency"]] = total.get(values["currency"], Decimal(0)) + Decimal(values["cost"])
+        tiles = (tile for _, start in sorted(order) for tile in _tiles(read_record(path, start)))
+        facts = (f"{counted(len(order), 'prompt')}, {money(total)}.",)
+        write_contact_sheet(sheet, tiles, title=f"CogView: {run.folder.name}", facts=facts)
+    except OSError as error:
+        run.stop(unwritable(run.folder, error))
+        return total, None
+    return total, sheet
+
+
+def _tiles(line: dict[str, Any]) -> Iterator[Tile]:
+    """The places on the page of one prompt."""
+    prompt, note = line["arguments"]["prompt"], f"{line['line']}"
+    for image in line["images"]:
+        yield Tile(prompt, note, image["file"], image["width"], image["height"])
+    for failure in line["failures"]:
+        yield Tile(prompt, note, reason=failure["message"])

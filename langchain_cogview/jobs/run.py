@@ -1,0 +1,371 @@
+"""A job under way: what is taken next, what is written down before and after, and when to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+
+from langchain_cogview.api.settings import is_sandbox
+from langchain_cogview.errors import (
+    CogViewConnectionError,
+    CogViewContentFilterError,
+    CogViewError,
+    CogViewNotFoundError,
+    CogViewStorageError,
+    CogViewTaskFailedError,
+    Outcome,
+)
+from langchain_cogview.jobs.calls import NOT_THE_PROMPTS, Call, JobStoppedError, befalls_all, error_of, failures_of
+from langchain_cogview.jobs.lines import (
+    failure_entry,
+    found_entry,
+    image_entry,
+    linked_image,
+    lost_entry,
+    now,
+    prompt_line,
+    saved_entry,
+)
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecordFile, read_record, synced, unwritable
+from langchain_cogview.many import aor_error, or_error
+from langchain_cogview.request import ImageRequest
+from langchain_cogview.result import ImageFailure, ImageResult
+from langchain_cogview.stopping import STOPPED
+from langchain_cogview.tasks import ImageTask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from langchain_core.runnables import RunnableConfig
+
+    from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.plan import PromptItem
+    from langchain_cogview.jobs.survey import Purse, Survey, Work
+    from langchain_cogview.result import GeneratedImage
+
+MAX_UNREACHED: Final = 5
+"""Prompts in a row for which the service could not be reached, after which the job stops."""
+_PROMPT_CHARACTERS: Final = 200
+_NO_LINE: Final[dict[str, Any]] = {"images": [], "failures": [], "given_up": [], "request_ids": [], "seconds": 0.0}
+
+logger = logging.getLogger(__name__)
+
+
+class JobRun:
+    """A folder's job, while its lock is held.
+
+    Args:
+        folder: Absolute.
+        generator: Saves into the folder.
+        survey: What is left.
+        purse: What may be spent.
+        limit: How many prompts to draw; None: all.
+
+    Attributes:
+        stopped: Why nothing more is sent.
+        over_budget: Whether a prompt was left because of the budget.
+        errors: Names of the classes of errors that are not in the manifest, counted.
+        made: Pictures that were made or recovered.
+        cost: Of those, by currency.
+        unpriced: How many of them have no known price.
+    """
+
+    def __init__(
+        self, folder: Path, generator: CogViewImageGenerator, survey: Survey, purse: Purse, *, limit: int | None
+    ) -> None:
+        self.folder = folder
+        self.generator = generator
+        self.survey = survey
+        self.stopped: Exception | None = None
+        self.over_budget = False
+        self.errors: Counter[str] = Counter()
+        self.made = self.unpriced = 0
+        self.cost: dict[str, Decimal] = {}
+        self._purse = purse
+        self._limit = limit
+        self._next = self._started = self._unreached = 0
+        self._given_back = False
+        self._lock = threading.RLock()
+        self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
+        self._base_url = generator._base_url  # noqa: SLF001  where the environment was looked at already
+        self._manifest = RecordFile(folder / MANIFEST)
+        self._attempts = RecordFile(folder / ATTEMPTS)
+
+    def close(self) -> None:
+        """End: what is still under way sends and writes nothing more."""
+        self.stop(JobStoppedError())
+        self._manifest.close()
+        self._attempts.close()
+
+    def stop(self, error: Exception) -> None:
+        """Send nothing more; what is in flight may end."""
+        with self._lock:
+            self.stopped = self.stopped or error
+
+    # --- what is next
+
+    def free(self) -> Iterator[Work]:
+        """What can be had without paying: tasks of the service, and links that may still live."""
+        for item in self.survey.prompts.items:
+            work = self._work(item)
+            if work.free and not self.stopped:
+                yield work
+
+    def draws(self) -> Iterator[Work]:
+        """What is to be drawn, as far as limit and budget reach, from where the last pass ended."""
+        items = self.survey.prompts.items
+        while self._next < len(items) and not self.stopped:
+            work = self._work(items[self._next])
+            if work.draw:
+                if self._limit is not None and self._started >= self._limit:
+                    return
+                with self._lock:
+                    self.over_budget = not self._purse.take(work.item.model, work.draw)
+                if self.over_budget:
+                    return
+                self._started += 1
+            self._next += 1
+            if work.draw:
+                yield work
+
+    def reaches_further(self) -> bool:
+        """Whether what the budget did not reach for should be tried again: something that it counted was not made."""
+        again = self._given_back and self.over_budget and not self.stopped
+        self._given_back = False
+        return again
+
+    def _work(self, item: PromptItem) -> Work:
+        with self._lock:
+            return self.survey.work(item)
+
+    # --- one prompt, twice: only "invoke" and "wait" differ
+
+    def draw(self, work: Work, config: RunnableConfig) -> None:
+        """Draw the pictures of a prompt that are missing, and write down what became of them."""
+        if self.stopped:
+            return
+        call = Call(self, work, draws=True)
+        with call.journaled():
+            outcome = or_error(self.generator.invoke, {**work.item.said, "n": work.draw}, config)
+        self._finish(call, outcome)
+
+    async def adraw(self, work: Work, config: RunnableConfig) -> None:
+        """The twin of `draw`."""
+        if self.stopped:
+            return
+        call = Call(self, work, draws=True)
+        with call.journaled():
+            outcome = await aor_error(self.generator.ainvoke, {**work.item.said, "n": work.draw}, config)
+        await asyncio.to_thread(self._finish, call, outcome)
+
+    def collect(self, work: Work, config: RunnableConfig) -> None:
+        """Have what is free for a prompt."""
+        for call, task in self._tasks(work):
+            self._collected(call, or_error(task.result, config))
+        for call, number, image in self._links(work):
+            self._fetched(call, number, image, or_error(image.read))
+
+    async def acollect(self, work: Work, config: RunnableConfig) -> None:
+        """The twin of `collect`."""
+        for call, task in self._tasks(work):
+            await asyncio.to_thread(self._collected, call, await aor_error(task.aresult, config))
+        for call, number, image in self._links(work):
+            await asyncio.to_thread(self._fetched, call, number, image, await aor_error(image.aread))
+
+    # --- before
+
+    def note_sending(self, item: PromptItem, request_id: str, model: str) -> None:
+        """Write down that a request is about to be paid.
+
+        Raises:
+            CogViewError: The job stops, or it cannot be written down: it must not be sent.
+        """
+        if self.stopped or STOPPED.get().is_set():
+            raise JobStoppedError
+        prompt = " ".join(str(item.said["prompt"]).split())[:_PROMPT_CHARACTERS]
+        values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}
+        try:
+            self.note({**values, "at": now()})
+        except CogViewStorageError as error:
+            self.stop(error)
+            raise
+
+    def note(self, values: dict[str, Any]) -> None:
+        """Append to the attempts."""
+        self._attempts.append(values)
+        with self._lock:
+            self.survey.history.note(values)
+
+    def _tasks(self, work: Work) -> Iterator[tuple[Call, ImageTask]]:
+        for attempt in work.running:
+            request = self._request(work.item).model_copy(update={"n": 1, "model": attempt.model})
+            task = ImageTask(
+                attempt.task_id or "", generator=self.generator, request=request, request_id=attempt.request_id
+            )
+            yield Call(self, work, sent={attempt.request_id: attempt.model}), task
+
+    def _links(self, work: Work) -> Iterator[tuple[Call, int, GeneratedImage]]:
+        finished = self._work(work.item).finished
+        failures = read_record(self._manifest.path, finished.start)["failures"] if finished and finished.links else []
+        # From the last on: an entry that is taken out leaves the places of those before it as they are.
+        for number, failure in reversed([*enumerate(failures)]):
+            image = linked_image(failure, work.item.said["prompt"])
+            if image:
+                image.with_content(None, self._base_url, self.generator.allowed_image_hosts)
+                yield Call(self, work), number, image
+
+    def _request(self, item: PromptItem) -> ImageRequest:
+        return ImageRequest.model_validate({**self._defaults, **item.said})
+
+    # --- after
+
+    def enter_found(self) -> None:
+        """Enter the pictures that are in the folder already."""
+        for item in self.survey.prompts.items:
+            work = self.survey.work(item)
+            if work.found:
+                call = Call(self, work, sent={each.attempt.request_id: each.attempt.model for each in work.found})
+                self._guarded(call, self._enter_found, call)
+
+    def _enter_found(self, call: Call) -> None:
+        sandbox = self.survey.history.sandbox or is_sandbox(self._base_url)
+        entries = []
+        for found in call.work.found:
+            synced(found.path)
+            price = self.generator.price(found.attempt.model)
+            entries.append(found_entry(found, price[0] if price else None, sandbox=sandbox))
+        self._enter(call, entries, [], {*call.sent})
+
+    def _finish(self, call: Call, outcome: Any) -> None:
+        self._guarded(call, self._judge, call, outcome)
+
+    def _guarded(self, call: Call, write: Callable[..., None], *arguments: Any) -> None:
+        """Stop the job where something cannot be written down; the attempts say that it was sent."""
+        try:
+            write(*arguments)
+        except Exception as error:  # noqa: BLE001  told at the end
+            if not isinstance(self.stopped, JobStoppedError):
+                logger.warning("Line %s: what became of it could not be written down", call.work.item.number)
+            self.stop(unwritable(self.folder, error) if isinstance(error, OSError) else error)
+
+    def _judge(self, call: Call, outcome: Any) -> None:
+        """Write down what became of a call that paid."""
+        failures, unknown = failures_of(call, outcome)
+        images = list(outcome.images) if isinstance(outcome, ImageResult) else []
+        self._look_for_stops(call, outcome, failures)
+        own = [failure for failure in failures if self._is_the_prompts(failure, call.work.item)]
+        told = [failure_entry(each, call.sent.get(each.request_id or "", call.work.item.model)) for each in own]
+        entries = [self._kept(image) for image in images]
+        self._give_back(call, sum(not image.cached for image in images) + len(unknown))
+        settled = call.sent.keys() - unknown
+        if entries or told:
+            made = [each for each in entries if "file" in each]
+            self._enter(call, made, told + [each for each in entries if "file" not in each], settled)
+            return
+        for request_id in settled:
+            self.note({"key": call.work.item.key, "request_id": request_id, "settled": str(failures[0].outcome)})
+
+    def _collected(self, call: Call, outcome: Any) -> None:
+        """Write down what became of a task that was paid before. Where its end was not seen, it can be asked again."""
+        if isinstance(outcome, ImageResult | CogViewTaskFailedError | CogViewContentFilterError):
+            self._finish(call, outcome)
+        elif isinstance(outcome, CogViewNotFoundError):  # then it is like any request without an answer
+            for request_id in call.sent:
+                end = {"key": call.work.item.key, "request_id": request_id, "task_id": None}
+                self._guarded(call, self.note, end)
+        elif isinstance(outcome, Exception):
+            self.errors[type(outcome).__name__] += 1
+            if type(outcome).__name__ in NOT_THE_PROMPTS:
+                self.stop(outcome)
+
+    def _fetched(self, call: Call, number: int, image: GeneratedImage, content: Any) -> None:
+        """Enter a picture that was had from its link after all."""
+        if isinstance(content, bytes):
+            self._guarded(
+                call, lambda: self._enter(call, [saved_entry(self.folder, image, content)], [], set(), without=number)
+            )
+
+    def _kept(self, image: GeneratedImage) -> dict[str, Any]:
+        """A picture's entry once its file is safe in the folder; without a file where its bytes could not be had."""
+        if image.path is not None and image.path.parent == self.folder:
+            synced(image.path)
+            return image_entry(image, image.path)
+        content = or_error(image.at_hand)
+        return saved_entry(self.folder, image, content) if isinstance(content, bytes) else lost_entry(image)
+
+    def _is_the_prompts(self, failure: ImageFailure, item: PromptItem) -> bool:
+        """Whether a failure is the prompt's own, so that it is not drawn again by itself."""
+        known = failure.outcome is not Outcome.UNKNOWN and failure.error.startswith("CogView")
+        alone = failure.error != CogViewConnectionError.__name__ and not befalls_all(failure, item)
+        ran = failure.outcome is not Outcome.NOT_RUN or not (self.stopped or STOPPED.get().is_set())
+        own = known and alone and ran
+        if not own and failure.error != JobStoppedError.__name__:
+            self.errors[failure.error] += 1
+        return own
+
+    def _look_for_stops(self, call: Call, outcome: Any, failures: list[ImageFailure]) -> None:
+        unreached = bool(failures) and all(each.error == CogViewConnectionError.__name__ for each in failures)
+        with self._lock:
+            self._unreached = self._unreached + 1 if unreached else 0
+        fatal = [each for each in failures if befalls_all(each, call.work.item)]
+        if isinstance(outcome, Exception) and (fatal or not isinstance(outcome, CogViewError)):
+            self.stop(outcome)
+        elif fatal or self._unreached >= MAX_UNREACHED:
+            self.stop(error_of([*fatal, *failures][0]))
+
+    def _give_back(self, call: Call, paid: int) -> None:
+        with self._lock:
+            self._purse.spend(call.work.item.model, paid - call.reserved)
+            self._given_back = self._given_back or paid < call.reserved
+
+    def _enter(
+        self,
+        call: Call,
+        images: list[dict[str, Any]],
+        failures: list[dict[str, Any]],
+        settled: set[str],
+        *,
+        without: int | None = None,
+    ) -> None:
+        """Write the prompt's line into the manifest, with what it had before."""
+        work = call.work
+        with self._lock:
+            finished = self.survey.history.finished.get(work.item.key)
+            old = read_record(self._manifest.path, finished.start) if finished else _NO_LINE
+            kept = [each for number, each in enumerate(old["failures"]) if number != without]
+            given_up = list(old["given_up"])
+            if call.draws and work.repeats_failed:
+                given_up += [{name: each[name] for name in ("request_id", "model")} for each in kept if each.get("url")]
+                kept = []
+            if call.draws and work.repeats_unknown:
+                given_up += [{"request_id": each.request_id, "model": each.model} for each in work.unknown]
+            ids = [*old["request_ids"], *sorted(settled), *(each["request_id"] for each in given_up)]
+            price = self._purse.price(work.item.model)
+            values = {
+                **prompt_line(
+                    work.item,
+                    self._request(work.item),
+                    [*old["images"], *images],
+                    [*kept, *failures],
+                    price[1] if price else None,
+                ),
+                "given_up": given_up,
+                "request_ids": [*dict.fromkeys(ids)],
+                "seconds": round(old["seconds"] + call.seconds, 3),
+                "finished": now(),
+            }
+            self.survey.history.take(self._manifest.append(values), values)
+            self.made += len(images)
+            for image in images:
+                self._count_cost(image["cost"], values["currency"])
+
+    def _count_cost(self, cost: str | None, currency: str | None) -> None:
+        if cost is None or currency is None:
+            self.unpriced += 1
+        else:
+            self.cost[currency] = self.cost.get(currency, Decimal(0)) + Decimal(cost)

@@ -1,0 +1,273 @@
+"""What is left of a job: its prompts beside what the folder tells, and the money beside the prices."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
+from langchain_cogview.jobs.plan import JobPlan, PromptItem, PromptList, UnknownAttempt, counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.manifest import Attempt, Finished, History
+
+_SAVED: Final = re.compile(r"\d{8}T\d{6}Z-([0-9a-f]{8})-([0-9a-f]{16})(?:-\d{1,3})?\.(?:png|jpg|webp)")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A picture that was paid for, is whole in the folder, and is not in the manifest."""
+
+    attempt: Attempt
+    path: Path
+    info: ImageInfo
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class Work:
+    """What is left to do for one prompt.
+
+    Attributes:
+        item: The prompt.
+        finished: What the manifest says of it.
+        found: Pictures to enter into the manifest.
+        running: Requests that the service took as tasks, to be asked for.
+        unknown: Requests of which nothing is known.
+        draw: How many pictures to draw.
+        repeats_unknown: Whether `unknown` is given up and drawn anew.
+        repeats_failed: Whether the failures so far are drawn anew.
+    """
+
+    item: PromptItem
+    finished: Finished | None
+    found: list[Found]
+    running: list[Attempt]
+    unknown: list[Attempt]
+    draw: int = 0
+    repeats_unknown: bool = False
+    repeats_failed: bool = False
+
+    def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
+        """Find out how many pictures to draw."""
+        made = (self.finished.made if self.finished else 0) + len(self.found) + len(self.running)
+        missing = max(0, self.item.n - made)
+        failed = min(missing, len(self.finished.errors) if self.finished else 0)
+        unknown = min(missing - failed, len(self.unknown))
+        self.repeats_failed, self.repeats_unknown = retry_failed and failed > 0, retry_unknown and unknown > 0
+        self.draw = missing - (0 if retry_failed else failed) - (0 if retry_unknown else unknown)
+
+    @property
+    def made(self) -> bool:
+        """Whether all its pictures are in the manifest."""
+        return self.finished is not None and self.finished.made >= self.item.n
+
+    @property
+    def free(self) -> bool:
+        """Whether something can be had without paying."""
+        return bool(self.found or self.running or (self.finished and self.finished.links and not self.made))
+
+
+class Survey:
+    """The prompts of a job beside what its folder tells.
+
+    Args:
+        prompts: Checked.
+        history: What the folder tells.
+        folder: Where the pictures are.
+        retry_failed: Draw again what failed or was blocked.
+        retry_unknown: Draw again what may have been charged.
+    """
+
+    def __init__(
+        self, prompts: PromptList, history: History, folder: Path, *, retry_failed: bool, retry_unknown: bool
+    ) -> None:
+        self.prompts = prompts
+        self.history = history
+        self._retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
+        self._found = found_pictures(folder, history)
+
+    def work(self, item: PromptItem) -> Work:
+        """What is left to do for a prompt."""
+        attempts = tuple(self.history.open.get(item.key, {}).values())
+        found = [self._found[each.request_id] for each in attempts if each.request_id in self._found]
+        left = [each for each in attempts if each.request_id not in self._found]
+        work = Work(
+            item,
+            self.history.finished.get(item.key),
+            found,
+            [each for each in left if each.task_id],
+            [each for each in left if not each.task_id],
+        )
+        work.decide(**self._retry)
+        return work
+
+    def spent_models(self) -> Iterator[str]:
+        """The model of each picture that was paid, or may have been."""
+        for finished in self.history.finished.values():
+            yield from finished.spent
+        yield from (attempt.model for attempt in self.history.attempts())
+
+    def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
+        """The requests of this job's prompts of which nothing is known; `with_running`: those of tasks too."""
+        works = (self.work(item) for item in self.prompts.items if item.key in self.history.open)
+        return tuple(
+            UnknownAttempt(work.item.number, each.prompt, each.request_id)
+            for work in works
+            for each in (*work.unknown, *(work.running if with_running else ()))
+        )
+
+    def plan(self, purse: Purse, *, limit: int | None = None) -> JobPlan:
+        """Count everything; `purse` is used up as the job would use it."""
+        counts: Counter[str] = Counter()
+        cost: dict[str, Decimal] = {}
+        notes = list(self.prompts.notes)
+        for item in self.prompts.items:
+            work = self.work(item)
+            counts["recovered"] += len(work.found) + len(work.running)
+            if work.draw:
+                if limit is not None and counts["prompts"] >= limit:
+                    continue
+                if counts["over"] or not purse.take(item.model, work.draw):
+                    counts["over"] += 1
+                    continue
+                counts["prompts"] += 1
+                counts["pictures"] += work.draw
+                price = purse.price(item.model)
+                if price is None:
+                    counts["unpriced"] += work.draw
+                else:
+                    cost[price[1]] = cost.get(price[1], Decimal(0)) + work.draw * price[0]
+            elif work.made or work.found or work.running:
+                counts["done"] += work.made
+            elif not work.unknown:
+                counts[kind_of(work.finished.errors) if work.finished else "done"] += 1
+        if counts["over"]:
+            notes.append(f"The budget does not reach for {counted(counts['over'], 'further prompt')}.")
+        keys = {item.key for item in self.prompts.items}
+        gone = sum(attempt.key not in keys for attempt in self.history.attempts())
+        if gone:
+            notes.append(
+                f"{counted(gone, 'request')} of prompts that are no longer among these may have been charged too: "
+                "attempts.jsonl names them."
+            )
+        return JobPlan(
+            lines=self.prompts.lines,
+            blank=self.prompts.blank,
+            problems=tuple(self.prompts.problems),
+            duplicates=tuple(self.prompts.duplicates),
+            notes=tuple(notes),
+            unknown=self.unknown(),
+            cost=cost,
+            **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
+            **{name: counts[name] for name in ("prompts", "pictures", "unpriced")},
+        )
+
+
+def kind_of(errors: Iterable[str]) -> str:
+    """What became of a prompt that was not made: `blocked` by the content filter alone, `failed`, `unknown` without errors."""
+    names = {*errors}
+    return "unknown" if not names else "blocked" if names == {"CogViewContentFilterError"} else "failed"
+
+
+class Purse:
+    """How much a job may still spend, counted in list prices; pictures of the sandbox count alike.
+
+    Args:
+        generator: Knows the prices.
+        budget: In the platform's currency; None: no limit.
+        models: All that may be asked, for which a budget needs the price.
+
+    Raises:
+        CogViewConfigurationError: The budget is no amount, or a price is unknown.
+    """
+
+    def __init__(self, generator: CogViewImageGenerator, budget: Any, models: Iterable[str] = ()) -> None:
+        self._generator = generator
+        self._prices: dict[str, tuple[Decimal, str] | None] = {}
+        self._left = None if budget is None else _amount(budget)
+        unpriced = [model for model in dict.fromkeys(models) if self.price(model) is None] if budget is not None else []
+        if unpriced:
+            raise CogViewConfigurationError(
+                f"A budget needs the price of {printable(unpriced[0], 60)!r}, which is not known; nothing was sent.",
+                hint="Pass prices={model: price}, or leave the budget out.",
+            )
+
+    def price(self, model: str) -> tuple[Decimal, str] | None:
+        """Of one picture, with its currency; None where unknown. With fallback models that of the dearest."""
+        if model not in self._prices:
+            prices = [self._generator.price(each) for each in (model, *self._generator.fallback_models)]
+            known = [price for price in prices if price]
+            self._prices[model] = max(known) if len(known) == len(prices) else None
+        return self._prices[model]
+
+    def copy(self) -> Purse:
+        """One with the same money, to be spent apart."""
+        return copy.copy(self)
+
+    def spend(self, model: str, count: int = 1) -> None:
+        """Count pictures that were paid; a negative number gives back."""
+        price = self.price(model)
+        if self._left is not None and price is not None:
+            self._left -= count * price[0]
+
+    def take(self, model: str, count: int) -> bool:
+        """Count pictures that are about to be paid; False where the budget does not reach for all of them."""
+        price = self.price(model)
+        if self._left is not None and price is not None and count * price[0] > self._left:
+            return False
+        self.spend(model, count)
+        return True
+
+
+def _amount(budget: Any) -> Decimal:
+    try:
+        amount = Decimal(str(budget))
+    except InvalidOperation:
+        amount = Decimal(-1)
+    if not amount.is_finite() or amount < 0:
+        raise CogViewConfigurationError(
+            f"A budget is an amount of money, 0 or more, not {printable(str(budget), 40)!r}.",
+            hint="Give it in the platform's currency, such as 2.5.",
+        )
+    return amount
+
+
+def found_pictures(folder: Path, history: History) -> dict[str, Found]:
+    """By request id: whole pictures in the folder of requests without an end in the manifest."""
+    wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
+    found: dict[str, Found] = {}
+    if not wanted or not folder.is_dir():
+        return found
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = _SAVED.fullmatch(entry.name)
+            attempt = wanted.get(match[1]) if match else None
+            if match and attempt and entry.name not in history.files and entry.is_file(follow_symlinks=False):
+                picture = _whole(Path(entry.path), match[2])
+                if picture:
+                    found[attempt.request_id] = Found(attempt, Path(entry.path), *picture)
+    return found
+
+
+def _whole(path: Path, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if not sha256.startswith(start_of_hash):
+                return None
+            return inspect(file), sha256, file.seek(0, os.SEEK_END)
+    except (OSError, ImageFormatError):
+        return None

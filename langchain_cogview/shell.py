@@ -1,0 +1,117 @@
+"""How the `cogview` command talks: exit codes, the two outputs, and Python's words in a shell's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EXIT_CODES: Final = {  # what each means, and the errors (CogView...Error) that bring it
+    0: ("made",),
+    1: ("another failure",),
+    2: ("wrong usage or settings: not made", "Configuration", "InvalidRequest", "PromptTooLong", "NotFound", "Budget"),
+    3: ("blocked by the content filter", "ContentFilter"),
+    4: ("key, permission or balance", "Authentication", "Permission", "Balance"),
+    5: (
+        "limit, busy, network or time: not charged, try later",
+        *("RateLimit", "Busy", "Server", "Connection", "Timeout", "TaskFailed"),
+    ),
+    6: ("made, but not saved where asked: the error output says where it is", "Download", "ExpiredURL", "Storage"),
+    7: (
+        "outcome unknown: a picture may have been made and charged",
+        *("OutcomeUnknown", "MalformedReply", "TaskUnfinished"),
+    ),
+    130: ("interrupted",),
+}
+CODES: Final = {f"CogView{kind}Error": code for code, (_, *kinds) in EXIT_CODES.items() for kind in kinds}
+_UNKNOWN = "Look in the provider's console before you run it again: that can pay twice."
+HINTS: Final = {  # in place of those that name Python's arguments
+    "CogViewRateLimitError": "Try again later, with fewer pictures at once (--n); the console shows the limit.",
+    "CogViewBusyError": "Try again in a few minutes.",
+    "CogViewTimeoutError": "Raise --timeout (seconds), or try again later.",
+    "CogViewOutcomeUnknownError": _UNKNOWN,
+    "CogViewMalformedReplyError": _UNKNOWN,
+    "CogViewTaskUnfinishedError": _UNKNOWN,
+}
+_SHELL_WORDS: Final = (
+    ("; or pass api_key=...", ""),
+    ("base_url='sandbox:'", "--sandbox"),
+    ("Pass prices={model: price}, or leave the budget out.", "Leave --budget out."),
+    ("format=: '", "--format: '"),
+    ("unless unique=True", "unless --unique is given"),
+    ("retry_unknown=True", "--retry-unknown"),
+    ("skip_bad=True", "--skip-bad"),
+    ("region='", "--region '"),
+    (": set output_dir, or call save() in time", ""),
+    ("Its URL is on the result; fetching again costs nothing: image.read() tries again.", ""),
+)
+
+
+def finish(work: Callable[[], int]) -> NoReturn:
+    """End a command with the exit code of its work, or of the error that it raised, which is told."""
+    import typer  # noqa: PLC0415  so that a command can say what to install where it is missing
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from langchain_cogview.errors import CogViewError  # noqa: PLC0415
+    from langchain_cogview.request import describe_validation  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
+        try:
+            code = work()
+        except CogViewError as error:
+            say(f"Error: {error.message}", HINTS.get(type(error).__name__, error.hint))
+            facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
+            said = ", ".join(fact for fact in facts if fact)
+            about = error.request_id and f"Request id: {error.request_id}"
+            say(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
+            code = CODES.get(type(error).__name__, 1)
+        except ValidationError as error:
+            say(f"Error: {describe_validation(error)}")
+            code = 2
+        except KeyboardInterrupt:
+            say("Interrupted. A request that was already sent may have been charged.")
+            code = 130
+    raise typer.Exit(code)
+
+
+def json_text(value: Any) -> str:
+    """JSON that the standard output can take."""
+    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout or sys.stdout.encoding.lower() != "utf-8")
+    return text.encode("utf-8", "backslashreplace").decode()  # a path's byte that is no letter: JSON writes it alike
+
+
+def write(text: str) -> int:
+    """Write to the standard output; 1 where nobody takes it."""
+    try:
+        if sys.stdout:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
+        return 1
+    return 0
+
+
+def say(*lines: str | None) -> None:
+    """Write lines to the error output, in a shell's words where they name Python's arguments."""
+    for line in filter(None, lines if sys.stderr else ()):
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{in_shell_words(line)}\n")
+            sys.stderr.flush()
+
+
+def in_shell_words(text: str) -> str:
+    """A text with a shell's options in place of Python's arguments."""
+    for python, shell in _SHELL_WORDS:
+        text = text.replace(python, shell)
+    return text

@@ -1,0 +1,137 @@
+"""`ImageTask`: a picture that the service is making, found again by its id."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, CogViewTaskFailedError
+from langchain_cogview.request import ImageRequest
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from langchain_core.runnables import RunnableConfig
+
+    from langchain_cogview.api.protocol import TaskReply
+    from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.result import ImageResult
+
+TASK_MODEL = "glm-image"
+_STATUS_SECONDS = 30.0
+
+TaskStatus = Literal["processing", "succeeded", "failed"]
+
+
+class ImageTask:
+    """A picture that the service is making; `CogViewImageGenerator.submit` gives one, and `resume` finds it again.
+
+    Example:
+        >>> task = CogViewImageGenerator(model="glm-image").submit("a kitten")    # doctest: +SKIP
+        >>> task.id                                                               # doctest: +SKIP
+        >>> ImageTask.resume(task.id).result().path  # in this process or another # doctest: +SKIP
+
+    Attributes:
+        id: The service's.
+        generator: Whose settings hold: key, service, folder.
+        request: What was asked for.
+        request_id: Ours; of a resumed task, its id.
+        warnings: What to tell of the request.
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        *,
+        generator: CogViewImageGenerator,
+        request: ImageRequest,
+        request_id: str,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self.id = task_id
+        self.generator = generator
+        self.request = request
+        self.request_id = request_id
+        self.warnings = warnings
+
+    @classmethod
+    def resume(
+        cls,
+        task_id: str,
+        *,
+        generator: CogViewImageGenerator | None = None,
+        prompt: str = "(unknown)",
+        **settings: Any,
+    ) -> Self:
+        """A task that was submitted before, perhaps by another process.
+
+        Args:
+            task_id: Its id.
+            generator: Whose settings hold; they must reach the same service with the same account. None: one is made of
+                `settings`, with the model `glm-image`.
+            prompt: What was asked for, for the record; the service does not tell it.
+            **settings: Arguments of `CogViewImageGenerator`.
+
+        Raises:
+            CogViewInvalidRequestError: The id is blank.
+        """
+        if not isinstance(task_id, str) or not task_id.strip():
+            raise CogViewInvalidRequestError("A task's id is a text.", hint="Pass task.id or error.task_id.")
+        if generator is None:
+            from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
+
+            generator = CogViewImageGenerator(**({"model": TASK_MODEL} | settings))
+        request = ImageRequest(prompt=prompt, model=generator.model)
+        return cls(task_id.strip(), generator=generator, request=request, request_id=task_id.strip())
+
+    def status(self) -> TaskStatus:
+        """Ask once, which is free.
+
+        Raises:
+            CogViewError: The task is not known, or the service could not be asked.
+        """
+        try:
+            return _status(self.generator.tasks_client().status(self.id, Deadline(_STATUS_SECONDS)))
+        except (CogViewTaskFailedError, CogViewContentFilterError):
+            return "failed"
+
+    async def astatus(self) -> TaskStatus:
+        """Ask once. The twin of `status`."""
+        try:
+            return _status(await self.generator.tasks_client().astatus(self.id, Deadline(_STATUS_SECONDS)))
+        except (CogViewTaskFailedError, CogViewContentFilterError):
+            return "failed"
+
+    def result(self, config: RunnableConfig | None = None, *, timeout: float | timedelta | None = 600.0) -> ImageResult:
+        """Wait for the picture, fetch and save it, as `invoke` does. May be called again.
+
+        Args:
+            config: LangChain's.
+            timeout: Seconds for all of it; None: no limit.
+
+        Raises:
+            CogViewTaskUnfinishedError: It has not ended in time; asking again later is free.
+            CogViewTaskFailedError: It ended without a picture.
+            CogViewContentFilterError: It was blocked.
+            CogViewNotFoundError: The service does not know the id.
+        """
+        return self._waiting(timeout).collect(self, config)
+
+    async def aresult(
+        self,
+        config: RunnableConfig | None = None,
+        *,
+        timeout: float | timedelta | None = 600.0,  # noqa: ASYNC109  the same as the sync one's
+    ) -> ImageResult:
+        """Wait for the picture. The twin of `result`."""
+        return await self._waiting(timeout).acollect(self, config)
+
+    def _waiting(self, timeout: float | timedelta | None) -> CogViewImageGenerator:
+        return self.generator.model_copy(update={"timeout": timeout})
+
+    def __repr__(self) -> str:
+        return f"ImageTask({self.id!r}, model={self.request.model!r})"
+
+
+def _status(reply: TaskReply) -> TaskStatus:
+    return "succeeded" if reply.reply else "processing"

@@ -1,0 +1,187 @@
+"""One picture on its way: what is written down before it is paid, and the events that tell of it."""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from langchain_cogview.errors import CogViewContentFilterError, CogViewError, Outcome
+from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT, Event, Teller, content_filter_event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from decimal import Decimal
+
+    from langchain_cogview.content_filter import ContentFilter
+    from langchain_cogview.deadline import Deadline
+    from langchain_cogview.result import GeneratedImage
+
+logger = logging.getLogger(__name__)
+
+
+class Journal(Protocol):
+    """Writes down what is about to be paid, so that a process that dies leaves a trace of it."""
+
+    def sending(self, request_id: str, model: str) -> None:
+        """Right before the first paid POST of a request id; what it raises stops the call, and nothing is sent."""
+
+    def submitted(self, request_id: str, task_id: str) -> None:
+        """A task was accepted; its id finds the picture again."""
+
+
+JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", default=None)
+"""The journal of the calls made in this context."""
+
+
+@dataclass(slots=True)
+class CallWatch:
+    """Follows one picture on its way: writes the journal, makes and sends the events.
+
+    Attributes:
+        teller: Sends the events.
+        price: Of a model's picture: amount (None where unknown) and currency.
+        prompt: What content filter events hold of it; None: nothing.
+        deadline: Of the picture.
+        request_id: Of the picture, on every attempt.
+        model: Which is asked at the moment.
+        sent: Whether a paid POST was about to be sent.
+    """
+
+    teller: Teller
+    price: Callable[[str], tuple[Decimal | None, str]]
+    prompt: str | None
+    deadline: Deadline
+    request_id: str
+    model: str
+    sent: bool = False
+
+    @property
+    def label(self) -> str:
+        """What the picture and its file are called: a journal, or the model that asked for it, finds them by it."""
+        return self.request_id[:8]
+
+    def sending(self, *, task: bool) -> None:
+        """The client's word before the first attempt of a model."""
+        if self._first():
+            self.teller.tell(self._progress("sent"))
+
+    async def asending(self, *, task: bool) -> None:
+        """The twin of `sending`."""
+        if self._first():
+            await self.teller.atell(self._progress("sent"))
+
+    def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
+        """The client's word before waiting to send again."""
+        if self.teller.listening:
+            self.teller.tell(self._retry(error, wait, attempts))
+
+    async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
+        """The twin of `retrying`."""
+        if self.teller.listening:
+            await self.teller.atell(self._retry(error, wait, attempts))
+
+    def submitted(self, task_id: str) -> None:
+        """The client's word once a task was accepted."""
+        journal = JOURNAL.get()
+        if journal:
+            try:
+                journal.submitted(self.request_id, task_id)
+            except Exception as error:  # it is paid for: nothing may stop it now
+                logger.warning("The task %s could not be written down", task_id, exc_info=error)
+
+    def processing(self, task_id: str) -> None:
+        """The client's word at each poll of a task that has not ended."""
+        if self.teller.listening:
+            self.teller.tell(self._progress("processing", task_id=task_id))
+
+    async def aprocessing(self, task_id: str) -> None:
+        """The twin of `processing`."""
+        if self.teller.listening:
+            await self.teller.atell(self._progress("processing", task_id=task_id))
+
+    def ended_with(self, error: Exception) -> list[Event]:
+        """The events of a picture that was not made."""
+        if not self.teller.listening:
+            return []
+        blocked = isinstance(error, CogViewContentFilterError)
+        facts = {
+            "error": type(error).__name__,
+            "blocked": blocked,
+            "outcome": str(getattr(error, "outcome", Outcome.FINAL)),
+            "task_id": getattr(error, "task_id", None),
+        }
+        events = [self._progress("failed", **facts)]
+        if isinstance(error, CogViewContentFilterError):
+            events.append(self._filtered(error.content_filter, blocked=True))
+        return events
+
+    def made(self, images: list[GeneratedImage]) -> list[Event]:
+        """The events of pictures that are safe."""
+        if not self.teller.listening:
+            return []
+        events: list[Event] = [(GENERATED_EVENT, self._generated(image)) for image in images]
+        if images and images[0].content_filter:
+            events.append(self._filtered(images[0].content_filter, blocked=False))
+        return events
+
+    def _first(self) -> bool:
+        if self.sent:
+            return False
+        journal = JOURNAL.get()
+        if journal:
+            journal.sending(self.request_id, self.model)
+        self.sent = True
+        return self.teller.listening
+
+    def _progress(self, stage: str, **facts: Any) -> Event:
+        amount, currency = self.price(self.model)
+        return PROGRESS_EVENT, {
+            "stage": stage,
+            "request_id": self.request_id,
+            "model": self.model,
+            "elapsed": round(self.deadline.elapsed, 3),
+            "task_id": None,
+            "error": None,
+            "blocked": False,
+            "outcome": None,
+            "cost": None if amount is None else str(amount),
+            "currency": currency,
+            **facts,
+        }
+
+    def _retry(self, error: CogViewError, wait: float, attempts: int) -> Event:
+        return RETRY_EVENT, {
+            "request_id": self.request_id,
+            "model": self.model,
+            "attempt": attempts,
+            "wait": round(wait, 3),
+            "error": type(error).__name__,
+            "code": error.code,
+            "status": error.status,
+        }
+
+    def _generated(self, image: GeneratedImage) -> dict[str, Any]:
+        return {
+            "id": image.id,
+            "request_id": image.request_id,
+            "model": image.model,
+            "size": image.size,
+            "path": str(image.path) if image.path else None,
+            "uri": image.uri,
+            "cost": None if image.cost is None else str(image.cost),
+            "currency": image.currency,
+            "cached": image.cached,
+            "sandbox": image.sandbox,
+            "seconds": round(self.deadline.elapsed, 3),
+        }
+
+    def _filtered(self, entries: tuple[ContentFilter, ...], *, blocked: bool) -> Event:
+        return content_filter_event(
+            entries,
+            blocked=blocked,
+            model=self.model,
+            request_id=self.request_id,
+            prompt=self.prompt,
+        )

@@ -1,0 +1,906 @@
+"""The same request gives the same picture without paying, and a cache never costs one."""
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from langchain_core.caches import BaseCache, InMemoryCache
+from langchain_core.outputs import Generation
+
+from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, ImageRequest
+from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.cache import UNDATED_LINK_LIFETIME, picture_cache
+from langchain_cogview.cache_entries import CacheKey
+from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import CogViewError
+from langchain_cogview.images.download import afetch, fetch
+
+HOWS = pytest.mark.parametrize("how", ["sync", "async"])
+
+
+class SQLite(BaseCache):
+    """A LangChain cache in a file, which serializes its values."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        with closing(sqlite3.connect(self.path)) as base, base:
+            base.execute("CREATE TABLE IF NOT EXISTS entry (prompt, llm, value, PRIMARY KEY (prompt, llm))")
+
+    def lookup(self, prompt, llm_string):
+        with closing(sqlite3.connect(self.path)) as base:
+            row = base.execute("SELECT value FROM entry WHERE prompt = ? AND llm = ?", (prompt, llm_string)).fetchone()
+        return [Generation.model_validate(each) for each in json.loads(row[0])] if row else None
+
+    def update(self, prompt, llm_string, return_val):
+        value = json.dumps([each.model_dump() for each in return_val])
+        with closing(sqlite3.connect(self.path)) as base, base:
+            base.execute("REPLACE INTO entry VALUES (?, ?, ?)", (prompt, llm_string, value))
+
+    def clear(self, **kwargs):
+        with closing(sqlite3.connect(self.path)) as base, base:
+            base.execute("DELETE FROM entry")
+
+
+class Down(BaseCache):
+    """A cache whose server does not answer."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def lookup(self, prompt, llm_string):
+        self.calls += 1
+        raise ConnectionError("redis://:password@cache:6379 refused")
+
+    def update(self, prompt, llm_string, return_val):
+        self.calls += 1
+        raise ConnectionError("redis://:password@cache:6379 refused")
+
+    def clear(self, **kwargs):
+        raise ConnectionError
+
+
+class Room:
+    """Asks the cache, else draws and stores: what a call with a cache does."""
+
+    def __init__(self, sandbox, cache, how="sync", **options):
+        self.how = how
+        self.sandbox = sandbox
+        self.cache = picture_cache(cache)
+        self.options = options
+        self.generator = CogViewImageGenerator(base_url=sandbox.base_url, **options)
+        self.fetched = []
+        self.notes = []
+
+    @property
+    def paid(self):
+        return self.sandbox.pictures_made
+
+    def of(self, prompt, **arguments):
+        return self.cache.request(
+            ImageRequest(prompt=prompt, **arguments),
+            base_url=self.sandbox.base_url,
+            download=self.options.get("download", True),
+            folder=self.options.get("output_dir"),
+        )
+
+    def image(self, prompt, index=0, **arguments):
+        cached = self.of(prompt, **arguments)
+        folder = self.options.get("output_dir")
+        try:
+            if self.how == "sync":
+                return self._image(cached, prompt, index, folder, arguments)
+            return asyncio.run(self._aimage(cached, prompt, index, folder, arguments))
+        finally:
+            self.notes = cached.notes
+
+    def _image(self, cached, prompt, index, folder, arguments):
+        def refetch(url):
+            self.fetched.append(url)
+            try:
+                return fetch(sender(self.sandbox.base_url), url, deadline=Deadline(0.5), folder=folder)
+            except CogViewError as error:
+                return error
+
+        found = cached.lookup(index, refetch)
+        if found is None:
+            found = self.generator.invoke(prompt, **arguments).images[0]
+            cached.store(index, found)
+        return found
+
+    async def _aimage(self, cached, prompt, index, folder, arguments):
+        async def refetch(url):
+            self.fetched.append(url)
+            try:
+                return await afetch(asender(self.sandbox.base_url), url, deadline=Deadline(0.5), folder=folder)
+            except CogViewError as error:
+                return error
+
+        found = await cached.alookup(index, refetch)
+        if found is None:
+            found = (await self.generator.ainvoke(prompt, **arguments)).images[0]
+            await cached.astore(index, found)
+        return found
+
+
+@pytest.fixture(params=["memory", "sqlite", "directory"])
+def cache(request, tmp_path):
+    return {
+        "memory": InMemoryCache,
+        "sqlite": lambda: SQLite(tmp_path / "cache.db"),
+        "directory": lambda: str(tmp_path / "cache"),
+    }[request.param]()
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def facts(image) -> dict:
+    return image.model_dump(exclude={"cached", "cost", "path"})
+
+
+# What is a hit.
+
+
+@HOWS
+def test_the_same_request_gives_the_same_picture_and_is_paid_once(sandbox, cache, how, tmp_path):
+    room = Room(sandbox, cache, how, output_dir=tmp_path / "out")
+    made, again = room.image("a kitten"), room.image("a kitten")
+    assert room.paid == 1
+    assert (again.cached, again.cost) == (True, Decimal(0))
+    assert facts(again) == facts(made)
+    assert (again.path, again.read()) == (made.path, made.read())
+    assert not made.cached
+    assert room.fetched == []
+    assert room.notes == []
+
+
+@HOWS
+def test_without_a_folder_the_picture_is_in_memory_again(sandbox, cache, how):
+    room = Room(sandbox, cache, how)
+    made, again = room.image("a kitten"), room.image("a kitten")
+    assert (room.paid, again.cached, again.url) == (1, True, made.url)
+    if again.path:
+        again.path.unlink()
+    sandbox.reset()
+    assert again.read() == made.read()
+
+
+OTHERS = [
+    {"prompt": "a kitten "},
+    {"prompt": "A kitten"},
+    {"model": "cogview-4"},
+    {"size": "1344x768"},
+    {"quality": "hd"},
+    {"watermark_enabled": True},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_what_decides_the_picture_is_another_request(other):
+    one, another = ImageRequest(prompt="a kitten"), ImageRequest(**{"prompt": "a kitten", **other})
+    assert CacheKey.of(one, 0, "sandbox:").digest != CacheKey.of(another, 0, "sandbox:").digest
+
+
+def test_the_service_and_the_place_among_several_decide_too():
+    request = ImageRequest(prompt="a kitten", n=2)
+    keys = [
+        CacheKey.of(request, index, url) for index in (0, 1) for url in ("sandbox:", "https://api.z.ai/api/paas/v4")
+    ]
+    assert len({key.digest for key in keys}) == len({key.llm_string for key in keys}) == 4
+
+
+def test_who_asks_for_how_many_and_what_is_said_by_default_decide_nothing():
+    one = ImageRequest(prompt="a kitten")
+    another = ImageRequest(
+        prompt="a kitten", model="CogView-4-250304", size="1024x1024", quality="standard", user_id="somebody", n=3
+    )
+    assert CacheKey.of(one, 0, "sandbox:") == CacheKey.of(another, 0, "sandbox:")
+
+
+def test_the_key_is_the_same_in_every_version_that_reads_these_entries():
+    key = CacheKey.of(ImageRequest(prompt="猫 🐈"), 1, "https://open.bigmodel.cn/api/paas/v4")
+    assert key.prompt == "猫 🐈"
+    assert key.llm_string == (
+        'langchain-cogview:1:{"base_url":"https://open.bigmodel.cn/api/paas/v4","index":1,"model":"cogview-4-250304",'
+        '"quality":"standard","size":"1024x1024","watermark_enabled":null}'
+    )
+    assert key.digest == "f52fb80fc62b694c66cbbdca5f666dea898cc4af8c6d1a6146eb4a31e82838fb"
+
+
+def test_a_picture_that_another_model_drew_is_not_kept_for_the_one_asked_for(sandbox, tmp_path):
+    room = Room(sandbox, tmp_path / "cache")
+    drawn = room.generator.invoke("a kitten", model="cogview-3-flash").images[0]
+    room.of("a kitten").store(0, drawn)
+    assert room.of("a kitten").lookup(0, None) is None
+    room.of("a kitten", model="cogview-3-flash").store(0, drawn)
+    assert room.of("a kitten", model="cogview-3-flash").lookup(0, None).model == "cogview-3-flash"
+
+
+def test_a_hit_costs_nothing_and_repeats_no_old_warning(sandbox, tmp_path):
+    room = Room(sandbox, tmp_path / "cache")
+    made = room.generator.invoke("a kitten").images[0]
+    paid = {"cost": Decimal("0.06"), "currency": "CNY", "warnings": ("It could not be saved.",)}
+    room.of("a kitten").store(0, made.model_copy(update=paid))
+    hit = room.of("a kitten").lookup(0, None)
+    assert (hit.cost, hit.currency, hit.warnings) == (Decimal(0), "CNY", ())
+    assert hit.to_pil().size == (1024, 1024)
+
+
+def test_a_hit_is_not_stored_again(sandbox):
+    down = Room(sandbox, Down())
+    down.of("a kitten").store(0, down.generator.invoke("a kitten").images[0].model_copy(update={"cached": True}))
+    assert down.cache.entries.cache.calls == 0
+
+
+def test_a_link_that_ends_after_it_was_stored_is_not_asked(sandbox):
+    room = Room(sandbox, InMemoryCache())
+    made = room.generator.invoke("a kitten").images[0]
+    room.of("a kitten").store(0, made.model_copy(update={"url": "https://sandbox.invalid/pictures/a.png?Expires=1"}))
+    asked = []
+    assert room.of("a kitten").lookup(0, asked.append) is None
+    assert asked == []
+
+
+def test_neither_bytes_nor_key_are_in_a_langchain_cache(sandbox):
+    class Seen(InMemoryCache):
+        def update(self, prompt, llm_string, return_val):
+            super().update(prompt, llm_string, return_val)
+            self.texts = [prompt, llm_string, *(each.text for each in return_val)]
+
+    cache = Seen()
+    Room(sandbox, cache, api_key="0123456789abcdef.secret").image("a kitten")
+    assert len(cache.texts) == 3
+    assert max(map(len, cache.texts)) < 2000
+    assert "secret" not in "".join(cache.texts)
+
+
+# Where the picture is gone.
+
+
+@HOWS
+@pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
+def test_a_file_that_is_not_as_it_was_is_fetched_anew_while_the_link_lives(sandbox, how, harm, tmp_path):
+    room = Room(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
+    made = room.image("a kitten")
+    content = made.read()
+    spoil(made.path, harm)
+    again, third = room.image("a kitten"), room.image("a kitten")
+    assert (room.paid, len(room.fetched)) == (1, 1)
+    assert again.cached
+    assert again.read() == content
+    assert again.path != made.path or harm == "deleted"
+    assert third.path == again.path  # and that is remembered
+
+
+@HOWS
+@pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
+def test_without_file_and_link_it_is_no_hit(sandbox, how, harm, tmp_path):
+    room = Room(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
+    made = room.image("a kitten")
+    spoil(made.path, harm)
+    sandbox.reset()  # the host knows the link no more
+    again = room.image("a kitten")
+    assert (room.paid, again.cached) == (1, False)
+    assert again.request_id != made.request_id
+    assert room.image("a kitten").path == again.path
+
+
+def spoil(path: Path, harm: str) -> None:
+    content = path.read_bytes()
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "changed":
+        path.write_bytes(content[:-20] + bytes(20))
+    elif harm == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+        path.mkdir()
+
+
+@HOWS
+@pytest.mark.parametrize("download", [True, False])
+def test_a_link_that_has_ended_is_no_hit(sandbox, cache, how, download):
+    room = Room(sandbox, cache, how, download=download)
+    images = [room.image("a kitten [[expired-url]]") for _ in range(2)]
+    assert [image.cached for image in images] == [False, False]
+    assert room.paid == 2
+    assert room.fetched == []  # its own text tells that it has ended
+
+
+def test_a_link_where_nothing_is_yet_is_no_hit_and_is_asked_again_next_time(sandbox):
+    room = Room(sandbox, InMemoryCache())
+    prompt = "a kitten [[not-yet]]"
+    linked = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke(prompt).images[0]
+    cached = room.of(prompt)
+    cached.store(0, linked)
+    answers = []
+
+    def refetch(url):
+        try:
+            answers.append(fetch(sender(sandbox.base_url), url, deadline=Deadline(0.5)))
+        except CogViewError as error:
+            answers.append(error)
+        return answers[-1]
+
+    assert cached.lookup(0, refetch) is None
+    assert cached.lookup(0, refetch).url == linked.url
+    assert isinstance(answers[0], CogViewError)
+    assert cached.notes == []
+
+
+def test_a_link_that_gives_another_picture_is_no_hit(sandbox, tmp_path):
+    out = tmp_path / "out"
+    room = Room(sandbox, SQLite(tmp_path / "cache.db"), output_dir=out)
+    made = room.image("a kitten")
+    made.path.unlink()
+    other = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a dog").images[0]
+
+    def refetch(url):
+        return fetch(sender(sandbox.base_url), other.url, deadline=Deadline(5), folder=out)
+
+    assert room.of("a kitten").lookup(0, refetch) is None
+    assert files(out) == []
+
+
+@HOWS
+def test_who_wants_the_link_alone_gets_one_that_lives(sandbox, cache, how, tmp_path):
+    saved = Room(sandbox, cache, how, output_dir=tmp_path / "out").image("a kitten")
+    room = Room(sandbox, cache, how, download=False)
+    again = room.image("a kitten")
+    assert (room.paid, again.cached, again.url, again.path) == (1, True, saved.url, None)
+    assert (again.width, again.sha256) == (saved.width, saved.sha256)
+    assert room.fetched == []
+    assert again.read() == saved.read()
+
+
+def test_who_wants_the_bytes_gets_them_of_a_picture_that_was_a_link_alone(sandbox, cache, tmp_path):
+    linked = Room(sandbox, cache, download=False).image("a kitten")
+    room = Room(sandbox, cache, output_dir=tmp_path / "out")
+    again, third = room.image("a kitten"), room.image("a kitten")
+    assert (room.paid, len(room.fetched)) == (1, 1)
+    assert (again.url, again.request_id, again.size_bytes) == (linked.url, linked.request_id, len(again.read()))
+    assert third.path == again.path
+
+
+@pytest.mark.parametrize(("age", "hit"), [(-60.0, True), (60.0, False)])
+def test_a_link_without_an_end_is_trusted_for_a_day(sandbox, age, hit):
+    room = Room(sandbox, InMemoryCache(), download=False)
+    made = room.generator.invoke("a kitten").images[0]
+    asked = datetime.now(UTC) - UNDATED_LINK_LIFETIME
+    undated = {
+        "url": "https://mfile.z.ai/a.png",
+        "expires_at": None,
+        "created": int(asked.timestamp() - age),
+        "sha256": "0" * 64,
+    }
+    cached = room.of("a kitten")
+    cached.store(0, made.model_copy(update=undated))
+    assert (cached.lookup(0, lambda url: None) is not None) is hit
+
+
+# Where the caller wants it.
+
+
+@HOWS
+def test_another_folder_gets_a_file_of_its_own_and_only_one(sandbox, cache, how, tmp_path):
+    first = Room(sandbox, cache, how, output_dir=tmp_path / "a").image("a kitten")
+    room = Room(sandbox, cache, how, output_dir=tmp_path / "b")
+    found = [room.image("a kitten") for _ in range(3)]
+    assert (room.paid, room.fetched) == (1, [])
+    assert files(tmp_path / "b") == [found[0].path] == list({image.path for image in found})
+    assert found[0].read() == first.read()
+    assert f"-{first.request_id[:8]}-" in found[0].path.name
+    assert Room(sandbox, cache, how, output_dir=tmp_path / "a").image("a kitten").path == first.path
+
+
+def test_a_file_is_never_saved_over_another(sandbox, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    Room(sandbox, cache).image("a kitten")
+    room = Room(sandbox, cache, output_dir=out)
+    first = room.image("a kitten").path
+    first.write_text("mine")
+    second = room.image("a kitten").path
+    assert first.read_text() == "mine"
+    assert files(out) == sorted([first, second])
+    assert room.image("a kitten").path == second
+    assert room.paid == 1
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_bytes_in_memory(sandbox, tmp_path):
+    made = Room(sandbox, tmp_path / "cache").image("a kitten")
+    (tmp_path / "out").write_text("a file")
+    room = Room(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
+    again = room.of("a kitten").lookup(0, lambda url: None)
+    assert (again.cached, again.path, again.read()) == (True, None, made.read())
+    assert "could not be saved in output_dir" in again.warnings[0]
+
+
+# Storage elsewhere.
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    pytest.importorskip("fsspec")
+    from langchain_cogview.images.remote import remote_folder
+
+    return remote_folder(f"memory://{tmp_path.name}/pictures")
+
+
+def removed(uri):
+    import fsspec
+
+    fsspec.filesystem("memory").rm(uri)
+
+
+class Elsewhere:
+    """Looks a picture up for a caller who saves elsewhere."""
+
+    def __init__(self, room, folder, how):
+        self.room, self.folder, self.how = room, folder, how
+        self.fetched = []
+        self.notes = None
+
+    def found(self, prompt):
+        base_url = self.room.sandbox.base_url
+        cached = self.room.cache.request(ImageRequest(prompt=prompt), base_url=base_url, folder=self.folder)
+        self.notes = cached.notes
+
+        def refetch(url):
+            self.fetched.append(url)
+            return fetch(sender(base_url), url, deadline=Deadline(0.9), folder=self.folder)
+
+        async def arefetch(url):
+            self.fetched.append(url)
+            return await afetch(asender(base_url), url, deadline=Deadline(0.9), folder=self.folder)
+
+        if self.how == "sync":
+            return cached.lookup(0, refetch)
+        return asyncio.run(cached.alookup(0, arefetch))
+
+
+@HOWS
+def test_a_picture_elsewhere_is_a_hit_as_long_as_it_can_be_read(sandbox, elsewhere, how, tmp_path):
+    linked = Room(sandbox, SQLite(tmp_path / "cache.db"), download=False)
+    linked.image("a kitten")
+    caller = Elsewhere(linked, elsewhere, how)
+    first, second = caller.found("a kitten"), caller.found("a kitten")
+    assert len(caller.fetched) == 1
+    assert first.uri.startswith("memory://")
+    assert (second.uri, second.path, second.cached) == (first.uri, None, True)
+    in_memory = Elsewhere(linked, None, how).found("a kitten")
+    sandbox.reset()
+    assert in_memory.uri == first.uri
+    assert len(in_memory.read()) == first.size_bytes
+    removed(first.uri)
+    assert caller.found("a kitten") is None  # the link was asked once more, and is gone as well
+    assert (len(caller.fetched), caller.notes) == (2, [])
+
+
+@HOWS
+def test_a_directory_keeps_the_bytes_of_a_picture_that_was_saved_elsewhere(sandbox, elsewhere, how, tmp_path):
+    room = Room(sandbox, tmp_path / "cache", download=False)
+    linked = room.image("a kitten")
+    fetched = Elsewhere(room, elsewhere, how).found("a kitten")
+    removed(fetched.uri)
+    sandbox.reset()
+    kept = Elsewhere(room, None, how).found("a kitten")
+    assert (kept.request_id, len(kept.read())) == (linked.request_id, fetched.size_bytes)
+
+
+@HOWS
+def test_a_directory_saves_elsewhere_again_what_is_gone_there(sandbox, elsewhere, how, tmp_path):
+    room = Room(sandbox, tmp_path / "cache")
+    made = room.image("a kitten")
+    caller = Elsewhere(room, elsewhere, how)
+    first = caller.found("a kitten")
+    assert first.uri.startswith(f"{elsewhere.url}/")
+    assert caller.found("a kitten").uri == first.uri
+    removed(first.uri)
+    again = caller.found("a kitten")
+    assert again.uri == first.uri
+    assert again.sha256 == made.sha256
+    assert caller.fetched == []
+
+
+@HOWS
+def test_a_store_that_cannot_be_reached_leaves_the_bytes_in_memory(sandbox, how, tmp_path):
+    pytest.importorskip("fsspec")
+    from langchain_cogview.images.remote import RemoteFolder
+
+    room = Room(sandbox, tmp_path / "cache")
+    made = room.image("a kitten")
+    found = Elsewhere(room, RemoteFolder("nosuch://bucket"), how).found("a kitten")
+    assert (found.cached, found.uri, found.read()) == (True, None, made.read())
+    assert "could not be saved in output_dir (nosuch://bucket)" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9/a.png", "file:///etc/passwd", "simplecache::memory://a", "nosuch://a"]
+)
+def test_an_entry_cannot_make_other_addresses_be_read(sandbox, tmp_path, uri):
+    room = Room(sandbox, SQLite(tmp_path / "cache.db"))
+    made = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a kitten").images[0]
+    room.of("a kitten").store(0, made.model_copy(update={"uri": uri, "url": None}))
+    assert room.of("a kitten").lookup(0, None) is None
+
+
+# A directory.
+
+
+def test_a_directory_outlives_link_and_file(sandbox, tmp_path):
+    out = tmp_path / "out"
+    room = Room(sandbox, tmp_path / "cache", output_dir=out)
+    made = room.image("a kitten")
+    content = made.read()
+    made.path.unlink()
+    sandbox.reset()
+    again = room.image("a kitten")
+    assert (again.path.parent, again.read()) == (out, content)
+    assert files(out) == [again.path]
+    in_memory = Room(sandbox, tmp_path / "cache").image("a kitten")
+    assert in_memory.path.is_relative_to(tmp_path / "cache" / "pictures")
+    assert in_memory.path.read_bytes() == in_memory.read() == content
+    assert sandbox.pictures_made == 0
+
+
+def test_equal_pictures_are_stored_once(sandbox, tmp_path):
+    room = Room(sandbox, tmp_path / "cache")
+    made = room.image("a kitten")
+    room.of("another prompt").store(0, made)
+    assert len(files(tmp_path / "cache" / "pictures")) == 1
+    assert len(files(tmp_path / "cache" / "entries")) == 2
+
+
+@pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
+def test_spoiled_bytes_in_a_directory_are_no_hit_and_are_mended(sandbox, harm, tmp_path):
+    room = Room(sandbox, tmp_path / "cache")
+    room.image("a kitten")
+    spoil(files(tmp_path / "cache" / "pictures")[0], harm)
+    sandbox.reset()
+    assert not room.image("a kitten").cached
+    if harm != "replaced by a folder":
+        assert room.image("a kitten").cached
+        assert room.paid == 1
+    else:
+        assert room.notes == ["The cache could not be written: Is a directory."]
+
+
+SPOILED = {
+    "empty": "",
+    "cut": lambda text: text[: len(text) // 2],
+    "no JSON": "\x00\xff",
+    "other JSON": "[1]",
+    "deep": "[" * 100_000,
+    "of another kind": '{"type": "llm"}',
+    "of another request": lambda text: text.replace('"key": "', '"key": "0'),
+    "without a picture": lambda text: json.dumps({**json.loads(text), "image": {}}),
+    "with a path for a hash": lambda text: text.replace('"sha256": "', '"sha256": "../../'),
+}
+
+
+@HOWS
+@pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED)
+def test_a_damaged_or_foreign_entry_is_no_hit_and_is_replaced(sandbox, how, spoiled, tmp_path, caplog):
+    room = Room(sandbox, tmp_path / "cache", how)
+    room.image("a kitten")
+    (entry,) = files(tmp_path / "cache" / "entries")
+    text = entry.read_text()
+    entry.write_text(spoiled(text) if callable(spoiled) else spoiled)
+    assert not room.image("a kitten").cached
+    assert "damaged or foreign" in caplog.text
+    assert room.notes == []
+    assert room.image("a kitten").cached
+    assert room.paid == 2
+
+
+@pytest.mark.parametrize(
+    "foreign", [[], [Generation(text="a poem")], [Generation(text="")], "text", [None], 7, {"a": 1}], ids=repr
+)
+def test_what_others_left_in_a_langchain_cache_is_no_hit(sandbox, foreign):
+    class Foreign(InMemoryCache):
+        def lookup(self, prompt, llm_string):
+            return foreign
+
+    room = Room(sandbox, Foreign())
+    assert not room.image("a kitten").cached
+    assert room.notes == []
+
+
+def test_a_cache_that_answers_for_similar_prompts_gives_only_the_same(sandbox):
+    class Similar(InMemoryCache):
+        def lookup(self, prompt, llm_string):
+            return next(iter(self._cache.values()), None)
+
+    room = Room(sandbox, Similar())
+    room.image("a kitten")
+    assert not room.image("a small cat").cached
+
+
+# A cache that fails.
+
+
+@HOWS
+def test_a_cache_that_is_down_costs_nothing_but_a_note(sandbox, how, caplog):
+    room = Room(sandbox, Down(), how)
+    image = room.image("a kitten")
+    assert (image.cached, image.read()[:4], room.paid) == (False, b"\x89PNG", 1)
+    assert room.cache.entries.cache.calls == 2
+    assert room.notes == [
+        "The cache could not be read: ConnectionError.",
+        "The cache could not be written: ConnectionError.",
+    ]
+    assert [record.name for record in caplog.records].count("langchain_cogview.cache") == 1
+
+
+@HOWS
+def test_a_directory_that_cannot_be_used_costs_nothing_but_a_note(sandbox, how, tmp_path):
+    room = Room(sandbox, tmp_path / "cache", how)
+    (tmp_path / "cache").write_text("a file by now")
+    assert not room.image("a kitten").cached
+    assert len(room.notes) == 2
+    assert room.notes[0] == "The cache could not be read: Not a directory."
+
+
+@HOWS
+def test_a_fetch_that_raises_is_no_hit(sandbox, how):
+    room = Room(sandbox, InMemoryCache(), how)
+    room.image("a kitten")
+    cached = room.of("a kitten")
+
+    def refetch(url):
+        raise OSError(28, "No space left on device")
+
+    found = cached.lookup(0, refetch) if how == "sync" else asyncio.run(cached.alookup(0, refetch))
+    assert found is None
+    assert cached.notes == ["The cache could not be read: No space left on device."]
+
+
+async def test_a_cancelled_lookup_ends_at_once():
+    class Slow(InMemoryCache):
+        async def alookup(self, prompt, llm_string):
+            entered.set()
+            await asyncio.Event().wait()
+
+    entered = asyncio.Event()
+    cached = picture_cache(Slow()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
+    task = asyncio.create_task(cached.alookup(0, None))
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cached.notes == []
+
+
+# What may be given.
+
+
+@pytest.mark.parametrize(
+    "wrong", [True, False, None, 7, {}, InMemoryCache, "", "  ", "redis://:password@host", Path("s3://b")]
+)
+def test_what_is_neither_cache_nor_directory_is_refused(wrong):
+    with pytest.raises(CogViewConfigurationError) as caught:
+        picture_cache(wrong)
+    assert "cache" in str(caught.value)
+    assert "password" not in str(caught.value)
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "cache").write_text("x")
+    with pytest.raises(CogViewConfigurationError, match="is a file"):
+        picture_cache(tmp_path / "cache")
+
+
+def test_a_directory_is_found_from_wherever_the_program_goes_and_made_when_needed(sandbox, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    here, home = Room(sandbox, "cache"), Room(sandbox, "~/cache")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    here.image("a kitten")
+    home.image("a dog")
+    assert (tmp_path / "cache" / "entries").is_dir()
+    assert (tmp_path / "home" / "cache" / "entries").is_dir()
+
+
+# Many at once.
+
+
+CHILD = """
+import sys
+from langchain_cogview import CogViewImageGenerator, ImageRequest
+from langchain_cogview.cache import picture_cache
+generator = CogViewImageGenerator(base_url="sandbox:")
+cache = picture_cache(sys.argv[1])
+for number in range(int(sys.argv[3])):
+    request = ImageRequest(prompt=f"kitten {number % 7}", size="512x512")
+    cached = cache.request(request, base_url=sys.argv[2])
+    image = cached.lookup(0, lambda url: None)
+    if image is None:
+        image = generator.invoke(request).images[0]
+        cached.store(0, image)
+    assert len(image.read()) == image.size_bytes
+    assert not cached.notes, cached.notes
+    print(image.cached, flush=True)
+"""
+
+
+def child(*arguments):
+    return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+
+
+def test_another_process_finds_what_this_one_stored(sandbox, tmp_path):
+    room = Room(sandbox, tmp_path / "cache")
+    for number in range(3):
+        room.image(f"kitten {number}", size="512x512")
+    out, _ = child(tmp_path / "cache", sandbox.base_url, 4).communicate(timeout=60)
+    assert out.split() == ["True", "True", "True", "False"]
+    assert room.image("kitten 3", size="512x512").cached
+
+
+@pytest.mark.heavy
+def test_processes_write_at_once_and_are_killed_and_every_entry_stays_whole(sandbox, tmp_path):
+    cache = tmp_path / "cache"
+    writers = [child(cache, sandbox.base_url, 100_000) for _ in range(2)]
+    for writer in writers:  # each in the midst of its work
+        for _ in range(10):
+            assert writer.stdout.readline()
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.communicate(timeout=60)
+    room = Room(sandbox, cache)
+    assert [room.image(f"kitten {number}", size="512x512").cached for number in range(7)] == [True] * 7
+    assert len([path for path in files(cache) if path.suffix == ".json"]) == 7
+
+
+def test_threads_that_hit_at_once_share_one_file(sandbox, tmp_path):
+    Room(sandbox, tmp_path / "cache").image("a kitten")
+    found, start = [], threading.Barrier(8)
+
+    def hit():
+        room = Room(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
+        start.wait()
+        found.append(room.image("a kitten"))
+
+    threads = [threading.Thread(target=hit) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert files(tmp_path / "out") == list({image.path for image in found})
+    assert len(found) == 8
+    assert sandbox.pictures_made == 1
+
+
+@HOWS
+def test_equal_requests_in_turns_are_paid_once(sandbox, cache, how):
+    sandbox.latency = 0.05
+    room = Room(sandbox, cache)
+
+    def one():
+        with room.of("a kitten").turn(0, 30):
+            return room.image("a kitten")
+
+    async def aone():
+        async with room.of("a kitten").aturn(0, 30):
+            return await room._aimage(room.of("a kitten"), "a kitten", 0, None, {})
+
+    async def all_of_them():
+        return await asyncio.gather(*(aone() for _ in range(5)))
+
+    if how == "async":
+        found = asyncio.run(all_of_them())
+    else:
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(one())) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(image.cached for image in found) == [False, True, True, True, True]
+    assert room.paid == 1
+
+
+def test_a_thousand_entries_are_found_without_listing_any(sandbox, tmp_path, monkeypatch):
+    room = Room(sandbox, tmp_path / "cache")
+    made = room.image("kitten 0", size="512x512")
+    for number in range(1, 1000):
+        room.of(f"kitten {number}", size="512x512").store(0, made.model_copy(update={"prompt": f"kitten {number}"}))
+
+    def listed(*arguments):
+        raise AssertionError("a folder was listed")
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, listed)
+    found = [room.of(f"kitten {number}", size="512x512").lookup(0, lambda url: None) for number in range(1000)]
+    assert [image.prompt for image in found] == [f"kitten {number}" for number in range(1000)]
+    assert all(image.cached for image in found)
+    assert room.of("kitten 1000", size="512x512").lookup(0, lambda url: None) is None
+
+
+def test_sync_and_async_have_the_same_arguments():
+    cached = picture_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
+    for name in ("lookup", "store", "turn"):
+        pair = [list(inspect.signature(getattr(cached, each)).parameters) for each in (name, f"a{name}")]
+        assert pair[0] == pair[1]
+
+
+# --- as a generator uses it
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize("where", ["memory", "directory"])
+def test_the_same_request_is_paid_once(sandbox, tmp_path, how, where):
+    cache = InMemoryCache() if where == "memory" else tmp_path / "cache"
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path / "out", cache=cache)
+
+    def invoke(given):
+        return generator.invoke(given) if how == "sync" else asyncio.run(generator.ainvoke(given))
+
+    first, second, third = invoke("a fox"), invoke("a fox"), invoke({"prompt": "a fox", "n": 2})
+    assert (first.cached, second.cached, third.cached) == (False, True, False)
+    assert [image.cached for image in third.images] == [True, False]
+    assert (second.cost, second.sha256, second.path) == (0, first.sha256, first.path)
+    assert sandbox.pictures_made == 2
+
+
+@pytest.mark.parametrize("how", ["batch", "abatch"])
+def test_equal_requests_under_way_at_once_are_paid_once(sandbox, tmp_path, how):
+    sandbox.latency = 0.05
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, cache=tmp_path)
+    prompts = ["a fox", "a hare"] * 5
+    results = generator.batch(prompts) if how == "batch" else asyncio.run(generator.abatch(prompts))
+    assert [result.prompt for result in results] == prompts
+    assert sandbox.pictures_made == 2
+
+
+def test_a_cached_picture_counts_for_no_budget_and_tells_that_it_is_there(sandbox, tmp_path):
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    from langchain_cogview import CogViewImageTool
+
+    class Heard(BaseCallbackHandler):
+        names = ()
+
+        def on_custom_event(self, name, data, **kwargs):
+            self.names = (*self.names, (name, data.get("cached")))
+
+    heard = Heard()
+    tool = CogViewImageTool(
+        base_url=sandbox.base_url, output_dir=tmp_path / "out", cache=tmp_path / "cache", max_images=2
+    )
+    for _ in range(4):
+        assert "Made 1 image" in tool.invoke({"prompt": "a fox"})
+    tool.invoke({"prompt": "a fox"}, {"callbacks": [heard]})
+    assert heard.names == (("cogview.generated", True),)
+    assert "Made 1 image" in tool.invoke({"prompt": "a hare"})
+
+
+def test_a_cache_that_fails_costs_no_picture_and_the_result_says_so(sandbox):
+    class Down(InMemoryCache):
+        def lookup(self, prompt, llm_string):
+            raise ConnectionError("down")
+
+        update = lookup
+
+    result = CogViewImageGenerator(base_url=sandbox.base_url, cache=Down()).invoke("a fox")
+    assert result.images
+    assert any("cache" in warning.lower() for warning in result.warnings)
+
+
+@pytest.mark.parametrize("cache", [True, "", "redis://host", object()])
+def test_what_is_no_cache_is_refused_at_once(cache):
+    with pytest.raises((ValueError, CogViewError)):
+        CogViewImageGenerator(base_url="sandbox:", cache=cache)

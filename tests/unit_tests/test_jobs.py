@@ -1,0 +1,801 @@
+"""What a user relies on: every prompt is drawn once, over as many runs as it takes, and nothing is paid twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from langchain_core.rate_limiters import BaseRateLimiter
+from PIL import Image
+
+from langchain_cogview import CogViewImageGenerator, Sandbox
+from langchain_cogview.errors import (
+    CogViewAuthenticationError,
+    CogViewConfigurationError,
+    CogViewConnectionError,
+    CogViewInvalidRequestError,
+    CogViewStorageError,
+)
+from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
+from langchain_cogview.sandbox import SandboxServer
+
+SMALL = {"size": "640x512"}
+PICTURES = "*.png"
+
+
+@pytest.fixture(params=["sync", "async"])
+def run(request, sandbox, tmp_path):
+    """A job in the sandbox, by either twin."""
+
+    def work(prompts, output_dir=tmp_path / "out", **options):
+        if "generator" not in options:
+            options = {"base_url": sandbox.base_url, **SMALL, **options}
+        if request.param == "sync":
+            return run_job(prompts, output_dir, progress=False, **options)
+        return asyncio.run(arun_job(prompts, output_dir, progress=False, **options))
+
+    return work
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def attempts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def sent(sandbox: Sandbox) -> list[str]:
+    return [request.prompt for request in sandbox.requests]
+
+
+def paid(sandbox: Sandbox) -> list[str]:
+    return [entry.prompt for entry in sandbox.ledger]
+
+
+def forget(folder: Path, *prompts: str) -> None:
+    """Take lines out of the manifest, as a process leaves it that is killed before it writes them."""
+    kept = [line for line in lines(folder) if line["arguments"]["prompt"] not in prompts]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def lose(folder: Path, *prompts: str) -> None:
+    """As one that is killed before it has the pictures."""
+    for line in lines(folder):
+        if line["arguments"]["prompt"] in prompts:
+            for image in line["images"]:
+                (folder / image["file"]).unlink()
+    forget(folder, *prompts)
+
+
+# --- the ordinary way
+
+
+def test_each_prompt_gets_a_picture_and_a_line(run, out, sandbox):
+    report = run(["a cat", "", {"prompt": "a dog", "size": "512x512", "mood": "calm"}, "a fox"])
+    assert (report.made, report.skipped, report.left, report.pictures) == (3, 0, 0, 3)
+    assert (report.cost, report.stopped, report.unknown, report.errors) == ({"CNY": Decimal(0)}, None, (), {})
+    found = sorted(lines(out), key=lambda line: line["line"])
+    assert [(line["line"], line["status"]) for line in found] == [(1, "made"), (3, "made"), (4, "made")]
+    assert found[1]["arguments"] == {
+        "prompt": "a dog", "model": "cogview-4-250304", "size": "512x512", "quality": "standard", "n": 1,
+    }  # fmt: skip
+    assert found[1]["extra"] == {"mood": "calm"}
+    assert "extra" not in found[0]
+    for line in found:
+        (image,) = line["images"]
+        path = out / image["file"]
+        with Image.open(path) as picture:
+            assert (picture.width, picture.height) == (image["width"], image["height"])
+        assert image["size_bytes"] == path.stat().st_size
+        assert image["mime_type"] == "image/png"
+        assert len(image["sha256"]) == 64
+        assert (line["cost"], line["currency"], line["sandbox"], image["cached"]) == ("0", "CNY", True, False)
+        assert line["request_ids"] == [image["request_id"]]
+        assert line["finished"].endswith("Z")
+        assert 0 < line["seconds"] < 60
+        assert line["failures"] == line["given_up"] == []
+    assert {path.name for path in out.glob(PICTURES)} == {line["images"][0]["file"] for line in found}
+    assert [*report.items()] == lines(out)
+    assert report.manifest == out / "manifest.jsonl"
+    assert "a dog" in report.contact_sheet.read_text()
+    json.dumps(report.to_dict())
+
+
+def test_what_is_in_the_manifest_is_not_sent_again_though_the_file_has_grown_and_is_sorted_anew(run, sandbox):
+    run(["a cat", "a dog"])
+    again = run(["a hare", "a dog", "a cat"])
+    assert sorted(sent(sandbox)) == ["a cat", "a dog", "a hare"]
+    assert (again.made, again.skipped) == (1, 2)
+    assert run(["a cat"]).skipped == 1
+    assert sandbox.pictures_made == 3
+
+
+def test_lines_that_say_the_same_are_drawn_each_and_told_by_number(run, out, sandbox):
+    prompts = ["a cat", "a dog", "a cat", {"prompt": "a cat", "size": "640x512"}]
+    plan = plan_job(prompts, out, base_url=sandbox.base_url, **SMALL)
+    assert plan.duplicates == (3, 4)
+    assert "2 duplicate lines (the same as one before): 3, 4." in str(plan)
+    assert run(prompts).made == 4
+    assert len(lines(out)) == len([*out.glob(PICTURES)]) == 4
+    assert run(prompts).skipped == 4
+    assert sandbox.pictures_made == 4
+
+
+def test_unique_draws_them_once(run, out, sandbox):
+    assert run(["a cat", "a dog", "a cat"], unique=True).made == 2
+    assert sorted(sent(sandbox)) == ["a cat", "a dog"]
+    assert run(["a cat", "a dog", "a cat"]).made == 1
+
+
+def test_a_generator_can_be_given_and_keeps_its_settings(run, out, sandbox, tmp_path):
+    generator = CogViewImageGenerator(
+        base_url=sandbox.base_url, size="512x512", download=False, user_id="user-123", model="cogview-4"
+    )
+    assert run(["a cat"], generator=generator).made == 1
+    (line,) = lines(out)
+    assert {"size": "512x512", "user_id": "user-123", "model": "cogview-4"}.items() <= line["arguments"].items()
+    with pytest.raises(CogViewConfigurationError, match="does not go with a generator"):
+        run(["a cat"], generator=generator, model="glm-image")
+
+
+def test_handlers_hear_of_every_picture(run, sandbox):
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    class Ear(BaseCallbackHandler):
+        heard = []
+
+        def on_custom_event(self, name, data, **kwargs):
+            self.heard.append(name)
+
+    run(["a cat", "a dog [[content-filter]]"], config={"callbacks": [Ear()]})
+    assert Ear.heard.count("cogview.generated") == 1
+    assert Ear.heard.count("cogview.content_filter") == 1
+
+
+# --- before anything is sent
+
+BAD = ["a cat", {"prompt": "x", "size": "1000x1000"}, " ", {"prompt": "x", "n": "many"}, {"text": "x"}, 7]
+
+
+def test_a_line_that_cannot_be_drawn_refuses_the_job_with_every_number(run, out, sandbox):
+    with pytest.raises(CogViewInvalidRequestError) as caught:
+        run(BAD)
+    assert caught.value.message == "4 lines of 5 cannot be drawn; nothing was sent."
+    told = "\n".join(caught.value.__notes__)
+    for start in ("Line 2: size: The size '1000x1000'", "Line 4: n: ", "Line 5: The key 'prompt'", "Line 6: A prompt"):
+        assert start in told
+    assert sandbox.requests == []
+    assert not out.exists()
+
+
+def test_skip_bad_leaves_them_out(run, out, sandbox):
+    report = run(BAD, skip_bad=True)
+    assert (report.made, report.bad) == (1, 4)
+    assert sent(sandbox) == ["a cat"]
+
+
+def test_arguments_illegal_for_the_model_of_the_line_are_found(sandbox, out):
+    rows = [
+        {"prompt": "x" * 1001, "model": "glm-image", "size": "1280x1280"},
+        {"prompt": "x", "model": "glm-image", "size": "1280x1280", "quality": "standard"},
+        {"prompt": "x", "user_id": "short"},
+        {"prompt": "\ud800"},
+        {"prompt": "x", "watermark_enabled": "perhaps"},
+        {"prompt": "fine", "watermark_enabled": "no", "n": "2"},
+    ]
+    plan = plan_job(rows, out, base_url=sandbox.base_url)
+    assert [problem.line for problem in plan.problems] == [1, 2, 3, 4, 5]
+    assert "glm-image takes at most 1,000" in plan.problems[0].text
+    assert (plan.lines, plan.prompts, plan.pictures) == (6, 1, 2)
+
+
+def test_a_plan_counts_and_prices_and_changes_nothing(out, sandbox):
+    prompts = [
+        "a cat",
+        {"prompt": "a dog", "n": 3},
+        {"prompt": "x", "model": "glm-image"},
+        {"prompt": "y", "model": "new"},
+    ]
+    plan = plan_job(prompts, out, base_url=sandbox.base_url)
+    assert (plan.prompts, plan.pictures, plan.unpriced) == (4, 6, 1)
+    assert plan.cost == {"CNY": Decimal("0.34")}
+    assert str(plan).endswith("To draw: 4 prompts, 6 pictures, 0.34 CNY and 1 picture of unknown price.")
+    assert any("'new' is not known" in note for note in plan.notes)
+    json.dumps(plan.to_dict())
+    assert not out.exists()
+    assert sandbox.requests == []
+
+
+def test_a_plan_of_a_folder_tells_what_was_done(run, out, sandbox):
+    run(["a cat", "x [[content-filter]]", "y [[malformed]]", "z [[balance]]"])
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    plan = plan_job(["a cat", "x [[content-filter]]", "y [[malformed]]", "n"], out, base_url=sandbox.base_url, **SMALL)
+    assert (plan.done, plan.blocked, plan.failed, len(plan.unknown), plan.prompts) == (1, 1, 0, 1, 1)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"size": "512x512"}, "size was '640x512' and is now '512x512'"),
+        ({"quality": "hd"}, "quality was not set and is now 'hd'"),
+        ({"model": "cogview-4"}, "model was 'cogview-4-250304' and is now 'cogview-4'"),
+        ({"n": 2, "user_id": "user-123"}, "n was 1 and is now 2; user_id was not set and is now 'user-123'"),
+        ({"base_url": "http://127.0.0.1:9", "api_key": "any"}, "service was 'sandbox' and is now 'http://127.0.0.1:9'"),
+    ],
+)
+def test_a_folder_of_other_arguments_is_refused_with_what_differs(run, out, sandbox, other, words):
+    run(["a cat"])
+    for attempt in (run, lambda prompts, **o: plan_job(prompts, out, **{"base_url": sandbox.base_url, **SMALL, **o})):
+        with pytest.raises(CogViewConfigurationError) as caught:
+            attempt(["a cat"], **other)
+        assert words in caught.value.message
+    assert sandbox.pictures_made == 1
+
+
+def test_no_key_and_no_path_of_the_service_is_in_the_folder(tmp_path, out):
+    key = "0123456789abcdef0123456789abcdef.0123456789abcdef"
+    with SandboxServer() as server:
+        run_job(["a cat [[auth]]", "a dog"], out, base_url=server.base_url, api_key=key, progress=False, **SMALL)
+    for path in out.iterdir():
+        assert b"0123456789abcdef" not in path.read_bytes()
+    assert json.loads((out / "job.json").read_text())["settings"]["service"].startswith("http://127.0.0.1:")
+    assert "/api/" not in (out / "job.json").read_text()
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/x", "memory://x", "", "a\0b"])
+def test_the_folder_is_a_local_one(folder, sandbox):
+    with pytest.raises(CogViewConfigurationError, match="A job's folder is a local one"):
+        run_job(["a cat"], folder, base_url=sandbox.base_url)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_sent(run, tmp_path, sandbox):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CogViewStorageError, match="cannot be written"):
+        run(["a cat"], tmp_path / "file" / "out")
+    assert sandbox.requests == []
+
+
+# --- the folder belongs to one job
+
+
+def test_a_folder_that_another_job_is_writing_to_is_refused(run, out, sandbox):
+    refused = []
+
+    def second(plan):
+        with pytest.raises(CogViewConfigurationError, match="Another job is writing to") as caught:
+            run_job(["a dog"], out, base_url=sandbox.base_url, **SMALL)
+        refused.append(caught.value)
+
+    assert run(["a cat"], on_plan=second).made == 1
+    assert len(refused) == 1
+    assert run(["a dog"]).made == 1  # it was let go
+
+
+def test_a_folder_that_another_process_is_writing_to_is_refused(out, sandbox):
+    code = (
+        "import sys; from pathlib import Path; from langchain_cogview.jobs.lock import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(CogViewConfigurationError, match="Another job"):
+            run_job(["a cat"], out, base_url=sandbox.base_url, **SMALL)
+        process.kill()
+        process.wait()
+    assert run_job(["a cat"], out, base_url=sandbox.base_url, progress=False, **SMALL).made == 1
+
+
+# --- going on
+
+
+def test_a_picture_whose_line_was_not_written_is_entered_without_paying(run, out, sandbox):
+    run(["a cat", "a dog", "a hare"])
+    files = {path.name for path in out.glob(PICTURES)}
+    forget(out, "a cat", "a hare")
+    plan = plan_job(["a cat", "a dog", "a hare"], out, base_url=sandbox.base_url, **SMALL)
+    assert (plan.recovered, plan.pictures, plan.done) == (2, 0, 1)
+    report = run(["a cat", "a dog", "a hare"])
+    assert (report.made, report.skipped, report.pictures) == (2, 1, 2)
+    assert sandbox.pictures_made == 3
+    assert len(lines(out)) == 3
+    assert {path.name for path in out.glob(PICTURES)} == files
+    for line in lines(out):
+        assert (line["status"], line["cost"], line["images"][0]["width"]) == ("made", "0", 640)
+
+
+def test_a_manifest_cut_in_the_middle_of_a_line_is_read_up_to_there(run, out, sandbox):
+    run(["a cat", "a dog"])
+    path = out / "manifest.jsonl"
+    whole = path.read_bytes()
+    for cut in (1, 2, 40, len(whole.splitlines(keepends=True)[1]) - 1):
+        path.write_bytes(whole[:-cut])
+        report = run(["a cat", "a dog"])
+        assert report.made + report.skipped == 2
+        assert len(lines(out)) == 2
+    assert sandbox.pictures_made == 2
+
+
+def test_attempts_cut_in_the_middle_of_a_line_were_not_sent(run, out, sandbox):
+    run(["a cat"])
+    with (out / "attempts.jsonl").open("ab") as file:
+        file.write(b'{"key":"abc","line":2,"requ' + b"x" * 5000)  # more than the next line covers
+    assert run(["a cat", "a dog"]).made == 1
+    assert len(attempts(out)) == 2
+
+
+@pytest.mark.parametrize("damage", [b"\x00" * 50 + b"\n", b"{}\n", b"[1]\n", b'{"key": "x"}\n', b"caf\xe9\n"])
+@pytest.mark.parametrize("name", ["manifest.jsonl", "attempts.jsonl"])
+def test_a_damaged_line_in_the_middle_refuses_the_job_by_its_number(out, sandbox, name, damage):
+    def again():
+        return run_job(["a cat", "a dog", "a hare"], out, base_url=sandbox.base_url, progress=False, **SMALL)
+
+    again()
+    first, *rest = (out / name).read_bytes().splitlines(keepends=True)
+    (out / name).write_bytes(b"".join([first, damage, *rest]))
+    with pytest.raises(CogViewConfigurationError, match=f"Line 2 of .*{name} is damaged"):
+        again()
+    assert sandbox.pictures_made == 3
+
+
+def test_a_request_without_an_end_is_listed_and_repeated_only_when_asked_for(run, out, sandbox):
+    prompts = ["a cat", "a dog"]
+    run(prompts)
+    (lost,) = [line["request_ids"][0] for line in lines(out) if line["arguments"]["prompt"] == "a cat"]
+    lose(out, "a cat")
+    report = run(prompts)
+    assert [(each.line, each.prompt, each.request_id) for each in report.unknown] == [(1, "a cat", lost)]
+    assert (report.made, report.skipped, report.left, report.failed) == (0, 1, 0, 0)
+    assert lost in str(report)
+    assert sandbox.pictures_made == 2
+    repeated = run(prompts, retry_unknown=True)
+    assert (repeated.made, repeated.unknown) == (1, ())
+    (line,) = [line for line in lines(out) if line["arguments"]["prompt"] == "a cat"]
+    assert line["given_up"] == [{"request_id": lost, "model": "cogview-4-250304"}]
+    assert len(line["images"]) == 1
+    last = run(prompts, retry_unknown=True)
+    assert (last.made, last.skipped, last.unknown) == (0, 2, ())
+    assert sorted(paid(sandbox)) == ["a cat", "a cat", "a dog"]
+
+
+def test_a_file_that_is_not_the_picture_of_its_name_is_none(run, out, sandbox):
+    prompts = ["a cat", "a dog", "a hare", "an owl"]
+    run(prompts)
+    paths = [out / line["images"][0]["file"] for line in sorted(lines(out), key=lambda line: line["line"])]
+    cat, dog, _, owl = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(cat[:-20])
+    paths[1].write_bytes(dog[:-200] + bytes(10) + dog[-190:])
+    paths[2].write_bytes(owl)  # whole, but another's: the hash is in the name
+    forget(out, *prompts)
+    report = run(prompts)
+    assert [each.line for each in report.unknown] == [1, 2, 3]
+    assert [line["line"] for line in lines(out)] == [4]
+
+
+def test_an_outcome_that_is_unknown_is_not_in_the_manifest_and_not_sent_again(run, out, sandbox):
+    prompts = ["a cat [[server-error]]", "b [[malformed]]", "c"]
+    report = run(prompts)
+    assert (report.made, len(report.unknown), report.failed) == (1, 2, 0)
+    assert {*report.errors} == {"CogViewOutcomeUnknownError", "CogViewMalformedReplyError"}
+    assert len(lines(out)) == 1
+    assert len(run(prompts).unknown) == 2
+    assert len(sandbox.requests) == 3
+    repeated = run(["a cat [[server-error]]", "b [[malformed]]", "c"], retry_unknown=True)
+    assert len(repeated.unknown) == 4  # the requests before, and those again without an answer
+    assert len(sandbox.requests) == 5
+
+
+def test_a_task_that_the_service_is_making_is_had_without_paying(run, out, sandbox):
+    big = {"model": "glm-image", "size": "1056x1568", "poll_interval": 0.01}
+    report = run(["a cat", "a dog", "a hare"], **big)
+    assert report.made == 3
+    assert sum("task_id" in each for each in attempts(out)) == 3
+    lose(out, "a cat", "a dog")
+    path = out / "attempts.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(each | ({"task_id": "gone"} if "task_id" in each and each["key"] == _key(out, "a dog") else {}))
+            + "\n"
+            for each in attempts(out)
+        )
+    )
+    report = run(["a cat", "a dog", "a hare"], **big)
+    assert (report.made, report.skipped, [each.line for each in report.unknown]) == (1, 2 - 1, [2])
+    assert sandbox.pictures_made == 3
+    assert (len(lines(out)), len([*out.glob(PICTURES)])) == (2, 2)
+    assert run(["a cat", "a dog", "a hare"], retry_unknown=True, **big).made == 1
+    assert sandbox.pictures_made == 4
+
+
+def _key(folder, prompt):
+    return next(each["key"] for each in attempts(folder) if each.get("prompt") == prompt)
+
+
+# --- what was not made
+
+
+def test_blocked_and_failed_prompts_are_recorded_and_not_repeated(run, out, sandbox):
+    prompts = ["a cat", "b [[content-filter:1]]", "c [[unavailable]]"]
+    report = run(prompts, max_retries=0)
+    assert (report.made, report.blocked, report.failed) == (1, 1, 1)
+    assert report.errors == {"CogViewContentFilterError": 1, "CogViewServerError": 1}
+    by_line = {line["line"]: line for line in lines(out)}
+    assert [by_line[number]["status"] for number in (1, 2, 3)] == ["made", "blocked", "failed"]
+    (failure,) = by_line[2]["failures"]
+    assert (failure["error"], failure["code"], failure["content_filter"]) == (
+        "CogViewContentFilterError", "1301", [{"role": "user", "level": 1}],
+    )  # fmt: skip
+    assert by_line[2]["cost"] == "0"
+    assert "at level 1 (severe)" in report.contact_sheet.read_text()
+    again = run(prompts, max_retries=0)
+    assert (again.made, again.skipped, again.blocked, again.failed) == (0, 1, 1, 1)
+    assert len(sandbox.requests) == 3
+
+
+def test_retry_failed_draws_them_again_and_one_line_stays(run, out, sandbox):
+    sandbox.fail_next("content-filter")
+    sandbox.fail_next("unavailable")
+    assert run(["a cat", "a dog"], max_retries=0).made == 0
+    sandbox.fail_next("unavailable")
+    first = run(["a cat", "a dog"], retry_failed=True, max_retries=0)
+    assert (first.made, first.failed + first.blocked) == (1, 1)
+    assert len(lines(out)) == 2
+    assert run(["a cat", "a dog"], retry_failed=True).made == 1
+    assert sorted(line["status"] for line in lines(out)) == ["made", "made"]
+    assert len(sandbox.requests) == 5
+
+
+def test_lines_that_a_later_one_replaces_go_when_the_next_run_begins(run, out, sandbox):
+    sandbox.fail_next("content-filter")
+    run(["a cat"])
+    before = (out / "manifest.jsonl").read_bytes()
+    run(["a cat"], retry_failed=True)
+    after = (out / "manifest.jsonl").read_bytes()
+    (out / "manifest.jsonl").write_bytes(before + after)  # as left by a run that did not come to its end
+    seen = []
+    assert run(["a cat"], on_plan=lambda plan: seen.extend(lines(out))).skipped == 1
+    assert [line["status"] for line in seen] == ["made"]
+    assert (out / "manifest.jsonl").read_bytes() == after
+
+
+def test_of_several_pictures_those_that_are_missing_are_drawn(run, out, sandbox):
+    sandbox.fail_next("content-filter")
+    report = run([{"prompt": "a cat", "n": 3}])
+    (line,) = lines(out)
+    assert (report.blocked, len(line["images"]), len(line["failures"]), line["status"]) == (1, 2, 1, "blocked")
+    assert len(line["request_ids"]) == 3
+    assert run([{"prompt": "a cat", "n": 3}]).made == 0
+    assert run([{"prompt": "a cat", "n": 3}], retry_failed=True).made == 1
+    (line,) = lines(out)
+    assert (len(line["images"]), line["failures"], line["status"]) == (3, [], "made")
+    assert sandbox.pictures_made == 3
+    assert len([*out.glob(PICTURES)]) == 3
+
+
+def test_of_several_pictures_the_one_of_unknown_outcome_is_listed(run, out, sandbox):
+    sandbox.fail_next("malformed")
+    report = run([{"prompt": "a cat", "n": 3}])
+    (line,) = lines(out)
+    assert (len(report.unknown), line["status"], len(line["images"])) == (1, "unknown", 2)
+    assert run([{"prompt": "a cat", "n": 3}]).made == 0
+    assert sandbox.pictures_made == 3
+    assert run([{"prompt": "a cat", "n": 3}], retry_unknown=True).made == 1
+    (line,) = lines(out)
+    assert (len(line["images"]), len(line["given_up"]), line["status"]) == (3, 1, "made")
+
+
+def test_all_of_several_blocked_is_blocked(run, out, sandbox):
+    assert run([{"prompt": "a cat [[content-filter]]", "n": 3}]).blocked == 1
+    (line,) = lines(out)
+    assert (len(line["failures"]), len(line["request_ids"])) == (3, 3)
+    assert run([{"prompt": "a cat [[content-filter]]", "n": 3}]).blocked == 1
+    assert len(sandbox.requests) == 3
+
+
+def test_a_killed_call_for_several_keeps_what_is_there(run, out, sandbox):
+    run([{"prompt": "a cat", "n": 3}])
+    (line,) = lines(out)
+    (out / line["images"][0]["file"]).unlink()
+    forget(out, "a cat")
+    report = run([{"prompt": "a cat", "n": 3}])
+    assert (report.pictures, len(report.unknown)) == (2, 1)
+    assert run([{"prompt": "a cat", "n": 3}], retry_unknown=True).made == 1
+    assert sandbox.pictures_made == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("auth", "CogViewAuthenticationError"), ("balance", "CogViewBalanceError")]
+)
+def test_what_befalls_every_prompt_stops_the_job_at_once_and_the_next_run_goes_on(run, out, sandbox, fault, kind):
+    prompts = [f"prompt {number}" for number in range(40)]
+    sandbox.fail_next(fault, times=1000)
+    report = run(prompts)
+    assert type(report.stopped).__name__ == kind
+    assert (report.made, report.failed, report.unknown, report.left) == (0, 0, (), 40)
+    assert len(sandbox.requests) <= 10
+    assert lines(out) == []
+    assert "Stopped: " in str(report)
+    sandbox.reset()
+    assert run(prompts).made == 40
+
+
+class Limiter(BaseRateLimiter):
+    """Lets the first request through at once, and the others when the job has judged it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.first = folder, threading.Lock()
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        while not self.first.acquire(blocking=False) and "settled" not in (self.folder / "attempts.jsonl").read_text():
+            time.sleep(0.005)
+        return True
+
+    async def aacquire(self, *, blocking: bool = True) -> bool:
+        return await asyncio.to_thread(self.acquire)
+
+
+def test_what_waits_for_its_turn_when_the_job_stops_is_not_sent(run, out, sandbox):
+    sandbox.fail_next("auth", times=9)
+    report = run([f"prompt {number}" for number in range(9)], rate_limiter=Limiter(out))
+    assert isinstance(report.stopped, CogViewAuthenticationError)
+    assert len(sandbox.requests) == 1
+    assert (report.left, report.unknown) == (9, ())
+    assert report.errors == {"CogViewAuthenticationError": 1}
+
+
+def test_an_unknown_model_stops_the_job_unless_it_is_the_lines_own(run, out, sandbox):
+    wrong = {"prompt": "x", "model": "cogview-4"}
+    body = {"error": {"code": "1211", "message": "no such model"}}
+    sandbox.fail_next("status", status=400, body=body)
+    assert run([wrong, "b"], max_concurrency=1).failed == 1
+    sandbox.fail_next("status", status=400, body=body, times=9)
+    assert type(run([wrong, "c"]).stopped).__name__ == "CogViewNotFoundError"
+    sandbox.reset()
+    assert run([wrong, "c"]).made == 1
+
+
+def test_no_network_stops_the_job_and_holds_nothing_against_the_prompts(out):
+    def job():
+        return run_job(
+            [f"prompt {number}" for number in range(30)], out, base_url="http://127.0.0.1:9", api_key="any", max_retries=0,
+            progress=False, max_concurrency=1,
+        )  # fmt: skip
+
+    report = job()
+    assert isinstance(report.stopped, CogViewConnectionError)
+    assert (report.left, report.failed, report.unknown) == (30, 0, ())
+    assert 5 <= report.errors["CogViewConnectionError"] < 10
+    assert lines(out) == []
+    assert job().left == 30
+
+
+# --- bytes
+
+
+def test_a_picture_whose_bytes_could_not_be_had_is_fetched_later_for_nothing(run, out, sandbox):
+    prompts = ["a cat [[not-yet:2]]"]
+    report = run(prompts, timeout=0.3)
+    assert (report.made, report.failed) == (0, 1)
+    (line,) = lines(out)
+    (failure,) = line["failures"]
+    assert (line["status"], failure["error"]) == ("failed", "CogViewDownloadError")
+    assert failure["url"].startswith("https://sandbox.invalid/pictures/")
+    assert run(prompts).made == 1
+    (line,) = lines(out)
+    assert (line["status"], line["failures"], len(line["images"])) == ("made", [], 1)
+    assert (out / line["images"][0]["file"]).stat().st_size == line["images"][0]["size_bytes"]
+    assert sandbox.pictures_made == 1
+
+
+def test_one_whose_link_has_ended_is_paid_again_only_when_asked_for(run, out, sandbox):
+    assert run(["a cat [[expired-url]]"]).failed == 1
+    assert run(["a cat [[expired-url]]"]).failed == 1
+    assert sandbox.pictures_made == 1
+    assert run(["a cat [[expired-url]]"], retry_failed=True).failed == 1
+    assert sandbox.pictures_made == 2
+    (line,) = lines(out)
+    assert (len(line["failures"]), len(line["given_up"])) == (1, 1)
+
+
+# --- limit and budget
+
+
+def test_limit_draws_at_most_so_many(run, sandbox):
+    prompts = [f"prompt {number}" for number in range(6)]
+    assert (run(prompts, limit=0).left, sandbox.pictures_made) == (6, 0)
+    first = run(prompts, limit=4)
+    assert (first.made, first.left, first.over_budget) == (4, 2, False)
+    assert sent(sandbox) == prompts[:4] or sorted(sent(sandbox)) == prompts[:4]
+    assert run(prompts, limit=4).made == 2
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, "3"])
+def test_a_limit_is_a_number(run, sandbox, limit):
+    with pytest.raises(CogViewConfigurationError, match="limit is a number of prompts"):
+        run(["a cat"], limit=limit)
+
+
+@pytest.mark.parametrize("budget", ["0.18", 0.18, Decimal("0.239")])
+def test_a_budget_stops_before_it_is_passed_over_all_runs(run, sandbox, out, budget):
+    prompts = [f"prompt {number}" for number in range(6)]
+    report = run(prompts, budget=budget)
+    assert (report.made, report.left, report.over_budget) == (3, 3, True)
+    assert "The budget does not reach" in str(report)
+    assert run(prompts, budget=budget).made == 0
+    assert run(prompts, budget="0.30").made == 2
+    assert plan_job(prompts, out, base_url=sandbox.base_url, budget="1", **SMALL).pictures == 1
+
+
+def test_what_was_blocked_leaves_its_money_for_others(run, sandbox):
+    prompts = ["a [[content-filter]]", "b [[content-filter]]", "c", "d", "e"]
+    report = run(prompts, budget="0.12")
+    assert (report.made, report.blocked, report.left) == (2, 2, 1)
+    assert sandbox.pictures_made == 2
+
+
+def test_what_may_have_been_charged_counts(run, sandbox):
+    prompts = ["a [[malformed]]", "b", "c"]
+    report = run(prompts, budget="0.12")
+    assert (report.made, len(report.unknown), report.left) == (1, 1, 1)
+    assert run(prompts, budget="0.12").made == 0
+
+
+def test_a_budget_needs_every_price(run, sandbox, out):
+    with pytest.raises(CogViewConfigurationError, match="needs the price of 'cogview-3'"):
+        run(["a", {"prompt": "b", "model": "cogview-3"}], budget=1)
+    assert not out.exists()
+    assert run(["a", {"prompt": "b", "model": "cogview-3"}], budget="0.26", prices={"cogview-3": "0.2"}).made == 2
+
+
+@pytest.mark.parametrize("budget", [-1, "many", float("nan"), float("inf")])
+def test_a_budget_is_an_amount(run, budget):
+    with pytest.raises(CogViewConfigurationError, match="A budget is an amount of money"):
+        run(["a"], budget=budget)
+
+
+# --- a disk that is full
+
+
+class FullDisk:
+    """Writes half a line into one of the job's files, and then has no room."""
+
+    def __init__(self, monkeypatch, name: str) -> None:
+        self.name, self.full = name, True
+        write = manifest.RecordFile._write
+
+        def full(file, content):
+            if not self.full or file.path.name != self.name:
+                return write(file, content)
+            os.lseek(file._descriptor, file._end, os.SEEK_SET)
+            os.write(file._descriptor, content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(manifest.RecordFile, "_write", full)
+
+
+def test_nothing_is_sent_that_cannot_be_written_down_before(run, out, sandbox, monkeypatch):
+    disk = FullDisk(monkeypatch, "attempts.jsonl")
+    report = run(["a cat", "a dog"])
+    assert isinstance(report.stopped, CogViewStorageError)
+    assert sandbox.requests == []
+    assert (out / "attempts.jsonl").read_bytes() == b""
+    disk.full = False
+    assert run(["a cat", "a dog"]).made == 2
+
+
+def test_a_picture_whose_line_cannot_be_written_is_found_when_there_is_room(run, out, sandbox, monkeypatch):
+    run(["before"])
+    disk = FullDisk(monkeypatch, "manifest.jsonl")
+    report = run(["before", *(f"prompt {number}" for number in range(40))])
+    assert isinstance(report.stopped, CogViewStorageError)
+    assert len(lines(out)) == 1  # and nothing half
+    made = sandbox.pictures_made
+    assert made < 30
+    disk.full = False
+    assert run(["before", *(f"prompt {number}" for number in range(40))]).made == 40
+    assert sandbox.pictures_made == 41
+
+
+def test_a_picture_that_has_no_room_in_the_folder_is_kept_elsewhere_and_told(run, out, sandbox, monkeypatch, tmp_path):
+    from langchain_cogview.images import store
+    from langchain_cogview.jobs import lines as job_lines
+
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(aside))
+    monkeypatch.setattr(store.PictureFile, "_linked", _no_room)
+    write_whole = job_lines.write_whole
+    monkeypatch.setattr(
+        job_lines, "write_whole", lambda path, content: _no_room() if path.parent == out else write_whole(path, content)
+    )
+    report = run(["a cat"])
+    assert isinstance(report.stopped, CogViewStorageError)
+    (kept,) = aside.iterdir()
+    assert str(kept) in str(report)
+    assert len(report.unknown) == 1
+    monkeypatch.undo()
+    kept.rename(out / kept.name)
+    assert run(["a cat"]).made == 1
+    assert sandbox.pictures_made == 1
+
+
+def _no_room(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+# --- leaving
+
+
+def test_a_job_that_is_cancelled_can_be_gone_on_with(sandbox, out):
+    prompts = ["a", "b", "c [[slow:60]]", "d [[slow:60]]"]
+
+    async def cancelled():
+        task = asyncio.create_task(arun_job(prompts, out, base_url=sandbox.base_url, progress=False, **SMALL))
+        while sandbox.in_flight < 2 or not out.exists() or len(lines(out)) < 2:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    report = run_job(prompts, out, base_url=sandbox.base_url, progress=False, **SMALL)
+    assert (report.skipped, [each.line for each in report.unknown]) == (2, [3, 4])
+
+
+def test_the_job_does_not_hold_up_the_event_loop(sandbox, out):
+    async def work():
+        job = asyncio.create_task(
+            arun_job([f"prompt {n}" for n in range(20)], out, base_url=sandbox.base_url, progress=False, **SMALL)
+        )
+        turns = 0
+        while not job.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return await job, turns
+
+    report, turns = asyncio.run(work())
+    assert report.made == 20
+    assert turns > 100
+
+
+def test_an_error_of_the_callers_own_ends_the_job_before_it_begins(run, out, sandbox):
+    def no(plan):
+        raise KeyError("not today")
+
+    with pytest.raises(KeyError):
+        run(["a cat"], on_plan=no)
+    assert sandbox.requests == []
+    assert run(["a cat"]).made == 1
+
+
+def test_a_wrong_key_is_an_error_of_the_report(sandbox, out):
+    report = run_job(["a [[auth]]"], out, base_url=sandbox.base_url, progress=False)
+    assert isinstance(report.stopped, CogViewAuthenticationError)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(300)
+def test_the_plan_of_a_hundred_thousand_prompts_is_small(sandbox, out):
+    import tracemalloc
+
+    tracemalloc.start()
+    plan = plan_job((f"prompt number {n}" for n in range(100_000)), out, base_url=sandbox.base_url)
+    assert plan.pictures == 100_000
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()

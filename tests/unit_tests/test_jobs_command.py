@@ -1,0 +1,362 @@
+"""What a user relies on: `cogview batch` says what it will do, does it, and ends with a code that a script can act on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from langchain_cogview import cli
+from langchain_cogview.sandbox import Sandbox, SandboxServer
+from tests.unit_tests.test_cli import KEY, MODULE, cogview, command, on_a_terminal
+
+PROMPTS = "a cat\n\na dog\nx [[content-filter]]\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text(PROMPTS)
+    return tmp_path
+
+
+@pytest.fixture
+def batch(folder, sandbox):
+    def run(*arguments: str, file: str = "p.txt", **options):
+        return cogview(
+            "batch", file, "-o", "out", "--base-url", sandbox.base_url, "--size", "640x512", *arguments, **options
+        )
+
+    return run
+
+
+def manifest(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out" / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_it(batch, folder):
+    result = batch()
+    assert (result.exit_code, Path(result.stdout.strip())) == (3, folder / "out" / "index.html")
+    plan, to_draw, blocked, summary = result.stderr.splitlines()
+    assert plan == "3 lines with a prompt, 1 blank line passed over."
+    assert to_draw == "To draw: 3 prompts, 3 pictures, 0.18 CNY."
+    assert blocked.startswith("Line 4 was not made: 'x [[content-filter]]'. The content filter blocked the prompt")
+    assert summary.startswith("2 prompts made, 1 blocked; 0 CNY in ")
+    assert len(manifest(folder)) == 3
+    assert {each.suffix for each in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html", ""}
+
+
+def test_all_made_is_0_and_again_says_that_it_was_done(batch, folder, sandbox):
+    (folder / "p.txt").write_text("a cat\na dog\n")
+    assert batch().exit_code == 0
+    again = batch()
+    assert again.exit_code == 0
+    assert "2 lines with a prompt; 2 done before.\nTo draw: 0 prompts" in again.stderr
+    assert "0 prompts made, 2 made before; no cost" in again.stderr
+    assert sandbox.pictures_made == 2
+
+
+def test_json_is_the_only_thing_on_stdout(batch, folder):
+    result = batch("--json")
+    report = json.loads(result.stdout)
+    assert (report["made"], report["blocked"], report["errors"]) == (2, 1, {"CogViewContentFilterError": 1})
+    assert report["cost"] == {"CNY": "0"}
+    assert report["stopped"] is None
+    assert Path(report["manifest"]) == folder / "out" / "manifest.jsonl"
+
+
+# --- the dry run
+
+
+def test_a_dry_run_needs_no_key_sends_nothing_and_creates_nothing(folder):
+    result = cogview("batch", "p.txt", "-o", "out", "--dry-run")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == (
+        "3 lines with a prompt, 1 blank line passed over.\nTo draw: 3 prompts, 3 pictures, 0.18 CNY.\n"
+    )
+    abroad = cogview("batch", "p.txt", "-o", "out", "--dry-run", "--region", "international", "--model", "glm-image")
+    assert abroad.stdout.endswith("3 pictures, 0.045 USD.\n")
+    assert [each.name for each in folder.iterdir()] == ["p.txt"]
+
+
+def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
+    (folder / "p.csv").write_bytes(
+        b"\xef\xbb\xbfPrompt,size,mood\r\n"
+        b"a cat,1000x1000,calm\r\n"
+        b"\r\n"
+        b"caf\xe9,,\r\n"
+        b'"a ""dog""",square,\r\n'
+        b'"a ""dog""",square,\r\n'
+        b",square,\r\n"
+        b'"open,,\r\n'
+    )
+    result = cogview("batch", "p.csv", "-o", "out", "--dry-run")
+    told = result.stdout.splitlines()
+    assert result.exit_code == 2
+    assert told[0] == "6 lines with a prompt, 1 blank line passed over."
+    assert told[1] == "Cannot be drawn (4):"
+    assert [line.split(":")[0] for line in told[2:6]] == ["  Line 2", "  Line 4", "  Line 7", "  Line 8"]
+    assert "the nearest legal size is 992x992" in told[2]
+    assert "It is not UTF-8" in told[3]
+    assert "The prompt is blank" in told[4]
+    assert "never closed" in told[5]
+    assert told[6] == "The column 'mood' is no argument; it goes into the manifest as it is."
+    assert told[7].endswith(
+        "1 duplicate line (the same as one before): 6. Each is drawn and paid for, unless --unique is given."
+    )
+    assert told[8] == "To draw: 2 prompts, 2 pictures, 0.12 CNY."
+    as_json = cogview("batch", "p.csv", "-o", "out", "--dry-run", "--json", "--skip-bad")
+    plan = json.loads(as_json.stdout)
+    assert as_json.exit_code == 0
+    assert [each["line"] for each in plan["problems"]] == [2, 4, 7, 8]
+    assert (plan["duplicates"], plan["pictures"], plan["cost"]) == ([6], 2, {"CNY": "0.12"})
+
+
+def test_only_the_first_twenty_bad_lines_are_shown(folder):
+    (folder / "p.jsonl").write_text("{}\n" * 50)
+    result = cogview("batch", "p.jsonl", "-o", "out", "--dry-run")
+    assert len(result.stdout.splitlines()) == 1 + 1 + 20 + 1 + 1
+    assert "  and 30 more" in result.stdout
+
+
+def test_bad_lines_refuse_the_job_and_skip_bad_leaves_them_out(batch, folder, sandbox):
+    (folder / "p.jsonl").write_text('"a cat"\n{"prompt": "x", "seed": 1, "n": 0}\n[]\n')
+    refused = batch(file="p.jsonl")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines() == [
+        "Error: 2 lines of 3 cannot be drawn; nothing was sent.",
+        "Mend them, or leave them out with --skip-bad.",
+        "Line 2: n: Input should be greater than or equal to 1",
+        "Line 3: A prompt is a text or an object with the key 'prompt', not a list.",
+    ]
+    assert not (folder / "out").exists()
+    assert sandbox.requests == []
+    assert batch("--skip-bad", file="p.jsonl").exit_code == 0
+    assert len(manifest(folder)) == 1
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        (("--quality", "hd"), {"quality": "hd"}),
+        (("--model", "cogview-4"), {"model": "cogview-4"}),
+        (("--size", "landscape"), {"size": "1152x864"}),
+        (("--user-id", "user-123"), {"user_id": "user-123"}),
+        (("--n", "2"), {"n": 2}),
+    ],
+)
+def test_an_option_holds_where_a_line_says_none(batch, folder, sandbox, options, argument):
+    (folder / "p.jsonl").write_text('"a cat"\n{"prompt": "a dog", "size": "768x1344"}\n')
+    assert batch(*options, file="p.jsonl").exit_code == 0
+    for line in manifest(folder):
+        own = {"size": "768x1344"} if line["line"] == 2 else {}
+        assert {**argument, **own}.items() <= line["arguments"].items()
+
+
+@pytest.mark.parametrize("option", [("--timeout", "30"), ("--max-concurrency", "1"), ("--no-progress",)])
+def test_options_of_how_it_is_drawn_change_no_picture(batch, folder, option):
+    assert batch(*option).exit_code == 3
+    assert batch().exit_code == 3
+    assert len(manifest(folder)) == 3
+
+
+def test_format_tells_how_the_file_is_read(batch, folder):
+    (folder / "data").write_text('prompt\tNote\n"G I G" painted\tx\n')
+    assert batch(file="data").exit_code == 2
+    assert batch("--format", "tsv", file="data").exit_code == 0
+    (line,) = manifest(folder)
+    assert (line["arguments"]["prompt"], line["extra"]) == ('"G I G" painted', {"Note": "x"})
+
+
+def test_a_dash_reads_the_prompts_from_stdin(batch, folder):
+    assert batch(file="-", input="a cat\r\n\r\na hare").exit_code == 0
+    assert {line["arguments"]["prompt"] for line in manifest(folder)} == {"a cat", "a hare"}
+    more = batch("--format", "jsonl", file="-", input='{"prompt": "a fox"}')
+    assert more.exit_code == 0
+
+
+def test_limit_and_budget_leave_the_rest(batch, folder, sandbox):
+    limited = batch("--limit", "1")
+    assert (limited.exit_code, sandbox.pictures_made) == (0, 1)
+    assert "1 prompt made, 2 left" in limited.stderr
+    bounded = batch("--budget", "0.06")
+    assert (bounded.exit_code, sandbox.pictures_made) == (2, 1)
+    assert "The budget does not reach for the next prompt." in bounded.stderr
+    assert batch("--budget", "nothing").exit_code == 2
+    assert batch("--limit", "-1").exit_code == 2
+
+
+def test_retry_failed_draws_again_what_was_blocked(batch, sandbox):
+    sandbox.fail_next("content-filter")
+    assert batch("--limit", "1").exit_code == 3
+    done = batch("--limit", "1", "--retry-failed")
+    assert done.exit_code == 0
+    assert "1 prompt made, 2 left" in done.stderr
+
+
+def test_unique_draws_the_same_line_once(batch, folder):
+    (folder / "p.txt").write_text("a cat\na cat\n")
+    result = batch("--unique")
+    assert len(manifest(folder)) == 1
+    assert "1 duplicate line" in result.stderr
+
+
+def test_what_may_have_been_charged_is_7_and_is_listed_and_repeated_when_asked_for(batch, sandbox):
+    sandbox.fail_next("malformed")
+    result = batch("--limit", "1")
+    request_id = sandbox.requests[0].request_id
+    assert result.exit_code == 7
+    assert "May have been charged, and repeated only with --retry-unknown (1):" in result.stderr
+    assert f"  Line 1: request id {request_id}: a cat" in result.stderr
+    assert batch("--limit", "0").exit_code == 7
+    assert batch("--limit", "1", "--retry-unknown").exit_code == 0
+    assert sandbox.pictures_made == 2
+
+
+@pytest.mark.parametrize(("fault", "code"), [("auth", 4), ("balance", 4)])
+def test_key_and_balance_stop_the_job_with_4(batch, folder, sandbox, fault, code):
+    (folder / "p.txt").write_text("".join(f"prompt {number}\n" for number in range(50)))
+    sandbox.fail_next(fault, times=1000)
+    result = batch()
+    assert result.exit_code == code
+    assert "Stopped: The " in result.stderr
+    assert len(sandbox.requests) <= 10
+
+
+def test_no_network_is_5(folder):
+    (folder / "p.txt").write_text("".join(f"prompt {number}\n" for number in range(20)))
+    result = command(
+        *(
+            "batch",
+            "p.txt",
+            "-o",
+            "out",
+            "--base-url",
+            "http://127.0.0.1:9",
+            "--timeout",
+            "0.2",
+            "--max-concurrency",
+            "1",
+        ),
+        folder=folder,
+        env=dict(os.environ) | {"ZHIPUAI_API_KEY": KEY},
+    )
+    assert result.returncode == 5
+    assert "Stopped: The service could not be reached; nothing was sent." in result.stderr
+    assert KEY not in result.stderr + result.stdout
+
+
+def test_other_arguments_and_a_damaged_manifest_are_2(batch, folder):
+    batch()
+    other = batch("--quality", "hd")
+    assert other.exit_code == 2
+    assert "quality was not set and is now 'hd'" in other.stderr
+    path = folder / "out" / "manifest.jsonl"
+    path.write_text(path.read_text().replace("{", "", 1))
+    damaged = batch()
+    assert damaged.exit_code == 2
+    assert "Line 1 of " in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("none.txt", "-o", "out"), "none.txt, cannot be read: No such file or directory."),
+        (("p.md", "-o", "out"), "Say it with --format: 'txt'"),
+        (("p.txt",), "Missing option '-o'"),
+        (("p.txt", "-o", "s3://bucket/x"), "A job's folder is a local one"),
+        (("p.txt", "-o", "out", "--format", "xml"), "Invalid value for '--format'"),
+        (("p.txt", "-o", "out", "--base-url", "http://127.0.0.1:9"), "does not go with --sandbox"),
+        (("p.txt", "-o", "out", "--model", "cogview-3", "--budget", "1"), "Leave --budget out."),
+        (("p.txt", "-o", "out", "--seed", "1"), "No such option: --seed"),
+    ],
+)
+def test_wrong_usage_is_2_with_what_to_do(folder, arguments, words):
+    result = cogview("batch", *arguments, "--sandbox")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr.replace("\n", " ")
+    assert not (folder / "out").exists()
+
+
+def test_without_a_key_nothing_is_begun(folder):
+    result = cogview("batch", "p.txt", "-o", "out")
+    assert result.exit_code == 2
+    assert "ZHIPUAI_API_KEY" in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_its_help_names_every_option(folder):
+    text = cogview("batch", "--help").stdout
+    for option in (
+        *("--output", "--format", "--size", "--quality", "--model", "--n", "--user-id", "--limit", "--budget"),
+        *("--retry-failed", "--retry-unknown", "--unique", "--skip-bad", "--dry-run", "--region", "--base-url"),
+        *("--timeout", "--max-concurrency", "--sandbox", "--no-progress", "--json"),
+    ):
+        assert option in text
+    assert "batch" in cogview("--help").stdout
+
+
+def test_the_word_batch_can_still_be_painted(folder):
+    assert cogview("draw", "batch", "--sandbox", "-o", "b.png").exit_code == 0
+    assert cli.DrawByDefault.__doc__
+
+
+# --- the terminal and its signals
+
+
+def test_on_a_terminal_there_is_a_bar_which_can_be_left_out(folder):
+    pytest.importorskip("tqdm")
+    arguments = ("batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
+    seen, code = on_a_terminal(*MODULE, *arguments, folder=folder)
+    assert code == 3
+    assert "3/3" in seen
+    assert "1 blocked" in seen
+    shutil.rmtree(folder / "out")
+    seen, code = on_a_terminal(*MODULE, *arguments, "--no-progress", folder=folder)
+    assert code == 3
+    assert "\r" not in seen
+    assert "\x1b[" not in seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
+    (folder / "p.txt").write_text("a\nb\nc [[slow:60]]\nd\n")
+    with Sandbox() as sandbox, SandboxServer(sandbox) as server:
+        arguments = (
+            *("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url),
+            *("--max-concurrency", "1", "--no-progress"),
+        )
+        environment = dict(os.environ) | {"ZHIPUAI_API_KEY": KEY}
+        process = subprocess.Popen(
+            [*MODULE, *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        manifest_file = folder / "out" / "manifest.jsonl"
+        while process.poll() is None and not (
+            len(sandbox.requests) == 3 and manifest_file.read_text().count("\n") == 2
+        ):
+            time.sleep(0.01)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout) == (130, "")
+        assert "Interrupted. What was finished is in the manifest" in stderr
+        assert "Traceback" not in stderr
+        assert KEY not in stderr
+        again = command(*arguments, folder=folder, env=environment)
+        assert again.returncode == 7
+        assert "1 prompt made, 2 made before, 1 unknown" in again.stderr
+        assert sandbox.pictures_made == 4

@@ -1,0 +1,269 @@
+"""Any number of pictures: as they finish, a bounded number in hand, failures as values, one gate for all ways."""
+
+import asyncio
+import itertools
+import threading
+
+import pytest
+
+from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewImageGenerator, Sandbox
+from langchain_cogview.many import astream_tasks, stream_in_threads
+
+both = pytest.mark.parametrize("how", ["sync", "async"])
+
+
+def all_of(generator, how, inputs, config=None, **kwargs):
+    if how == "sync":
+        return list(generator.stream_many(inputs, config, **kwargs))
+
+    async def collected():
+        return [each async for each in generator.astream_many(inputs, config, **kwargs)]
+
+    return asyncio.run(collected())
+
+
+@both
+def test_every_input_comes_back_with_its_number_and_a_failure_is_a_value(generator, how):
+    prompts = ["a fox", "[[content-filter]] x", "", "a hare"]
+    found = dict(all_of(generator, how, iter(prompts)))
+    assert sorted(found) == [0, 1, 2, 3]
+    assert [found[0].prompt, found[3].prompt] == ["a fox", "a hare"]
+    assert isinstance(found[1], CogViewContentFilterError)
+    assert "blank" in str(found[2])
+
+
+@both
+def test_an_endless_iterator_is_taken_only_as_far_as_it_is_used(sandbox, how):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=2)
+    taken = []
+
+    def endless():
+        for number in itertools.count():
+            taken.append(number)
+            yield f"picture {number}"
+
+    async def first_five():
+        found = []
+        stream = generator.astream_many(endless())
+        async for each in stream:
+            found.append(each)
+            if len(found) == 5:
+                break
+        await stream.aclose()
+        return found
+
+    if how == "sync":
+        stream = generator.stream_many(endless())
+        found = list(itertools.islice(stream, 5))
+        stream.close()
+    else:
+        found = asyncio.run(first_five())
+    assert len(found) == 5
+    assert len(taken) <= 5 + 2 * generator.places() + 1
+
+
+async def test_an_async_iterable_is_taken_too(generator):
+    async def prompts():
+        for animal in ("a fox", "a hare"):
+            await asyncio.sleep(0)
+            yield animal
+
+    found = dict([each async for each in generator.astream_many(prompts())])
+    assert [found[0].prompt, found[1].prompt] == ["a fox", "a hare"]
+
+
+def test_the_sync_stream_says_that_an_async_iterable_is_for_the_other(generator):
+    async def prompts():
+        yield "a fox"
+
+    with pytest.raises(TypeError, match="astream_many"):
+        next(generator.stream_many(prompts()))
+
+
+@both
+def test_what_the_iterable_raises_comes_after_everything_that_was_taken(generator, how):
+    def prompts():
+        yield "a fox"
+        yield "a hare"
+        raise LookupError("no more prompts")
+
+    found = []
+    with pytest.raises(LookupError, match="no more prompts"):
+        if how == "sync":
+            for each in generator.stream_many(prompts()):
+                found.append(each)
+        else:
+
+            async def collect():
+                async for each in generator.astream_many(prompts()):
+                    found.append(each)
+
+            asyncio.run(collect())
+    assert sorted(number for number, _ in found) == [0, 1]
+
+
+def test_a_stream_that_is_left_sends_nothing_more_and_tells_what_nobody_took(caplog):
+    going_on = threading.Event()
+    begun = threading.Barrier(2, timeout=10)
+
+    def first():
+        return "first"
+
+    def second():
+        begun.wait()
+        going_on.wait(10)
+        return "second"
+
+    ran = []
+    stream = stream_in_threads(iter([first, second, *(lambda: ran.append(1) for _ in range(20))]), 1)
+    assert next(stream) == (0, "first")
+    begun.wait()
+    stream.close()
+    going_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "cogview":
+            thread.join(10)
+    assert not ran
+    assert "'second'" in caplog.text
+
+
+async def test_an_async_stream_that_is_left_cancels_what_is_under_way():
+    begun, ended = asyncio.Event(), []
+
+    async def first():
+        return "first"
+
+    async def second():
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("second")
+
+    stream = astream_tasks([first, second], 2)
+    assert await anext(stream) == (0, "first")
+    await begun.wait()
+    await stream.aclose()
+    assert ended == ["second"]
+
+
+def test_work_within_work_that_is_left_does_not_stop_the_work_around_it():
+    def outer(number):
+        inner = stream_in_threads(iter([lambda: 1] * 10), 2)
+        next(inner)
+        inner.close()
+        return number
+
+    found = sorted(stream_in_threads([lambda n=n: outer(n) for n in range(8)], 2))
+    assert found == [(n, n) for n in range(8)]
+
+
+@both
+def test_batch_as_completed_gives_all_results_and_then_raises_with_every_one(generator, how):
+    prompts = ["a fox", "[[content-filter]] x", "a hare"]
+    found = []
+    with pytest.raises(CogViewContentFilterError) as caught:
+        if how == "sync":
+            for each in generator.batch_as_completed(prompts):
+                found.append(each)
+        else:
+
+            async def collect():
+                async for each in generator.abatch_as_completed(prompts):
+                    found.append(each)
+
+            asyncio.run(collect())
+    assert sorted(number for number, _ in found) == [0, 2]
+    assert [type(each).__name__ for each in caught.value.batch_results] == [
+        "ImageResult", "CogViewContentFilterError", "ImageResult",
+    ]  # fmt: skip
+    assert len(list(generator.batch_as_completed(prompts, return_exceptions=True))) == 3
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch", "stream", "astream", "n", "an", "threads", "loops"])
+def test_an_account_of_five_never_sees_a_sixth_request_whichever_way_they_come(way):
+    with Sandbox(in_flight_limit=5, latency=0.02) as sandbox:
+        generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_retries=0)
+        other = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_retries=0, size="512x512")
+        prompts = [f"picture {n}" for n in range(24)]
+        if way == "batch":
+            generator.batch(prompts, {"max_concurrency": 20})
+        elif way == "abatch":
+            asyncio.run(generator.abatch(prompts))
+        elif way in ("stream", "astream"):
+            results = all_of(generator, "sync" if way == "stream" else "async", prompts)
+            assert not [each for _, each in results if isinstance(each, Exception)]
+        elif way == "n":
+            generator.bind(n=24).invoke("x")
+        elif way == "an":
+            asyncio.run(generator.bind(n=24).ainvoke("x"))
+        else:
+            one = (lambda g: g.invoke("x")) if way == "threads" else (lambda g: asyncio.run(g.ainvoke("x")))
+            failed = []
+
+            def work(each):
+                try:
+                    one(each)
+                except CogViewError as error:
+                    failed.append(error)
+
+            threads = [threading.Thread(target=work, args=(each,)) for each in (generator, other) * 12]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert not failed
+        assert sandbox.pictures_made == 24
+        assert len(sandbox.requests) == 24
+
+
+def test_with_one_place_the_second_call_waits_for_the_first(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=1)
+    sandbox.latency = 0.3
+    threads = [threading.Thread(target=generator.invoke, args=(f"picture {n}",)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    while not sandbox.requests:
+        pass
+    assert len(sandbox.requests) == 1
+    assert sandbox.in_flight == 1
+    for thread in threads:
+        thread.join(10)
+    assert len(sandbox.requests) == 2
+
+
+async def test_a_cancelled_waiter_sends_nothing_and_leaves_no_hole(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=1)
+    sandbox.latency = 0.1
+    first = asyncio.create_task(generator.ainvoke("first"))
+    while not sandbox.requests:
+        await asyncio.sleep(0.001)
+    waiter, last = asyncio.create_task(generator.ainvoke("waiter")), asyncio.create_task(generator.ainvoke("last"))
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.gather(first, last)
+    assert waiter.cancelled()
+    assert [request.prompt for request in sandbox.requests] == ["first", "last"]
+
+
+def test_the_queue_for_a_place_is_not_part_of_the_time_limit(sandbox):
+    sandbox.latency = 0.2
+    generator = CogViewImageGenerator(
+        base_url=sandbox.base_url, download=False, max_concurrency=1, timeout=0.6, max_retries=0
+    )
+    assert len(generator.batch([f"picture {n}" for n in range(6)])) == 6
+
+
+def test_a_refused_call_goes_again_and_keeps_its_turn():
+    with Sandbox(in_flight_limit=2, latency=0.05) as sandbox:
+        generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=8)
+        results = generator.batch([f"picture {n}" for n in range(20)], return_exceptions=True)
+        assert not [each for each in results if isinstance(each, Exception)]
+        assert sandbox.pictures_made == 20
+
+
+def test_a_run_id_is_the_first_ones_alone(generator):
+    import uuid
+
+    results = list(generator.stream_many(["a", "b"], {"run_id": uuid.uuid4()}))
+    assert len(results) == 2
