@@ -196,6 +196,11 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         """The platform in use, as found from arguments and environment."""
         return self._region
 
+    @property
+    def service(self) -> str:
+        """The base URL in use, as found from arguments and environment."""
+        return self._base_url
+
     @classmethod
     def is_lc_serializable(cls) -> bool:
         """LangChain may serialize it; the key becomes a reference to its variable."""

@@ -233,7 +233,7 @@ def _without_exit(result: Any) -> Any:
 
 
 def _told_untaken(result: Any) -> None:
-    if not isinstance(result, BaseException):
+    if result is not None and not isinstance(result, BaseException):
         logger.warning("The caller left; a result was not taken: %r", result)
 
 

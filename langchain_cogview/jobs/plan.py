@@ -274,7 +274,7 @@ def drawn_arguments(request: ImageRequest) -> dict[str, Any]:
 
 def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
     """What holds for every prompt of a job: another value is another job."""
-    base_url = generator._base_url  # noqa: SLF001  where the environment and the region were looked at already
+    base_url = generator.service
     parts = urlsplit(base_url)
     service = "sandbox" if is_sandbox(base_url) else f"{parts.scheme}://{parts.netloc}"
     return {**{name: getattr(generator, name) for name in SETTINGS}, "service": service}

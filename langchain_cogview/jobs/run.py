@@ -92,7 +92,7 @@ class JobRun:
         self._given_back = False
         self._lock = threading.RLock()
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
-        self._base_url = generator._base_url  # noqa: SLF001  where the environment was looked at already
+        self._base_url = generator.service
         self._manifest = RecordFile(folder / MANIFEST)
         self._attempts = RecordFile(folder / ATTEMPTS)
 

@@ -152,6 +152,17 @@ def test_a_generator_can_be_given_and_keeps_its_settings(run, out, sandbox, tmp_
         run(["a cat"], generator=generator, model="glm-image")
 
 
+def test_a_cached_picture_is_copied_into_the_folder_and_costs_nothing(run, out, sandbox, tmp_path):
+    run(["a cat"], tmp_path / "before", cache=tmp_path / "cache")
+    assert run(["a cat"], cache=tmp_path / "cache", budget=0).made == 0  # a budget does not know what is cached
+    assert run(["a cat"], cache=tmp_path / "cache").made == 1
+    (line,) = lines(out)
+    (image,) = line["images"]
+    assert (image["cached"], line["cost"], line["request_ids"]) == (True, "0", [])
+    assert (out / image["file"]).stat().st_size == image["size_bytes"]
+    assert sandbox.pictures_made == 1
+
+
 def test_handlers_hear_of_every_picture(run, sandbox):
     from langchain_core.callbacks import BaseCallbackHandler
 

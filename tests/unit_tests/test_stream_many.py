@@ -267,3 +267,40 @@ def test_a_run_id_is_the_first_ones_alone(generator):
 
     results = list(generator.stream_many(["a", "b"], {"run_id": uuid.uuid4()}))
     assert len(results) == 2
+
+
+class Kept:
+    """A result whose life can be watched."""
+
+
+@both
+def test_a_hundred_thousand_results_are_never_in_hand_at_once(how):
+    import weakref
+
+    alive, most, count, places = weakref.WeakSet(), 0, 0, 8
+
+    def made():
+        result = Kept()
+        alive.add(result)
+        return result
+
+    async def amade():
+        return made()
+
+    if how == "sync":
+        for _, result in stream_in_threads(itertools.repeat(made, 100_000), places):
+            count += 1
+            most = max(most, len(alive))
+            del result
+    else:
+
+        async def collect():
+            nonlocal count, most
+            async for _, result in astream_tasks(itertools.repeat(amade, 100_000), places):
+                count += 1
+                most = max(most, len(alive))
+                del result
+
+        asyncio.run(collect())
+    assert count == 100_000
+    assert most <= 3 * places + 2
