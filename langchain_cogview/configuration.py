@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 _FETCHING = 4
-_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache")
+_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
 
 
 class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):

@@ -237,6 +237,12 @@ class GeneratedImage(BaseModel):
 
         return EXTENSIONS.get(sniff(content[:32]) or "", "")
 
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        # They may hold secrets; another process finds its own.
+        state["__pydantic_private__"] = {**(state["__pydantic_private__"] or {}), "_storage_options": None}
+        return state
+
     def __eq__(self, other: object) -> bool:
         # The bytes at hand are no part of what the picture is: the artifact's picture equals the one that it was made of.
         return self.__dict__ == other.__dict__ if isinstance(other, GeneratedImage) else NotImplemented

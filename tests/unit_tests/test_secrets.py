@@ -101,3 +101,18 @@ def test_a_link_with_the_keys_id_in_its_path_stays_whole():
     generator, client = answer(200, json.dumps({"data": [{"url": link}]}).encode())
     with client:
         assert generator.invoke("x").url == link
+
+
+def test_storage_options_appear_in_no_form_of_generator_result_or_artifact(sandbox):
+    options = {"token": "storage-secret-1234"}
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir="memory://pictures", storage_options=options)
+    result = generator.invoke("a kitten")
+    assert result.uri.startswith("memory://pictures/")
+    assert result.read().startswith(b"\x89PNG")
+    forms = (
+        repr(generator), dumps(generator), str(generator.model_dump()), repr(result), json.dumps(result.to_artifact()),
+        str(pickle.dumps(result)), str(result.model_dump()),
+    )  # fmt: skip
+    assert all("storage-secret" not in form for form in forms)
+    with pytest.raises(TypeError, match="storage_options"):
+        pickle.dumps(generator)
