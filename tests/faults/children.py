@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -90,6 +91,8 @@ def interrupted(base_url: str, how: str) -> None:
 
 def all_ways(base_url: str, folder: str, closing: str) -> None:
     """Sync, async and batch calls, once with the connections closed at the end and once with the process just ending."""
+    # That the machine is busy is no news: the development mode tells of each step that takes long.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     generator = CogViewImageGenerator(base_url=base_url, output_dir=folder, timeout=20)
     done = [generator.invoke("one"), asyncio.run(generator.ainvoke("two")), *generator.batch(["three", "four"])]
     done += asyncio.run(generator.abatch(["five", "six"]))

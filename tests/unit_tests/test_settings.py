@@ -143,7 +143,6 @@ def test_an_argument_that_does_not_exist_gets_an_answer_without_its_value(make, 
         {"timeout": float("nan")},
         {"max_retries": -1},
         {"max_concurrency": 0},
-        {"output_dir": "https://example.com/pictures"},
         {"output_dir": " "},
         {"download": False, "output_dir": "x"},
         {"n": 0},
@@ -182,3 +181,10 @@ def test_one_host_may_be_given_as_text():
     assert CogViewImageGenerator(api_key=FAKE_KEY, allowed_image_hosts="mfile.z.ai").allowed_image_hosts == (
         "mfile.z.ai",
     )
+
+
+@pytest.mark.parametrize("folder", ["https://example.com/pictures", "nosuch://bucket", "s3://key:secret@bucket/x"])
+def test_a_folder_that_cannot_be_one_is_refused_at_once(folder):
+    with pytest.raises(CogViewConfigurationError) as caught:
+        CogViewImageGenerator(api_key=FAKE_KEY, output_dir=folder)
+    assert "secret" not in str(caught.value)
