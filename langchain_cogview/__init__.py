@@ -41,8 +41,10 @@ if TYPE_CHECKING:
         CogViewTimeoutError,
     )
     from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
+    from langchain_cogview.galleries import Gallery, acompare, compare, gallery
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
+    from langchain_cogview.live import live_line
     from langchain_cogview.progress import ProgressCallbackHandler
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, images_from_messages
@@ -86,8 +88,10 @@ _ROOMS = {
         "CogViewTimeoutError",
     ),
     "events": ("ContentFilterEvent", "GeneratedEvent", "ProgressEvent", "RetryEvent"),
+    "galleries": ("Gallery", "acompare", "compare", "gallery"),
     "generator": ("CogViewImageGenerator",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
+    "live": ("live_line",),
     "progress": ("ProgressCallbackHandler",),
     "request": ("ImageRequest",),
     "result": ("GeneratedImage", "ImageFailure", "ImageResult", "images_from_messages"),
@@ -127,6 +131,7 @@ __all__ = [
     "ContentFilterCallbackHandler",
     "ContentFilterEvent",
     "CostCallbackHandler",
+    "Gallery",
     "GeneratedEvent",
     "GeneratedImage",
     "ImageArtifact",
@@ -141,10 +146,14 @@ __all__ = [
     "ProgressEvent",
     "RetryEvent",
     "Sandbox",
+    "acompare",
     "arun_job",
     "collect_content_filter_events",
     "collect_image_costs",
+    "compare",
+    "gallery",
     "images_from_messages",
+    "live_line",
     "plan_job",
     "run_job",
 ]

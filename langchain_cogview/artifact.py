@@ -44,6 +44,8 @@ class GeneratedImageArtifact(TypedDict):
     cost: str | None
     """A decimal number; "0" for a cached or sandbox picture; None where the price is unknown."""
     currency: str | None
+    seconds: float | None
+    """From its place in flight to being saved."""
     cached: bool
     sandbox: bool
     warnings: list[str]

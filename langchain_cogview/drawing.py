@@ -333,6 +333,7 @@ class ImageCall:
             prompt=request.prompt,
             cost=Decimal(0) if reply.sandbox else amount,
             currency=currency,
+            seconds=round(watch.deadline.elapsed, 3),
             sandbox=reply.sandbox,
             warnings=tuple(notes),
             **made,

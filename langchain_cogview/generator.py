@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list
 
+from langchain_cogview import live
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.api.transport import ASHARED, SHARED
 from langchain_cogview.batches import Collected, all_or_first_error, bar, configs_of, tasks_of, without_key
@@ -24,6 +25,7 @@ from langchain_cogview.errors import (
     Outcome,
 )
 from langchain_cogview.events import NOBODY, Teller
+from langchain_cogview.images.previews import aremember, remember
 from langchain_cogview.inputs import ImageInput, arguments_of
 from langchain_cogview.many import astream_tasks, in_tasks, in_threads, stream_in_threads
 from langchain_cogview.request import ImageRequest, checked_request
@@ -320,23 +322,29 @@ class CogViewImageGenerator(ConfiguredGenerator):
 
     def _run(self, work: Callable[..., ImageResult], given: ImageInput, config: RunnableConfig) -> ImageResult:
         made: list[ImageResult] = []
-        try:
-            return self._call_with_config(partial(work, made=made), given, config, run_type="llm")
-        except Exception as error:
-            if not made:
-                raise
-            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
-            return made[0]
+        with live.call(config) as told:
+            try:
+                result = self._call_with_config(partial(work, made=made), given, config, run_type="llm")
+            except Exception as error:
+                if not made:
+                    raise
+                logger.warning("A callback handler failed after the pictures were made", exc_info=error)
+                result = made[0]
+            remember(result.images)
+            return told(result)
 
     async def _arun(self, work: Callable[..., Any], given: ImageInput, config: RunnableConfig) -> ImageResult:
         made: list[ImageResult] = []
-        try:
-            return await self._acall_with_config(partial(work, made=made), given, config, run_type="llm")
-        except Exception as error:
-            if not made:
-                raise
-            logger.warning("A callback handler failed after the pictures were made", exc_info=error)
-            return made[0]
+        with live.call(config) as told:
+            try:
+                result = await self._acall_with_config(partial(work, made=made), given, config, run_type="llm")
+            except Exception as error:
+                if not made:
+                    raise
+                logger.warning("A callback handler failed after the pictures were made", exc_info=error)
+                result = made[0]
+            await aremember(result.images)
+            return told(result)
 
     def _draw(
         self,

@@ -85,6 +85,11 @@ class ProgressCallbackHandler(EventListener):
         # Held while an event is counted and drawn; the late drawing takes it too.
         self._lock = threading.RLock()
 
+    @property
+    def shown(self) -> bool:
+        """Whether a bar is drawn."""
+        return self._tqdm is not None
+
     # --- the counts
 
     @property

@@ -63,6 +63,7 @@ class GeneratedImage(BaseModel):
         task_id: Of the task endpoint, where that was used.
         cost: Its list price in `currency`; 0 where it is cached or a placeholder, None where the price is unknown.
         currency: ISO code, such as `CNY`.
+        seconds: How long it took, from its place in flight to being saved.
         cached: Whether it came from the cache: nothing was sent or paid.
         sandbox: Whether it is a placeholder of the offline service.
         warnings: What could not be done, such as saving it.
@@ -91,6 +92,7 @@ class GeneratedImage(BaseModel):
     task_id: str | None = None
     cost: Decimal | None = None
     currency: str | None = None
+    seconds: float | None = None
     cached: bool = False
     sandbox: bool = False
     warnings: tuple[str, ...] = ()

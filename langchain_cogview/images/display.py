@@ -140,7 +140,7 @@ def _one(image: Shown, content: bytes | None, name: str) -> dict[str, Any]:
         lines += [
             printable(tile.reason, 400),
             *(printable(warning, 300) for warning in image.warnings[:_MOST_WARNINGS] if warning not in tile.reason),
-            printable(image.url or "", 2_000),
+            "" if image.path or image.uri else printable(image.url or "", 2_000),
         ]
     return _output([tile], "\n".join(filter(None, lines)), ONE_BYTES)
 

@@ -1,0 +1,306 @@
+"""What a user relies on: many pictures in one small output, numbered, with the reason where there is none."""
+
+import asyncio
+import json
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from langchain_cogview import (
+    CogViewBalanceError,
+    CogViewContentFilterError,
+    CogViewImageGenerator,
+    CogViewInvalidRequestError,
+    CogViewStorageError,
+    ContentFilter,
+    ImageFailure,
+    ImageResult,
+)
+from langchain_cogview.galleries import Gallery, acompare, compare, gallery
+from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
+from langchain_cogview.images.previews import HELD
+from tests.unit_tests.displayed import EVIL, OF_A_PAGE, PHOTO, Seen, assert_harmless, image, photo, result
+
+
+@pytest.fixture(autouse=True)
+def _nothing_held():
+    HELD.clear()
+    yield
+    HELD.clear()
+
+
+BLOCKED = CogViewContentFilterError(
+    "The content filter blocked the prompt.", content_filter=(ContentFilter("user", 1),)
+)
+
+
+def shown(something):
+    bundle = something._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "text/plain"}
+    return Seen(bundle["text/html"])
+
+
+def size(something):
+    return len(json.dumps(something._repr_mimebundle_()))
+
+
+def photos(folder, count, **facts):
+    """Results whose pictures are saved and do not get small by themselves."""
+    found = []
+    for seed in range(count):
+        content = photo(seed, 256)
+        path = folder / f"{seed}.png"
+        path.write_bytes(content)
+        found.append(result(image(content, path=path, **facts)))
+    return found
+
+
+# --- gallery
+
+
+def test_a_batch_with_failures_is_shown_whole_and_numbered(generator):
+    results = generator.batch(["a fox", "[[content-filter:1]] x", "[[balance]] y", "a cat"], return_exceptions=True)
+    made = gallery(results)
+    seen = shown(made)
+    assert len(seen.pictures()) == 2
+    assert [bold for bold in seen.texts if bold in {"0", "1", "2", "3", "Blocked", "Failed"}] == [
+        "0", "Blocked", "1", "Failed", "2", "3",
+    ]  # fmt: skip
+    assert "The content filter blocked the prompt at level 1 (severe)." in seen.text
+    assert repr(made) == "Gallery(2 pictures, 1 blocked, 1 failed)"
+    assert made.results == tuple(results)
+
+
+def test_what_stream_many_gives_is_put_in_order(generator):
+    made = gallery([(2, result(image(id="c"))), (0, BLOCKED), (1, result(image(id="b")))])
+    assert [getattr(each, "image", None) and each.image.id for each in made.results] == [None, "b", "c"]
+    seen = shown(gallery(generator.stream_many(["x", "y", "z"])))
+    assert [text for text in seen.texts if text in "012"] == ["0", "1", "2"]
+
+
+def test_a_number_that_stream_many_gave_stays():
+    assert "7" in shown(gallery([(7, BLOCKED)])).texts
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda drawn: drawn,
+        lambda drawn: [drawn],
+        lambda drawn: drawn.images,
+        lambda drawn: drawn.images[0],
+        lambda drawn: drawn.to_artifact(),
+        lambda drawn: json.loads(json.dumps([drawn.to_artifact()])),
+        lambda drawn: iter([drawn]),
+    ],
+)
+def test_it_takes_results_pictures_and_artifacts(given, sandbox, tmp_path):
+    drawn = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
+    assert len(shown(gallery(given(drawn))).pictures()) == 1
+
+
+def test_it_takes_an_agents_output(generator):
+    from langchain_core.messages import AIMessage, ToolMessage
+
+    artifact = generator.invoke("x").to_artifact()
+    output = {"messages": [AIMessage("hi"), ToolMessage("made", tool_call_id="1", artifact=artifact)]}
+    assert repr(gallery(output)) == "Gallery(1 picture)"
+
+
+def test_errors_and_records_of_failures_are_tiles():
+    failure = ImageFailure(index=0, error="CogViewContentFilterError", message="It was blocked.")
+    seen = shown(gallery([BLOCKED, CogViewBalanceError(), ValueError("odd"), failure, {"type": "other"}]))
+    assert seen.texts.count("Blocked") == 2
+    assert seen.texts.count("Failed") == 3
+    assert "ValueError: odd" in seen.text
+    assert "This is no artifact of a CogView result." in seen.text
+    assert shown(gallery(BLOCKED)).texts.count("Blocked") == 1
+
+
+def test_a_result_of_several_pictures_has_several_tiles():
+    failure = ImageFailure(index=1, error="X", message="Nope.")
+    seen = shown(gallery([result(image()), result(image(), image(), failures=(failure,))]))
+    assert {"0", "1.1", "1.2", "1.3"} <= set(seen.texts)
+
+
+@pytest.mark.parametrize("given", [[1], ["a.png"], [None], [(1, 2, 3)], 5])
+def test_what_it_cannot_show_is_told(given):
+    with pytest.raises(TypeError):
+        gallery(given)
+
+
+def test_an_empty_one_is_one():
+    assert repr(gallery([])) == "Gallery(0 pictures)"
+    assert shown(gallery([])).text == "0 pictures"
+
+
+def test_the_cost_is_told_and_what_is_unknown_is_not_zero():
+    paid = {"cost": Decimal("0.06"), "currency": "CNY"}
+    assert repr(gallery([image(**paid), image(**paid)])) == "Gallery(2 pictures, 0.12 CNY)"
+    assert repr(gallery([image(**paid), image()])) == "Gallery(2 pictures, 0.06 CNY and 1 of unknown price)"
+    assert repr(gallery([image(sandbox=True, **paid), image(cached=True, **paid)])) == "Gallery(2 pictures)"
+    assert gallery([image(**paid)]).charges.amounts == {"CNY": Decimal("0.06")}
+
+
+@pytest.mark.parametrize("count", [1, 12, 100, 300])
+def test_it_is_at_most_150_kilobytes(count, tmp_path):
+    made = gallery(photos(tmp_path, min(count, 12), prompt="😀" * 500) * (count // 12 or 1))
+    assert size(made) <= 150_000
+    seen = shown(made)
+    assert len(seen.pictures()) == min(12 * (count // 12) or 1, 100)
+    if count == 300:
+        assert "the last 200 are not shown here: save('gallery.html') writes them all" in seen.text
+
+
+@pytest.mark.parametrize("text", [EVIL, "猫" * 3000, '"&' * 1000])
+def test_it_stays_so_whatever_the_texts_are(text, tmp_path):
+    facts = {"prompt": text, "model": text, "warnings": (text,), "content_filter": (ContentFilter(text, 0),)}
+    items = [*photos(tmp_path, 3, **facts), *[image(**facts), ValueError(text)] * 60]
+    made = gallery(items)
+    assert size(made) <= 150_000
+    assert_harmless(made._repr_mimebundle_()["text/html"])
+
+
+def test_files_are_read_when_it_is_made_and_not_when_it_is_shown(tmp_path):
+    made = gallery(photos(tmp_path, 3))
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert len(shown(made).pictures()) == 3
+    made.save(tmp_path / "page")
+    assert len(Seen((tmp_path / "page.html").read_text()).pictures()) == 3
+
+
+def test_a_file_that_is_gone_is_told_in_its_place(tmp_path):
+    seen = shown(gallery([image(PHOTO, path=tmp_path / "gone.png")]))
+    assert "The saved file gone.png cannot be read" in seen.text
+
+
+def test_a_picture_that_was_not_fetched_is_not_fetched(sandbox):
+    drawn = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("x")
+    before = len(sandbox.requests)
+    seen = shown(gallery([drawn]))
+    assert len(sandbox.requests) == before
+    assert seen.all("a")[0]["href"] == drawn.url
+
+
+def test_without_pillow_small_originals_are_shown_and_others_named(generator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    drawn = generator.invoke("x")
+    made = gallery([drawn, image(PHOTO).with_content(PHOTO, None)])
+    html = made._repr_mimebundle_()["text/html"]
+    assert html.count("<img") == 1
+    assert "needs Pillow" in html
+
+
+# --- the page
+
+
+def test_the_saved_page_stands_alone(tmp_path):
+    made = gallery([*photos(tmp_path, 2, prompt=EVIL), BLOCKED])
+    path = made.save(str(tmp_path / "pictures.html"), title=EVIL)
+    assert path == tmp_path / "pictures.html"
+    text = path.read_text(encoding="utf-8")
+    seen = assert_harmless(text, *OF_A_PAGE)
+    assert len(seen.pictures()) == 2
+    assert min(picture.width for picture in seen.pictures()) > 200
+    assert "http" not in text.replace("http-equiv", "")
+    assert str(tmp_path) not in text
+
+
+def test_a_page_of_many_holds_them_all(tmp_path):
+    made = gallery(photos(tmp_path, 1) * 200)
+    assert len(Seen(made.save(tmp_path / "all.html").read_text()).all("img")) == 200
+
+
+def test_a_page_that_cannot_be_written_is_our_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CogViewStorageError, match="gallery could not be written"):
+        gallery([BLOCKED]).save(tmp_path / "file" / "page.html")
+
+
+def test_the_contact_sheet_of_a_job_is_harmless_too(tmp_path):
+    tiles = [Tile(EVIL, EVIL, "javascript:alert(1)"), Tile(EVIL, EVIL, reason=EVIL)]
+    write_contact_sheet(tmp_path / "index.html", tiles, title=EVIL, facts=[EVIL])
+    seen = Seen((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in seen.tags} & {"script", "svg", "iframe"}
+    assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
+
+
+# --- compare
+
+
+async def drawn_by(twin, *args, **kwargs):
+    return await acompare(*args, **kwargs) if twin == "async" else await asyncio.to_thread(compare, *args, **kwargs)
+
+
+twins = pytest.mark.parametrize("twin", ["sync", "async"])
+
+
+@twins
+async def test_every_combination_is_drawn_into_a_labelled_table(twin, sandbox):
+    made = await drawn_by(
+        twin, "a fox", sizes=["square", "16:9"], qualities=["standard", "hd"], models=["cogview-4-250304", "glm-image"],
+        base_url=sandbox.base_url,
+    )  # fmt: skip
+    seen = shown(made)
+    assert [each for each in seen.texts if each in {"square", "16:9"}] == ["square", "16:9"]
+    labels = ["cogview-4-250304 · standard", "cogview-4-250304 · hd", "glm-image · standard", "glm-image · hd"]
+    assert [each for each in seen.texts if each in labels] == labels
+    assert len(seen.all("tr")) == 5
+    assert [(each.model, each.size, each.quality) for each in made.results if isinstance(each, ImageResult)] == [
+        ("cogview-4-250304", "1024x1024", "standard"), ("cogview-4-250304", "1344x768", "standard"),
+        ("cogview-4-250304", "1024x1024", "hd"), ("cogview-4-250304", "1344x768", "hd"),
+        ("glm-image", "1280x1280", "hd"), ("glm-image", "1728x960", "hd"),
+    ]  # fmt: skip
+    assert "glm-image knows only quality 'hd'" in seen.text
+    assert repr(made) == "Gallery(6 pictures, 2 failed)"
+    assert "a fox" in seen.text
+
+
+@twins
+async def test_an_illegal_combination_sends_nothing(twin, sandbox):
+    made = await drawn_by(twin, "a fox", sizes=["100x100", "nonsense"], base_url=sandbox.base_url)
+    assert sandbox.requests == []
+    assert repr(made) == "Gallery(0 pictures, 2 failed)"
+    assert "nearest legal size is 512x512" in shown(made).text
+
+
+@twins
+async def test_one_kind_of_setting_is_one_row(twin, generator):
+    made = await drawn_by(twin, "x", qualities=("standard", "hd"), generator=generator, size="512x512")
+    assert len(shown(made).all("tr")) == 2
+    assert [(each.size, each.quality) for each in made.results] == [("512x512", "standard"), ("512x512", "hd")]
+
+
+@twins
+async def test_a_blocked_one_does_not_cost_the_others(twin, generator, sandbox):
+    sandbox.fail_next("content-filter")
+    made = await drawn_by(twin, "x", sizes=["square", "16:9"], generator=generator)
+    assert repr(made) == "Gallery(1 picture, 1 blocked)"
+
+
+@twins
+@pytest.mark.parametrize("given", [{}, {"sizes": []}, {"sizes": ["square"], "models": ()}])
+async def test_nothing_to_compare_is_told(twin, given, generator):
+    with pytest.raises(CogViewInvalidRequestError, match="nothing to compare"):
+        await drawn_by(twin, "x", generator=generator, **given)
+
+
+def test_one_name_is_a_list_of_one(generator):
+    assert len(compare("x", sizes="square", generator=generator).results) == 1
+
+
+def test_several_pictures_for_each_combination_stand_in_its_place(generator):
+    made = compare("x", sizes=["square", "16:9"], generator=generator, n=2)
+    assert len(shown(made).pictures()) == 4
+    assert len(shown(made).all("td")) == 2
+    assert isinstance(made, Gallery)
+
+
+def test_a_table_is_small_and_harmless(generator, tmp_path):
+    made = compare(EVIL, sizes=[EVIL, "square", "16:9"], qualities=["standard", "hd", EVIL], generator=generator)
+    assert size(made) <= 150_000
+    assert_harmless(made._repr_mimebundle_()["text/html"])
+    assert_harmless(Path(made.save(tmp_path / "table.html")).read_text(encoding="utf-8"), *OF_A_PAGE)

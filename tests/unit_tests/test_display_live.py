@@ -1,0 +1,358 @@
+"""What a user relies on: one line under a notebook's cell while its calls run, which becomes their summary."""
+
+import asyncio
+import os
+import re
+import sys
+import threading
+from decimal import Decimal
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from langchain_cogview import (
+    CogViewBalanceError,
+    CogViewContentFilterError,
+    CogViewOutcomeUnknownError,
+    ImageFailure,
+    live,
+)
+from langchain_cogview.errors import Outcome
+from langchain_cogview.live import Line
+from tests.unit_tests.displayed import be_a_kernel, image, result
+
+PAID = {"cost": Decimal("0.06"), "currency": "CNY"}
+BLOCKED = CogViewContentFilterError()
+
+
+class Output:
+    """Records the texts of one output, in place of a notebook's."""
+
+    def __init__(self):
+        self.texts = []
+        self.opened = 0
+        self.threads = set()
+
+    def open(self, text):
+        self.opened += 1
+        self.change(text)
+        return self.change
+
+    def change(self, text):
+        self.texts.append(text)
+        self.threads.add(threading.current_thread().name)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def output():
+    return Output()
+
+
+@pytest.fixture
+def line(output, clock):
+    return Line(output.open, clock)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    monkeypatch.delenv(live.VARIABLE, raising=False)
+    yield
+    live.live_line(None)
+    live._LINES.clear()
+
+
+# --- the line
+
+
+def test_the_time_becomes_the_summary(line, clock, output):
+    line.started()
+    clock.now += 12.34
+    line.ended(result(image(**PAID)))
+    assert output.texts == ["0 s · 1 under way", "12.3 s · 1 picture · 0.06 CNY"]
+    assert output.opened == 1
+
+
+def test_all_calls_in_flight_share_it(line, clock, output):
+    for _ in range(3):
+        line.started()
+    clock.now += 5
+    line.ended(result(image(**PAID), image(**PAID)))
+    assert output.texts[-1] == "5 s · 2 pictures · 2 under way · 0.12 CNY"
+    clock.now += 2
+    line.ended(BLOCKED)
+    line.ended(CogViewBalanceError())
+    assert output.texts[-1] == "7.0 s · 2 pictures · 1 blocked · 1 failed · 0.12 CNY"
+    assert output.opened == 1
+
+
+def test_calls_one_after_the_other_are_one_line_and_the_time_between_them_does_not_count(line, clock, output):
+    for _ in range(2):
+        line.started()
+        clock.now += 3
+        line.ended(result(image(**PAID)))
+        clock.now += 100
+    assert output.texts[-1] == "6.0 s · 2 pictures · 0.12 CNY"
+    assert output.opened == 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "told"),
+    [
+        (result(image(sandbox=True, cost=Decimal(0), currency="CNY")), "1 picture · sandbox, no cost"),
+        (result(image(cached=True, cost=Decimal(0), currency="CNY")), "1 picture · no cost"),
+        (result(image()), "1 picture · 1 of unknown price"),
+        (result(image(**PAID), image()), "2 pictures · 0.06 CNY and 1 of unknown price"),
+        (BLOCKED, "1 blocked"),
+        (CogViewOutcomeUnknownError(), "1 of unknown outcome"),
+        (ValueError(), "1 failed"),
+        (KeyboardInterrupt(), "1 stopped"),
+        (asyncio.CancelledError(), "1 stopped"),
+        (None, ""),
+        (
+            result(
+                image(**PAID),
+                failures=(
+                    ImageFailure(index=1, error="CogViewContentFilterError", message=""),
+                    ImageFailure(index=2, error="X", message="", outcome=Outcome.UNKNOWN),
+                    ImageFailure(index=3, error="X", message=""),
+                ),
+            ),
+            "1 picture · 1 blocked · 1 failed · 1 of unknown outcome · 0.06 CNY",
+        ),
+    ],
+)
+def test_the_summary_tells_what_became_of_it(line, output, ended, told):
+    line.started()
+    line.ended(ended)
+    assert output.texts[-1] == "0.0 s" + (" · " + told if told else "")
+
+
+def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
+    monkeypatch.setattr(live, "TICK", 0.01)
+    ticked = threading.Event()
+
+    def change(text):
+        Output.change(output, text)
+        if threading.current_thread().name == "cogview-line":
+            ticked.set()
+
+    output.change = change
+    line = Line(output.open)
+    line.started()
+    assert ticked.wait(20)
+    line.ended()
+    ticking = [each for each in threading.enumerate() if each.name == "cogview-line"]
+    for each in ticking:
+        each.join(20)
+        assert not each.is_alive()
+
+
+def test_an_output_that_cannot_be_drawn_costs_no_call(line, output, monkeypatch):
+    def broken(text):
+        raise OSError
+
+    line._open_output = broken
+    line.started()
+    line.ended(result(image()))
+    assert line._in_flight == 0
+
+
+def test_many_threads_count_right(line, output):
+    def work():
+        for _ in range(50):
+            line.started()
+            line.ended(result(image(**PAID)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert " · 400 pictures · 24.00 CNY" in output.texts[-1]
+    assert "under way" not in output.texts[-1]
+    assert output.opened == 1
+
+
+# --- when it is shown
+
+
+def shown_at_all(monkeypatch, config=None):
+    opened = []
+    monkeypatch.setattr(live, "_open_output", lambda text: opened.append(text) or opened.append)
+    with live.call(config) as told:
+        assert told(drawn := result(image())) is drawn
+    live._LINES.clear()
+    return bool(opened)
+
+
+def test_it_is_shown_in_a_kernel_only(monkeypatch):
+    assert not shown_at_all(monkeypatch)
+    be_a_kernel(monkeypatch)
+    assert shown_at_all(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("value", "on"), [("off", False), (" OFF ", False), ("0", False), ("no", False), ("", True), ("on", True)]
+)
+def test_the_environment_turns_it_off(monkeypatch, value, on):
+    be_a_kernel(monkeypatch)
+    monkeypatch.setenv(live.VARIABLE, value)
+    assert shown_at_all(monkeypatch) is on
+
+
+def test_the_function_goes_before_the_environment(monkeypatch):
+    be_a_kernel(monkeypatch)
+    live.live_line(False)
+    assert not shown_at_all(monkeypatch)
+    monkeypatch.setenv(live.VARIABLE, "off")
+    live.live_line(True)
+    assert shown_at_all(monkeypatch)
+    live.live_line()
+    assert not shown_at_all(monkeypatch)
+
+
+def test_it_stays_away_where_a_bar_is_drawn(monkeypatch):
+    class Bar:
+        shown = True
+
+    class Manager:
+        handlers = [Bar()]
+
+    be_a_kernel(monkeypatch)
+    assert not shown_at_all(monkeypatch, {"callbacks": [Bar()]})
+    assert not shown_at_all(monkeypatch, {"callbacks": Manager()})
+    assert shown_at_all(monkeypatch, {"callbacks": [object()]})
+    assert shown_at_all(monkeypatch, {"callbacks": None})
+
+
+def test_what_a_call_raises_passes_and_is_counted(monkeypatch, output):
+    be_a_kernel(monkeypatch)
+    monkeypatch.setattr(live, "_open_output", output.open)
+    with pytest.raises(CogViewContentFilterError), live.call():
+        raise BLOCKED
+    assert output.texts[-1] == "0.0 s · 1 blocked"
+
+
+def test_the_lines_of_cells_long_gone_are_forgotten(monkeypatch, output):
+    shell = be_a_kernel(monkeypatch)
+    monkeypatch.setattr(live, "_open_output", output.open)
+    for shell.execution_count in range(100):
+        with live.call():
+            pass
+    assert len(live._LINES) <= 16
+    assert output.opened == 100
+
+
+# --- in a real kernel
+
+FIRST = """
+import asyncio, threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from decimal import Decimal
+from langchain_cogview import CogViewContentFilterError, live
+from tests.unit_tests.displayed import image, result
+live.TICK = 0.05
+def draw(wait=0.12):
+    with live.call() as told:
+        threading.Event().wait(wait)
+        return told(result(image(cost=Decimal("0.06"), currency="CNY")))
+async def adraw(wait=0.12):
+    with live.call() as told:
+        await asyncio.sleep(wait)
+        return told(result(image(cost=Decimal("0.06"), currency="CNY")))
+"""
+CELLS = {
+    "one call": ("draw()\nNone", 1),
+    "one after the other": ("for _ in range(3): draw(0.02)", 3),
+    "threads of their own": (
+        (
+            "threads = [threading.Thread(target=draw) for _ in range(4)]\n"
+            "[each.start() for each in threads]\n[each.join() for each in threads]\nNone"
+        ),
+        4,
+    ),
+    "threads in a context of the caller": (
+        "with ThreadPoolExecutor(3) as pool:\n    [pool.submit(copy_context().run, draw) for _ in range(3)]\nNone",
+        3,
+    ),
+    "await": ("await adraw()\nNone", 1),
+    "tasks": ("await asyncio.gather(*(adraw() for _ in range(5)))\nNone", 5),
+    "threads of an async cell": ("await asyncio.gather(*(asyncio.to_thread(draw) for _ in range(2)))\nNone", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebook")
+    cells = [FIRST, *(code for code, _ in CELLS.values())]
+    cells.append("try:\n    with live.call(): raise CogViewContentFilterError\nexcept CogViewContentFilterError: pass")
+    cells.append(
+        "done = threading.Event()\n"
+        "def late():\n"
+        "    with live.call() as told:\n"
+        "        started.set()\n"
+        "        done.wait(30)\n"
+        "        told(result(image(sandbox=True)))\n"
+        "started = threading.Event()\n"
+        "thread = threading.Thread(target=copy_context().run, args=(late,))\n"
+        "thread.start()\n"
+        "started.wait(30)\nNone"
+    )
+    cells.append("done.set()\nthread.join(30)")
+    cells.append("live.live_line(False)\ndraw()\nNone")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        monkeypatch.setenv("IPYTHONDIR", str(folder))
+        monkeypatch.delenv(live.VARIABLE, raising=False)
+        NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}}).execute()
+    first, *others, blocked, late, later, off = notebook.cells
+    assert first.outputs == []
+    return dict(zip(CELLS, others, strict=True)) | {
+        "blocked": blocked, "late": late, "later": later, "off": off, "all": notebook,
+    }  # fmt: skip
+
+
+notebook = [pytest.mark.notebook, pytest.mark.filterwarnings("ignore")]  # the kernel client's own warnings
+
+
+class TestInANotebook:
+    pytestmark = notebook
+
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_each_cell_gets_one_small_output_of_its_own(self, executed, cell):
+        (output,) = executed[cell].outputs
+        assert output.output_type == "display_data"
+        assert list(output.data) == ["text/plain"]
+        count = CELLS[cell][1]
+        text = output.data["text/plain"]
+        assert re.fullmatch(rf"\d+\.\d s · {count} pictures? · {Decimal('0.06') * count} CNY", text), text
+
+    def test_a_blocked_call_is_told(self, executed):
+        (output,) = executed["blocked"].outputs
+        assert output.data["text/plain"] == "0.0 s · 1 blocked"
+
+    def test_a_call_that_outlives_its_cell_ends_in_the_line_of_that_cell(self, executed):
+        (output,) = executed["late"].outputs
+        assert output.data["text/plain"].endswith(" · 1 picture · sandbox, no cost")
+        assert executed["later"].outputs == []
+
+    def test_it_can_be_turned_off(self, executed):
+        assert executed["off"].outputs == []
+
+    def test_no_widget_is_left(self, executed):
+        assert "widgets" not in executed["all"].metadata
