@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from langchain_core.messages import BaseMessage
+from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.errors import CogViewError
+from langchain_cogview.request import ImageRequest
 
 if TYPE_CHECKING:
-    from langchain_cogview.inputs import ImageInput
     from langchain_cogview.result import ImageResult
 
 
@@ -56,17 +58,16 @@ def configs_of(config: RunnableConfig) -> Callable[[int], RunnableConfig]:
     return lambda number: cast("RunnableConfig", config if number == 0 else later)
 
 
-async def tasks_of(
-    inputs: Iterable[ImageInput] | AsyncIterable[ImageInput], task: Callable[[int, ImageInput], Callable[[], Any]]
-) -> AsyncIterator[Callable[[], Any]]:
-    """What is to be done for each input, from an iterable or an async one."""
-    number = -1
-    if isinstance(inputs, AsyncIterable):
-        async for each in inputs:
-            yield task(number := number + 1, each)
-    else:
-        for each in inputs:
-            yield task(number := number + 1, each)
+def refuse_one(inputs: Any) -> None:
+    """Refuse one input where many are taken: its letters or keys would be drawn.
+
+    Raises:
+        TypeError: It is one.
+    """
+    if isinstance(inputs, str | bytes | Mapping | ImageRequest | PromptValue | BaseMessage):
+        raise TypeError(
+            f"This takes many inputs, and {type(inputs).__name__} is one. Put it into a list, or use invoke or ainvoke."
+        )
 
 
 class Collected:

@@ -207,7 +207,7 @@ class CachedRequest:
                 return None
             # What was told of its files then is told anew by this call.
             recorded = recorded.model_copy(update={"warnings": ()})
-            recorded.with_content(None, self.base_url, self.allowed_hosts)
+            recorded.with_content(None, self.base_url, self.allowed_hosts, self.storage_options)
             if not self.download:
                 # No path or URI that nobody has looked at.
                 return self._hit(recorded, path=None, uri=None) if _lives(recorded) else None
@@ -304,7 +304,7 @@ class CachedRequest:
             "warnings": (_unsaved(self.folder, fetched.problem),) if fetched.problem else (),
         }
         image = recorded.model_copy(update=facts)
-        image.with_content(fetched.content, self.base_url, self.allowed_hosts)
+        image.with_content(fetched.content, self.base_url, self.allowed_hosts, self.storage_options)
         yield from self._write(key, image)
         return self._hit(image)
 
@@ -331,7 +331,7 @@ class CachedRequest:
 
     def _hit(self, recorded: GeneratedImage, *, content: bytes | None = None, **changes: Any) -> GeneratedImage:
         hit = recorded.model_copy(update={"cached": True, "cost": Decimal(0), **changes})
-        return hit if content is None else hit.with_content(content, self.base_url, self.allowed_hosts)
+        return hit if content is None else hit.with_content(content, self.base_url, self.allowed_hosts, self.storage_options)
 
     @contextlib.contextmanager
     def _spared(self, what: str) -> Iterator[None]:
@@ -359,14 +359,12 @@ def _lives(image: GeneratedImage) -> bool:
 
 def _names(image: GeneratedImage) -> list[str]:
     """Under which names a file is saved again; always the same ones, so that more hits make no more files."""
+    facts = (re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8]), str(image.sha256), EXTENSIONS.get(image.mime_type or "", ""))
     try:
-        moment = time.gmtime(image.created or 0)
+        names = picture_names(*facts, moment=image.created or 0)
     except (ValueError, OverflowError, OSError):
-        moment = time.gmtime(0)
-    identity = re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8])
-    stem = f"{time.strftime('%Y%m%dT%H%M%SZ', moment)}-{identity}-{str(image.sha256)[:16]}"
-    ending = EXTENSIONS.get(image.mime_type or "", "")
-    return [f"{stem}{ending}", *(f"{stem}-{number}{ending}" for number in range(2, 100))]
+        names = picture_names(*facts, moment=0)
+    return [*islice(names, _MAX_NAMES)]
 
 
 def _save(folder: Path, names: list[str], content: bytes) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -46,7 +47,13 @@ if TYPE_CHECKING:
 
 REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 _FETCHING = 4
+_CACHE_SECONDS = 60.0
 _INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
+
+
+_SERVICE: Final = frozenset({"api_key", "region", "base_url"})
+_FOUND: Final[ContextVar[tuple[SecretStr | None, Region, str] | None]] = ContextVar("cogview_found", default=None)
+"""The service of the generator that is being copied: the environment may have changed since it was made."""
 
 
 class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
@@ -178,18 +185,19 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         return remote_folder(self.output_dir, self.storage_options or {})
 
     def _find_service(self) -> None:
-        base_url = environment(BASE_URL_VARIABLE) if self.base_url is None else self.base_url
-        self._region = region_of(None if base_url is None else normal_base_url(base_url), self.region)
-        self._base_url = normal_base_url(BASE_URLS[self._region] if base_url is None else base_url)
-        if is_sandbox(self._base_url):
-            if self.http_client is not None or self.http_async_client is not None:
-                raise CogViewConfigurationError(
-                    "The sandbox in this process is not reached by an HTTP client.",
-                    hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
-                )
-            self._key = SecretStr("sandbox")
+        found = _FOUND.get()
+        if found:
+            self._key, self._region, self._base_url = found
         else:
-            self._key = found_key(self.api_key, self._region)
+            base_url = environment(BASE_URL_VARIABLE) if self.base_url is None else self.base_url
+            self._region = region_of(None if base_url is None else normal_base_url(base_url), self.region)
+            self._base_url = normal_base_url(BASE_URLS[self._region] if base_url is None else base_url)
+            self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(self.api_key, self._region)
+        if is_sandbox(self._base_url) and (self.http_client is not None or self.http_async_client is not None):
+            raise CogViewConfigurationError(
+                "The sandbox in this process is not reached by an HTTP client.",
+                hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
+            )
 
     @property
     def platform(self) -> Region:
@@ -222,10 +230,15 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         return state
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy; one with other settings finds its key and service anew."""
-        if update:
+        """A copy; one with another key, region or base URL finds its service anew."""
+        if not update:
+            return super().model_copy(deep=deep)
+        found = None if _SERVICE & update.keys() else (self._key, self._region, self._base_url)
+        token = _FOUND.set(found)
+        try:
             return type(self)(**{**self.__dict__, **update})
-        return super().model_copy(deep=deep)
+        finally:
+            _FOUND.reset(token)
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
@@ -287,6 +300,7 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
             folder=self._folder,
             storage_options=self.storage_options,
             allowed_hosts=self.allowed_image_hosts,
+            timeout=min(cast("float | None", self.timeout) or _CACHE_SECONDS, _CACHE_SECONDS),
         )
 
     def _call(self, requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...], teller: Teller) -> ImageCall:

@@ -179,7 +179,8 @@ class ImageCosts:
         price = Price.of(event)
         self._under_way.pop(event["request_id"], None)
         # A task whose end was not seen, and which was resumed: it came after all.
-        self._uncertain.pop(event["request_id"], None)
+        for name in (event["request_id"], event.get("task_id")):
+            self._uncertain.pop(name, None)
         self.images += 1
         self.cached += bool(event["cached"])
         self.sandbox += bool(event["sandbox"])
@@ -195,7 +196,7 @@ class ImageCosts:
             return
         self.failed += 1
         if event["outcome"] == errors.Outcome.UNKNOWN:
-            self._uncertain[event["request_id"]] = Price.of(event)
+            self._uncertain[event["task_id"] or event["request_id"]] = Price.of(event)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON; amounts are decimal numbers in text."""

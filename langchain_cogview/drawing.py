@@ -116,12 +116,13 @@ class ImageCall:
         hit = self.cache.lookup(index, self._refetched)
         if hit is None:
             # Who waits here for another's equal request holds no place in flight.
-            with self.cache.turn(index, _TURN_SECONDS):
+            with self.cache.turn(index, self.timeout or _TURN_SECONDS):
                 hit = self.cache.lookup(index, self._refetched)
                 if hit is None:
                     outcome = self._new()
                     if not isinstance(outcome, Exception):
-                        self.cache.store(index, outcome[0])
+                        with _told_when_lost(outcome[0].request_id, outcome[0].url):
+                            self.cache.store(index, outcome[0])
                     return outcome
         self.teller.tell(*self._watch(Deadline(None), hit.request_id).made([hit]))
         return [hit]
@@ -132,12 +133,13 @@ class ImageCall:
             return await self._anew()
         hit = await self.cache.alookup(index, self._arefetched)
         if hit is None:
-            async with self.cache.aturn(index, _TURN_SECONDS):
+            async with self.cache.aturn(index, self.timeout or _TURN_SECONDS):
                 hit = await self.cache.alookup(index, self._arefetched)
                 if hit is None:
                     outcome = await self._anew()
                     if not isinstance(outcome, Exception):
-                        await self.cache.astore(index, outcome[0])
+                        with _told_when_lost(outcome[0].request_id, outcome[0].url):
+                            await self.cache.astore(index, outcome[0])
                     return outcome
         await self.teller.atell(*self._watch(Deadline(None), hit.request_id).made([hit]))
         return [hit]
@@ -172,9 +174,9 @@ class ImageCall:
         body = images_body(self.request, watch.request_id)
         return await self.tasks().asubmit(body, watch.deadline, watch), watch.request_id
 
-    def collect(self, task_id: str, request_id: str) -> ImageOutcome:
-        """Wait for a task's picture."""
-        watch = self._watch(Deadline(self.timeout), request_id)
+    def collect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
+        """Wait so many seconds for a task's picture."""
+        watch = self._watch(Deadline(seconds), request_id)
         try:
             reply = self.tasks().result(task_id, watch.deadline, watch)
         except Exception as error:  # noqa: BLE001
@@ -182,9 +184,9 @@ class ImageCall:
             return error
         return self._kept(Drawn(self.request, reply), watch)
 
-    async def acollect(self, task_id: str, request_id: str) -> ImageOutcome:
+    async def acollect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
         """Wait for a task's picture. The twin of `collect`."""
-        watch = self._watch(Deadline(self.timeout), request_id)
+        watch = self._watch(Deadline(seconds), request_id)
         try:
             reply = await self.tasks().aresult(task_id, watch.deadline, watch)
         except Exception as error:  # noqa: BLE001
@@ -249,21 +251,21 @@ class ImageCall:
     # --- the picture's bytes and record
 
     def _kept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
-        with _told_when_lost(watch.request_id, drawn.reply):
+        with _told_when_lost(watch.request_id, *drawn.reply.urls):
             images = [
                 self._image(drawn, watch, url, self._fetched(url, watch.deadline, watch.label))
                 for url in drawn.reply.urls
             ]
-        self.teller.tell(*watch.made(images))
+            self.teller.tell(*watch.made(images))
         return images
 
     async def _akept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
-        with _told_when_lost(watch.request_id, drawn.reply):
+        with _told_when_lost(watch.request_id, *drawn.reply.urls):
             images = [
                 self._image(drawn, watch, url, await self._afetched(url, watch.deadline, watch.label))
                 for url in drawn.reply.urls
             ]
-        await self.teller.atell(*watch.made(images))
+            await self.teller.atell(*watch.made(images))
         return images
 
     def _fetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
@@ -348,13 +350,13 @@ def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[st
 
 
 @contextmanager
-def _told_when_lost(request_id: str, reply: ImagesReply) -> Iterator[None]:
+def _told_when_lost(request_id: str, *urls: str | None) -> Iterator[None]:
     """A caller that leaves after the payment (cancelled, Ctrl-C) is told where its picture is."""
     try:
         yield
     except BaseException as error:
-        note = f"A picture was made and paid for (request id {request_id}): {' '.join(reply.urls)}"
-        logger.warning("The caller left before it was fetched. %s", note)
+        note = f"A picture was made and paid for (request id {request_id}): {' '.join(filter(None, urls))}"
+        logger.warning("The caller left before it had it. %s", note)
         error.add_note(note)
         raise
 

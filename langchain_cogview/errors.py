@@ -90,6 +90,7 @@ class CogViewError(ModelError):
         attempts: How often the request was sent.
         task_id: Of the task endpoint, where the request was taken as a task; None elsewhere.
         retry_after: Seconds that the service asked to wait; None where it said nothing.
+        failures: Of a call with several pictures of which none was made: an `ImageFailure` for each, in order.
         batch_results: On an error raised by `batch` or `abatch`: one result or exception for each input, in order.
     """
 
@@ -116,6 +117,7 @@ class CogViewError(ModelError):
         self.attempts = 0
         self.task_id: str | None = None
         self.retry_after: float | None = None
+        self.failures: tuple[Any, ...] = ()
         self.batch_results: list[Any] | None = None
         super().__init__(self.message)
 
@@ -338,7 +340,10 @@ class CogViewExpiredURLError(CogViewDownloadError):
     """When the link has ended, or the host refuses it."""
 
     default_message = "The picture's link has expired or is refused."
-    default_hint = "Links live from a day to a week: set output_dir, or call save() in time."
+    default_hint = (
+        "Links live from a day to a week: set output_dir, or call save() in time. "
+        "Where the link has ended, the picture has to be made again."
+    )
 
 
 class CogViewStorageError(CogViewError):

@@ -71,6 +71,8 @@ class GeneratedEvent(TypedDict):
     id: str
     """The picture's, as on the result."""
     request_id: str
+    task_id: str | None
+    """Of the task endpoint."""
     model: str
     """Which model drew."""
     size: str | None
@@ -92,7 +94,8 @@ class ProgressEvent(TypedDict):
     """Payload of `cogview.progress`: where one picture is on its way. Plain JSON.
 
     Each picture that is asked of the service sends `sent` once, `processing` at each poll of a task, and ends with
-    either `failed` or the event `cogview.generated`. A cached picture sends `cogview.generated` alone.
+    either `failed` or the event `cogview.generated`; a call that is cancelled or interrupted ends without either. A cached
+    picture sends `cogview.generated` alone, and a task that is resumed no `sent`.
     """
 
     version: int

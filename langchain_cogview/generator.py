@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sized
 from contextlib import aclosing, closing
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.runnables import RunnableConfig, ensure_config
@@ -14,7 +15,7 @@ from langchain_core.runnables.config import get_config_list
 from langchain_cogview import live
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.api.transport import ASHARED, SHARED
-from langchain_cogview.batches import Collected, all_or_first_error, bar, configs_of, tasks_of, without_key
+from langchain_cogview.batches import Collected, all_or_first_error, bar, configs_of, refuse_one, without_key
 from langchain_cogview.catalog import model_info
 from langchain_cogview.configuration import REQUEST_DEFAULTS, ConfiguredGenerator
 from langchain_cogview.errors import (
@@ -27,7 +28,7 @@ from langchain_cogview.errors import (
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
 from langchain_cogview.inputs import ImageInput, arguments_of
-from langchain_cogview.many import astream_tasks, in_tasks, in_threads, stream_in_threads
+from langchain_cogview.many import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
 from langchain_cogview.request import ImageRequest, checked_request
 from langchain_cogview.result import ImageFailure, ImageResult, total_cost
 
@@ -75,12 +76,13 @@ class CogViewImageGenerator(ConfiguredGenerator):
         user_id: The end user, for the provider's abuse reports; 6 to 128 characters.
         watermark_enabled: False only for accounts that signed the provider's waiver.
         timeout: Seconds for one picture in all: look-up, connect, answer, waits between attempts, download and save. The queue
-            for a place in flight, and for the `rate_limiter`, comes before it. None: no limit.
+            for a place in flight, and for the `rate_limiter`, comes before it, and with a `cache` an equal request that is under
+            way. None: no limit.
         max_retries: Further attempts of a request that provably did not run.
         retry_unknown: Also send again what may have been made and charged. Can pay twice.
         max_concurrency: Requests in flight, of all generators, threads and event loops of this process with the same key, model
             and service together. None: the catalog's figure for the model. It is lowered by itself while the service
-            refuses (code 1302), and raised again.
+            refuses (code 1302), and raised again. A task holds its place until it ends, one that was submitted does not.
         rate_limiter: A LangChain rate limiter, asked before every attempt.
         http_client: Used for sync API requests as it is, and never closed; `timeout` is then looked at between its socket
             operations. Pictures are fetched by connections of our own.
@@ -147,6 +149,7 @@ class CogViewImageGenerator(ConfiguredGenerator):
         if isinstance(inputs, AsyncIterable):
             raise TypeError("stream_many takes an iterable; astream_many takes an async one too.")
         config = without_key(config)
+        refuse_one(inputs)
         with bar(self._count(inputs), config, progress) as (own, note):
             config_of = configs_of(own)
             tasks = (partial(self.invoke, each, config_of(number), **kwargs) for number, each in enumerate(inputs))
@@ -168,13 +171,12 @@ class CogViewImageGenerator(ConfiguredGenerator):
         An iterator that is closed (`contextlib.aclosing`) cancels what is under way.
         """
         config = without_key(config)
+        refuse_one(inputs)
         with bar(self._count(inputs), config, progress) as (own, note):
             config_of = configs_of(own)
-
-            def task(number: int, each: ImageInput) -> Callable[[], Any]:
-                return partial(self.ainvoke, each, config_of(number), **kwargs)
-
-            async with aclosing(astream_tasks(tasks_of(inputs, task), self._workers(own))) as finished:
+            pulled = numbered(inputs)
+            tasks = (partial(self.ainvoke, each, config_of(number), **kwargs) async for number, each in pulled)
+            async with aclosing(pulled), aclosing(astream_tasks(tasks, self._workers(own))) as finished:
                 async for number, result in finished:
                     note(result)
                     yield number, result
@@ -286,15 +288,17 @@ class CogViewImageGenerator(ConfiguredGenerator):
         task_id, request_id = await self._task_call(request).asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
-    def collect(self, task: ImageTask, config: RunnableConfig | None = None) -> ImageResult:
-        """Wait for a task's picture, fetch and save it; see `ImageTask.result`."""
+    def collect(self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None) -> ImageResult:
+        """Wait for a task's picture, fetch and save it, all in so many seconds; see `ImageTask.result`."""
         config = self._traced(task.request, config, {})
-        return self._run(partial(self._collect, task=task), task.request, config)
+        return self._run(partial(self._collect, task=task, seconds=seconds), task.request, config)
 
-    async def acollect(self, task: ImageTask, config: RunnableConfig | None = None) -> ImageResult:
+    async def acollect(
+        self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None
+    ) -> ImageResult:
         """Wait for a task's picture. The twin of `collect`."""
         config = self._traced(task.request, config, {})
-        return await self._arun(partial(self._acollect, task=task), task.request, config)
+        return await self._arun(partial(self._acollect, task=task, seconds=seconds), task.request, config)
 
     # --- connections
 
@@ -383,9 +387,10 @@ class CogViewImageGenerator(ConfiguredGenerator):
         config: RunnableConfig,
         *,
         task: ImageTask,
+        seconds: float | None,
         made: list[ImageResult],
     ) -> ImageResult:
-        outcome = self._task_call(task.request, run_manager, config).collect(task.id, task.request_id)
+        outcome = self._task_call(task.request, run_manager, config).collect(task.id, task.request_id, seconds)
         return self._result(task.request, [outcome], task.warnings, run_manager, made)
 
     async def _acollect(
@@ -395,9 +400,10 @@ class CogViewImageGenerator(ConfiguredGenerator):
         config: RunnableConfig,
         *,
         task: ImageTask,
+        seconds: float | None,
         made: list[ImageResult],
     ) -> ImageResult:
-        outcome = await self._task_call(task.request, run_manager, config).acollect(task.id, task.request_id)
+        outcome = await self._task_call(task.request, run_manager, config).acollect(task.id, task.request_id, seconds)
         return self._result(task.request, [outcome], task.warnings, run_manager, made)
 
     # --- pure steps
@@ -454,6 +460,7 @@ class CogViewImageGenerator(ConfiguredGenerator):
         config: RunnableConfig | Sequence[RunnableConfig] | None,
         overrides: dict[str, Any],
     ) -> tuple[list[Callable[[], Any]], int]:
+        refuse_one(inputs)
         configs = get_config_list(config, len(inputs)) if inputs else []
         tasks: list[Callable[[], Any]] = [
             partial(call, each, own, **overrides) for each, own in zip(inputs, configs, strict=True)
@@ -502,6 +509,9 @@ class CogViewImageGenerator(ConfiguredGenerator):
             _, first = errors[0]
             if isinstance(first, CogViewNotFoundError) and request.warnings:
                 first.hint = " ".join((first.hint, *request.warnings))
+            if isinstance(first, CogViewError):
+                by_number = sorted(errors, key=itemgetter(0))
+                first.failures = tuple(ImageFailure.of(error, index) for index, error in by_number)
             for index, other in errors[1:]:
                 first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
             # The frames below say nothing that the error does not say.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def in_threads(tasks: Sequence[Callable[[], Any]], places: int) -> list[Any]:
     if len(tasks) <= 1:
         return [or_error(task) for task in tasks]
     results: list[Any] = [None] * len(tasks)
-    with contextlib.closing(stream_in_threads(tasks, min(places, len(tasks)))) as finished:
+    with _told_when_left(results), contextlib.closing(stream_in_threads(tasks, min(places, len(tasks)))) as finished:
         for number, result in finished:
             results[number] = result
     return results
@@ -41,9 +41,10 @@ async def in_tasks(tasks: Sequence[Callable[[], Awaitable[Any]]], places: int) -
     if len(tasks) <= 1:
         return [await aor_error(task) for task in tasks]
     results: list[Any] = [None] * len(tasks)
-    async with contextlib.aclosing(astream_tasks(tasks, min(places, len(tasks)))) as finished:
-        async for number, result in finished:
-            results[number] = result
+    with _told_when_left(results):
+        async with contextlib.aclosing(astream_tasks(tasks, min(places, len(tasks)))) as finished:
+            async for number, result in finished:
+                results[number] = result
     return results
 
 
@@ -104,8 +105,14 @@ class _Threads:
                 _told_untaken(result)
 
     def _hire(self) -> None:
+        worker = threading.Thread(target=self._work, daemon=True, name="cogview")
         self._workers += 1
-        threading.Thread(target=self._work, daemon=True, name="cogview").start()
+        try:
+            worker.start()
+        except RuntimeError:  # the system has no thread left: those that work do it all
+            self._workers -= 1
+            if not self._workers:
+                raise
 
     def _work(self) -> None:
         failed: BaseException | None = None
@@ -122,7 +129,8 @@ class _Threads:
             if self._stopped.is_set():
                 return None
             try:
-                task = next(self._tasks, None)
+                # In the caller's context: what makes the inputs may be traced and counted, too.
+                task = self._context.run(next, self._tasks, None)
             except BaseException:
                 self._tasks = enumerate(())
                 raise
@@ -158,12 +166,13 @@ class _Tasks:
         tasks: Iterable[Callable[[], Awaitable[Any]]] | AsyncIterable[Callable[[], Awaitable[Any]]],
         places: int,
     ) -> None:
-        self._tasks = _numbered(tasks)
+        self._tasks = numbered(tasks)
         self._places = places
         self._pulling = asyncio.Lock()
         self._room = asyncio.Semaphore(2 * places)
         self._finished: asyncio.Queue[tuple[Any, Any]] = asyncio.Queue()
         self._workers: list[asyncio.Task[None]] = []
+        self._left = False
 
     async def results(self) -> AsyncGenerator[tuple[int, Any], None]:
         self._hire()
@@ -181,6 +190,7 @@ class _Tasks:
             raise failed
 
     async def leave(self) -> None:
+        self._left = True
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
@@ -198,8 +208,10 @@ class _Tasks:
         try:
             while (task := await self._next()) is not None:
                 self._finished.put_nowait((task[0], await aor_error(task[1])))
-        except Exception as error:  # noqa: BLE001  raised by the caller's task
+        except (Exception, asyncio.CancelledError) as error:  # raised by the caller's task
             failed = error
+            if self._left:
+                raise
         finally:
             self._finished.put_nowait((_END, failed))
 
@@ -215,14 +227,15 @@ class _Tasks:
             return task
 
 
-async def _numbered(tasks: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
+async def numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
+    """The items of an iterable or an async one, with their numbers from 0."""
     number = -1
-    if isinstance(tasks, AsyncIterable):
-        async for task in tasks:
-            yield (number := number + 1), task
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield (number := number + 1), item
     else:
-        for task in tasks:
-            yield (number := number + 1), task
+        for item in items:
+            yield (number := number + 1), item
 
 
 def _without_exit(result: Any) -> Any:
@@ -232,9 +245,22 @@ def _without_exit(result: Any) -> Any:
     return result
 
 
+@contextlib.contextmanager
+def _told_when_left(results: list[Any]) -> Iterator[None]:
+    """A caller that leaves before all is done is told what it leaves behind."""
+    try:
+        yield
+    except BaseException:
+        for result in results:
+            _told_untaken(result)
+        raise
+
+
 def _told_untaken(result: Any) -> None:
     if result is not None and not isinstance(result, BaseException):
-        logger.warning("The caller left; a result was not taken: %r", result)
+        images = result if isinstance(result, list) else getattr(result, "images", ())
+        places = [f"request id {image.request_id}: {image.path or image.uri or image.url}" for image in images]
+        logger.warning("The caller left; a result was not taken: %r %s", result, "; ".join(places))
 
 
 def or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

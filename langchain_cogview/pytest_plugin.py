@@ -1,6 +1,6 @@
 """The fixture `cogview_sandbox` for the tests of your own application; pytest finds it by its entry point.
 
-Nothing of the package is imported until a test asks for it.
+Of the package only its front, which loads nothing, is imported until a test asks for it.
 """
 
 from __future__ import annotations

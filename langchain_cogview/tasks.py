@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from langchain_cogview.catalog import model_info
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, CogViewTaskFailedError
 from langchain_cogview.request import ImageRequest
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from langchain_core.runnables import RunnableConfig
 
     from langchain_cogview.api.protocol import TaskReply
@@ -60,6 +60,7 @@ class ImageTask:
         task_id: str,
         *,
         generator: CogViewImageGenerator | None = None,
+        model: str | None = None,
         prompt: str = "(unknown)",
         **settings: Any,
     ) -> Self:
@@ -69,6 +70,8 @@ class ImageTask:
             task_id: Its id.
             generator: Whose settings hold; they must reach the same service with the same account. None: one is made of
                 `settings`, with the model `glm-image`.
+            model: Which model took it, for the record and the price. None: the generator's, where that is one of the task
+                endpoint, else `glm-image`.
             prompt: What was asked for, for the record; the service does not tell it.
             **settings: Arguments of `CogViewImageGenerator`.
 
@@ -80,8 +83,10 @@ class ImageTask:
         if generator is None:
             from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
-            generator = CogViewImageGenerator(**({"model": TASK_MODEL} | settings))
-        request = ImageRequest(prompt=prompt, model=generator.model)
+            generator = CogViewImageGenerator(**({"model": model or TASK_MODEL} | settings))
+        if model is None:
+            model = generator.model if model_info(generator.model).tasks else TASK_MODEL
+        request = ImageRequest(prompt=prompt, model=model)
         return cls(task_id.strip(), generator=generator, request=request, request_id=task_id.strip())
 
     def status(self) -> TaskStatus:
@@ -115,7 +120,7 @@ class ImageTask:
             CogViewContentFilterError: It was blocked.
             CogViewNotFoundError: The service does not know the id.
         """
-        return self._waiting(timeout).collect(self, config)
+        return self.generator.collect(self, config, seconds=_seconds(timeout))
 
     async def aresult(
         self,
@@ -124,13 +129,14 @@ class ImageTask:
         timeout: float | timedelta | None = 600.0,  # noqa: ASYNC109  the same as the sync one's
     ) -> ImageResult:
         """Wait for the picture. The twin of `result`."""
-        return await self._waiting(timeout).acollect(self, config)
-
-    def _waiting(self, timeout: float | timedelta | None) -> CogViewImageGenerator:
-        return self.generator.model_copy(update={"timeout": timeout})
+        return await self.generator.acollect(self, config, seconds=_seconds(timeout))
 
     def __repr__(self) -> str:
         return f"ImageTask({self.id!r}, model={self.request.model!r})"
+
+
+def _seconds(timeout: float | timedelta | None) -> float | None:
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
 
 
 def _status(reply: TaskReply) -> TaskStatus:

@@ -27,8 +27,8 @@ class Journal(Protocol):
     def sending(self, request_id: str, model: str) -> None:
         """Right before the first paid POST of a request id; what it raises stops the call, and nothing is sent."""
 
-    def submitted(self, request_id: str, task_id: str) -> None:
-        """A task was accepted; its id finds the picture again."""
+    def submitted(self, request_id: str, task_id: str, model: str) -> None:
+        """A task was accepted by a model, perhaps another than was asked first; its id finds the picture again."""
 
 
 JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", default=None)
@@ -87,7 +87,7 @@ class CallWatch:
         journal = JOURNAL.get()
         if journal:
             try:
-                journal.submitted(self.request_id, task_id)
+                journal.submitted(self.request_id, task_id, self.model)
             except Exception as error:  # it is paid for: nothing may stop it now
                 logger.warning("The task %s could not be written down", task_id, exc_info=error)
 
@@ -166,6 +166,7 @@ class CallWatch:
         return {
             "id": image.id,
             "request_id": image.request_id,
+            "task_id": image.task_id,
             "model": image.model,
             "size": image.size,
             "path": str(image.path) if image.path else None,

@@ -14,14 +14,15 @@ from langchain_cogview.api.gate import Gate, Place, gate_for
 from langchain_cogview.api.protocol import ImagesReply, read_reply
 from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, transport_error
 from langchain_cogview.catalog import model_info
+from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewBusyError, CogViewError, CogViewRateLimitError, CogViewTimeoutError, Outcome
 from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
-    from langchain_cogview.deadline import Deadline
     from langchain_cogview.stopping import Stop
 
 ROUTE: Final = "/images/generations"
+_BLOCKED_LOOP_SECONDS = 120.0
 
 
 class RateLimiter(Protocol):
@@ -177,8 +178,13 @@ class ImagesClient:
     def _placed(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Place:
         stopped = STOPPED.get()
         gate, cap = self._gate(body["model"])
-        again = deadline if deadline.started else None
+        again = deadline if deadline.started else _queue_limit(deadline)
         place = gate.take(cap, deadline=again, stopped=stopped, ticket=attempts.ticket)
+        if place is None and not stopped.is_set() and not deadline.started:
+            raise CogViewTimeoutError(
+                "No place in flight got free while this call kept its event loop from going on; nothing was sent.",
+                hint="Inside a running event loop, await ainvoke or abatch.",
+            )
         if place is None:
             raise _no_place(deadline, stopped=stopped.is_set())
         try:
@@ -262,6 +268,15 @@ def _ended(place: Place, error: BaseException, attempts: _Attempts) -> None:
     else:
         attempts.queue_is_wait = False
         place.leave()
+
+
+def _queue_limit(deadline: Deadline) -> Deadline | None:
+    """How long a sync call queues: as long as it takes, but where it blocks an event loop whose tasks may have the places."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+    return Deadline(deadline.seconds or _BLOCKED_LOOP_SECONDS)
 
 
 def _go_on(stopped: Stop) -> None:

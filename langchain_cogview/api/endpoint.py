@@ -240,6 +240,8 @@ class Endpoint:
             fault = Fault.TIMEOUT
         elif isinstance(error, _SETTINGS):
             fault = Fault.SETTINGS
+        elif isinstance(error, httpx.ProxyError):
+            fault = Fault.PROXY
         elif isinstance(error, _RUBBISH):
             fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.RUBBISH
         elif "CERTIFICATE_VERIFY_FAILED" in said:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 MAX_GATES: Final = 1000
 """Gates that are remembered while nobody uses them; the one unused for longest is forgotten first."""
 POLL: Final = 0.1
-"""Seconds between two looks of a waiting thread at whether it was stopped."""
+"""Seconds between two looks of a waiting thread at whether it was stopped, by its caller or by an interrupt: one that comes just
+before the wait for a lock, and on Windows any, would not end that."""
 PROBE: Final = 10
 """How many times slower than elsewhere the limit rises to the level that was last refused."""
 FEWEST_BEFORE_PROBE: Final = 30
@@ -348,10 +349,9 @@ class _ThreadWaiter(_Waiter):
 
     def wait(self, deadline: Deadline | None, stopped: threading.Event | None) -> bool:
         """Whether the place came before the deadline passed or `stopped` was set."""
-        longest = threading.TIMEOUT_MAX if stopped is None else POLL
         while not (stopped and stopped.is_set()) and not (deadline and deadline.passed):
             left = deadline.remaining() if deadline else None
-            if self._granted.acquire(timeout=longest if left is None else min(left, longest)):
+            if self._granted.acquire(timeout=POLL if left is None else min(left, POLL)):
                 return True
         return False
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_REPLY_BYTES: Final = 1_000_000
 MAX_URL_CHARACTERS: Final = 8192
+MAX_ID_CHARACTERS: Final = 512
 
 CODES: Final[dict[str, type[CogViewError]]] = {
     **dict.fromkeys(("401", "1000", "1001", "1002", "1003", "1004", "1005"), CogViewAuthenticationError),
@@ -159,7 +160,7 @@ def read_task(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
     """
     fields, entries, failure = _fields(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
-        task_id = _short(fields.get("id"))
+        task_id = _task_id(fields.get("id"))
         pictures = _pictures(fields, "image_result", entries, failure, sandbox=sandbox)
         if pictures:
             return TaskReply(task_id, pictures)
@@ -174,6 +175,26 @@ def read_task(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
         if state == "FAIL" and failure is not None and failure.code not in CODES:
             raise CogViewTaskFailedError(code=failure.code, status=status, detail=failure.message)
     raise _error(status, failure, entries, body)
+
+
+def read_submitted(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
+    """Read the reply to a task's POST: with an id and no error the task is accepted, whatever else is missing.
+
+    Raises:
+        CogViewError: As `read_task`; with the task's id where the reply has one, for it may be running.
+    """
+    fields, _, failure = _fields(status, body)
+    task_id = _task_id(fields.get("id"))
+    try:
+        return read_task(status, body, sandbox=sandbox)
+    except CogViewMalformedReplyError as error:
+        error.task_id = task_id
+        if task_id and failure is None and 200 <= status < 300:  # noqa: PLR2004
+            return TaskReply(task_id)
+        raise
+    except CogViewError as error:
+        error.task_id = task_id
+        raise
 
 
 def _fields(status: int, body: bytes) -> tuple[dict[str, Any], tuple[ContentFilter, ...], _Failure | None]:
@@ -252,6 +273,11 @@ def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, 
         "status": status,
         "detail": failure.message if failure else body[:400].decode("utf-8", "replace"),
     }
+    if kind is CogViewConfigurationError:
+        facts["hint"] = "Check base_url: give the address that the redirect leads to."
+    elif kind is CogViewMalformedReplyError and body.lstrip()[:1] == b"<":
+        message = "The base URL answered with a web page and not as the API does; a picture may have been charged."
+        facts["hint"] = f"Check base_url. If it is right: {kind.default_hint[0].lower()}{kind.default_hint[1:]}"
     if kind is CogViewContentFilterError:
         return CogViewContentFilterError(content_filter=entries, **facts)
     return kind(message, **facts)
@@ -267,7 +293,7 @@ def _judged_by_status(status: int, *, said_error: bool) -> tuple[type[CogViewErr
     if status >= 300:  # noqa: PLR2004
         return (
             CogViewConfigurationError,
-            "The base URL answered with a redirect, which is not followed: check base_url.",
+            "The base URL answered with a redirect, which is not followed.",
         )
     if said_error:
         return (
@@ -303,6 +329,14 @@ def _seconds(value: Any) -> int | None:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 16:  # noqa: PLR2004
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 else None
+
+
+def _task_id(value: Any) -> str | None:
+    """An id in full: cut, it would be another one."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    text = value.strip() if isinstance(value, str) else str(value) if abs(value) < 10**MAX_ID_CHARACTERS else ""
+    return text if 0 < len(text) <= MAX_ID_CHARACTERS and text.isascii() and text.isprintable() else None
 
 
 def _short(value: Any) -> str | None:

@@ -46,6 +46,8 @@ class Fault(StrEnum):
     BROKEN = "broken"
     RUBBISH = "rubbish"
     """What came back is not HTTP."""
+    PROXY = "proxy"
+    """A proxy answered in place of the host."""
     UNTRUSTED = "untrusted"
     """The host's certificate did not verify."""
     SETTINGS = "settings"
@@ -78,6 +80,15 @@ def transport_error(  # noqa: PLR0911
     if fault is Fault.TIMEOUT:
         return CogViewTimeoutError(
             f"{time_limit[0].upper()}{time_limit[1:]} passed before the request was sent; nothing was made or charged."
+        )
+    if fault is Fault.PROXY:
+        return CogViewConnectionError(
+            "The proxy did not pass the request on; nothing was sent.",
+            hint=(
+                "Ask its operator to allow the API's host, put name and password into the proxy's URL if it wants them, or "
+                "go around it with NO_PROXY."
+            ),
+            detail=detail,
         )
     if fault is Fault.UNTRUSTED:
         error = CogViewConnectionError(

@@ -144,7 +144,8 @@ def found_key(key: SecretStr | None, region: Region) -> SecretStr:
         source = variable
         key = SecretStr(os.environ.get(variable, ""))
         if not key.get_secret_value():
-            raise CogViewConfigurationError(*_missing(region))
+            message, hint = _missing(region)
+            raise CogViewConfigurationError(message, hint=hint)
     problem = key_problem(key)
     if problem:
         raise CogViewConfigurationError(
@@ -153,11 +154,14 @@ def found_key(key: SecretStr | None, region: Region) -> SecretStr:
     return key
 
 
-def _missing(region: Region) -> tuple[str]:
+def _missing(region: Region) -> tuple[str, str]:
+    """What to say, and what to do, where there is no key."""
     other: Region = "international" if region == "china" else "china"
-    note = ""
-    if os.environ.get(KEY_VARIABLES[other]):
-        note = f" {KEY_VARIABLES[other]} is set, but that is the other platform's key: pass region={other!r} to use it."
-    ways = "; ".join(f"{KEY_VARIABLES[each]} for a key from {_CONSOLES[each]}" for each in (region, other))
-    text = f"There is no API key for region={region!r}.{note} Set {ways}; or pass api_key=...; "
-    return (text + "or try it without a key: base_url='sandbox:'.",)
+    ways = ", or ".join(f"{KEY_VARIABLES[each]} to a key from {_CONSOLES[each]}" for each in (region, other))
+    hint = f"Set {ways}; or pass api_key=...; or try it without a key: base_url='sandbox:'."
+    if not os.environ.get(KEY_VARIABLES[other]):
+        return f"There is no API key for region={region!r}.", hint
+    return (
+        f"There is no API key for region={region!r}; {KEY_VARIABLES[other]} is set, but that is the other platform's key.",
+        f"Pass region={other!r} to use it. Otherwise: {hint[0].lower()}{hint[1:]}",
+    )

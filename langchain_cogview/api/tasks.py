@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from langchain_cogview.api.endpoint import Call
-from langchain_cogview.api.protocol import ImagesReply, TaskReply, read_task
+from langchain_cogview.api.protocol import ImagesReply, TaskReply, read_submitted, read_task
 from langchain_cogview.api.retry import MAX_RETRY_AFTER
+from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -24,6 +25,7 @@ from langchain_cogview.errors import (
     CogViewNotFoundError,
     CogViewTaskFailedError,
     CogViewTaskUnfinishedError,
+    CogViewTimeoutError,
     Outcome,
 )
 from langchain_cogview.stopping import STOPPED
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from langchain_cogview.api.client import ImagesClient, Watch
-    from langchain_cogview.deadline import Deadline
+    from langchain_cogview.api.gate import Place
 
 TASK_ROUTE: Final = "/async/images/generations"
 RESULT_ROUTE: Final = "/async-result/"
 _FIRST_POLL_SECONDS = 0.25
+_LAST_POLL_SECONDS = 1.0
+_KNOWN_AFTER_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ logger = logging.getLogger(__name__)
 class TasksClient:
     """Calls of the task endpoint; in form like `ImagesClient`.
 
-    A task holds its place in flight until its end is known.
+    A task holds its place in flight until its end is known; one that is only submitted does not.
 
     Args:
         images: Sends the paid POST.
@@ -65,42 +69,36 @@ class TasksClient:
             CogViewError: As for `ImagesClient.generate`.
         """
         try:
-            task, place = self.images.paid(TASK_ROUTE, body, read_task, deadline, watch)
+            task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, watch)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
             return _said_plain(self.images.generate(body, deadline, watch))
-        try:
-            with _paid_for(body, task.task_id):
-                return _warned(task.reply or self.result(_accepted(task, watch), deadline, watch), task)
-        finally:
-            place.done()
+        with _paid_for(body, task.task_id, place):
+            return _warned(task.reply or self._followed(_accepted(task, watch), deadline, watch), task)
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
         """Submit a task and wait for its picture. The twin of `generate`."""
         try:
-            task, place = await self.images.apaid(TASK_ROUTE, body, read_task, deadline, watch)
+            task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, watch)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
             return _said_plain(await self.images.agenerate(body, deadline, watch))
-        try:
-            with _paid_for(body, task.task_id):
-                return _warned(task.reply or await self.aresult(_accepted(task, watch), deadline, watch), task)
-        finally:
-            place.done()
+        with _paid_for(body, task.task_id, place):
+            return _warned(task.reply or await self._afollowed(_accepted(task, watch), deadline, watch), task)
 
     def submit(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> str:
         """Submit a task and give its id."""
-        task, place = self.images.paid(TASK_ROUTE, body, read_task, deadline, watch)
-        place.done()
-        return _accepted(task, watch)
+        task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, watch)
+        with _paid_for(body, task.task_id, place):
+            return _accepted(task, watch)
 
     async def asubmit(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> str:
         """Submit a task and give its id. The twin of `submit`."""
-        task, place = await self.images.apaid(TASK_ROUTE, body, read_task, deadline, watch)
-        place.done()
-        return _accepted(task, watch)
+        task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, watch)
+        with _paid_for(body, task.task_id, place):
+            return _accepted(task, watch)
 
     def status(self, task_id: str, deadline: Deadline) -> TaskReply:
         """Ask once.
@@ -121,40 +119,94 @@ class TasksClient:
             CogViewTaskUnfinishedError: It has not ended in time.
             CogViewError: The task failed or is not known.
         """
-        last: CogViewError | None = None
-        for wait in self._waits():
-            pause = _pause(wait, last, deadline, task_id)
-            if STOPPED.get().wait(pause):
-                raise _unfinished(task_id, None)
-            try:
-                task = self.status(task_id, deadline)
-            except CogViewError as error:
-                last = _passing(error, task_id)
-            else:
-                if task.reply:
-                    return replace(task.reply, task_id=task_id)
-                last = None
-            watch.processing(task_id)
-        raise AssertionError  # the waits do not end
+        return self._polled(_Polls(task_id, deadline, self.poll_interval), watch)
 
     async def aresult(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
         """Poll until the task ends. The twin of `result`."""
-        last: CogViewError | None = None
-        for wait in self._waits():
-            await asyncio.sleep(_pause(wait, last, deadline, task_id))
+        return await self._apolled(_Polls(task_id, deadline, self.poll_interval), watch)
+
+    def _followed(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
+        return self._polled(_Polls(task_id, deadline, self.poll_interval, known_after=_KNOWN_AFTER_SECONDS), watch)
+
+    async def _afollowed(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
+        return await self._apolled(
+            _Polls(task_id, deadline, self.poll_interval, known_after=_KNOWN_AFTER_SECONDS), watch
+        )
+
+    def _polled(self, polls: _Polls, watch: Watch) -> ImagesReply:
+        while True:
+            if STOPPED.get().wait(polls.pause()):
+                raise polls.unfinished()
             try:
-                task = await self.astatus(task_id, deadline)
+                task = self.status(polls.task_id, polls.deadline)
             except CogViewError as error:
-                last = _passing(error, task_id)
+                polls.pass_over(error)
             else:
                 if task.reply:
-                    return replace(task.reply, task_id=task_id)
-                last = None
-            await watch.aprocessing(task_id)
-        raise AssertionError  # the waits do not end
+                    return replace(task.reply, task_id=polls.task_id)
+                polls.last = None
+            watch.processing(polls.task_id)
 
-    def _waits(self) -> Iterator[float]:
-        return (min(self.poll_interval, _FIRST_POLL_SECONDS * 2.0 ** min(number, 20)) for number in itertools.count())
+    async def _apolled(self, polls: _Polls, watch: Watch) -> ImagesReply:
+        while True:
+            await asyncio.sleep(polls.pause())
+            try:
+                task = await self.astatus(polls.task_id, polls.deadline)
+            except CogViewError as error:
+                polls.pass_over(error)
+            else:
+                if task.reply:
+                    return replace(task.reply, task_id=polls.task_id)
+                polls.last = None
+            await watch.aprocessing(polls.task_id)
+
+
+class _Polls:
+    """When to ask for a task again, and after which errors.
+
+    Args:
+        task_id: The task's.
+        deadline: For all of it.
+        interval: Seconds between two polls; the first ones come sooner.
+        known_after: Seconds in which the service may not know the task yet.
+    """
+
+    def __init__(self, task_id: str, deadline: Deadline, interval: float, *, known_after: float = 0.0) -> None:
+        self.task_id = task_id
+        self.deadline = deadline
+        self.last: CogViewError | None = None
+        self._waits = (min(interval, _FIRST_POLL_SECONDS * 2.0 ** min(n, 20)) for n in itertools.count())
+        self._not_known = Deadline(known_after)
+        self._is_last = False
+
+    def pause(self) -> float:
+        """Seconds until the next poll; the last one still has time to be answered.
+
+        Raises:
+            CogViewTaskUnfinishedError: There is no time for another.
+        """
+        if self._is_last or self.deadline.passed:
+            raise self.unfinished()
+        asked = self.last.retry_after if self.last and self.last.retry_after is not None else 0.0
+        wait = max(next(self._waits), min(asked, MAX_RETRY_AFTER))
+        left = self.deadline.remaining()
+        if left is None or wait + _LAST_POLL_SECONDS < left:
+            return wait
+        self._is_last = True
+        return max(0.0, min(wait, left - _LAST_POLL_SECONDS))
+
+    def pass_over(self, error: CogViewError) -> None:
+        """Note an error of a poll after which it may be asked again; raise others, the task's own end among them."""
+        error.task_id = self.task_id
+        unknown = isinstance(error, CogViewNotFoundError)
+        if (unknown and self._not_known.passed) or (error.outcome is Outcome.FINAL and not unknown):
+            raise error
+        if not isinstance(error, CogViewTimeoutError):  # that only says that the time ran out
+            self.last = error
+
+    def unfinished(self) -> CogViewTaskUnfinishedError:
+        """The error of a task whose end was not seen."""
+        return _unfinished(self.task_id, self.last)
 
 
 def _poll(task_id: str) -> Call:
@@ -168,22 +220,6 @@ def _accepted(task: TaskReply, watch: Watch) -> str:
     return task.task_id
 
 
-def _pause(wait: float, last: CogViewError | None, deadline: Deadline, task_id: str) -> float:
-    """Seconds until the next poll, at most until the deadline."""
-    if deadline.passed:
-        raise _unfinished(task_id, last)
-    asked = last.retry_after if last and last.retry_after is not None else 0.0
-    return deadline.clamp(max(wait, min(asked, MAX_RETRY_AFTER))) or 0.0
-
-
-def _passing(error: CogViewError, task_id: str) -> CogViewError:
-    """An error of a poll after which it may be asked again; others, the task's own end among them, are raised."""
-    error.task_id = task_id
-    if error.outcome is Outcome.FINAL or isinstance(error, CogViewNotFoundError):
-        raise error
-    return error
-
-
 def _unfinished(task_id: str, last: CogViewError | None) -> CogViewTaskUnfinishedError:
     error = CogViewTaskUnfinishedError(detail=str(last) if last else None)
     error.task_id = task_id
@@ -191,15 +227,18 @@ def _unfinished(task_id: str, last: CogViewError | None) -> CogViewTaskUnfinishe
 
 
 @contextmanager
-def _paid_for(body: dict[str, Any], task_id: str | None) -> Iterator[None]:
+def _paid_for(body: dict[str, Any], task_id: str | None, place: Place) -> Iterator[None]:
     """What ends a wait for a task that runs on says so: it may be paid for, and can be resumed."""
     try:
         yield
     except CogViewError as error:
         told = error
-        if task_id and not _is_end(error):
+        if _is_end(error):
+            place.done()
+        elif task_id:
             told = _unfinished(task_id, None if isinstance(error, CogViewTaskUnfinishedError) else error)
-        told.request_id, told.attempts = body.get("request_id"), 1
+            told.detail = told.detail or error.detail
+        told.request_id, told.attempts = body.get("request_id"), max(error.attempts, 1)
         if told is error:
             raise
         raise told from None
@@ -208,6 +247,10 @@ def _paid_for(body: dict[str, Any], task_id: str | None) -> Iterator[None]:
         logger.warning("The caller left before it ended. %s", note)
         error.add_note(note)
         raise
+    else:
+        place.done()
+    finally:
+        place.leave()  # without effect where it is done: a task that runs on teaches the gate nothing
 
 
 def _is_end(error: CogViewError) -> bool:

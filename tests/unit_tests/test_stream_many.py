@@ -304,3 +304,71 @@ def test_a_hundred_thousand_results_are_never_in_hand_at_once(how):
         asyncio.run(collect())
     assert count == 100_000
     assert most <= 3 * places + 2
+
+
+@pytest.mark.parametrize("one", ["a cat", {"prompt": "a cat"}])
+def test_one_input_in_place_of_many_is_refused_before_anything_is_sent(generator, sandbox, one):
+    for many in (generator.stream_many, generator.batch, generator.batch_as_completed):
+        with pytest.raises(TypeError, match="list"):
+            list(many(one))
+    with pytest.raises(TypeError, match="list"):
+        asyncio.run(generator.abatch(one))
+    assert not sandbox.requests
+
+
+async def test_a_sync_call_that_blocks_the_loop_whose_tasks_have_all_places_ends_with_an_error(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=1, download=False, timeout=0.2)
+    sandbox.latency = 0.1
+    first = asyncio.create_task(generator.ainvoke("first"))
+    while not sandbox.requests:
+        await asyncio.sleep(0.001)
+    with pytest.raises(CogViewError, match="ainvoke"):
+        generator.invoke("second")
+    first.cancel()
+
+
+def test_where_no_thread_can_be_started_the_others_do_the_work(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def only_two(thread):
+        if thread.name == "cogview":
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", only_two)
+    assert sorted(stream_in_threads([lambda n=n: n for n in range(20)], 8)) == [(n, n) for n in range(20)]
+
+
+def test_what_makes_the_inputs_runs_in_the_callers_context(generator):
+    from langchain_cogview import collect_image_costs
+
+    def prompts():
+        yield generator.invoke("a fox").prompt
+
+    with collect_image_costs() as costs:
+        list(generator.stream_many(prompts()))
+    assert costs.images == 2
+
+
+async def test_a_task_that_cancels_itself_ends_the_stream_and_is_not_passed_over():
+    async def cancelled():
+        raise asyncio.CancelledError
+
+    async def fine():
+        return "fine"
+
+    with pytest.raises(asyncio.CancelledError):
+        _ = [each async for each in astream_tasks([cancelled, fine], 1)]
+
+
+async def test_pictures_of_a_call_that_is_cancelled_are_told(sandbox, caplog):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, n=3, max_concurrency=1)
+    call = asyncio.create_task(generator.ainvoke("[[slow:0.1]] a fox"))
+    while len(sandbox.downloads) < 2:
+        await asyncio.sleep(0.001)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert sandbox.requests[0].request_id in caplog.text

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from langchain_cogview import (
+    CogViewConfigurationError,
     CogViewContentFilterError,
     CogViewImageGenerator,
     CogViewInvalidRequestError,
@@ -235,5 +236,77 @@ def test_polls_are_told_as_progress(generator, how):
         ("cogview.progress", "sent", False),
         ("cogview.progress", "processing", True),
         ("cogview.progress", "processing", True),
-        ("cogview.generated", None, False),
+        ("cogview.generated", None, True),
     ]
+
+
+def answering(*replies, **settings):
+    """A generator whose service gives these replies, and then the last one again."""
+    left = list(replies)
+
+    def answer(request):
+        reply = left.pop(0) if len(left) > 1 else left[0]
+        return reply if isinstance(reply, httpx.Response) else httpx.Response(200, json=reply)
+
+    return CogViewImageGenerator(
+        api_key="a.b", model="glm-image", http_client=httpx.Client(transport=httpx.MockTransport(answer)), download=False,
+        poll_interval=0.001, **settings,
+    )  # fmt: skip
+
+
+DONE = {"task_status": "SUCCESS", "image_result": [{"url": "https://example.com/x.png"}]}
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        {"id": "task-1"},
+        {"id": "task-1", "task_status": None},
+        {"id": "task-1", "task_status": "SUCCESS"},
+        {"id": "task-1", "task_status": "QUEUED"},
+        {"id": 12345678901234567890, "task_status": "PROCESSING"},
+        {"id": "t" * 300, "task_status": "PROCESSING"},
+    ],
+)
+def test_a_task_that_was_accepted_is_followed_whatever_else_its_reply_leaves_out(accepted):
+    result = answering(accepted, DONE).invoke("a kitten")
+    assert result.url == "https://example.com/x.png"
+    assert result.image.task_id == str(accepted["id"])
+
+
+def test_an_error_in_the_reply_to_the_post_keeps_the_tasks_id():
+    with pytest.raises(CogViewTaskFailedError) as caught:
+        answering({"id": "task-1", "task_status": "FAIL"}).invoke("a kitten")
+    assert caught.value.task_id == "task-1"
+
+
+def test_a_task_that_is_not_known_yet_is_asked_for_again():
+    unknown = httpx.Response(404, json={"error": {"code": "1222", "message": "no such task"}})
+    assert answering({"id": "task-1", "task_status": "PROCESSING"}, unknown, unknown, DONE).invoke("a kitten").url
+
+
+def test_a_task_is_resumed_with_the_generator_that_submitted_it_whatever_its_own_model(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, poll_interval=0.01)
+    task = generator.submit({"prompt": "a kitten", "model": "glm-image"})
+    assert ImageTask.resume(task.id, generator=generator).result().model == "glm-image"
+
+
+def test_a_task_is_finished_by_the_service_and_key_that_it_was_submitted_with(sandbox, monkeypatch):
+    monkeypatch.setenv("COGVIEW_BASE_URL", sandbox.base_url)
+    task = CogViewImageGenerator(model="glm-image", poll_interval=0.01).submit("a kitten")
+    monkeypatch.delenv("COGVIEW_BASE_URL")
+    assert task.result(timeout=5).images
+    assert task.generator.model_copy(update={"size": "square"}).invoke("a kitten").images
+    with pytest.raises(CogViewConfigurationError, match="no API key"):
+        task.generator.model_copy(update={"region": "china"})
+
+
+def test_a_resumed_task_is_no_longer_uncertain(generator):
+    from langchain_cogview import collect_image_costs
+
+    with collect_image_costs() as costs:
+        with pytest.raises(CogViewTaskUnfinishedError) as caught:
+            generator.model_copy(update={"timeout": 0.05}).invoke("[[task-polls:20]]")
+        assert costs.uncertain.count == 1
+        ImageTask.resume(caught.value.task_id, generator=generator).result()
+    assert (costs.images, costs.uncertain.count) == (1, 0)
