@@ -38,7 +38,7 @@ class Limits:
         """
         if self.max_images is not None and wanted > self.max_images:
             raise CogViewBudgetError(
-                f"The limit of {self.max_images} images for this tool is reached; nothing was sent."
+                f"The limit of {self.max_images} image{'' if self.max_images == 1 else 's'} for this tool is reached; nothing was sent."
             )
         if self.budget is not None and wanted * self.price > self.budget:
             raise CogViewBudgetError(
