@@ -37,9 +37,8 @@ class Limits:
             CogViewBudgetError: With the limit; nothing has been sent.
         """
         if self.max_images is not None and wanted > self.max_images:
-            raise CogViewBudgetError(
-                f"The limit of {self.max_images} image{'' if self.max_images == 1 else 's'} for this tool is reached; nothing was sent."
-            )
+            images = "1 image" if self.max_images == 1 else f"{self.max_images} images"
+            raise CogViewBudgetError(f"The limit of {images} for this tool is reached; nothing was sent.")
         if self.budget is not None and wanted * self.price > self.budget:
             raise CogViewBudgetError(
                 f"The budget of {self.budget} {self.currency} for this tool does not cover another image "

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.shell import CODES, EXIT_CODES, HINTS, finish, json_text, say, write
+from langchain_cogview.shell import CODES, EXIT_CODES, HINTS, finish, json_text, say, write, write_bytes
+from langchain_cogview.terminal import open_file, path_on, picture_on, terminal_of
 
 try:
     import typer
@@ -34,9 +36,18 @@ class DrawByDefault(TyperGroup):
         """Put in the word that may be left out."""
         if not args:
             args = ["--help"]
-        elif args[0] not in {*self.commands, "--version", *ctx.help_option_names}:
+        elif args[0] not in {
+            *self.commands,
+            *ctx.help_option_names,
+            *(name for own in self.params for name in own.opts),
+        }:
             args = ["draw", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The first word is a command, an option of the group, or one of `draw`, which may be left out."""
+        draw = self.commands["draw"]
+        return [*super().shell_complete(ctx, incomplete), *draw.shell_complete(draw.context_class(draw), incomplete)]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """The usage line is the one of `draw`."""
@@ -55,7 +66,6 @@ def application() -> typer.Typer:
     codes = "\n".join(f"{code}: {meaning}" for code, (meaning, *_) in EXIT_CODES.items())
     app = typer.Typer(
         cls=DrawByDefault,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich" if terminal else None,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -65,8 +75,10 @@ def application() -> typer.Typer:
     app.command("draw")(draw)
     app.command("schema")(schema)
     from langchain_cogview.cli_batch import batch  # noqa: PLC0415  which needs typer
+    from langchain_cogview.cli_doctor import doctor  # noqa: PLC0415
 
     app.command("batch")(batch)
+    app.command("doctor")(doctor)
     return app
 
 
@@ -95,7 +107,10 @@ def draw(
         str, typer.Argument(metavar="PROMPT", help="What the picture shows; - reads the standard input.")
     ],
     *,
-    output: Annotated[str | None, typer.Option("-o", "--output", help="File (replaced if there) or folder.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="File (replaced if there), folder, or - for the standard output."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="As 1024x1024, 16:9, square, portrait, landscape.")] = None,
     quality: Annotated[str | None, typer.Option(help="standard or hd.")] = None,
     model: Annotated[str, typer.Option(help="One of the provider's image models.")] = DEFAULT_MODEL,
@@ -106,10 +121,16 @@ def draw(
     timeout: Annotated[float, typer.Option(help="Seconds for one picture in all.")] = 120.0,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="A placeholder, offline: no key, no cost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the whole result as JSON, not just the path.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show/--no-show", help="Show it on a terminal that can (kitty, iTerm2).")
+    ] = True,
+    open_saved: Annotated[bool, typer.Option("--open", help="Open the saved file with the system's viewer.")] = False,
 ) -> None:
-    """Make a picture. The word draw can be left out, unless the prompt is the word draw, schema or batch."""
+    """Make a picture. The word draw can be left out, unless the prompt is the word draw, schema, batch or doctor."""
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+    if output == "-":
+        _check_bytes_can_be_written(alone=n == 1 and not as_json and not open_saved)
     given = {"size": size, "quality": quality, "user_id": user_id, "region": region}
     given["base_url"] = "sandbox:" if sandbox else base_url
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -118,7 +139,8 @@ def draw(
         text = prompt if prompt != "-" else sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
     except UnicodeDecodeError:
         raise typer.BadParameter("The prompt on the standard input is not text in UTF-8.") from None
-    finish(lambda: _draw(text, output, settings, as_json=as_json))
+    shown = _Shown(show=show and not as_json, open_saved=open_saved, as_json=as_json)
+    finish(lambda: _draw(text, output, settings, shown))
 
 
 def schema(model: Annotated[str, typer.Option(help="The model that the tool would use.")] = DEFAULT_MODEL) -> None:
@@ -134,37 +156,74 @@ def _schema(model: str) -> int:
     return write(json_text(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
 
 
-def _draw(prompt: str, output: str | None, settings: dict[str, Any], *, as_json: bool) -> int:
+class _Shown(NamedTuple):
+    """What is done with a picture besides saving it."""
+
+    show: bool
+    open_saved: bool
+    as_json: bool
+
+
+def _check_bytes_can_be_written(*, alone: bool) -> None:
+    if not alone:
+        raise typer.BadParameter("-o - writes the bytes of one picture: leave --n, --json and --open out.")
+    if sys.stdout is None or sys.stdout.isatty():
+        raise typer.BadParameter("-o - writes the picture's bytes, which no terminal shows: pipe them, or name a file.")
+
+
+def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Shown) -> int:
     from langchain_cogview.catalog import model_warning  # noqa: PLC0415
     from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
     generator = CogViewImageGenerator(**settings)
-    target = _target(output)
+    target = None if output == "-" else _target(output)
     result = generator.invoke(prompt)
     codes, images = [0], []
     for number, image in enumerate(result.images, 1):
-        path = _saved(image, number, target, codes)
+        written = output == "-" and _bytes_written(image)
+        path = None if written else _saved(image, number, target, codes)
         images.append(image.model_copy(update={"path": path}))
-        if path and not as_json:
-            codes.append(write(str(path)))
+        if path and output == "-":
+            say("" if any(codes) else f"The picture was made and is kept in {path}")
+            codes.append(6)
+        elif path and not shown.as_json:
+            codes.append(write(_on_terminal(image, path, show=shown.show)))
+        if path and shown.open_saved and (problem := open_file(path)):
+            say(f"Warning: {path} could not be opened: {problem}.")
         say(*(f"Content filter: {entry}" for entry in image.content_filter))
-    shown = model_warning(result.model)  # when the generator was made
-    say(*(f"Warning: {each}" for each in result.warnings if each != shown))
+    known = model_warning(result.model)  # told when the generator was made
+    say(*(f"Warning: {each}" for each in result.warnings if each != known))
     say("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
     for failure in result.failures:
         which, hint = f"Picture {failure.index + 1} of {generator.n}", HINTS.get(failure.error, failure.hint)
         say(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
         codes.append(CODES.get(failure.error, 1))
-    if as_json:
+    if shown.as_json:
         codes.append(write(json_text(result.model_copy(update={"images": tuple(images)}).to_artifact())))
     return max(codes)
+
+
+def _bytes_written(image: GeneratedImage) -> bool:
+    content = image.at_hand()
+    return content is not None and write_bytes(content)
+
+
+def _on_terminal(image: GeneratedImage, path: Path, *, show: bool) -> str:
+    """The path, and before it the picture, as far as the terminal behind the standard output can show them."""
+    terminal = terminal_of(os.environ, is_terminal=sys.stdout is not None and sys.stdout.isatty())
+    content = image.at_hand() if show and image.width and image.height else None
+    picture = ""
+    if content is not None:
+        size = (image.width or 1, image.height or 1)
+        picture = picture_on(terminal, content, size, shutil.get_terminal_size())
+    return picture + path_on(terminal, path)
 
 
 def _target(output: str | None) -> Path | None:
     """Where the picture will be; what cannot work is found before anything is paid."""
     from langchain_cogview.errors import CogViewConfigurationError  # noqa: PLC0415
 
-    problem = "it is no name of a file" if output in {"", "-"} else ""
+    problem = "it is no name of a file" if output == "" else ""
     try:
         target = Path(output or "").expanduser()
         if output and output.endswith("/"):

@@ -55,7 +55,8 @@ def describe_validation(error: ValidationError) -> str:
             name = printable(str(item["loc"][-1]), 60)
             lines.append(f"There is no argument {name!r}." + (f" {NOT_TAKEN[name]}" if name in NOT_TAKEN else ""))
             continue
-        lines.append(f"{where}: {text}" if where else text)
+        # Our own sentences name the field themselves.
+        lines.append(f"{where}: {text}" if where and item["type"] != "value_error" else text)
     return "; ".join(lines)
 
 

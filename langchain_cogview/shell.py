@@ -95,11 +95,28 @@ def write(text: str) -> int:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
     except OSError as error:
-        # What is left in the buffer would fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         say(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
         return 1
     return 0
+
+
+def write_bytes(content: bytes) -> bool:
+    """Write bytes to the standard output; False where it did not take them all, which is told."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        _drop_output()
+        say(f"Error: The standard output cannot be written ({error.strerror}).")
+        return False
+    return True
+
+
+def _drop_output() -> None:
+    # What is left in the buffer would fail again when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(*lines: str | None) -> None:

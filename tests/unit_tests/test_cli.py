@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import inspect
 import io
 import json
 import os
 import pty
+import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -79,9 +82,80 @@ def test_json_is_the_only_thing_on_stdout_and_is_the_artifact(tmp_path):
     assert "一只小猫" in done.stdout
 
 
-def test_on_a_terminal_a_picture_is_still_one_plain_line(tmp_path):
-    seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path)
+def link(path: Path) -> str:
+    return f"\x1b]8;;file://{socket.gethostname()}{path}\x1b\\{path.name}\x1b]8;;\x1b\\"
+
+
+@pytest.mark.parametrize(
+    ("environment", "more"),
+    [
+        ({}, ()),
+        ({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, ()),
+        ({"TERM": "xterm-kitty"}, ("--no-show",)),
+    ],
+)
+def test_on_a_terminal_the_path_is_a_link(tmp_path, environment, more):
+    arguments = (str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", *more)
+    seen, code = on_a_terminal(*arguments, folder=tmp_path, **environment)
+    assert (code, seen) == (0, f"{link(tmp_path / 'kitten.png')}\n{SANDBOX_NOTE}")
+
+
+def test_on_a_dumb_terminal_a_picture_is_one_plain_line(tmp_path):
+    seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, TERM="dumb")
     assert (code, seen) == (0, f"kitten.png\n{SANDBOX_NOTE}")
+
+
+@pytest.mark.parametrize(
+    ("environment", "form"),
+    [
+        ({"TERM": "xterm-kitty"}, r"(?:\x1b_G[a-zA-Z0-9=,]+;[A-Za-z0-9+/=]+\x1b\\)+\n"),
+        ({"TERM_PROGRAM": "iTerm.app"}, r"\x1b\]1337;File=[a-zA-Z0-9=;]+:[A-Za-z0-9+/=]+\x07\n"),
+    ],
+)
+def test_a_terminal_that_can_shows_each_picture_above_its_link(tmp_path, environment, form):
+    prompt = "\x1b]0;a hostile prompt\x07"
+    arguments = (*MODULE, prompt, "-o", "kitten.png", "--n", "2", "--sandbox")
+    seen, code = on_a_terminal(*arguments, folder=tmp_path, **environment)
+    first, second = (re.escape(link(tmp_path / name)) for name in ("kitten.png", "kitten-2.png"))
+    assert code == 0
+    assert re.fullmatch(f"{form}{first}\n{form}{second}\n{re.escape(SANDBOX_NOTE)}", seen)
+    assert "hostile" not in seen
+    encoded = "".join(re.findall(r"[;:]([A-Za-z0-9+/=]{100,})", seen.split("\n")[0]))
+    assert base64.b64decode(encoded) == (tmp_path / "kitten.png").read_bytes()
+
+
+def test_json_on_a_terminal_is_json(tmp_path):
+    arguments = (*MODULE, "a kitten", "-o", "kitten.png", "--sandbox", "--json")
+    seen, code = on_a_terminal(*arguments, folder=tmp_path, TERM="xterm-kitty")
+    assert code == 0
+    assert json.loads(seen.replace(SANDBOX_NOTE, ""))["images"][0]["path"] == "kitten.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("schema",), 0),
+        (("--version",), 0),
+        (("a cat", "--size", "1000x1000", "--sandbox"), 2),
+        (("a cat [[content-filter]]", "--sandbox"), 3),
+        (("batch", "prompts.txt", "-o", "job", "--sandbox", "--dry-run"), 0),
+        (("batch", "nowhere.txt", "-o", "job", "--sandbox"), 2),
+        (("doctor", "--offline", "--sandbox"), 0),
+        (("doctor", "--offline"), 2),
+    ],
+)
+def test_every_command_says_the_same_piped_and_on_a_terminal(tmp_path, arguments, code):
+    (tmp_path / "prompts.txt").write_text("a fox\na hare\n")
+    piped = command(*arguments, folder=tmp_path)
+    seen, seen_code = on_a_terminal(*MODULE, *arguments, folder=tmp_path)
+    assert (piped.returncode, seen_code) == (code, code)
+    assert ("Error: " in piped.stderr) == (piped.stdout == "")
+    words = {text: sorted(normal(text).split()) for text in (piped.stdout + piped.stderr, seen)}
+    assert len({str(each) for each in words.values()}) == 1
+
+
+def normal(text: str) -> str:
+    return re.sub(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{32}\b|Expires=\d*|\d+\.\d+ s\b|created\W+\d+", "", text)
 
 
 def test_help_is_plain_when_piped_and_may_be_drawn_on_a_terminal(tmp_path):
@@ -97,10 +171,12 @@ def test_help_is_plain_when_piped_and_may_be_drawn_on_a_terminal(tmp_path):
             assert f"{number}: {meaning}\n" in text.replace(" " * 2, "").replace(" \n", "\n")
 
 
-def on_a_terminal(*arguments: str, folder: Path) -> tuple[str, int]:
+def on_a_terminal(*arguments: str, folder: Path, **more: str) -> tuple[str, int]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    environment = dict(os.environ) | {"TERM": "xterm", "COLUMNS": "120"}
+    telling = {"TMUX", "STY", "TERM_PROGRAM", "KITTY_WINDOW_ID", "LC_TERMINAL"}
+    environment = {name: value for name, value in os.environ.items() if name not in telling}
+    environment |= {"TERM": "xterm", "COLUMNS": "120", **more}
     process = subprocess.Popen(
         arguments, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
     )
@@ -254,7 +330,7 @@ def test_an_ending_of_another_format_is_told(folder):
 
 
 @pytest.mark.parametrize(
-    "output", ["file.txt/cat.png", "file.txt/deep/cat.png", "/dev/null", "", "-", "x" * 300, "~no-such-user/cat"]
+    "output", ["file.txt/cat.png", "file.txt/deep/cat.png", "/dev/null", "", "x" * 300, "~no-such-user/cat"]
 )
 def test_a_place_that_cannot_work_is_told_before_anything_is_sent(folder, sandbox, output):
     Path("file.txt").write_text("a file, no folder")
@@ -325,6 +401,126 @@ def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch)
     assert (result.exit_code, result.stdout, len(disk.asked)) == (6, "", 3)
     assert "The picture was made, but no file holds it. Its link (until " in result.stderr
     assert "https://sandbox.invalid/pictures/" in result.stderr
+
+
+# --- the picture's bytes on the standard output
+
+
+def test_a_dash_writes_the_bytes_and_no_file(tmp_path):
+    done = command("a cat", "-o", "-", "--sandbox", folder=tmp_path, text=False)
+    assert (done.returncode, done.stderr.decode()) == (0, SANDBOX_NOTE)
+    with Image.open(io.BytesIO(done.stdout)) as picture:
+        picture.load()
+        assert picture.size == (1024, 1024)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("more", [("--n", "2"), ("--json",), ("--open",)])
+def test_bytes_go_with_nothing_else_and_nothing_is_sent(folder, sandbox, more):
+    result = cogview("a cat", "--base-url", sandbox.base_url, "-o", "-", *more)
+    assert (result.exit_code, result.stdout, sandbox.requests) == (2, "", [])
+    assert "-o - writes the bytes of one picture: leave --n, --json and --open out." in result.stderr
+
+
+def test_bytes_are_not_thrown_at_a_terminal(tmp_path):
+    seen, code = on_a_terminal(*MODULE, "a cat", "-o", "-", "--sandbox", folder=tmp_path)
+    assert code == 2
+    assert "pipe them, or name a file." in " ".join(seen.replace("│", "").split())
+    assert "PNG" not in seen
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_bytes_that_nobody_takes_are_kept_in_the_current_folder(tmp_path):
+    with open("/dev/full", "w") as full:
+        options = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        done = command("a cat", "-o", "-", "--sandbox", folder=tmp_path, **options)
+    (kept,) = tmp_path.iterdir()
+    assert (done.returncode, size_of(kept)) == (6, (1024, 1024))
+    assert done.stderr == (
+        "Error: The standard output cannot be written (No space left on device).\n"
+        f"The picture was made and is kept in {kept.name}\n{SANDBOX_NOTE}"
+    )
+
+
+def test_a_pipe_that_is_closed_early_keeps_the_picture_too(tmp_path):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    options = {"capture_output": False, "stdout": theirs, "stderr": subprocess.PIPE}
+    done = command("a cat", "-o", "-", "--sandbox", folder=tmp_path, **options)
+    os.close(theirs)
+    (kept,) = tmp_path.iterdir()
+    assert (done.returncode, size_of(kept)) == (6, (1024, 1024))
+    assert "Traceback" not in done.stderr
+
+
+def test_bytes_that_cannot_be_fetched_are_6_and_the_link_is_told(tmp_path):
+    done = command("a cat [[expired-url]]", "-o", "-", "--sandbox", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "https://sandbox.invalid/pictures/" in done.stderr
+
+
+# --- the system's viewer
+
+
+def with_viewer(folder: Path, ends_with: int) -> dict[str, str]:
+    viewer = folder / "bin" / "xdg-open"
+    viewer.parent.mkdir()
+    viewer.write_text(f'#!/bin/sh\nprintf "%s\\n" "$1" >> "{folder}/opened"\nexit {ends_with}\n')
+    viewer.chmod(0o755)
+    return dict(os.environ) | {"PATH": f"{viewer.parent}:/usr/bin:/bin"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="xdg-open is Linux's")
+def test_open_opens_every_saved_file(tmp_path):
+    arguments = ("a cat", "-o", "cat.png", "--n", "2", "--open", "--sandbox")
+    done = command(*arguments, folder=tmp_path, env=with_viewer(tmp_path, 0))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cat.png\ncat-2.png\n", SANDBOX_NOTE)
+    assert (tmp_path / "opened").read_text().split() == [str(tmp_path / "cat.png"), str(tmp_path / "cat-2.png")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="xdg-open is Linux's")
+def test_a_viewer_that_fails_is_a_warning(tmp_path):
+    done = command("a cat", "-o", "cat.png", "--open", "--sandbox", folder=tmp_path, env=with_viewer(tmp_path, 3))
+    assert (done.returncode, done.stdout) == (0, "cat.png\n")
+    assert done.stderr == f"Warning: cat.png could not be opened: xdg-open ended with 3.\n{SANDBOX_NOTE}"
+
+
+# --- completion by the shell
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "expected"),
+    [
+        ("cogview ", 1, ["draw", "schema", "batch", "doctor"]),
+        ("cogview do", 1, ["doctor"]),
+        ("cogview --si", 1, ["--size"]),
+        ("cogview 'a cat' --qua", 2, ["--quality"]),
+        ("cogview draw 'a cat' --no-sh", 3, ["--no-show"]),
+        ("cogview doctor --off", 2, ["--offline"]),
+        ("cogview batch prompts.txt --dry", 3, ["--dry-run"]),
+    ],
+)
+def test_the_shell_completes_commands_and_options_with_and_without_draw(tmp_path, words, number, expected):
+    asked = {"_COGVIEW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+    done = command(folder=tmp_path, by=(str(SCRIPT),), env=dict(os.environ) | asked)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, expected, "")
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_completion_is_shown_for_each_shell(tmp_path, shell_name):
+    done = command(
+        folder=tmp_path, by=(str(SCRIPT),), env=dict(os.environ) | {"_COGVIEW_COMPLETE": f"source_{shell_name}"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "_COGVIEW_COMPLETE=complete_" in done.stdout
+
+
+def test_the_options_for_completion_are_no_prompt(tmp_path):
+    help_page = command("--help", folder=tmp_path).stdout
+    assert "--install-completion" in help_page
+    done = command("--show-completion", folder=tmp_path, by=(str(SCRIPT),))
+    assert "was not made" not in done.stderr
+    assert "API key" not in done.stderr
 
 
 # --- exit codes

@@ -1,0 +1,247 @@
+"""The way to the API and the key, tried without making a picture.
+
+Only the API's own host is asked, by the same connections, proxies and certificates as a picture would be. The probe is one
+POST that the service has to refuse for two reasons, so that neither alone has to hold: it names a model that does not
+exist, and it has no prompt. The refusal tells that the key is good: one for the key itself (401, codes 1000 to 1005) comes
+in place of one for the request (1210 to 1215). That the key is judged first is how the service was seen to behave, and is
+documented nowhere.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+import httpcore
+import httpx
+from pydantic import SecretStr
+
+from langchain_cogview.api.endpoint import Call, Endpoint
+from langchain_cogview.api.environment import proxy_for
+from langchain_cogview.api.network import resolve
+from langchain_cogview.api.protocol import read_reply
+from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
+from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import (
+    CogViewConnectionError,
+    CogViewError,
+    CogViewInvalidRequestError,
+    CogViewNotFoundError,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PROBE: Final = {"model": "cogview-doctor-probe"}
+"""The body of the probe: no such model, and no prompt."""
+STEP_SECONDS: Final = 5.0
+
+_SKEW_SECONDS: Final = 60
+_KEY_IS_GOOD: Final = {"1210", "1211", "1212", "1213", "1214", "1215", "1231", "1261"}
+_STEPS: Final = (  # the end of httpcore's event, and what it is called here
+    ("connect_tcp", "connect"),
+    ("start_tls", "TLS"),
+    ("receive_response_headers", "HTTP answer"),
+)
+
+State = Literal["ok", "note", "failed", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What it is.
+        state: `note` is worth a look but stops nothing; `skipped` was not looked at.
+        text: What was found.
+        hint: What to do; empty where there is nothing to do.
+        seconds: How long it took; None where that says nothing.
+        error: Name of the `CogViewError` class that a picture would fail with here; tells the exit code.
+    """
+
+    name: str
+    state: State
+    text: str
+    hint: str = ""
+    seconds: float | None = None
+    error: str | None = None
+
+    def __str__(self) -> str:
+        took = "" if self.seconds is None else f" ({self.seconds:.2f} s)"
+        return f"- [{self.state}] {self.name}: {self.text}{took}" + (f" {self.hint}" if self.hint else "")
+
+
+class Service(NamedTuple):
+    """Where a picture would be asked for, and with what key.
+
+    Attributes:
+        base_url: In normal form.
+        key: None where there is none that could be used.
+    """
+
+    base_url: str
+    key: SecretStr | None
+
+    @property
+    def url(self) -> httpx.URL:
+        """The base URL that requests are made with."""
+        return httpx.URL(SANDBOX_ENDPOINT if is_sandbox(self.base_url) else self.base_url)
+
+
+def network(service: Service) -> Iterator[Finding]:
+    """Look the host up, connect to it, and ask it what it must refuse; each step within 5 s."""
+    url, proxy = service.url, proxy_for(service.url)
+    first = httpx.URL(proxy) if proxy else url
+    begun = time.monotonic()
+    try:
+        addresses = resolve(first.host, first.port or 443, None, Deadline(STEP_SECONDS))
+    except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+        hint = "Check the network's name service, the base URL and the proxy settings."
+        kind = CogViewConnectionError.__name__
+        yield Finding("look-up", "failed", printable(str(error)), hint, time.monotonic() - begun, kind)
+        return
+    text = f"{first.host}{' (the proxy)' if proxy else ''} has {len(addresses)} address(es)."
+    yield Finding("look-up", "ok", text, seconds=time.monotonic() - begun)
+    steps: list[Finding] = []
+    judged = list(probe(service, steps))
+    yield from steps
+    yield from judged
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Listens to one request on its way, as httpcore's trace and the reply tell it."""
+
+    steps: list[Finding]
+    proxied: bool
+    begun: dict[str, float] = field(default_factory=dict)
+    date: str | None = None
+
+    def build(self, key: SecretStr | None) -> Callable[..., httpx.Request]:
+        """Makes the request: with times for each step, and without a header for a key that is not there."""
+
+        def build(*arguments: Any, **settings: Any) -> httpx.Request:
+            extensions = settings["extensions"]
+            trace, limits = extensions["trace"], dict.fromkeys(extensions["timeout"], STEP_SECONDS)
+
+            def tell(event: str, info: dict[str, Any]) -> None:
+                self.hear(event, info)
+                trace(event, info)
+
+            settings["extensions"] = {**extensions, "trace": tell, "timeout": limits}
+            request = httpx.Request(*arguments, **settings)
+            if key is None:
+                del request.headers["Authorization"]
+            return request
+
+        return build
+
+    def hear(self, event: str, info: dict[str, Any]) -> None:
+        name, _, end = event.rpartition(".")
+        step = next((shown for traced, shown in _STEPS if name.endswith(traced)), None)
+        if name.endswith("send_request_headers") and getattr(info.get("request"), "method", b"CONNECT") != b"CONNECT":
+            self.begun["HTTP answer"] = time.monotonic()  # of the API, not of a proxy
+        if step is None or (step == "HTTP answer" and step not in self.begun):
+            return
+        if end == "started" and step != "HTTP answer":
+            self.begun[step] = time.monotonic()
+        elif end in {"complete", "failed"}:
+            self.note(step, info, failed=end == "failed")
+
+    def note(self, step: str, info: dict[str, Any], *, failed: bool) -> None:
+        seconds = time.monotonic() - self.begun.pop(step, time.monotonic())
+        if failed:
+            said = printable(str(info.get("exception", "")) or "no answer in time")
+            self.steps.append(
+                Finding(step, "failed", f"{said}.", seconds=seconds, error=CogViewConnectionError.__name__)
+            )
+            return
+        text = {"connect": "to the proxy" if self.proxied else "connected", "TLS": "the certificate is trusted"}
+        self.steps.append(Finding(step, "ok", f"{text.get(step, 'the API answers')}.", seconds=seconds))
+
+
+def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
+    """Ask for what must be refused, and judge by the refusal. Adds the steps of the way to `steps`."""
+    watch = _Watch(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
+    send = sender(service.base_url)
+
+    def sent(request: httpx.Request) -> httpx.Response:
+        response = send(request)
+        watch.date = response.headers.get("date")
+        return response
+
+    endpoint = Endpoint(
+        base_url=str(service.url),
+        api_key=service.key or SecretStr("no key"),
+        send=sent,
+        asend=asender(service.base_url),
+        build=watch.build(service.key),
+    )
+    begun = time.monotonic()
+    try:
+        endpoint.exchange(Call("POST", "/images/generations", dict(PROBE)), Deadline(4 * STEP_SECONDS), read_reply)
+        refusal = None
+    except CogViewError as error:
+        refusal = error
+    yield from _clock(watch.date)
+    took = time.monotonic() - begun
+    if refusal is not None and refusal.status is None:
+        yield from _unreached(refusal, steps, took)
+    else:
+        yield _judged(refusal, service.key is not None, took)
+
+
+def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterator[Finding]:
+    """The host gave no answer. What a picture's error says of charges does not hold for the probe."""
+    detail = f" ({error.detail})" if error.detail else ""
+    sent = error.may_have_been_charged
+    message = "The probe got no answer, or a broken one." if sent else error.message
+    hint = "Try again later, and check the proxy settings and the base URL." if sent else error.hint
+    kind = CogViewConnectionError.__name__ if sent else type(error).__name__
+    failed = [each for each in steps if each.state == "failed"]
+    steps[:] = [each for each in steps if each.state != "failed"]
+    name = failed[-1].name if failed else "API"
+    yield Finding(name, "failed", f"{message}{detail}", hint, failed[-1].seconds if failed else took, kind)
+
+
+def _judged(refusal: CogViewError | None, has_key: bool, took: float) -> Finding:  # noqa: FBT001
+    if refusal is None:
+        text = "The service answered the probe, which it has to refuse, with a picture: it is not the provider's API."
+        return Finding("probe", "failed", text, "Check the base URL.", took, "CogViewMalformedReplyError")
+    said = ", ".join(filter(None, (refusal.code and f"code {refusal.code}", f"HTTP {refusal.status}")))
+    if refusal.code in _KEY_IS_GOOD and isinstance(refusal, CogViewInvalidRequestError | CogViewNotFoundError):
+        if not has_key:
+            return Finding("probe", "skipped", f"The API answers ({said}); there is no key to judge.", seconds=took)
+        text = f"The key is accepted: the request itself was refused, as it must be ({said}). No picture was made."
+        return Finding("probe", "ok", text, seconds=took)
+    kind = type(refusal).__name__
+    if not has_key and kind == "CogViewAuthenticationError":
+        return Finding("probe", "skipped", f"The API answers ({said}) and asks for a key.", seconds=took)
+    if refusal.may_have_been_charged or (kind == "CogViewInvalidRequestError" and refusal.code is None):
+        busy = (refusal.status or 0) >= 500  # noqa: PLR2004
+        text = f"The host answers, but not as the API does ({said})."
+        hint = "Try again later." if busy else "Check the base URL: another service, or a login page, may stand there."
+        kind = "CogViewServerError" if busy else "CogViewConfigurationError"
+        return Finding("probe", "failed", text, hint, took, kind)
+    return Finding("probe", "failed", f"{refusal.message} ({said})", refusal.hint, took, kind)
+
+
+def _clock(date: str | None) -> Iterator[Finding]:
+    try:
+        moment = parsedate_to_datetime(date or "")
+    except (ValueError, TypeError, OverflowError):
+        return
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    skew = round((datetime.now(UTC) - moment).total_seconds())
+    if abs(skew) <= _SKEW_SECONDS:
+        yield Finding("clock", "ok", "It agrees with the API's to the minute.")
+    else:
+        ahead = "ahead of" if skew > 0 else "behind"
+        hint = "Set it right: certificates and the ends of links are judged by it."
+        yield Finding("clock", "note", f"It is {abs(skew):,} s {ahead} the API's.", hint)
