@@ -100,7 +100,7 @@ def test_the_readme_keeps_its_two_commands():
     assert second.rstrip().endswith(".venv/bin/pytest")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_no_registry_machine_path_or_key_is_named(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert not re.search(r"pypi\.org|index-url|/root/|/work/|/home/|[0-9a-f]{32}\.[A-Za-z0-9]{16}", text)
