@@ -13,11 +13,11 @@ import contextlib
 import errno
 import logging
 import re
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,7 +36,7 @@ from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.download import Picture, expires_at
 from langchain_cogview.images.formats import EXTENSIONS
-from langchain_cogview.images.store import write_whole
+from langchain_cogview.images.store import picture_names, write_whole
 from langchain_cogview.steps import Step, arun, file_step, run
 from langchain_cogview.turns import TURNS
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 UNDATED_LINK_LIFETIME: Final = timedelta(hours=24)
 """How long a link that does not tell its end is taken to live: the shortest life that was seen."""
 
+_MAX_NAMES: Final = 99
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter alone is a Windows drive; Path("s3://b") is "s3:/b"
 
 logger = logging.getLogger(__name__)
@@ -331,7 +332,11 @@ class CachedRequest:
 
     def _hit(self, recorded: GeneratedImage, *, content: bytes | None = None, **changes: Any) -> GeneratedImage:
         hit = recorded.model_copy(update={"cached": True, "cost": Decimal(0), **changes})
-        return hit if content is None else hit.with_content(content, self.base_url, self.allowed_hosts, self.storage_options)
+        return (
+            hit
+            if content is None
+            else hit.with_content(content, self.base_url, self.allowed_hosts, self.storage_options)
+        )
 
     @contextlib.contextmanager
     def _spared(self, what: str) -> Iterator[None]:
@@ -359,7 +364,11 @@ def _lives(image: GeneratedImage) -> bool:
 
 def _names(image: GeneratedImage) -> list[str]:
     """Under which names a file is saved again; always the same ones, so that more hits make no more files."""
-    facts = (re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8]), str(image.sha256), EXTENSIONS.get(image.mime_type or "", ""))
+    facts = (
+        re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8]),
+        str(image.sha256),
+        EXTENSIONS.get(image.mime_type or "", ""),
+    )
     try:
         names = picture_names(*facts, moment=image.created or 0)
     except (ValueError, OverflowError, OSError):

@@ -55,8 +55,7 @@ def describe_validation(error: ValidationError) -> str:
             name = printable(str(item["loc"][-1]), 60)
             lines.append(f"There is no argument {name!r}." + (f" {NOT_TAKEN[name]}" if name in NOT_TAKEN else ""))
             continue
-        # Our own sentences name the field themselves.
-        lines.append(f"{where}: {text}" if where and item["type"] != "value_error" else text)
+        lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)
 
 

@@ -27,6 +27,9 @@ class Journal(Protocol):
     def sending(self, request_id: str, model: str) -> None:
         """Right before the first paid POST of a request id; what it raises stops the call, and nothing is sent."""
 
+    async def asending(self, request_id: str, model: str) -> None:
+        """The twin of `sending`, without blocking the event loop."""
+
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """A task was accepted by a model, perhaps another than was asked first; its id finds the picture again."""
 
@@ -64,12 +67,24 @@ class CallWatch:
 
     def sending(self, *, task: bool) -> None:
         """The client's word before the first attempt of a model."""
-        if self._first():
+        if self.sent:
+            return
+        journal = JOURNAL.get()
+        if journal:
+            journal.sending(self.request_id, self.model)
+        self.sent = True
+        if self.teller.listening:
             self.teller.tell(self._progress("sent"))
 
     async def asending(self, *, task: bool) -> None:
         """The twin of `sending`."""
-        if self._first():
+        if self.sent:
+            return
+        journal = JOURNAL.get()
+        if journal:
+            await journal.asending(self.request_id, self.model)
+        self.sent = True
+        if self.teller.listening:
             await self.teller.atell(self._progress("sent"))
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
@@ -125,15 +140,6 @@ class CallWatch:
         if images and images[0].content_filter:
             events.append(self._filtered(images[0].content_filter, blocked=False))
         return events
-
-    def _first(self) -> bool:
-        if self.sent:
-            return False
-        journal = JOURNAL.get()
-        if journal:
-            journal.sending(self.request_id, self.model)
-        self.sent = True
-        return self.teller.listening
 
     def _progress(self, stage: str, **facts: Any) -> Event:
         amount, currency = self.price(self.model)

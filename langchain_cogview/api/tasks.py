@@ -40,7 +40,8 @@ TASK_ROUTE: Final = "/async/images/generations"
 RESULT_ROUTE: Final = "/async-result/"
 _FIRST_POLL_SECONDS = 0.25
 _LAST_POLL_SECONDS = 1.0
-_KNOWN_AFTER_SECONDS = 10.0
+KNOWN_AFTER_SECONDS: Final = 10.0
+"""In which a task that was just accepted may not be known yet."""
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +127,11 @@ class TasksClient:
         return await self._apolled(_Polls(task_id, deadline, self.poll_interval), watch)
 
     def _followed(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
-        return self._polled(_Polls(task_id, deadline, self.poll_interval, known_after=_KNOWN_AFTER_SECONDS), watch)
+        return self._polled(_Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), watch)
 
     async def _afollowed(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
         return await self._apolled(
-            _Polls(task_id, deadline, self.poll_interval, known_after=_KNOWN_AFTER_SECONDS), watch
+            _Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), watch
         )
 
     def _polled(self, polls: _Polls, watch: Watch) -> ImagesReply:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
 from langchain_cogview.deadline import Deadline
+from langchain_cogview.images.formats import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,9 +26,33 @@ if TYPE_CHECKING:
     from langchain_cogview.images.formats import ImageInfo
     from langchain_cogview.images.remote import RemoteFolder
 
+MAX_NAMES: Final = 999
+"""Under how many names a picture may be saved: the number at the end tells those apart that would have the same."""
+PICTURE_NAME: Final = re.compile(
+    r"\d{8}T\d{6}Z-(?:(?P<label>[0-9A-Za-z_]+)-)?(?P<start_of_hash>[0-9a-f]{16})(?:-\d{1,3})?"
+    rf"(?:{'|'.join(map(re.escape, EXTENSIONS.values()))})"
+)
+"""The names that `picture_names` gives, with the parts by which a picture is found again."""
 _NO_LIMIT: Final = Deadline(None)
 _IN_MEMORY_BYTES: Final = 1 << 20
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
+
+
+def picture_names(label: str, sha256: str, extension: str, *, moment: float | None = None) -> Iterator[str]:
+    """The names of a picture's file, in the order in which they are tried.
+
+    Args:
+        label: By which the file is found: the beginning of its request id; may be empty.
+        sha256: Of the bytes, in hexadecimal; its beginning stands in the name.
+        extension: With its dot.
+        moment: When it was made, in Unix seconds; None: now.
+
+    Raises:
+        ValueError, OverflowError, OSError: The moment is none of a calendar.
+    """
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(moment))
+    stem = "-".join(filter(None, (stamp, label, sha256[:16])))
+    return (f"{stem}{'' if number == 1 else f'-{number}'}{extension}" for number in range(1, MAX_NAMES + 1))
 
 
 class PictureFile:
@@ -113,9 +139,7 @@ class PictureFile:
             self.problem = _reason(error)
 
     def _names(self, info: ImageInfo) -> Iterator[str]:
-        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        stem = "-".join(filter(None, (moment, self._label, self.sha256[:16])))
-        return (f"{stem}{'' if number == 1 else f'-{number}'}{info.extension}" for number in range(1, 1000))
+        return picture_names(self._label, self.sha256, info.extension)
 
     def _linked(self, info: ImageInfo) -> Path | None:
         if self._folder is None or self.problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -69,9 +70,14 @@ class Call:
         self._run.note_sending(self.work.item, request_id, model)
         self.sent[request_id] = model
 
-    def submitted(self, request_id: str, task_id: str) -> None:
-        """The generator's word once the service took a task."""
-        self._run.note({"key": self.work.item.key, "request_id": request_id, "task_id": task_id})
+    async def asending(self, request_id: str, model: str) -> None:
+        """The twin of `sending`: the disk is waited for in a thread, not in the event loop."""
+        await asyncio.to_thread(self.sending, request_id, model)
+
+    def submitted(self, request_id: str, task_id: str, model: str) -> None:
+        """The generator's word once the service took a task, for a model that may be another than was asked first."""
+        self.sent[request_id] = model
+        self._run.note({"key": self.work.item.key, "request_id": request_id, "task_id": task_id, "model": model})
 
     @contextmanager
     def journaled(self) -> Iterator[None]:
@@ -84,19 +90,33 @@ class Call:
 
 
 def failures_of(call: Call, outcome: Any) -> tuple[list[ImageFailure], set[str]]:
-    """What failed in a call, and which of its requests may have been charged without a picture."""
-    if isinstance(outcome, ImageResult):
-        # A failure that is none of ours does not tell its request.
-        told = {each.request_id for each in outcome.images} | {each.request_id for each in outcome.failures}
-        unknown = {each.request_id for each in outcome.failures if each.outcome is Outcome.UNKNOWN}
-        return list(outcome.failures), {each for each in call.sent if each in unknown or each not in told}
-    first = ImageFailure.of(outcome, 0)
-    if not isinstance(outcome, CogViewError) or outcome.outcome is Outcome.UNKNOWN:
-        return [first], {*call.sent}
-    # One whose outcome is unknown would have been raised first: none of them is.
-    others: list[str | None] = [each for each in call.sent if each != outcome.request_id]
-    others += [None] * (call.reserved - 1 - len(others))
-    return [first, *(first.model_copy(update={"request_id": each}) for each in others[: call.reserved - 1])], set()
+    """What failed in a call, one for each picture, and which of its requests may have been charged without a picture."""
+    images = outcome.images if isinstance(outcome, ImageResult) else ()
+    failures: list[ImageFailure] = list(getattr(outcome, "failures", ()))
+    if not failures and isinstance(outcome, Exception):  # it befell all of them
+        failures = [ImageFailure.of(outcome, index) for index in range(max(1, call.reserved))]
+    if not call.draws:  # the end of a task does not tell under which request it was submitted
+        failures = [each.model_copy(update={"request_id": next(iter(call.sent), None)}) for each in failures]
+    told = {each.request_id for each in images} | {each.request_id for each in failures}
+    # Each request that is not told is of a failure without an id: it may have been charged if one of those may.
+    nameless = [each for each in failures if each.request_id is None]
+    ended = len(nameless) >= len(call.sent.keys() - told) and not any(may_be_charged(each) for each in nameless)
+    unknown = {each.request_id for each in failures if may_be_charged(each)} | (
+        set() if ended else call.sent.keys() - told
+    )
+    return failures, {each for each in call.sent if each in unknown}
+
+
+def is_the_prompts(failure: ImageFailure, item: PromptItem) -> bool:
+    """Whether a failure is the prompt's own, so that it is not drawn again by itself; what did not run is nobody's."""
+    final = failure.outcome is Outcome.FINAL and not may_be_charged(failure)
+    return final and not befalls_all(failure, item)
+
+
+def may_be_charged(failure: ImageFailure) -> bool:
+    """Whether its picture may be paid for; an error that is none of ours does not tell."""
+    ours = failure.error.startswith("CogView") or failure.error == JobStoppedError.__name__
+    return failure.outcome is Outcome.UNKNOWN or not ours
 
 
 def befalls_all(failure: ImageFailure, item: PromptItem) -> bool:

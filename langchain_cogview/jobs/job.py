@@ -64,7 +64,8 @@ def run_job(
         budget: Stop before a picture whose list price would pass it, in the platform's currency; counts all runs in this
             folder, what may have been charged, and sandbox pictures alike. None: no limit.
         retry_failed: Draw again what failed or was blocked.
-        retry_unknown: Draw again what may have been charged: that can pay twice.
+        retry_unknown: Draw again what may have been charged, and tasks that do not end within the generator's `timeout`: that
+            can pay twice.
         unique: Draw lines that say the same once, not each.
         skip_bad: Leave lines out that cannot be drawn, in place of refusing all.
         format: Of the file: `txt`, `csv`, `tsv` or `jsonl`. None: as its ending says.
@@ -74,8 +75,9 @@ def run_job(
         **settings: Arguments of `CogViewImageGenerator`.
 
     Returns:
-        What it came to. An error that would befall every prompt (key, balance, no network) stops the job and is
-        `report.stopped`; a blocked or failed prompt is counted, and the others go on.
+        What it came to. An error that would befall every prompt (key, balance) stops the job and is `report.stopped`, and so
+        do five prompts in a row that did not run (no network, service overloaded); a blocked or failed prompt is counted,
+        and the others go on. What did not run is left for the next run.
 
     Raises:
         CogViewInvalidRequestError: A line cannot be drawn, and `skip_bad` is not set; its notes say which.
@@ -115,7 +117,12 @@ async def arun_job(
     on_plan: Callable[[JobPlan], None] | None = None,
     **settings: Any,
 ) -> JobReport:
-    """Draw every prompt of a file into a folder. The twin of `run_job`."""
+    """Draw every prompt of a file into a folder. The twin of `run_job`.
+
+    What is read, judged and saved is so in threads. The line before a paid request, and that of a task's id, are on the disk
+    before the next step is taken: each may hold up the event loop for one flush, which is milliseconds beside the seconds
+    of a picture.
+    """
     job = await asyncio.to_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
     running = job.running(
         limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
@@ -163,6 +170,8 @@ class _Job:
     """A job's prompts, folder and generator; the steps that both twins share."""
 
     plan: JobPlan
+    there: tuple[int, int]
+    """Pictures that need not be drawn: those in the folder, and those under way at the service."""
 
     def __init__(
         self,
@@ -216,6 +225,8 @@ class _Job:
             run = JobRun(self.folder, self.generator, survey, purse, limit=limit)
             stack.callback(run.close)
             run.enter_found()
+            works = [survey.work(item) for item in self.prompts.items]
+            self.there = sum(work.finished.made for work in works if work.finished), sum(len(w.running) for w in works)
             yield run
 
     @contextmanager
@@ -228,7 +239,10 @@ class _Job:
             return
         from langchain_cogview.progress import ProgressCallbackHandler  # noqa: PLC0415
 
-        with ProgressCallbackHandler(self.plan.pictures, show=progress) as bar:
+        there, running = self.there
+        with ProgressCallbackHandler(there + running + self.plan.pictures, show=progress) as bar:
+            if there:
+                bar.skip(there)
             yield merge_configs(own, {"callbacks": [bar]})  # type: ignore[arg-type]
 
 

@@ -2,7 +2,8 @@
 
 key          of the prompt's arguments, and of which one it is among those that say the same
 line         its line in the file of prompts, when it was drawn
-status       made (all its pictures), blocked, failed, or unknown (made in part, the rest may have been charged)
+status       made (all its pictures), blocked, failed, unknown (made in part, the rest may have been charged), or left (made
+             in part, the rest did not run: the next run draws it)
 arguments    prompt, model, size, quality, n, ... as drawn
 extra        what else its line holds; left out where that is nothing
 images       of each: file (in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
@@ -23,15 +24,14 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
-import time
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from langchain_cogview.errors import CogViewDownloadError
-from langchain_cogview.images.formats import inspect
-from langchain_cogview.images.store import write_whole
+from langchain_cogview.errors import CogViewDownloadError, CogViewError, printable
+from langchain_cogview.images.formats import ImageFormatError, inspect
+from langchain_cogview.images.store import picture_names, write_whole
 from langchain_cogview.jobs.manifest import synced, unwritable
 from langchain_cogview.jobs.plan import drawn_arguments
 from langchain_cogview.jobs.survey import kind_of
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.survey import Found
     from langchain_cogview.request import ImageRequest
 
+MAX_URL: Final = 2_000
+"""Characters of a link that is told."""
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _IMAGE: Final = {
     *("sha256", "size_bytes", "width", "height", "mime_type", "content_filter", "model", "cost", "cached"),
@@ -63,6 +65,50 @@ def image_entry(image: GeneratedImage, path: Path) -> dict[str, Any]:
     values = image.model_dump(mode="json", include=_IMAGE)
     warnings = values.pop("warnings")
     return {"file": path.name, **values, **({"warnings": warnings} if warnings else {})}
+
+
+class Kept(NamedTuple):
+    """What became of the bytes of a picture that was made.
+
+    Attributes:
+        entry: For the manifest; None where the bytes are elsewhere than in the folder: then its request has no end yet.
+        problem: Why they are not in the folder; its notes say where they are.
+    """
+
+    entry: dict[str, Any] | None
+    problem: Exception | None = None
+
+
+def keep(folder: Path, image: GeneratedImage) -> Kept:
+    """See that a picture that was made is safe: in the folder, else aside, else by its link."""
+    try:
+        if image.path is not None and image.path.parent == folder:
+            synced(image.path)
+            return Kept(image_entry(image, image.path))
+        content = _at_hand(image)
+        if content is None:
+            return Kept(lost_entry(image))
+    except Exception as error:  # noqa: BLE001  told at the end; the other pictures are kept all the same
+        return Kept(None, unwritable(folder, error) if isinstance(error, OSError) else error)
+    try:
+        return Kept(saved_entry(folder, image, content))
+    except Exception as problem:  # noqa: BLE001  the same
+        aside = _kept_aside(image, content)
+        if aside:
+            problem.add_note(
+                f"A picture that was paid for is kept in {aside}: move it into the folder before the next run."
+            )
+            return Kept(None, problem)
+        link = f"; its link is {printable(image.url, MAX_URL)}" if image.url else ""
+        problem.add_note(f"A picture that was paid for could be kept nowhere (request id {image.request_id}){link}")
+        return Kept(lost_entry(image) if image.url else None, problem)
+
+
+def _at_hand(image: GeneratedImage) -> bytes | None:
+    try:
+        return image.at_hand()
+    except CogViewError:
+        return None
 
 
 def found_entry(found: Found, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
@@ -115,14 +161,17 @@ def prompt_line(
     images: list[dict[str, Any]],
     failures: list[dict[str, Any]],
     currency: str | None,
+    *,
+    unknown: bool,
 ) -> dict[str, Any]:
-    """What a line says of a prompt, its requests and times apart."""
+    """What a line says of a prompt, its requests and times apart; `unknown`: whether a request of it has no end."""
     costs = [each["cost"] for each in images]
     made = len(images) >= item.n
+    rest = kind_of(each["error"] for each in failures)
     return {
         "key": item.key,
         "line": item.number,
-        "status": "made" if made else kind_of(each["error"] for each in failures),
+        "status": "made" if made else "left" if rest == "unknown" and not unknown else rest,
         "arguments": {name: value for name, value in drawn_arguments(request).items() if value is not None},
         **({"extra": item.extra} if item.extra else {}),
         "images": images,
@@ -137,27 +186,27 @@ def saved_entry(folder: Path, image: GeneratedImage, content: bytes) -> dict[str
     """Write a picture's bytes into the folder, under the name that it has in every folder.
 
     Raises:
-        CogViewStorageError: It cannot be written; a note says where the bytes are kept.
+        CogViewStorageError: It cannot be written.
     """
     info = inspect(io.BytesIO(content))
     sha256 = hashlib.sha256(content).hexdigest()
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    path = folder / f"{stamp}-{image.request_id[:8]}-{sha256[:16]}{info.extension}"
+    path = folder / next(picture_names(image.request_id[:8], sha256, info.extension))
     try:
         write_whole(path, content)
         synced(path)
     except OSError as error:
-        failed = unwritable(folder, error)
-        failed.add_note(_kept_aside(path.name, content))
-        raise failed from None
+        raise unwritable(folder, error) from None
     facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
     return image_entry(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
 
 
-def _kept_aside(name: str, content: bytes) -> str:
-    aside = Path(tempfile.gettempdir(), name)
+def _kept_aside(image: GeneratedImage, content: bytes) -> Path | None:
+    """Where the bytes are that have no room in the folder, under the name by which the folder's next run finds them."""
     try:
+        extension = inspect(io.BytesIO(content)).extension
+        names = picture_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)
+        aside = Path(tempfile.gettempdir(), next(names))
         write_whole(aside, content)
-    except OSError:
-        return "A picture that was paid for could not be kept anywhere."
-    return f"A picture that was paid for is kept in {aside}: move it into the folder before the next run."
+    except (OSError, ImageFormatError):
+        return None
+    return aside

@@ -225,7 +225,7 @@ class Attempt:
         request_id: Ours.
         key: Of the prompt.
         line: Its line at that time.
-        model: Which model was asked.
+        model: Which model was asked; of a task, which one took it.
         prompt: Its beginning, in one line.
         task_id: Of the task endpoint, once the task was accepted.
     """
@@ -308,7 +308,9 @@ class History:
         if "settled" in values:
             self.settle(key, request_id)
         elif "task_id" in values:
-            self.open[key][request_id].task_id = values["task_id"]
+            attempt = self.open[key][request_id]
+            attempt.task_id = values["task_id"]
+            attempt.model = values.get("model", attempt.model)  # a fallback model's task
         else:
             attempt = Attempt(request_id, key, values["line"], values["model"], values["prompt"])
             self.open.setdefault(key, {})[request_id] = attempt

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
+from pydantic import BaseModel
+
 from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.request import NOT_TAKEN, ImageRequest, unknown_argument
 
@@ -73,6 +75,7 @@ class PromptFile:
 
     def __iter__(self) -> Iterator[Line]:
         if not isinstance(self._source, str | Path):
+            _refuse_one(self._source)
             yield from self._from_values(self._source)
             return
         form = self._format or _format_of(self._source)
@@ -226,10 +229,31 @@ class PromptFile:
             )
 
 
+def _exists(source: str | Path) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long a name, or one of another user
+        return False
+
+
+def _refuse_one(source: Any) -> None:
+    """Raise for what is one prompt, or none: its keys, bytes or fields would be drawn one by one."""
+    if isinstance(source, Mapping | bytes | bytearray | BaseModel) or not isinstance(source, Iterable):
+        raise CogViewConfigurationError(
+            f"The prompts are a list of texts and dicts, or the name of a file, not {_kind(source)}.",
+            hint="Put a single prompt into a list: [prompt].",
+        )
+
+
 def _format_of(source: str | Path) -> PromptFormat:
     if str(source) == "-":
         return "txt"
     form = _ENDINGS.get(Path(source).suffix.lower())
+    if form is None and not _exists(source):
+        raise CogViewConfigurationError(
+            f"There is no file {printable(str(source), 120)!r}: a text on its own is the name of a file of prompts.",
+            hint="Check the path. Prompts themselves stand in a list, [prompt], or come through the input, '-'.",
+        )
     if form is None:
         raise CogViewConfigurationError(
             f"The ending of {printable(str(source), 120)} does not tell how the prompts stand in it.",
@@ -334,7 +358,14 @@ def _unquoted(cell: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {list: "a list", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), printable(type(value).__name__, 40))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+from langchain_cogview import errors
+from langchain_cogview.errors import Outcome
 from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
 from langchain_cogview.jobs.manifest import MANIFEST, compact, read_record, read_records, unwritable
 from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
@@ -31,7 +34,8 @@ class JobReport:
         blocked: Prompts that the content filter blocked, in this run or before.
         failed: Prompts that failed otherwise, in this run or before.
         unknown: Requests that may have been charged; repeated only with `retry_unknown`.
-        left: Prompts that are still to be drawn: behind the limit, the budget or what stopped the job.
+        left: Prompts that are still to be drawn: behind the limit, the budget or what stopped the job, or because what was
+            sent did not run.
         bad: Lines that could not be drawn and were left out.
         pictures: How many were made or recovered in this run.
         cost: Of those, by currency; a sandbox picture costs nothing.
@@ -66,13 +70,17 @@ class JobReport:
     contact_sheet: Path | None
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """The manifest's lines, read as they are taken; `job_lines` says what stands in them."""
+        """The manifest's lines, read as they are taken; `langchain_cogview.jobs.lines` says what stands in them."""
         return (record.values for record in read_records(self.manifest))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         plain = {name: getattr(self, name) for name in self.__slots__}
-        stopped = self.stopped and {"error": type(self.stopped).__name__, "message": str(self.stopped)}
+        stopped = self.stopped and {
+            "error": type(self.stopped).__name__,
+            "message": str(self.stopped),
+            "notes": [*getattr(self.stopped, "__notes__", ())],
+        }
         return plain | {
             "unknown": [unknown_dict(each) for each in self.unknown],
             "cost": {currency: str(amount) for currency, amount in self.cost.items()},
@@ -105,10 +113,18 @@ class JobReport:
             lines.append(f"All pictures of the folder: {money(self.total_cost)}.")
         if self.over_budget:
             lines.append("The budget does not reach for the next prompt.")
+        not_run = [f"{name} ({count:,})" for name, count in self.errors.items() if _not_run(name)]
+        if not_run:
+            lines.append(f"Did not run, and is left for the next run: {', '.join(not_run)}.")
         if self.stopped:
             lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
         lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
         return "\n".join(lines)
+
+
+def _not_run(name: str) -> bool:
+    kind = getattr(errors, name, None)
+    return kind is not None and kind.outcome is Outcome.NOT_RUN
 
 
 def reported(run: JobRun, started: float, skipped: int) -> JobReport:
@@ -121,14 +137,13 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
     """
     survey = run.survey
     counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
-    errors = dict(run.errors)
+    names = Counter(run.errors)
     for item in survey.prompts.items:
         finished = survey.history.finished.get(item.key)
         if finished and finished.made >= item.n:
             counts["made"] += 1
             continue
-        for name in finished.errors if finished else ():
-            errors[name] = errors.get(name, 0) + 1
+        names.update(finished.errors if finished else ())
         if finished and finished.errors:
             counts[kind_of(finished.errors)] += 1
         elif item.key not in survey.history.open:
@@ -147,7 +162,7 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
         seconds=round(time.monotonic() - started, 3),
         over_budget=run.over_budget,
         stopped=run.stopped,
-        errors=errors,
+        errors=dict(names),
         folder=run.folder,
         manifest=run.folder / MANIFEST,
         contact_sheet=sheet,

@@ -7,33 +7,33 @@ import logging
 import threading
 from collections import Counter
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.errors import (
-    CogViewConnectionError,
     CogViewContentFilterError,
     CogViewError,
     CogViewNotFoundError,
     CogViewStorageError,
     CogViewTaskFailedError,
+    CogViewTaskUnfinishedError,
     Outcome,
 )
-from langchain_cogview.jobs.calls import NOT_THE_PROMPTS, Call, JobStoppedError, befalls_all, error_of, failures_of
-from langchain_cogview.jobs.lines import (
-    failure_entry,
-    found_entry,
-    image_entry,
-    linked_image,
-    lost_entry,
-    now,
-    prompt_line,
-    saved_entry,
+from langchain_cogview.jobs.calls import (
+    NOT_THE_PROMPTS,
+    Call,
+    JobStoppedError,
+    befalls_all,
+    error_of,
+    failures_of,
+    is_the_prompts,
 )
+from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry
 from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecordFile, read_record, synced, unwritable
 from langchain_cogview.many import aor_error, or_error
 from langchain_cogview.request import ImageRequest
-from langchain_cogview.result import ImageFailure, ImageResult
+from langchain_cogview.result import ImageResult
 from langchain_cogview.stopping import STOPPED
 from langchain_cogview.tasks import ImageTask
 
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.plan import PromptItem
     from langchain_cogview.jobs.survey import Purse, Survey, Work
-    from langchain_cogview.result import GeneratedImage
+    from langchain_cogview.result import GeneratedImage, ImageFailure
 
-MAX_UNREACHED: Final = 5
-"""Prompts in a row for which the service could not be reached, after which the job stops."""
+MAX_NOT_RUN: Final = 5
+"""Prompts in a row of which nothing ran (no network, service overloaded or unavailable), after which the job stops."""
 _PROMPT_CHARACTERS: Final = 200
 _NO_LINE: Final[dict[str, Any]] = {"images": [], "failures": [], "given_up": [], "request_ids": [], "seconds": 0.0}
 
@@ -88,7 +88,7 @@ class JobRun:
         self.cost: dict[str, Decimal] = {}
         self._purse = purse
         self._limit = limit
-        self._next = self._started = self._unreached = 0
+        self._next = self._started = self._not_run = 0
         self._given_back = False
         self._lock = threading.RLock()
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
@@ -166,14 +166,15 @@ class JobRun:
     def collect(self, work: Work, config: RunnableConfig) -> None:
         """Have what is free for a prompt."""
         for call, task in self._tasks(work):
-            self._collected(call, or_error(task.result, config))
+            self._collected(call, or_error(task.result, config, timeout=self.generator.timeout))
         for call, number, image in self._links(work):
             self._fetched(call, number, image, or_error(image.read))
 
     async def acollect(self, work: Work, config: RunnableConfig) -> None:
         """The twin of `collect`."""
         for call, task in self._tasks(work):
-            await asyncio.to_thread(self._collected, call, await aor_error(task.aresult, config))
+            outcome = await aor_error(task.aresult, config, timeout=self.generator.timeout)
+            await asyncio.to_thread(self._collected, call, outcome)
         for call, number, image in self._links(work):
             await asyncio.to_thread(self._fetched, call, number, image, await aor_error(image.aread))
 
@@ -249,26 +250,41 @@ class JobRun:
         try:
             write(*arguments)
         except Exception as error:  # noqa: BLE001  told at the end
-            if not isinstance(self.stopped, JobStoppedError):
-                logger.warning("Line %s: what became of it could not be written down", call.work.item.number)
-            self.stop(unwritable(self.folder, error) if isinstance(error, OSError) else error)
+            self._stop_unwritten(call, unwritable(self.folder, error) if isinstance(error, OSError) else error)
+
+    def _stop_unwritten(self, call: Call, error: Exception) -> None:
+        """Stop, and tell where the pictures are, here and at the end: of the first error and of all that follow."""
+        notes = getattr(error, "__notes__", ())
+        with self._lock:
+            closed = isinstance(self.stopped, JobStoppedError)
+            self.stop(error)
+            if self.stopped is not None and self.stopped is not error:
+                for note in notes:
+                    self.stopped.add_note(note)
+        if notes or not closed:
+            told = " ".join((str(error), *notes))
+            logger.warning("Line %s: what became of it could not be written down. %s", call.work.item.number, told)
 
     def _judge(self, call: Call, outcome: Any) -> None:
         """Write down what became of a call that paid."""
         failures, unknown = failures_of(call, outcome)
         images = list(outcome.images) if isinstance(outcome, ImageResult) else []
         self._look_for_stops(call, outcome, failures)
-        own = [failure for failure in failures if self._is_the_prompts(failure, call.work.item)]
+        own = [failure for failure in failures if is_the_prompts(failure, call.work.item)]
+        others = [failure.error for failure in failures if failure not in own]
+        with self._lock:
+            self.errors.update(each for each in others if each != JobStoppedError.__name__)
         told = [failure_entry(each, call.sent.get(each.request_id or "", call.work.item.model)) for each in own]
-        entries = [self._kept(image) for image in images]
         self._give_back(call, sum(not image.cached for image in images) + len(unknown))
-        settled = call.sent.keys() - unknown
+        entries, elsewhere = self._keep(call, images)
+        settled = call.sent.keys() - unknown - elsewhere
         if entries or told:
             made = [each for each in entries if "file" in each]
             self._enter(call, made, told + [each for each in entries if "file" not in each], settled)
             return
-        for request_id in settled:
-            self.note({"key": call.work.item.key, "request_id": request_id, "settled": str(failures[0].outcome)})
+        ends = {each.request_id: str(each.outcome) for each in failures}
+        for each in settled:
+            self.note({"key": call.work.item.key, "request_id": each, "settled": ends.get(each, Outcome.FINAL)})
 
     def _collected(self, call: Call, outcome: Any) -> None:
         """Write down what became of a task that was paid before. Where its end was not seen, it can be asked again."""
@@ -279,44 +295,44 @@ class JobRun:
                 end = {"key": call.work.item.key, "request_id": request_id, "task_id": None}
                 self._guarded(call, self.note, end)
         elif isinstance(outcome, Exception):
-            self.errors[type(outcome).__name__] += 1
+            with self._lock:
+                self.errors[type(outcome).__name__] += 1
+                if isinstance(outcome, CogViewTaskUnfinishedError):
+                    self.survey.unfinished.update(call.sent)
             if type(outcome).__name__ in NOT_THE_PROMPTS:
                 self.stop(outcome)
 
     def _fetched(self, call: Call, number: int, image: GeneratedImage, content: Any) -> None:
         """Enter a picture that was had from its link after all."""
         if isinstance(content, bytes):
-            self._guarded(
-                call, lambda: self._enter(call, [saved_entry(self.folder, image, content)], [], set(), without=number)
-            )
+            entry = partial(saved_entry, self.folder, image, content)
+            self._guarded(call, lambda: self._enter(call, [entry()], [], set(), without=number))
 
-    def _kept(self, image: GeneratedImage) -> dict[str, Any]:
-        """A picture's entry once its file is safe in the folder; without a file where its bytes could not be had."""
-        if image.path is not None and image.path.parent == self.folder:
-            synced(image.path)
-            return image_entry(image, image.path)
-        content = or_error(image.at_hand)
-        return saved_entry(self.folder, image, content) if isinstance(content, bytes) else lost_entry(image)
-
-    def _is_the_prompts(self, failure: ImageFailure, item: PromptItem) -> bool:
-        """Whether a failure is the prompt's own, so that it is not drawn again by itself."""
-        known = failure.outcome is not Outcome.UNKNOWN and failure.error.startswith("CogView")
-        alone = failure.error != CogViewConnectionError.__name__ and not befalls_all(failure, item)
-        ran = failure.outcome is not Outcome.NOT_RUN or not (self.stopped or STOPPED.get().is_set())
-        own = known and alone and ran
-        if not own and failure.error != JobStoppedError.__name__:
-            self.errors[failure.error] += 1
-        return own
+    def _keep(self, call: Call, images: list[GeneratedImage]) -> tuple[list[dict[str, Any]], set[str]]:
+        """The entries of pictures that are safe, and the requests of those whose bytes are elsewhere than in the folder."""
+        entries, elsewhere = [], set()
+        for image in images:  # one that cannot be written keeps none of the others
+            kept = keep(self.folder, image)
+            if kept.problem:
+                self._stop_unwritten(call, kept.problem)
+            if kept.entry:
+                entries.append(kept.entry)
+            else:
+                elsewhere.add(image.request_id)
+        return entries, elsewhere
 
     def _look_for_stops(self, call: Call, outcome: Any, failures: list[ImageFailure]) -> None:
-        unreached = bool(failures) and all(each.error == CogViewConnectionError.__name__ for each in failures)
+        none_ran = isinstance(outcome, Exception) and all(each.outcome is Outcome.NOT_RUN for each in failures)
         with self._lock:
-            self._unreached = self._unreached + 1 if unreached else 0
+            self._not_run = self._not_run + 1 if none_ran else 0
+            stops = self._not_run >= MAX_NOT_RUN
         fatal = [each for each in failures if befalls_all(each, call.work.item)]
-        if isinstance(outcome, Exception) and (fatal or not isinstance(outcome, CogViewError)):
+        if isinstance(outcome, Exception) and not isinstance(outcome, CogViewError):
             self.stop(outcome)
-        elif fatal or self._unreached >= MAX_UNREACHED:
-            self.stop(error_of([*fatal, *failures][0]))
+        elif fatal or stops:
+            first = [*fatal, *failures][0]
+            # The raised error is that of one of the pictures, and says more than its record.
+            self.stop(outcome if type(outcome).__name__ == first.error else error_of(first))
 
     def _give_back(self, call: Call, paid: int) -> None:
         with self._lock:
@@ -336,30 +352,35 @@ class JobRun:
         work = call.work
         with self._lock:
             finished = self.survey.history.finished.get(work.item.key)
-            old = read_record(self._manifest.path, finished.start) if finished else _NO_LINE
-            kept = [each for number, each in enumerate(old["failures"]) if number != without]
-            given_up = list(old["given_up"])
-            if call.draws and work.repeats_failed:
-                given_up += [{name: each[name] for name in ("request_id", "model")} for each in kept if each.get("url")]
-                kept = []
-            if call.draws and work.repeats_unknown:
-                given_up += [{"request_id": each.request_id, "model": each.model} for each in work.unknown]
-            ids = [*old["request_ids"], *sorted(settled), *(each["request_id"] for each in given_up)]
+            requests = [*self.survey.history.open.get(work.item.key, ())]
             price = self._purse.price(work.item.model)
-            values = {
-                **prompt_line(
-                    work.item,
-                    self._request(work.item),
-                    [*old["images"], *images],
-                    [*kept, *failures],
-                    price[1] if price else None,
-                ),
-                "given_up": given_up,
-                "request_ids": [*dict.fromkeys(ids)],
-                "seconds": round(old["seconds"] + call.seconds, 3),
-                "finished": now(),
-            }
-            self.survey.history.take(self._manifest.append(values), values)
+        # No lock from here on: while the disk is waited for, others go on. Nobody else writes this prompt's line.
+        old = read_record(self._manifest.path, finished.start) if finished else _NO_LINE
+        kept = [each for number, each in enumerate(old["failures"]) if number != without]
+        given_up = list(old["given_up"])
+        if call.draws and work.repeats_failed:
+            given_up += [{name: each[name] for name in ("request_id", "model")} for each in kept if each.get("url")]
+            kept = []
+        if call.draws and work.repeats_unknown:
+            given_up += [{"request_id": each.request_id, "model": each.model} for each in work.unknown]
+        ids = dict.fromkeys([*old["request_ids"], *sorted(settled), *(each["request_id"] for each in given_up)])
+        values = {
+            **prompt_line(
+                work.item,
+                self._request(work.item),
+                [*old["images"], *images],
+                [*kept, *failures],
+                price[1] if price else None,
+                unknown=any(each not in ids for each in requests),
+            ),
+            "given_up": given_up,
+            "request_ids": [*ids],
+            "seconds": round(old["seconds"] + call.seconds, 3),
+            "finished": now(),
+        }
+        start = self._manifest.append(values)
+        with self._lock:
+            self.survey.history.take(start, values)
             self.made += len(images)
             for image in images:
                 self._count_cost(image["cost"], values["currency"])

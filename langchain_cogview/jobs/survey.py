@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
+from langchain_cogview.images.store import PICTURE_NAME
 from langchain_cogview.jobs.plan import JobPlan, PromptItem, PromptList, UnknownAttempt, counted
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.manifest import Attempt, Finished, History
-
-_SAVED: Final = re.compile(r"\d{8}T\d{6}Z-([0-9a-f]{8})-([0-9a-f]{16})(?:-\d{1,3})?\.(?:png|jpg|webp)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Work:
         finished: What the manifest says of it.
         found: Pictures to enter into the manifest.
         running: Requests that the service took as tasks, to be asked for.
-        unknown: Requests of which nothing is known.
+        unknown: Requests of which nothing is known, and those of tasks that were asked for and go on.
         draw: How many pictures to draw.
         repeats_unknown: Whether `unknown` is given up and drawn anew.
         repeats_failed: Whether the failures so far are drawn anew.
@@ -89,6 +87,9 @@ class Survey:
         folder: Where the pictures are.
         retry_failed: Draw again what failed or was blocked.
         retry_unknown: Draw again what may have been charged.
+
+    Attributes:
+        unfinished: Requests of tasks that were asked for in this run and have not ended: they are waited for no more.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Survey:
     ) -> None:
         self.prompts = prompts
         self.history = history
+        self.unfinished: set[str] = set()
         self._retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
         self._found = found_pictures(folder, history)
 
@@ -104,13 +106,9 @@ class Survey:
         attempts = tuple(self.history.open.get(item.key, {}).values())
         found = [self._found[each.request_id] for each in attempts if each.request_id in self._found]
         left = [each for each in attempts if each.request_id not in self._found]
-        work = Work(
-            item,
-            self.history.finished.get(item.key),
-            found,
-            [each for each in left if each.task_id],
-            [each for each in left if not each.task_id],
-        )
+        running = [each for each in left if each.task_id and each.request_id not in self.unfinished]
+        unknown = [each for each in left if each not in running]
+        work = Work(item, self.history.finished.get(item.key), found, running, unknown)
         work.decide(**self._retry)
         return work
 
@@ -133,10 +131,10 @@ class Survey:
         """Count everything; `purse` is used up as the job would use it."""
         counts: Counter[str] = Counter()
         cost: dict[str, Decimal] = {}
-        notes = list(self.prompts.notes)
         for item in self.prompts.items:
             work = self.work(item)
             counts["recovered"] += len(work.found) + len(work.running)
+            counts["running"] += len(work.running)
             if work.draw:
                 if limit is not None and counts["prompts"] >= limit:
                     continue
@@ -154,26 +152,34 @@ class Survey:
                 counts["done"] += work.made
             elif not work.unknown:
                 counts[kind_of(work.finished.errors) if work.finished else "done"] += 1
-        if counts["over"]:
-            notes.append(f"The budget does not reach for {counted(counts['over'], 'further prompt')}.")
-        keys = {item.key for item in self.prompts.items}
-        gone = sum(attempt.key not in keys for attempt in self.history.attempts())
-        if gone:
-            notes.append(
-                f"{counted(gone, 'request')} of prompts that are no longer among these may have been charged too: "
-                "attempts.jsonl names them."
-            )
         return JobPlan(
             lines=self.prompts.lines,
             blank=self.prompts.blank,
             problems=tuple(self.prompts.problems),
             duplicates=tuple(self.prompts.duplicates),
-            notes=tuple(notes),
+            notes=(*self.prompts.notes, *self._notes(counts)),
             unknown=self.unknown(),
             cost=cost,
             **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
             **{name: counts[name] for name in ("prompts", "pictures", "unpriced")},
         )
+
+    def _notes(self, counts: Counter[str]) -> Iterator[str]:
+        """What a plan tells besides."""
+        if counts["over"]:
+            yield f"The budget does not reach for {counted(counts['over'], 'further prompt')}."
+        if counts["running"] and self._retry["retry_unknown"]:
+            yield (
+                f"{counted(counts['running'], 'picture')} under way at the service will be asked for; what has not ended "
+                "by the time limit of a call is drawn and paid for again."
+            )
+        keys = {item.key for item in self.prompts.items}
+        gone = sum(attempt.key not in keys for attempt in self.history.attempts())
+        if gone:
+            yield (
+                f"{counted(gone, 'request')} of prompts that are no longer among these may have been charged too: "
+                "attempts.jsonl names them."
+            )
 
 
 def kind_of(errors: Iterable[str]) -> str:
@@ -253,10 +259,10 @@ def found_pictures(folder: Path, history: History) -> dict[str, Found]:
         return found
     with os.scandir(folder) as entries:
         for entry in entries:
-            match = _SAVED.fullmatch(entry.name)
-            attempt = wanted.get(match[1]) if match else None
+            match = PICTURE_NAME.fullmatch(entry.name)
+            attempt = wanted.get(match["label"]) if match else None
             if match and attempt and entry.name not in history.files and entry.is_file(follow_symlinks=False):
-                picture = _whole(Path(entry.path), match[2])
+                picture = _whole(Path(entry.path), match["start_of_hash"])
                 if picture:
                     found[attempt.request_id] = Found(attempt, Path(entry.path), *picture)
     return found

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from langchain_core.rate_limiters import BaseRateLimiter
@@ -22,9 +24,14 @@ from langchain_cogview.errors import (
     CogViewConfigurationError,
     CogViewConnectionError,
     CogViewInvalidRequestError,
+    CogViewServerError,
     CogViewStorageError,
 )
+from langchain_cogview.images import store
 from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
+from langchain_cogview.jobs import lines as job_lines
+from langchain_cogview.jobs.calls import Call
+from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
 
 SMALL = {"size": "640x512"}
@@ -177,6 +184,29 @@ def test_handlers_hear_of_every_picture(run, sandbox):
     assert Ear.heard.count("cogview.content_filter") == 1
 
 
+def test_the_bar_of_a_job_that_goes_on_starts_where_it_stood(sandbox, out, capsys):
+    def bar(prompts) -> str:
+        run_job(prompts, out, base_url=sandbox.base_url, progress=True, **SMALL)
+        return capsys.readouterr().err
+
+    assert "2/2" in bar(["a cat", "a dog"])
+    drawn = bar(["a cat", "a dog", "a hare"])
+    assert "CogView 2/3" in drawn
+    assert "CogView 3/3" in drawn
+
+
+def test_every_file_has_the_name_by_which_it_is_found_again(run, out):
+    run(["a cat", "a dog"])
+    for line in lines(out):
+        (image,) = line["images"]
+        name = store.PICTURE_NAME.fullmatch(image["file"])
+        assert (name["label"], name["start_of_hash"]) == (image["request_id"][:8], image["sha256"][:16])
+    for label in ("0a1b2c3d", ""):
+        names = [*store.picture_names(label, "f" * 64, ".webp", moment=0)]
+        assert len({*names}) == len(names) == store.MAX_NAMES
+        assert {store.PICTURE_NAME.fullmatch(name)["label"] or "" for name in names} == {label}
+
+
 # --- before anything is sent
 
 BAD = ["a cat", {"prompt": "x", "size": "1000x1000"}, " ", {"prompt": "x", "n": "many"}, {"text": "x"}, 7]
@@ -187,7 +217,7 @@ def test_a_line_that_cannot_be_drawn_refuses_the_job_with_every_number(run, out,
         run(BAD)
     assert caught.value.message == "4 lines of 5 cannot be drawn; nothing was sent."
     told = "\n".join(caught.value.__notes__)
-    for start in ("Line 2: size: The size '1000x1000'", "Line 4: n: ", "Line 5: The key 'prompt'", "Line 6: A prompt"):
+    for start in ("Line 2: The size '1000x1000'", "Line 4: n: ", "Line 5: The key 'prompt'", "Line 6: A prompt"):
         assert start in told
     assert sandbox.requests == []
     assert not out.exists()
@@ -266,6 +296,29 @@ def test_no_key_and_no_path_of_the_service_is_in_the_folder(tmp_path, out):
         assert b"0123456789abcdef" not in path.read_bytes()
     assert json.loads((out / "job.json").read_text())["settings"]["service"].startswith("http://127.0.0.1:")
     assert "/api/" not in (out / "job.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "what"),
+    [
+        ({"prompt": "a cat", "size": "512x512"}, "an object"),
+        (b"a cat", "bytes"),
+        (7, "a number"),
+        (None, "null"),
+        (ImageRequest(prompt="a cat"), "ImageRequest"),
+    ],
+)
+def test_one_prompt_or_none_in_place_of_a_list_is_refused(run, out, sandbox, prompts, what):
+    with pytest.raises(CogViewConfigurationError, match=f"The prompts are a list .*, not {what}"):
+        run(prompts)
+    assert not out.exists()
+    assert sandbox.requests == []
+
+
+@pytest.mark.parametrize("text", ["a cat", "a" * 400, "~nobody-here/a cat"])
+def test_a_text_on_its_own_is_the_name_of_a_file(run, text):
+    with pytest.raises(CogViewConfigurationError, match=r"There is no file '.*a list, \[prompt\]"):
+        run(text)
 
 
 @pytest.mark.parametrize("folder", ["s3://bucket/x", "memory://x", "", "a\0b"])
@@ -438,38 +491,140 @@ def _key(folder, prompt):
     return next(each["key"] for each in attempts(folder) if each.get("prompt") == prompt)
 
 
+def test_a_task_of_a_fallback_model_is_had_without_paying(run, out, sandbox):
+    settings = {"fallback_models": ["glm-image"], "max_retries": 0, "poll_interval": 0.01}
+    sandbox.fail_next("busy")
+    assert run(["a cat"], **settings).made == 1
+    lose(out, "a cat")
+    assert [each["model"] for each in attempts(out)] == ["cogview-4-250304", "glm-image"]
+    assert run(["a cat"], **settings).made == 1
+    assert sandbox.pictures_made == 1
+    ((image,),) = [line["images"] for line in lines(out)]
+    assert image["model"] == "glm-image"
+
+
+def test_a_task_that_does_not_end_is_given_up_when_asked_for(run, out, sandbox):
+    big = {"model": "glm-image", "size": "1056x1568", "poll_interval": 0.01}
+    sandbox.fail_next("task-polls", polls=10**6)
+    for _ in range(2):
+        report = run(["a cat"], **big, timeout=0.2)
+        assert (report.made, report.left, len(report.unknown)) == (0, 0, 1)
+        assert report.errors == {"CogViewTaskUnfinishedError": 1}
+    assert len(sandbox.ledger) == 1
+    plan = plan_job(["a cat"], out, base_url=sandbox.base_url, retry_unknown=True, **big)
+    assert "1 picture under way at the service will be asked for; what has not ended" in str(plan)
+    again = run(["a cat"], **big, timeout=1, retry_unknown=True)
+    assert (again.made, again.unknown) == (1, ())
+    assert len(sandbox.ledger) == 2
+    (line,) = lines(out)
+    assert line["given_up"] == [{"request_id": report.unknown[0].request_id, "model": "glm-image"}]
+
+
 # --- what was not made
 
 
 def test_blocked_and_failed_prompts_are_recorded_and_not_repeated(run, out, sandbox):
-    prompts = ["a cat", "b [[content-filter:1]]", "c [[unavailable]]"]
-    report = run(prompts, max_retries=0)
+    prompts = ["a cat", "b [[content-filter:1]]", "c"]
+    sandbox.fail_next("status", status=400, body={"error": {"code": "1214", "message": "wrong"}})
+    report = run(prompts[2:])
+    assert (report.made, report.failed) == (0, 1)
+    report = run(prompts)
     assert (report.made, report.blocked, report.failed) == (1, 1, 1)
-    assert report.errors == {"CogViewContentFilterError": 1, "CogViewServerError": 1}
-    by_line = {line["line"]: line for line in lines(out)}
-    assert [by_line[number]["status"] for number in (1, 2, 3)] == ["made", "blocked", "failed"]
-    (failure,) = by_line[2]["failures"]
+    assert report.errors == {"CogViewContentFilterError": 1, "CogViewInvalidRequestError": 1}
+    by_prompt = {line["arguments"]["prompt"]: line for line in lines(out)}
+    assert [by_prompt[prompt]["status"] for prompt in prompts] == ["made", "blocked", "failed"]
+    (failure,) = by_prompt[prompts[1]]["failures"]
     assert (failure["error"], failure["code"], failure["content_filter"]) == (
         "CogViewContentFilterError", "1301", [{"role": "user", "level": 1}],
     )  # fmt: skip
-    assert by_line[2]["cost"] == "0"
+    assert by_prompt[prompts[1]]["cost"] == "0"
     assert "at level 1 (severe)" in report.contact_sheet.read_text()
-    again = run(prompts, max_retries=0)
+    again = run(prompts)
     assert (again.made, again.skipped, again.blocked, again.failed) == (0, 1, 1, 1)
     assert len(sandbox.requests) == 3
 
 
 def test_retry_failed_draws_them_again_and_one_line_stays(run, out, sandbox):
+    wrong = {"status": 400, "body": {"error": {"code": "1214", "message": "wrong"}}}
     sandbox.fail_next("content-filter")
-    sandbox.fail_next("unavailable")
-    assert run(["a cat", "a dog"], max_retries=0).made == 0
-    sandbox.fail_next("unavailable")
-    first = run(["a cat", "a dog"], retry_failed=True, max_retries=0)
+    sandbox.fail_next("status", **wrong)
+    assert run(["a cat", "a dog"]).made == 0
+    sandbox.fail_next("status", **wrong)
+    first = run(["a cat", "a dog"], retry_failed=True)
     assert (first.made, first.failed + first.blocked) == (1, 1)
     assert len(lines(out)) == 2
     assert run(["a cat", "a dog"], retry_failed=True).made == 1
     assert sorted(line["status"] for line in lines(out)) == ["made", "made"]
     assert len(sandbox.requests) == 5
+
+
+@pytest.mark.parametrize("fault", ["busy", "rate-limit", "unavailable"])
+def test_what_did_not_run_is_left_for_the_next_run(run, out, sandbox, fault):
+    sandbox.fail_next(fault)
+    report = run(["a cat", "a dog"], max_retries=0)
+    assert (report.made, report.left, report.failed, report.unknown, report.stopped) == (1, 1, 0, (), None)
+    (name,) = report.errors
+    assert f"Did not run, and is left for the next run: {name} (1)." in str(report)
+    assert len(lines(out)) == 1
+    assert run(["a cat", "a dog"]).made == 1
+    assert (sandbox.pictures_made, len(lines(out))) == (2, 2)
+
+
+def test_of_several_pictures_the_one_that_did_not_run_is_drawn_by_the_next_run(run, out, sandbox):
+    sandbox.fail_next("busy")
+    report = run([{"prompt": "a cat", "n": 2}], max_retries=0)
+    assert (report.pictures, report.left, report.unknown) == (1, 1, ())
+    assert [line["status"] for line in lines(out)] == ["left"]
+    assert run([{"prompt": "a cat", "n": 2}]).made == 1
+    assert [line["status"] for line in lines(out)] == ["made"]
+    assert sandbox.pictures_made == 2
+
+
+def test_several_prompts_in_a_row_that_did_not_run_stop_the_job(run, out, sandbox):
+    prompts = [f"prompt {number}" for number in range(12)]
+    sandbox.fail_next("unavailable", times=100)
+    report = run(prompts, max_retries=0, max_concurrency=1)
+    assert isinstance(report.stopped, CogViewServerError)
+    assert (report.left, report.failed) == (12, 0)
+    assert 5 <= len(sandbox.requests) == report.errors["CogViewServerError"] < 10
+    assert lines(out) == []
+
+
+def test_of_several_pictures_none_of_which_was_made_each_has_its_own_end(run, out, sandbox):
+    prompts = [{"prompt": "a cat", "n": 2}]
+    sandbox.fail_next("content-filter")
+    sandbox.fail_next("busy")
+    report = run(prompts, max_retries=0)
+    assert (report.blocked, report.unknown) == (1, ())
+    assert report.errors == {"CogViewContentFilterError": 1, "CogViewBusyError": 1}
+    (line,) = lines(out)
+    assert (line["status"], [each["error"] for each in line["failures"]]) == ("blocked", ["CogViewContentFilterError"])
+    assert run(prompts).pictures == 1  # the one that did not run
+    assert sandbox.pictures_made == 1
+    assert run(prompts, retry_failed=True).made == 1
+
+
+def test_of_two_pictures_the_blocked_one_is_not_unknown_for_the_other_is(run, out, sandbox):
+    prompts = [{"prompt": "a cat", "n": 2}]
+    sandbox.fail_next("content-filter")
+    sandbox.fail_next("malformed")
+    report = run(prompts)
+    assert (report.blocked, len(report.unknown)) == (1, 1)
+    (line,) = lines(out)
+    (failure,) = line["failures"]
+    assert failure["error"] == "CogViewContentFilterError"
+    assert line["request_ids"] == [failure["request_id"]] != [report.unknown[0].request_id]
+    assert run(prompts, retry_unknown=True).pictures == 1
+    (line,) = lines(out)
+    assert [each["request_id"] for each in line["given_up"]] == [report.unknown[0].request_id]
+
+
+def test_what_stops_the_job_is_told_though_another_picture_of_the_prompt_failed_otherwise(run, sandbox):
+    sandbox.fail_next("malformed")
+    sandbox.fail_next("auth")
+    report = run([{"prompt": "a cat", "n": 2}])
+    assert isinstance(report.stopped, CogViewAuthenticationError)
+    assert len(report.unknown) == 1
 
 
 def test_lines_that_a_later_one_replaces_go_when_the_next_run_begins(run, out, sandbox):
@@ -574,7 +729,9 @@ def test_an_unknown_model_stops_the_job_unless_it_is_the_lines_own(run, out, san
     wrong = {"prompt": "x", "model": "cogview-4"}
     body = {"error": {"code": "1211", "message": "no such model"}}
     sandbox.fail_next("status", status=400, body=body)
-    assert run([wrong, "b"], max_concurrency=1).failed == 1
+    alone = run([wrong])
+    assert (alone.failed, alone.stopped) == (1, None)
+    assert run([wrong, "b"]).made == 1
     sandbox.fail_next("status", status=400, body=body, times=9)
     assert type(run([wrong, "c"]).stopped).__name__ == "CogViewNotFoundError"
     sandbox.reset()
@@ -723,25 +880,67 @@ def test_a_picture_whose_line_cannot_be_written_is_found_when_there_is_room(run,
     assert sandbox.pictures_made == 41
 
 
-def test_a_picture_that_has_no_room_in_the_folder_is_kept_elsewhere_and_told(run, out, sandbox, monkeypatch, tmp_path):
-    from langchain_cogview.images import store
-    from langchain_cogview.jobs import lines as job_lines
+class NoRoom:
+    """A folder that has no room for pictures, and a directory for temporary files that has, or has not."""
 
-    aside = tmp_path / "aside"
-    aside.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(aside))
-    monkeypatch.setattr(store.PictureFile, "_linked", _no_room)
-    write_whole = job_lines.write_whole
-    monkeypatch.setattr(
-        job_lines, "write_whole", lambda path, content: _no_room() if path.parent == out else write_whole(path, content)
-    )
+    def __init__(self, monkeypatch, out: Path, aside: Path) -> None:
+        self.out, self.aside, self.anywhere = out, aside, True
+        self.before: Callable[[], object] = bool
+        aside.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(aside))
+        monkeypatch.setattr(store.PictureFile, "_linked", _no_room)
+        monkeypatch.setattr(job_lines, "write_whole", self.write)
+
+    def write(self, path: Path, content: bytes) -> None:
+        if path.parent == self.out:
+            self.before()
+        if path.parent == self.out or not self.anywhere:
+            _no_room()
+        store.write_whole(path, content)
+
+
+@pytest.fixture
+def no_room(monkeypatch, out, tmp_path) -> NoRoom:
+    return NoRoom(monkeypatch, out, tmp_path / "aside")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_pictures_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  # noqa: PLR0917  fixtures
+    run, out, sandbox, no_room, monkeypatch, caplog, n
+):
+    report = run(["a cat"], n=n)
+    assert isinstance(report.stopped, CogViewStorageError)
+    kept = [*no_room.aside.iterdir()]
+    assert len(kept) == len(report.unknown) == n
+    for path in kept:
+        assert str(path) in str(report)
+        assert str(path) in caplog.text
+        assert str(path) in json.dumps(report.to_dict())
+    monkeypatch.undo()
+    for path in kept:
+        path.rename(out / path.name)
+    assert run(["a cat"], n=n).made == 1
+    assert sandbox.pictures_made == n
+
+
+def test_pictures_of_several_prompts_that_have_no_room_are_all_told(run, out, sandbox, no_room):
+    no_room.before = threading.Barrier(3, timeout=30).wait
+    report = run(["a cat", "a dog", "a hare"])
+    kept = [*no_room.aside.iterdir()]
+    assert len(kept) == 3
+    assert [path for path in kept if str(path) not in str(report)] == []
+
+
+def test_a_picture_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_next_run(
+    run, sandbox, no_room, monkeypatch, caplog
+):
+    no_room.anywhere = False
     report = run(["a cat"])
     assert isinstance(report.stopped, CogViewStorageError)
-    (kept,) = aside.iterdir()
-    assert str(kept) in str(report)
-    assert len(report.unknown) == 1
+    for told in (str(report), caplog.text):
+        assert "could be kept nowhere" in told
+        assert "https://sandbox.invalid/pictures/" in told
     monkeypatch.undo()
-    kept.rename(out / kept.name)
     assert run(["a cat"]).made == 1
     assert sandbox.pictures_made == 1
 
@@ -783,6 +982,52 @@ def test_the_job_does_not_hold_up_the_event_loop(sandbox, out):
     report, turns = asyncio.run(work())
     assert report.made == 20
     assert turns > 100
+
+
+class SecondWhile(BaseRateLimiter):
+    """Lets the first request through at once, and the next when something is under way."""
+
+    def __init__(self, under_way: threading.Event) -> None:
+        self.under_way, self.first = under_way, threading.Lock()
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        return self.first.acquire(blocking=False) or self.under_way.wait(10)
+
+    async def aacquire(self, *, blocking: bool = True) -> bool:
+        return await asyncio.to_thread(self.acquire)
+
+
+def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, sandbox, monkeypatch):
+    writing = threading.Event()
+    made = []
+    write = manifest.RecordFile._write
+
+    def slow(file, content):
+        if file.path.name == "manifest.jsonl" and not writing.is_set():
+            writing.set()
+            end = time.monotonic() + 10
+            while sandbox.pictures_made < 2 and time.monotonic() < end:
+                time.sleep(0.005)
+            made.append(sandbox.pictures_made)
+        write(file, content)
+
+    monkeypatch.setattr(manifest.RecordFile, "_write", slow)
+    assert run(["a cat", "a dog"], rate_limiter=SecondWhile(writing)).made == 2
+    assert made == [2]
+
+
+async def test_the_event_loop_goes_on_while_an_attempt_is_written_down():
+    went_on = threading.Event()
+    asyncio.get_running_loop().call_soon(went_on.set)
+    noted = []
+
+    def note_sending(item, request_id, model):
+        noted.append((item, request_id, model, went_on.wait(10)))
+
+    call = Call(SimpleNamespace(note_sending=note_sending), SimpleNamespace(item="a cat"))
+    await call.asending("id", "cogview-4")
+    assert noted == [("a cat", "id", "cogview-4", True)]
+    assert call.sent == {"id": "cogview-4"}
 
 
 def test_an_error_of_the_callers_own_ends_the_job_before_it_begins(run, out, sandbox):

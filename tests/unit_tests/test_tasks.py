@@ -118,7 +118,9 @@ def test_a_poll_that_fails_is_repeated(sandbox, how):
 
 @both
 @pytest.mark.parametrize("status", [401, 404, 400])
-def test_a_paid_task_that_can_no_longer_be_asked_for_is_unfinished_and_never_lost(how, status):
+def test_a_paid_task_that_can_no_longer_be_asked_for_is_unfinished_and_never_lost(monkeypatch, how, status):
+    monkeypatch.setattr("langchain_cogview.api.tasks.KNOWN_AFTER_SECONDS", 0.05)
+
     def answer(request):
         if request.method == "POST":
             return httpx.Response(200, json={"id": "task-1", "task_status": "PROCESSING"})
