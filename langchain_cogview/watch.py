@@ -25,7 +25,7 @@ class Journal(Protocol):
     """Writes down what is about to be paid, so that a process that dies leaves a trace of it."""
 
     def sending(self, request_id: str, model: str) -> None:
-        """Right before the first paid POST of a request id; what it raises stops the call, and nothing is sent."""
+        """Right before a request id's first paid POST to a model; what it raises stops the call, and nothing is sent."""
 
     async def asending(self, request_id: str, model: str) -> None:
         """The twin of `sending`, without blocking the event loop."""
@@ -67,24 +67,20 @@ class CallWatch:
 
     def sending(self, *, task: bool) -> None:
         """The client's word before the first attempt of a model."""
-        if self.sent:
-            return
         journal = JOURNAL.get()
         if journal:
             journal.sending(self.request_id, self.model)
-        self.sent = True
-        if self.teller.listening:
+        first, self.sent = not self.sent, True
+        if first and self.teller.listening:
             self.teller.tell(self._progress("sent"))
 
     async def asending(self, *, task: bool) -> None:
         """The twin of `sending`."""
-        if self.sent:
-            return
         journal = JOURNAL.get()
         if journal:
             await journal.asending(self.request_id, self.model)
-        self.sent = True
-        if self.teller.listening:
+        first, self.sent = not self.sent, True
+        if first and self.teller.listening:
             await self.teller.atell(self._progress("sent"))
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
