@@ -4,10 +4,10 @@ test:
 	pytest
 
 heavy:
-	pytest -m heavy
+	pytest -n 0 -m heavy
 
 integration_test:
-	pytest -m "live or compile" tests/integration_tests
+	pytest -n 0 -m "live or compile" tests/integration_tests
 
 lint:
 	ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import os
 import shutil
 import sys
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip install "langchain-cogview[cli]"'
 
 
+_CLOSE: Final = 0.75
+"""How much alike a word and a command are where it is taken for mistyped, of 1."""
+
+
 class DrawByDefault(TyperGroup):
     """The group of commands, where anything that names none is the prompt and options of `draw`."""
 
@@ -41,6 +46,9 @@ class DrawByDefault(TyperGroup):
             *ctx.help_option_names,
             *(name for own in self.params for name in own.opts),
         }:
+            close = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=_CLOSE)
+            if close:  # a mistyped command is not painted: that would cost money
+                ctx.fail(f"Did you mean the command {close[0]}? To paint the word: cogview draw {args[0]}")
             args = ["draw", *args]
         return super().parse_args(ctx, args)
 

@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from enum import StrEnum
 from heapq import nsmallest
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -75,6 +76,8 @@ def batch(
     """
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+    if Path(output).is_file():
+        raise typer.BadParameter(f"--output is the folder of the job; {output} is a file.")
     given: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
     given |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
     settings = {name: value for name, value in given.items() if value is not None}

@@ -250,7 +250,7 @@ class ProgressCallbackHandler(EventListener):
                     self._bar.refresh()
 
     def _facts(self) -> str:
-        counts = ((self.blocked, "blocked"), (self.failed, "failed"), (self.in_flight, "in flight"))
+        counts = ((self.blocked, "blocked"), (self.failed, "failed"), (self.in_flight, "under way"))
         facts = [f"{count} {what}" for count, what in counts if count]
         charges = str(self.costs.charges)
         return ", ".join(facts if charges == "nothing" else [*facts, charges])

@@ -721,3 +721,15 @@ def test_a_blank_prompt_is_2(folder):
         result = drawn(prompt)
         assert result.exit_code == 2
         assert result.stderr.startswith("Error: Nothing was sent: prompt: ")
+
+
+@pytest.mark.parametrize(("word", "meant"), [("doctr", "doctor"), ("schemas", "schema"), ("btach", "batch")])
+def test_a_mistyped_command_is_not_painted(tmp_path, word, meant):
+    done = command(word, "--sandbox", folder=tmp_path)
+    assert done.returncode == 2
+    assert f"Did you mean the command {meant}?" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_word_that_looks_like_a_command_is_painted_when_told_so(tmp_path):
+    assert command("draw", "doctr", "-o", "x.png", "--sandbox", folder=tmp_path).returncode == 0

@@ -727,6 +727,7 @@ def test_a_forked_child_starts_afresh_even_if_the_gate_was_locked():
     assert json.loads(run.stdout) == {"child": [0, 0, True, 8], "parent": [7, 2, 4]}
 
 
+@pytest.mark.heavy  # compares times: on its own, not beside others
 def test_ten_thousand_waiters_cost_each_as_much_as_a_thousand():
     async def queue(count: int) -> float:
         gate = Gate()

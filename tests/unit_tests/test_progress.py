@@ -232,7 +232,7 @@ def test_a_bar_is_drawn_on_a_terminal(capsys):
         SENDER.invoke([progress("sent") for _ in range(3)], {"callbacks": [handler]})
     last = terminal.drawings[-1]
     assert re.fullmatch(
-        r"CogView 9/12 \|\S+ *\| \d\d:\d\d<\d\d:\d\d, +[\d.]+(img/s|s/img), 2 blocked, 1 failed, 3 in flight, 0\.36 CNY",
+        r"CogView 9/12 \|\S+ *\| \d\d:\d\d<\d\d:\d\d, +[\d.]+(img/s|s/img), 2 blocked, 1 failed, 3 under way, 0\.36 CNY",
         last,
     )
     assert terminal.text.endswith("\n")
@@ -261,13 +261,13 @@ def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn():
     now = 0.0
     with Terminal() as terminal, ProgressCallbackHandler(total=12) as handler:
         handler.hear(*progress("sent"))
-        terminal.wait_for("1 in flight")
+        terminal.wait_for("1 under way")
         bar = handler._bar
         bar._time = lambda: now
         bar.start_t = bar.last_print_t = 0.0
         for now, event, drawn in (
             (10.0, generated(), "CogView 1/12"),
-            (19.5, progress("sent"), "2 in flight"),
+            (19.5, progress("sent"), "2 under way"),
             (20.0, generated(), "CogView 2/12"),
         ):
             handler.hear(*event)
@@ -280,7 +280,7 @@ def test_the_bar_shows_what_was_told_last_though_nothing_follows():
     with Terminal() as terminal, ProgressCallbackHandler(total=5) as handler:
         for _ in range(5):
             handler.hear(*progress("sent"))
-        terminal.wait_for("5 in flight")
+        terminal.wait_for("5 under way")
 
 
 def test_drawing_is_limited_however_many_events_come():
@@ -339,7 +339,7 @@ def test_skipped_pictures_move_the_bar_but_do_not_make_it_faster():
         handler.skip(50)
         assert handler._bar.format_dict["initial"] == handler.skipped == 950
     assert terminal.drawings[0].startswith("CogView 900/1000 |")
-    assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?img/s, 1 in flight", terminal.drawings[-1])
+    assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?img/s, 1 under way", terminal.drawings[-1])
 
 
 def test_pictures_that_cost_nothing_do_not_speak_of_cost():
