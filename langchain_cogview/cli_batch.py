@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from contextlib import contextmanager
@@ -103,9 +104,10 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
     from langchain_cogview.jobs import run_job  # noqa: PLC0415
 
+    stop = threading.Event()
     try:
-        with _terminated_like_interrupted():
-            report = run_job(prompts, output, **job, on_plan=lambda plan: say(str(plan)))
+        with _asked_first(stop):
+            report = run_job(prompts, output, **job, on_plan=lambda plan: say(str(plan)), stop=stop)
     except KeyboardInterrupt:
         say(
             "Interrupted. What was finished is in the manifest, and the same command goes on from there. "
@@ -114,6 +116,7 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
         return 130
     say(*_not_made(report), str(report))
     codes = [CODES.get(name, 1) for name in report.errors]
+    codes += [130] if stop.is_set() else []
     codes += [7] if report.unknown else []
     codes += [2] if report.over_budget else []
     codes += [CODES.get(type(report.stopped).__name__, 1)] if report.stopped else []
@@ -134,13 +137,22 @@ def _not_made(report: JobReport) -> Iterator[str]:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
+def _asked_first(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM let what was paid for end, and the second one ends the block at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            signal.default_int_handler(number, frame)
+        stop.set()
+        # Not by the stream: the signal may have come while it was writing.
+        os.write(2, b"\nWaiting for what is under way; once more leaves it, and it may have been charged.\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -87,6 +87,7 @@ class CogViewError(ModelError):
 
     Attributes:
         outcome: What became of the request; the class tells.
+        prompt: What was asked for, on errors of a call; in no text of the error.
         attempts: How often the request was sent.
         task_id: Of the task endpoint, where the request was taken as a task; None elsewhere.
         retry_after: Seconds that the service asked to wait; None where it said nothing.
@@ -114,6 +115,7 @@ class CogViewError(ModelError):
         self.status = status
         self.request_id = request_id
         self.detail = printable(detail) if detail else None
+        self.prompt: str | None = None
         self.attempts = 0
         self.task_id: str | None = None
         self.retry_after: float | None = None

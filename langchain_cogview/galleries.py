@@ -288,7 +288,7 @@ def _tiles(number: int, item: Any) -> Iterator[Tile]:
     if isinstance(item, GeneratedImage):
         yield with_files(item, label=str(number))
     elif not isinstance(item, ImageResult):
-        yield failure_tile(item, label=str(number))
+        yield failure_tile(item, label=str(number), caption=getattr(item, "prompt", None) or "")
     else:
         several = len(item.images) + len(item.failures) > 1
         labels = (f"{number}.{place}" if several else str(number) for place in range(1, 1_000_000))

@@ -511,6 +511,7 @@ class CogViewImageGenerator(ConfiguredGenerator):
                 first.hint = " ".join((first.hint, *request.warnings))
             if isinstance(first, CogViewError):
                 by_number = sorted(errors, key=itemgetter(0))
+                first.prompt = request.prompt
                 first.failures = tuple(ImageFailure.of(error, index) for index, error in by_number)
             for index, other in errors[1:]:
                 first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")

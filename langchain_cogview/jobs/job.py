@@ -23,6 +23,7 @@ from langchain_cogview.jobs.survey import Purse, Survey
 from langchain_cogview.many import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
     from decimal import Decimal
 
@@ -47,6 +48,7 @@ def run_job(
     progress: bool | None = None,
     config: RunnableConfig | None = None,
     on_plan: Callable[[JobPlan], None] | None = None,
+    stop: threading.Event | None = None,
     **settings: Any,
 ) -> JobReport:
     """Draw every prompt of a file into a folder, each once, over as many runs as it takes.
@@ -72,6 +74,7 @@ def run_job(
         progress: Show a bar. None: where somebody sees it.
         config: LangChain's, for every call.
         on_plan: Called with what will be done, before anything is sent; what it raises ends the job.
+        stop: Once it is set, nothing more is sent; what is under way ends, and the report tells what is left.
         **settings: Arguments of `CogViewImageGenerator`.
 
     Returns:
@@ -89,6 +92,7 @@ def run_job(
     with job.running(
         limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
     ) as run:
+        run.asked_to_stop = stop
         if on_plan:
             on_plan(job.plan)
         with job.watched(progress, config) as each:
@@ -115,6 +119,7 @@ async def arun_job(
     progress: bool | None = None,
     config: RunnableConfig | None = None,
     on_plan: Callable[[JobPlan], None] | None = None,
+    stop: threading.Event | None = None,
     **settings: Any,
 ) -> JobReport:
     """Draw every prompt of a file into a folder. The twin of `run_job`.
@@ -130,6 +135,7 @@ async def arun_job(
     run = await asyncio.to_thread(running.__enter__)
     with contextlib.ExitStack() as stack:
         stack.push(running.__exit__)
+        run.asked_to_stop = stop
         if on_plan:
             on_plan(job.plan)
         with job.watched(progress, config) as each:

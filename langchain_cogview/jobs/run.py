@@ -82,6 +82,7 @@ class JobRun:
         self.generator = generator
         self.survey = survey
         self.stopped: Exception | None = None
+        self.asked_to_stop: threading.Event | None = None
         self.over_budget = False
         self.errors: Counter[str] = Counter()
         self.made = self.unpriced = 0
@@ -107,19 +108,24 @@ class JobRun:
         with self._lock:
             self.stopped = self.stopped or error
 
+    @property
+    def halts(self) -> bool:
+        """Whether nothing more is sent: an error stopped the job, or its caller asked for it."""
+        return self.stopped is not None or (self.asked_to_stop is not None and self.asked_to_stop.is_set())
+
     # --- what is next
 
     def free(self) -> Iterator[Work]:
         """What can be had without paying: tasks of the service, and links that may still live."""
         for item in self.survey.prompts.items:
             work = self._work(item)
-            if work.free and not self.stopped:
+            if work.free and not self.halts:
                 yield work
 
     def draws(self) -> Iterator[Work]:
         """What is to be drawn, as far as limit and budget reach, from where the last pass ended."""
         items = self.survey.prompts.items
-        while self._next < len(items) and not self.stopped:
+        while self._next < len(items) and not self.halts:
             work = self._work(items[self._next])
             if work.draw:
                 if self._limit is not None and self._started >= self._limit:
@@ -135,7 +141,7 @@ class JobRun:
 
     def reaches_further(self) -> bool:
         """Whether what the budget did not reach for should be tried again: something that it counted was not made."""
-        again = self._given_back and self.over_budget and not self.stopped
+        again = self._given_back and self.over_budget and not self.halts
         self._given_back = False
         return again
 
@@ -147,7 +153,7 @@ class JobRun:
 
     def draw(self, work: Work, config: RunnableConfig) -> None:
         """Draw the pictures of a prompt that are missing, and write down what became of them."""
-        if self.stopped:
+        if self.halts:
             return
         call = Call(self, work, draws=True)
         with call.journaled():
@@ -156,7 +162,7 @@ class JobRun:
 
     async def adraw(self, work: Work, config: RunnableConfig) -> None:
         """The twin of `draw`."""
-        if self.stopped:
+        if self.halts:
             return
         call = Call(self, work, draws=True)
         with call.journaled():
@@ -186,7 +192,7 @@ class JobRun:
         Raises:
             CogViewError: The job stops, or it cannot be written down: it must not be sent.
         """
-        if self.stopped or STOPPED.get().is_set():
+        if self.halts or STOPPED.get().is_set():
             raise JobStoppedError
         prompt = " ".join(str(item.said["prompt"]).split())[:_PROMPT_CHARACTERS]
         values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}

@@ -304,3 +304,9 @@ def test_a_table_is_small_and_harmless(generator, tmp_path):
     assert size(made) <= 150_000
     assert_harmless(made._repr_mimebundle_()["text/html"])
     assert_harmless(Path(made.save(tmp_path / "table.html")).read_text(encoding="utf-8"), *OF_A_PAGE)
+
+
+def test_the_tile_of_a_blocked_prompt_says_which_it_was(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url)
+    shown = gallery(generator.batch(["a fox", "[[content-filter]] <b>x</b>"], return_exceptions=True))
+    assert "[[content-filter]] &lt;b&gt;x&lt;/b&gt;" in shown._repr_mimebundle_()["text/html"]

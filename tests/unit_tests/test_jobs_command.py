@@ -354,6 +354,8 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
         while process.poll() is None and manifest_file.read_text().count("\n") < before:
             time.sleep(0.01)
         process.send_signal(number)
+        assert any("once more leaves it" in line for line in process.stderr)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
         assert (process.returncode, stdout) == (130, "")
         assert "Interrupted. What was finished is in the manifest" in stderr
@@ -368,3 +370,32 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
             [3],
         )
         assert sandbox.pictures_made == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(folder, number):
+    (folder / "p.txt").write_text("".join(f"picture {n} [[slow:1]]\n" for n in range(12)))
+    with Sandbox() as sandbox, SandboxServer(sandbox) as server:
+        arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")
+        environment = dict(os.environ) | {"ZHIPUAI_API_KEY": KEY}
+        process = subprocess.Popen(
+            [*MODULE, *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        while process.poll() is None and len(sandbox.requests) < 5:
+            time.sleep(0.01)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert stdout == f"{folder / 'out' / 'index.html'}\n"
+        made = len((folder / "out" / "manifest.jsonl").read_text().splitlines())
+        assert made == sandbox.pictures_made == len(sandbox.requests)
+        assert f"{made} prompts made" in stderr
+        again = json.loads(command(*arguments, "--json", folder=folder, env=environment).stdout)
+        assert (again["made"], again["skipped"], again["unknown"]) == (12 - made, made, [])
+        assert sandbox.pictures_made == 12
