@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+from abc import ABC, abstractmethod
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,7 +51,7 @@ class Deliveries:
         return True
 
 
-class EventListener(BaseCallbackHandler):
+class EventListener(BaseCallbackHandler, ABC):
     """Hears each event of this package once, in sync and async runs alike; a subclass says what it does in `hear`."""
 
     # Inline: heard in the run's own task, and not in a thread of the event loop's executor, which others may fill.
@@ -64,9 +65,9 @@ class EventListener(BaseCallbackHandler):
         if name in _EVENTS and self._deliveries.is_first(data, run_id):
             self.hear(name, data)
 
+    @abstractmethod
     def hear(self, name: str, event: Any) -> None:
         """Take an event."""
-        raise NotImplementedError
 
 
 def _selected(name: str, event: ContentFilterEvent, max_level: int | None) -> bool:

@@ -1,68 +1,29 @@
 """Proxy and certificate settings of the environment work, and wrong ones are explained."""
 
 import asyncio
-import socket
 import ssl
 import sys
-import threading
 
 import pytest
 import trustme
 
 from langchain_cogview import CogViewConfigurationError, CogViewConnectionError, CogViewImageGenerator
 from tests.conftest import FAKE_KEY
+from tests.host import Host, http
 
 REPLY = b'{"data":[{"url":"https://host.invalid/x.png"}]}'
 both = pytest.mark.parametrize("how", ["invoke", "ainvoke"])
 
 
-class Answering:
-    """Answers every connection with one picture's URL, over TLS where asked, and keeps the request's first line."""
+class Answering(Host):
+    """Answers every connection with one picture's URL, and tells each request's first line."""
 
     def __init__(self, context=None):
-        self._context = context
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self.lines = []
-        self._thread = threading.Thread(target=self._serve)
+        super().__init__(http(200, REPLY), context)
 
-    def _serve(self):
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    self._answer(connection)
-                except OSError:  # the other side gave up
-                    continue
-
-    def _answer(self, connection):
-        connection.settimeout(5)
-        if self._context:
-            connection = self._context.wrap_socket(connection, server_side=True)
-        with connection:
-            got = b""
-            while b"\r\n\r\n" not in got:
-                piece = connection.recv(65536)
-                if not piece:
-                    return
-                got += piece
-            self.lines.append(got.split(b"\r\n", 1)[0].decode())
-            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(REPLY)}\r\nConnection: close\r\n\r\n"
-            connection.sendall(head.encode() + REPLY)
-            while connection.recv(65536):
-                pass
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception):
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join()
+    @property
+    def lines(self):
+        return [got.split(b"\r\n", 1)[0].decode() for got in self.got]
 
 
 def run(generator, how):
