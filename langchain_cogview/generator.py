@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sized
-from contextlib import aclosing, closing
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.runnables import RunnableConfig, ensure_config
-from langchain_core.runnables.config import get_config_list
 
 from langchain_cogview import live
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.api.transport import ASHARED, SHARED
-from langchain_cogview.batches import Collected, all_or_first_error, bar, configs_of, refuse_one, without_key
+from langchain_cogview.batches import ManyRequestsGenerator, without_key
 from langchain_cogview.catalog import model_info
-from langchain_cogview.configuration import REQUEST_DEFAULTS, ConfiguredGenerator
+from langchain_cogview.configuration import REQUEST_DEFAULTS
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -28,7 +25,7 @@ from langchain_cogview.errors import (
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
 from langchain_cogview.inputs import ImageInput, arguments_of
-from langchain_cogview.many import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
+from langchain_cogview.many import in_tasks, in_threads
 from langchain_cogview.request import ImageRequest, checked_request
 from langchain_cogview.result import ImageFailure, ImageResult, total_cost
 
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class CogViewImageGenerator(ConfiguredGenerator):
+class CogViewImageGenerator(ManyRequestsGenerator):
     """Pictures from Zhipu's CogView endpoint, as a Runnable.
 
     Setup:
@@ -121,146 +118,6 @@ class CogViewImageGenerator(ConfiguredGenerator):
         """Make the pictures of one request. The twin of `invoke`."""
         config = self._traced(input, config, kwargs)
         return await self._arun(partial(self._adraw, overrides=kwargs), input, config)
-
-    # --- many requests
-
-    def stream_many(
-        self,
-        inputs: Iterable[ImageInput],
-        config: RunnableConfig | None = None,
-        *,
-        progress: bool | None = False,
-        **kwargs: Any,
-    ) -> Iterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of any number of requests; gives them as they finish.
-
-        Inputs are taken as places get free, and at most twice `places()` results wait for you: an endless iterator is fine. An
-        iterator that you leave stops the work; what is under way is logged when it ends.
-
-        Args:
-            inputs: As for `invoke`; taken from one thread at a time.
-            config: LangChain's; its `max_concurrency` is how many requests are worked on at once.
-            progress: Draw a bar (extra `progress`). None: where somebody looks at it, a terminal or a notebook.
-            **kwargs: As for `invoke`.
-
-        Yields:
-            The number of the input, from 0, and its result, or the exception that it raised.
-        """
-        if isinstance(inputs, AsyncIterable):
-            raise TypeError("stream_many takes an iterable; astream_many takes an async one too.")
-        config = without_key(config)
-        refuse_one(inputs)
-        with bar(self._count(inputs), config, progress) as (own, note):
-            config_of = configs_of(own)
-            tasks = (partial(self.invoke, each, config_of(number), **kwargs) for number, each in enumerate(inputs))
-            with closing(stream_in_threads(tasks, self._workers(own))) as finished:
-                for number, result in finished:
-                    note(result)
-                    yield number, result
-
-    async def astream_many(
-        self,
-        inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
-        config: RunnableConfig | None = None,
-        *,
-        progress: bool | None = False,
-        **kwargs: Any,
-    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of any number of requests; gives them as they finish. The twin of `stream_many`.
-
-        An iterator that is closed (`contextlib.aclosing`) cancels what is under way.
-        """
-        config = without_key(config)
-        refuse_one(inputs)
-        with bar(self._count(inputs), config, progress) as (own, note):
-            config_of = configs_of(own)
-            pulled = numbered(inputs)
-            tasks = (partial(self.ainvoke, each, config_of(number), **kwargs) async for number, each in pulled)
-            async with aclosing(pulled), aclosing(astream_tasks(tasks, self._workers(own))) as finished:
-                async for number, result in finished:
-                    note(result)
-                    yield number, result
-
-    def batch(
-        self,
-        inputs: list[ImageInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> list[ImageResult]:
-        """Make the pictures of many requests.
-
-        Every input is drawn, whatever happens to others: nothing paid is lost.
-
-        Args:
-            inputs: As for `invoke`.
-            config: LangChain's; its `max_concurrency` is how many requests are worked on at once, where that is less than the
-                generator's.
-            return_exceptions: Give exceptions in the list in place of raising.
-            **kwargs: As for `invoke`.
-
-        Raises:
-            CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
-        """
-        config = without_key(config)
-        tasks, workers = self._batch(self.invoke, inputs, config, kwargs)
-        results = in_threads(tasks, workers)
-        return results if return_exceptions else all_or_first_error(results)
-
-    async def abatch(
-        self,
-        inputs: list[ImageInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> list[ImageResult]:
-        """Make the pictures of many requests. The twin of `batch`."""
-        config = without_key(config)
-        tasks, workers = self._batch(self.ainvoke, inputs, config, kwargs)
-        results = await in_tasks(tasks, workers)
-        return results if return_exceptions else all_or_first_error(results)
-
-    def batch_as_completed(  # type: ignore[override]
-        self,
-        inputs: Sequence[ImageInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> Iterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of many requests; gives number and result as they finish.
-
-        Raises:
-            CogViewError: Unless `return_exceptions`: after all were drawn, the first error, as `batch` does.
-        """
-        config = without_key(config)
-        tasks, workers = self._batch(self.invoke, inputs, config, kwargs)
-        collected = Collected(len(tasks))
-        with closing(stream_in_threads(tasks, workers)) as finished:
-            for number, result in finished:
-                if return_exceptions or collected.keep(number, result):
-                    yield number, result
-        collected.raise_first()
-
-    async def abatch_as_completed(  # type: ignore[override]
-        self,
-        inputs: Sequence[ImageInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of many requests. The twin of `batch_as_completed`."""
-        config = without_key(config)
-        tasks, workers = self._batch(self.ainvoke, inputs, config, kwargs)
-        collected = Collected(len(tasks))
-        async with aclosing(astream_tasks(tasks, workers)) as finished:
-            async for number, result in finished:
-                if return_exceptions or collected.keep(number, result):
-                    yield number, result
-        collected.raise_first()
 
     # --- tasks
 
@@ -446,31 +303,6 @@ class CogViewImageGenerator(ConfiguredGenerator):
             sandbox=is_sandbox(self._base_url),
             listening=bool(run_manager.handlers),
         )
-
-    def _count(self, inputs: Any) -> int | None:
-        return len(inputs) * self.n if isinstance(inputs, Sized) else None
-
-    def _workers(self, config: RunnableConfig) -> int:
-        return min(self.places(), config.get("max_concurrency") or self.places())
-
-    def _batch(
-        self,
-        call: Callable[..., Any],
-        inputs: Sequence[ImageInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None,
-        overrides: dict[str, Any],
-    ) -> tuple[list[Callable[[], Any]], int]:
-        refuse_one(inputs)
-        configs = get_config_list(config, len(inputs)) if inputs else []
-        tasks: list[Callable[[], Any]] = [
-            partial(call, each, own, **overrides) for each, own in zip(inputs, configs, strict=True)
-        ]
-        models = {
-            str(each.get("model") or self.model) if isinstance(each, dict) else self.model
-            for each in (*inputs, overrides)
-        }
-        workers = max(map(self.places, models))
-        return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1
 
     def _traced(self, given: ImageInput, config: RunnableConfig | None, overrides: dict[str, Any]) -> RunnableConfig:
         config = ensure_config(config)
