@@ -70,6 +70,7 @@ class JobPlan:
         blank: Lines without anything.
         problems: What cannot be drawn, by line number.
         duplicates: Numbers of the lines that say the same as one before them.
+        unique: Whether those are left out.
         notes: What else to know.
         done: Prompts whose pictures are all there.
         blocked: Prompts that the content filter blocked, and that are not repeated.
@@ -86,6 +87,7 @@ class JobPlan:
     blank: int
     problems: tuple[Problem, ...]
     duplicates: tuple[int, ...]
+    unique: bool
     notes: tuple[str, ...]
     done: int
     blocked: int
@@ -134,7 +136,7 @@ class JobPlan:
             shown = ", ".join(map(str, self.duplicates[:_SHOWN])) + (", ..." if len(self.duplicates) > _SHOWN else "")
             lines.append(
                 f"{counted(len(self.duplicates), 'duplicate line')} (the same as one before): {shown}. "
-                "Each is drawn and paid for, unless unique=True."
+                + ("They are left out." if self.unique else "Each is drawn and paid for, unless unique=True.")
             )
         if self.recovered:
             lines.append(f"{counted(self.recovered, 'picture')} paid for before can be had without paying again.")
@@ -198,6 +200,7 @@ class PromptList:
         blank: Lines without anything.
         problems: Of the lines that cannot be drawn.
         duplicates: Numbers of lines that say the same as one before.
+        unique: Whether those are left out.
         notes: What else to know.
     """
 
@@ -206,6 +209,7 @@ class PromptList:
     blank: int = 0
     problems: list[Problem] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
+    unique: bool = False
     notes: list[str] = field(default_factory=list)
 
     def refuse_problems(self) -> None:
@@ -235,7 +239,7 @@ def checked_prompts(
     Raises:
         CogViewConfigurationError: As `read_prompts`.
     """
-    found = PromptList()
+    found = PromptList(unique=unique)
     file = read_prompts(source, format=format)
     seen: Counter[str] = Counter()
     warned: dict[str, None] = {}

@@ -157,6 +157,7 @@ class Survey:
             blank=self.prompts.blank,
             problems=tuple(self.prompts.problems),
             duplicates=tuple(self.prompts.duplicates),
+            unique=self.prompts.unique,
             notes=(*self.prompts.notes, *self._notes(counts)),
             unknown=self.unknown(),
             cost=cost,
