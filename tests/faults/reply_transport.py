@@ -41,7 +41,8 @@ def closes_at_once(connection: Connection, request: Request) -> None:
 
 @at("connect")
 def resets_at_once(connection: Connection, request: Request) -> None:
-    """Reset before the request is read."""
+    """Reset before the request is read, but after it was sent: a reset that overtakes the connect is another fault."""
+    connection.sock.recv(1, socket.MSG_PEEK)
     connection.reset()
 
 
