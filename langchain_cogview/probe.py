@@ -24,7 +24,7 @@ from langchain_cogview.api.environment import proxy_for
 from langchain_cogview.api.network import resolve
 from langchain_cogview.api.protocol import read_reply
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
-from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.api.transport import STAGE, asender, sender
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewConnectionError,
@@ -48,6 +48,8 @@ _STEPS: Final = (  # the end of httpcore's event, and what it is called here
     ("start_tls", "TLS"),
     ("receive_response_headers", "HTTP answer"),
 )
+
+_STAGES: Final = {"connect": "connect", "tls": "TLS", "send": "HTTP answer"}
 
 State = Literal["ok", "note", "failed", "skipped"]
 
@@ -116,7 +118,7 @@ def network(service: Service) -> Iterator[Finding]:
 
 @dataclass(slots=True)
 class _Watch:
-    """Listens to one request on its way, as httpcore's trace and the reply tell it."""
+    """Listens to one request on its way, as the transport (behind a proxy, httpcore's trace) and the reply tell it."""
 
     steps: list[Finding]
     proxied: bool
@@ -128,19 +130,34 @@ class _Watch:
 
         def build(*arguments: Any, **settings: Any) -> httpx.Request:
             extensions = settings["extensions"]
-            trace, limits = extensions["trace"], dict.fromkeys(extensions["timeout"], STEP_SECONDS)
+            trace, stage, limits = (
+                extensions["trace"],
+                extensions[STAGE],
+                dict.fromkeys(extensions["timeout"], STEP_SECONDS),
+            )
 
             def tell(event: str, info: dict[str, Any]) -> None:
                 self.hear(event, info)
                 trace(event, info)
 
-            settings["extensions"] = {**extensions, "trace": tell, "timeout": limits}
+            def tell_stage(begins: str) -> None:
+                self.reach(begins)
+                stage(begins)
+
+            settings["extensions"] = {**extensions, "trace": tell, STAGE: tell_stage, "timeout": limits}
             request = httpx.Request(*arguments, **settings)
             if key is None:
                 del request.headers["Authorization"]
             return request
 
         return build
+
+    def reach(self, begins: str) -> None:
+        """The transport's word, where no proxy is on the way: what went before is done."""
+        for step in list(self.begun):
+            self.note(step, {}, failed=False)
+        if begins in _STAGES:
+            self.begun[_STAGES[begins]] = time.monotonic()
 
     def hear(self, event: str, info: dict[str, Any]) -> None:
         name, _, end = event.rpartition(".")
@@ -189,6 +206,8 @@ def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
         refusal = None
     except CogViewError as error:
         refusal = error
+        for step in list(watch.begun):
+            watch.note(step, {}, failed=True)
     yield from _clock(watch.date)
     took = time.monotonic() - begun
     if refusal is not None and refusal.status is None:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 import httpx
 
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
+from langchain_cogview.api.transport import STAGE
 from langchain_cogview.deadline import DEADLINE
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError
 
@@ -43,7 +45,7 @@ _RUBBISH = (httpx.RemoteProtocolError, httpx.DecodingError)
 
 
 class _Progress:
-    """How far one attempt has come, as httpcore's trace tells it."""
+    """How far one attempt has come, as our transport, or httpcore's trace under an injected client, tells it."""
 
     def __init__(self) -> None:
         self.traced = False
@@ -54,6 +56,10 @@ class _Progress:
         if event.endswith("send_request_headers.started"):
             request = info.get("request")
             self.sent = self.sent or getattr(request, "method", b"") != b"CONNECT"
+
+    def stage(self, begins: str) -> None:
+        self.traced = True
+        self.sent = self.sent or begins == "send"
 
     async def anote(self, event: str, info: dict[str, Any]) -> None:
         self(event, info)
@@ -120,7 +126,7 @@ class Endpoint:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
         progress, response, content, encoding = _Progress(), None, b"", ""
         try:
-            response = self.send(self._request(self.build, call, deadline, progress))
+            response = self.send(self._request(self.build, call, deadline, progress, progress))
             with contextlib.closing(response):
                 content, encoding = _read_already(response)
                 if not response.is_closed:
@@ -140,7 +146,7 @@ class Endpoint:
         progress, response, content, encoding = _Progress(), None, b"", ""
         try:
             async with asyncio.timeout(deadline.remaining()):
-                response = await self.asend(self._request(self.abuild, call, deadline, progress.anote))
+                response = await self.asend(self._request(self.abuild, call, deadline, progress, progress.anote))
                 async with contextlib.aclosing(response):
                     content, encoding = _read_already(response)
                     if not response.is_closed:
@@ -155,17 +161,18 @@ class Endpoint:
     # --- pure steps
 
     def _request(
-        self, build: Callable[..., httpx.Request], call: Call, deadline: Deadline, trace: Any
+        self, build: Callable[..., httpx.Request], call: Call, deadline: Deadline, progress: _Progress, trace: Any
     ) -> httpx.Request:
         left = deadline.remaining()
         return build(
             call.method,
-            f"{self.base_url}{call.route}",
+            _url(f"{self.base_url}{call.route}"),
             headers=self._headers(),
             content=None if call.body is None else json.dumps(call.body, ensure_ascii=False).encode(),
             extensions={
                 "timeout": {"connect": left, "read": left, "write": left, "pool": left},
                 "trace": trace,
+                STAGE: progress.stage,
                 DEADLINE: deadline,
             },
         )
@@ -199,6 +206,10 @@ class Endpoint:
         return value
 
     def _body_without_key(self, body: bytes) -> bytes:
+        key = self.api_key.get_secret_value().encode()
+        # Neither escaped nor in UTF-16 or 32: what is not there as it stands is not there.
+        if b"\\" not in body and b"\0" not in body and not any(part in body for part in (key, *key.split(b"."))):
+            return body
         try:
             # Through JSON, where there is some: an escaped key is a key too.
             return json.dumps(self._without_key(json.loads(body))).encode()
@@ -259,6 +270,12 @@ class _Received(NamedTuple):
     body: bytes
     sandbox: bool
     retry_after: float | None
+
+
+@lru_cache(maxsize=256)
+def _url(url: str) -> httpx.URL:
+    """Parsed once: it is the same for every call of a service."""
+    return httpx.URL(url)
 
 
 def _judged(received: _Received | CogViewError, read: Reader[ReplyT]) -> ReplyT:

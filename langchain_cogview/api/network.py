@@ -12,11 +12,13 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import httpcore
 
 from langchain_cogview.addresses import AddressRefusedError
+from langchain_cogview.api.streams import Framing, connected
 from langchain_cogview.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ _FIRST_ADDRESSES_SECONDS: Final = 5.0
 _SocketOptions = Iterable[Any] | None
 
 
+@lru_cache(maxsize=256)
 def literal_address(host: str) -> str | None:
     """The address that a host spells out in its usual form; None for a name."""
     try:
@@ -110,41 +113,6 @@ def _connect_share(timeout: float | None, *, last: bool) -> float | None:
     return _FIRST_ADDRESSES_SECONDS if timeout is None else min(_FIRST_ADDRESSES_SECONDS, timeout / 2)
 
 
-class Framing:
-    """Counts what one reply took of a connection, so that one with something behind its reply is not used again.
-
-    A server (or whoever sits in between) that sends more than it announced would answer the next request with it.
-    """
-
-    _MAX_HEAD = 100_000
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._head = b""
-        self._head_size: int | None = None
-
-    def sent(self) -> None:
-        """A request is being sent: what comes now is its reply."""
-        if self._received:
-            self.__init__()  # type: ignore[misc]
-
-    def received(self, chunk: bytes) -> None:
-        """The connection gave some bytes."""
-        self._received += len(chunk)
-        if self._head_size is None and len(self._head) < self._MAX_HEAD:
-            self._head += chunk
-            end = self._head.find(b"\r\n\r\n")
-            if end >= 0:
-                self._head_size = end + 4
-                self._head = b""
-
-    def is_exact(self, content_length: str | None) -> bool:
-        """Whether the reply took exactly what its head announced; False for one without a length."""
-        if self._head_size is None or not (content_length or "").isdecimal():
-            return False
-        return self._received == self._head_size + int(content_length or "")
-
-
 class _SyncStream(httpcore.NetworkStream):
     def __init__(self, inner: httpcore.NetworkStream, backend: SyncBackend) -> None:
         self._inner, self._backend = inner, backend
@@ -210,45 +178,11 @@ class SyncBackend(httpcore.NetworkBackend):
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
 
 
-class _AsyncStream(httpcore.AsyncNetworkStream):
-    def __init__(self, inner: httpcore.AsyncNetworkStream, backend: AsyncBackend) -> None:
-        self._inner, self._backend = inner, backend
-        self._framing = backend.framing = Framing()
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
-        chunk = await self._inner.read(max_bytes, timeout)
-        self._framing.received(chunk)
-        return chunk
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        self._framing.sent()
-        await self._inner.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109
-    ) -> httpcore.AsyncNetworkStream:
-        try:
-            return _AsyncStream(await self._inner.start_tls(ssl_context, server_hostname, timeout), self._backend)
-        except BaseException:
-            # httpcore closes the socket for errors, but not when the task is cancelled.
-            await self._inner.aclose()
-            raise
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
 class AsyncBackend(httpcore.AsyncNetworkBackend):
     """Opens connections to checked addresses."""
 
     def __init__(self, check: AddressCheck | None) -> None:
-        self._check, self._inner = check, httpcore.AnyIOBackend()
+        self._check = check
         self.framing = Framing()
 
     async def connect_tcp(
@@ -264,14 +198,20 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
         for number, address in enumerate(addresses, 1):
             last = number == len(addresses)
             try:
-                inner = await self._inner.connect_tcp(
-                    address, port, _connect_share(timeout, last=last), local_address, socket_options
-                )
-                return _AsyncStream(inner, self)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                async with asyncio.timeout(_connect_share(timeout, last=last)):
+                    return await connected(address, port, self._start_framing)
+            except TimeoutError:
+                if last:
+                    raise httpcore.ConnectTimeout("The time limit passed.") from None
+            except httpcore.ConnectError:
                 if last:
                     raise
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
+
+    def _start_framing(self) -> Framing:
+        # The last stream made is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
+        self.framing = Framing()
+        return self.framing
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""

@@ -314,7 +314,7 @@ def _url(value: Any) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_URL_CHARACTERS:
         return None
     url = value.strip().replace(" ", "%20")
-    if not url.isprintable() or any(c.isspace() for c in url):
+    if not url.isprintable():
         return None
     try:
         parts = urlsplit(url)

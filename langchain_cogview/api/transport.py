@@ -1,12 +1,14 @@
 """Connections: per process and event loop, with a total deadline and guarded addresses.
 
 `SyncTransport` and `AsyncTransport` are httpx transports. Each request takes one connection of its own, the last used first;
-httpcore does the HTTP and the TLS. A request may carry two extensions:
+httpcore does the HTTP. There is no pool to search: what costs nothing with one in flight costs nothing with hundreds. A
+request may carry these extensions:
 
 - `cogview.deadline`, a `Deadline`: every look-up, connect, read and write gets only the time that is left. (The async side
   is bounded by `asyncio.timeout` around the whole step.)
 - `cogview.addresses`, an `AddressCheck`: which addresses the connection may go to. It is asked at the very connect, with
   the address that is connected to, so a name cannot resolve to something else afterwards.
+- `cogview.stage`, a function: told what begins, so that it is known whether anything was sent.
 
 Nothing hangs on a generator: the connections belong to the process, keyed by event loop, and are left behind by a fork.
 """
@@ -15,17 +17,22 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
+import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import httpcore
 import httpx
 
 from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError
-from langchain_cogview.api.environment import httpcore_proxy, proxy_for, tls_context
+from langchain_cogview.api.environment import proxy_for, tls_context
+from langchain_cogview.api.http1 import READ_BYTES, Conversation
 from langchain_cogview.api.network import AsyncBackend, SyncBackend, aresolve, resolve
+from langchain_cogview.api.proxied import AsyncProxied, Head, Route, SyncProxied, expired
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewConfigurationError
@@ -35,52 +42,15 @@ if TYPE_CHECKING:
 
     from langchain_cogview.sandbox.transport import SandboxTransport
 
-KEEPALIVE_SECONDS: Final = 30.0
-_IDLE_PER_ORIGIN = 64
+STAGE: Final = "cogview.stage"
+"""The request extension that holds a function; it is told what begins: `connect`, `tls`, `send`, or `answer`."""
+_MOST_IDLE = 1000
 _ADVISORY_SECONDS = 2.0
 
 
-class _Route(NamedTuple):
-    """What connections can be shared by."""
-
-    scheme: bytes
-    host: bytes
-    port: int | None
-    proxy: str | None
-    check: AddressCheck | None
-
-
-def _route(request: httpx.Request) -> _Route:
+def _route(request: httpx.Request) -> Route:
     url = request.url
-    proxy = proxy_for(url)
-    return _Route(url.raw_scheme, url.raw_host, url.port, proxy, request.extensions.get(ADDRESSES))
-
-
-def _pool_options(route: _Route) -> dict[str, Any]:
-    scheme = route.scheme.decode()
-    return {
-        "ssl_context": tls_context() if scheme == "https" else None,
-        "proxy": httpcore_proxy(route.proxy, scheme) if route.proxy else None,
-        "max_connections": 1,
-        "max_keepalive_connections": 1,
-        "keepalive_expiry": KEEPALIVE_SECONDS,
-    }
-
-
-def _httpcore_request(request: httpx.Request) -> httpcore.Request:
-    url = request.url
-    return httpcore.Request(
-        method=request.method,
-        url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
-        headers=request.headers.raw,
-        content=request.stream,
-        extensions=request.extensions,
-    )
-
-
-def _length(response: httpcore.Response) -> str | None:
-    lengths = [value for name, value in response.headers if name.lower() == b"content-length"]
-    return lengths[0].decode("ascii", "replace").strip() if lengths else None
+    return Route(url.raw_scheme, url.raw_host, url.port, proxy_for(url), request.extensions.get(ADDRESSES))
 
 
 def _raise_as_httpx(error: Exception) -> NoReturn:
@@ -100,24 +70,75 @@ def _raise_as_httpx(error: Exception) -> NoReturn:
 class _SyncSlot:
     """One connection, open or not, to one route."""
 
-    def __init__(self, route: _Route) -> None:
+    def __init__(self, route: Route) -> None:
         self.route = route
-        self.backend = SyncBackend(None if route.proxy else route.check)
-        self.pool = httpcore.ConnectionPool(network_backend=self.backend, **_pool_options(route))
+        self.backend = SyncBackend(route.check)
+        self.idle_since = 0.0
+        self._http = Conversation()
+        self._stream: Any = None  # httpcore's
+        self._patience: float | None = None
+
+    def send(self, request: httpx.Request) -> Head:
+        """Send a request, and read status and headers of its reply."""
+        stage = request.extensions.get(STAGE, _nobody)
+        limits = request.extensions.get("timeout", {})
+        self._patience = limits.get("read")
+        if self._stream is None:
+            self._connect(stage, limits.get("connect"))
+        stage("send")
+        with contextlib.suppress(httpcore.WriteError):  # a server may answer before it has read everything, and close
+            self._stream.write(self._http.request(request), limits.get("write"))
+        while (head := self._http.head()) is None:
+            self._http.received(self._stream.read(READ_BYTES, self._patience))
+        stage("answer")
+        return head
+
+    def _connect(self, stage: Callable[[str], None], timeout: float | None) -> None:
+        stage("connect")
+        tls = tls_context() if self.route.scheme == b"https" else None
+        stream = self.backend.connect_tcp(self.route.name, self.route.number, timeout)
+        if tls:
+            stage("tls")
+            stream = stream.start_tls(tls, self.route.name, timeout)
+        self._stream = stream
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body of the reply."""
+        while (chunk := self._http.chunk()) != b"":
+            if chunk is not None:
+                yield chunk
+            else:
+                self._http.received(self._stream.read(READ_BYTES, self._patience))
+
+    def renewed(self) -> bool:
+        """Get ready for another request; False where there can be none."""
+        return self._http.renewed()
+
+    def has_expired(self) -> bool:
+        """Whether it was idle for too long, or closed by the other side."""
+        return expired(self.idle_since) or bool(self._stream.get_extra_info("is_readable"))
+
+    def close(self) -> None:
+        """Close it, or what is open of it."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _nobody(stage: str) -> None:
+    pass
 
 
 class _SyncBody(httpx.SyncByteStream):
-    def __init__(self, stream: Any, done: Callable[[], None]) -> None:
-        self._stream, self._done = stream, done
+    def __init__(self, chunks: Iterator[bytes], done: Callable[[], None]) -> None:
+        self._chunks, self._done = chunks, done
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            yield from self._stream
+            yield from self._chunks
         except Exception as error:  # noqa: BLE001
             _raise_as_httpx(error)
 
     def close(self) -> None:
-        self._stream.close()
         self._done()
 
 
@@ -125,7 +146,7 @@ class SyncTransport(httpx.BaseTransport):
     """Connections for sync calls, shared by the threads of a process."""
 
     def __init__(self) -> None:
-        self._idle: dict[_Route, deque[_SyncSlot]] = {}
+        self._idle: dict[Route, deque[_SyncSlot | SyncProxied]] = {}
         self._process = os.getpid()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -137,66 +158,115 @@ class SyncTransport(httpx.BaseTransport):
         slot = self._take(route)
         slot.backend.deadline = deadline
         try:
-            response = slot.pool.handle_request(_httpcore_request(request))
+            status, headers = slot.send(request)
         except BaseException as error:
-            slot.pool.close()
+            slot.close()
             if isinstance(error, Exception):
                 _raise_as_httpx(error)
             raise
-        return httpx.Response(
-            response.status,
-            headers=response.headers,
-            stream=_SyncBody(response.stream, lambda: self._give_back(slot, _length(response))),
-            extensions=response.extensions,
-        )
+        return httpx.Response(status, headers=headers, stream=_SyncBody(slot.chunks(), partial(self._give_back, slot)))
 
     def close(self) -> None:
         """Close the idle connections; the transport can be used again."""
         idle, self._idle = self._idle, {}
         for slots in idle.values():
             for slot in slots:
-                slot.pool.close()
+                slot.close()
 
-    def _take(self, route: _Route) -> _SyncSlot:
+    def _take(self, route: Route) -> _SyncSlot | SyncProxied:
         if self._process != os.getpid():
             # After a fork the sockets are shared with the parent: closed here, they stay open there.
             self.close()
             self._process = os.getpid()
         slots = self._idle.get(route)
-        try:
-            return slots.pop() if slots else _SyncSlot(route)
-        except IndexError:
-            return _SyncSlot(route)
+        with contextlib.suppress(IndexError):  # another thread may take the last
+            while slots:
+                slot = slots.pop()
+                if not slot.has_expired():
+                    return slot
+                slot.close()
+        return SyncProxied(route) if route.proxy else _SyncSlot(route)
 
-    def _give_back(self, slot: _SyncSlot, length: str | None) -> None:
+    def _give_back(self, slot: _SyncSlot | SyncProxied) -> None:
         slots = self._idle.setdefault(slot.route, deque())
-        usable = slot.pool.connections and slot.backend.framing.is_exact(length) and self._process == os.getpid()
-        if usable and len(slots) < _IDLE_PER_ORIGIN:
+        if slot.renewed() and self._process == os.getpid() and len(slots) < _MOST_IDLE:
+            slot.idle_since = time.monotonic()
             slots.append(slot)
         else:
-            slot.pool.close()
+            slot.close()
+        with contextlib.suppress(IndexError):
+            while slots:
+                longest = slots.popleft()
+                if not expired(longest.idle_since):
+                    slots.appendleft(longest)
+                    break
+                longest.close()
 
 
 class _AsyncSlot:
-    def __init__(self, route: _Route) -> None:
+    """The twin of `_SyncSlot`."""
+
+    def __init__(self, route: Route) -> None:
         self.route = route
-        self.backend = AsyncBackend(None if route.proxy else route.check)
-        self.pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **_pool_options(route))
+        self.idle_since = 0.0
+        self._http = Conversation()
+        self._stream: Any = None  # httpcore's
+
+    async def send(self, request: httpx.Request) -> Head:
+        stage = request.extensions.get(STAGE, _nobody)
+        if self._stream is None:
+            await self._connect(stage, request.extensions.get("timeout", {}).get("connect"))
+        stage("send")
+        with contextlib.suppress(httpcore.WriteError):
+            await self._stream.write(self._http.request(request))
+        while (head := self._http.head()) is None:
+            self._http.received(await self._stream.read(READ_BYTES))
+        stage("answer")
+        return head
+
+    async def _connect(self, stage: Callable[[str], None], timeout: float | None) -> None:  # noqa: ASYNC109
+        stage("connect")
+        tls = tls_context() if self.route.scheme == b"https" else None
+        stream = await AsyncBackend(self.route.check).connect_tcp(self.route.name, self.route.number, timeout)
+        if tls:
+            stage("tls")
+            stream = await stream.start_tls(tls, self.route.name)
+        self._stream = stream
+
+    async def chunk(self) -> bytes:
+        """More of the body; nothing at its end."""
+        while (chunk := self._http.chunk()) is None:
+            self._http.received(await self._stream.read(READ_BYTES))
+        return chunk
+
+    async def renewed(self) -> bool:
+        return self._http.renewed()
+
+    def has_expired(self) -> bool:
+        return expired(self.idle_since) or bool(self._stream.get_extra_info("is_readable"))
+
+    async def aclose(self) -> None:
+        if self._stream is not None:
+            await self._stream.aclose()
 
 
 class _AsyncBody(httpx.AsyncByteStream):
-    def __init__(self, stream: Any, done: Callable[[], Any]) -> None:
-        self._stream, self._done = stream, done
+    def __init__(self, slot: _AsyncSlot | AsyncProxied, done: Callable[[], Awaitable[None]]) -> None:
+        self._slot, self._done = slot, done
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
         try:
-            async for chunk in self._stream:
-                yield chunk
+            chunk = await self._slot.chunk()
         except Exception as error:  # noqa: BLE001
             _raise_as_httpx(error)
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
         await self._done()
 
 
@@ -206,7 +276,7 @@ class _LoopConnections:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = weakref.ref(loop)
         self.process = os.getpid()
-        self.idle: dict[_Route, deque[_AsyncSlot]] = {}
+        self.idle: dict[Route, deque[_AsyncSlot | AsyncProxied]] = {}
         self._at_shutdown: Any = self._close_with_loop()
 
     async def start(self) -> None:
@@ -220,11 +290,30 @@ class _LoopConnections:
         finally:
             await self.aclose()
 
+    async def take(self, route: Route) -> _AsyncSlot | AsyncProxied:
+        slots = self.idle.get(route)
+        while slots:
+            slot = slots.pop()
+            if not slot.has_expired():
+                return slot
+            await slot.aclose()
+        return AsyncProxied(route) if route.proxy else _AsyncSlot(route)
+
+    async def give_back(self, slot: _AsyncSlot | AsyncProxied) -> None:
+        slots = self.idle.setdefault(slot.route, deque())
+        if await slot.renewed() and len(slots) < _MOST_IDLE:
+            slot.idle_since = time.monotonic()
+            slots.append(slot)
+        else:
+            await slot.aclose()
+        while slots and expired(slots[0].idle_since):
+            await slots.popleft().aclose()
+
     async def aclose(self) -> None:
         idle, self.idle = self.idle, {}
         for slots in idle.values():
             for slot in slots:
-                await slot.pool.aclose()
+                await slot.aclose()
 
 
 class AsyncTransport(httpx.AsyncBaseTransport):
@@ -239,30 +328,15 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         if route.proxy and route.check:
             await _acheck_behind_proxy(request.url.host, route.check)
         connections = await self._connections()
-        slots = connections.idle.get(route)
-        slot = slots.pop() if slots else _AsyncSlot(route)
+        slot = await connections.take(route)
         try:
-            response = await slot.pool.handle_async_request(_httpcore_request(request))
+            status, headers = await slot.send(request)
         except BaseException as error:
-            await slot.pool.aclose()
+            await slot.aclose()
             if isinstance(error, Exception):
                 _raise_as_httpx(error)
             raise
-
-        async def give_back() -> None:
-            slots = connections.idle.setdefault(slot.route, deque())
-            usable = slot.pool.connections and slot.backend.framing.is_exact(_length(response))
-            if usable and len(slots) < _IDLE_PER_ORIGIN:
-                slots.append(slot)
-            else:
-                await slot.pool.aclose()
-
-        return httpx.Response(
-            response.status,
-            headers=response.headers,
-            stream=_AsyncBody(response.stream, give_back),
-            extensions=response.extensions,
-        )
+        return httpx.Response(status, headers=headers, stream=_AsyncBody(slot, partial(connections.give_back, slot)))
 
     async def aclose(self) -> None:
         """Close the idle connections of the running loop; the transport can be used again."""
@@ -307,12 +381,17 @@ atexit.register(SHARED.close)
 
 def sender(base_url: str | None) -> Callable[[httpx.Request], httpx.Response]:
     """What sends sync requests for a base URL: connections, or the sandbox in this process. None: connections."""
-    return _sandbox(base_url).handle_request if is_sandbox(base_url) else SHARED.handle_request
+    # Looked up at each request: what sends does not keep a sandbox alive.
+    return (
+        (lambda request: _sandbox(base_url).handle_request(request)) if is_sandbox(base_url) else SHARED.handle_request
+    )
 
 
 def asender(base_url: str | None) -> Callable[[httpx.Request], Awaitable[httpx.Response]]:
     """The twin of `sender`."""
-    return _sandbox(base_url).handle_async_request if is_sandbox(base_url) else ASHARED.handle_async_request
+    if is_sandbox(base_url):
+        return lambda request: _sandbox(base_url).handle_async_request(request)
+    return ASHARED.handle_async_request
 
 
 def _sandbox(base_url: str | None) -> SandboxTransport:

@@ -1,0 +1,102 @@
+"""HTTP/1.1 over one connection, without I/O: the bytes of a request, and what the bytes of its reply mean. h11 speaks it.
+
+Both transports drive one `Conversation`: they write what `request` gives, and hand over what they read until `head`, and then
+each `chunk`, is there. Above h11 there is no pool, no lock and no turn of the event loop, which take as long as h11 itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import h11
+import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Headers = list[tuple[bytes, bytes]]
+
+READ_BYTES: Final = 2**16
+"""What is asked of a connection at once."""
+_MOST_HEAD: Final = 100 * 1024
+
+
+class Conversation:
+    """Requests and replies on one connection, one after the other."""
+
+    def __init__(self) -> None:
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD)
+
+    def request(self, request: httpx.Request) -> bytes:
+        """The bytes of a request whose content is in memory, as `httpx.Request` makes it of bytes.
+
+        Raises:
+            httpx.LocalProtocolError: A header has a character that HTTP does not allow.
+        """
+        connection = self._h11
+        try:
+            head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
+            return b"".join(
+                (
+                    connection.send(head) or b"",
+                    connection.send(h11.Data(data=request.content)) or b"",
+                    connection.send(h11.EndOfMessage()) or b"",
+                )
+            )
+        except h11.LocalProtocolError as error:
+            raise httpx.LocalProtocolError(str(error)) from error
+
+    def received(self, data: bytes) -> None:
+        """Take what was read; nothing at the end of the connection.
+
+        Raises:
+            httpx.RemoteProtocolError: The end came before the reply.
+        """
+        if not data and self._h11.their_state is h11.SEND_RESPONSE:
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        _checked(self._h11.receive_data, data)
+
+    def head(self) -> tuple[int, Headers] | None:
+        """Status and headers of the reply; None while more has to be read.
+
+        Raises:
+            httpx.RemoteProtocolError: What came is no HTTP.
+        """
+        while True:
+            event = _checked(self._h11.next_event)
+            if isinstance(event, h11.Response):
+                return event.status_code, event.headers.raw_items()
+            if event is h11.NEED_DATA:
+                return None
+            # 100 to 199: the reply is still to come
+
+    def chunk(self) -> bytes | None:
+        """More of the body, nothing at its end; None while more has to be read.
+
+        Raises:
+            httpx.RemoteProtocolError: The body is broken, or ended before it was whole.
+        """
+        event = _checked(self._h11.next_event)
+        if event is h11.NEED_DATA:
+            return None
+        return bytes(event.data) if isinstance(event, h11.Data) else b""
+
+    def renewed(self) -> bool:
+        """Get ready for another request; False where there can be none.
+
+        A reply that was not read to its end, or that has something behind it, ends the connection: a server that sends more
+        than it announced would answer the next request with it.
+        """
+        connection = self._h11
+        whole = connection.our_state is h11.DONE and connection.their_state is h11.DONE
+        if not whole or connection.trailing_data != (b"", False):
+            return False
+        connection.start_next_cycle()
+        return True
+
+
+def _checked(step: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return step(*arguments)
+    except h11.RemoteProtocolError as error:
+        raise httpx.RemoteProtocolError(str(error)) from error
