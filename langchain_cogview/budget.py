@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
 
 from langchain_cogview.errors import CogViewBudgetError, CogViewError, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from decimal import Decimal
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,9 @@ class Limits:
                 f"The budget of {self.budget} {self.currency} for this tool does not cover another image "
                 f"({self.price} {self.currency} each); nothing was sent."
             )
+
+
+NO_LIMITS: Final = Limits(None, None, Decimal(0), "")
 
 
 class Allowance:

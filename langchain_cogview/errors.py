@@ -70,7 +70,10 @@ class Outcome(StrEnum):
 
 def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
     """Foreign text made safe to show: one line, printable, at most `limit` characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: limit * 8]).split())
+    text = text[: limit * 8]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

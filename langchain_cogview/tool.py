@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
-from langchain_core.callbacks import AsyncCallbackManagerForToolRun, CallbackManagerForToolRun  # noqa: TC002  BaseTool reads the annotations of _run
 from langchain_core.tools import BaseTool, ToolException
 from langchain_core.tools.base import ToolExceptionHandlerOutput
 from pydantic import (
@@ -27,7 +27,7 @@ from pydantic import (
     create_model,
 )
 
-from langchain_cogview.budget import Allowance, Limits
+from langchain_cogview.budget import NO_LIMITS, Allowance, Limits
 from langchain_cogview.catalog import ModelInfo, legal_size, model_info
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.result import ImageResult
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 TOOL_NAME: Final = "cogview_generate_image"
 TOOL_DESCRIPTION: Final = (
@@ -61,6 +63,15 @@ def _text_of_error(error: ToolException) -> str:
 def _text_of_bad_arguments(error: Any) -> str:
     said = describe_validation(error) if isinstance(error, ValidationError) else "the arguments are not valid"
     return printable(f"No image was made. Wrong arguments: {said}", MAX_MODEL_TEXT)
+
+
+def _seldom_inspected(run: F) -> F:
+    """Give a method a ready signature without annotations: BaseTool evaluates them at every call, a sixth of its time."""
+    plain = inspect.signature(run)
+    parameters = [each.replace(annotation=inspect.Parameter.empty) for each in plain.parameters.values()]
+    run.__signature__ = plain.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {}
+    return run
 
 
 class CogViewImageTool(BaseTool):
@@ -174,33 +185,31 @@ class CogViewImageTool(BaseTool):
         finally:
             _tool_call_id.reset(token)
 
+    # The generator finds the tool's run, its parent, in LangChain's context.
+
+    @_seldom_inspected
     def _run(
-        self,
-        prompt: str,
-        size: str | None = None,
-        quality: str | None = None,
-        run_manager: CallbackManagerForToolRun | None = None,
+        self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
         with self._allowance.taken(self.generator.n, self._limits()) as spending:
-            result = self.generator.invoke(given, _child(run_manager))
+            result = self.generator.invoke(given, _config())
             spending.spent = _paid(result)
         return self._answer(result)
 
+    @_seldom_inspected
     async def _arun(
-        self,
-        prompt: str,
-        size: str | None = None,
-        quality: str | None = None,
-        run_manager: AsyncCallbackManagerForToolRun | None = None,
+        self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
         with self._allowance.taken(self.generator.n, self._limits()) as spending:
-            result = await self.generator.ainvoke(given, _child(run_manager))
+            result = await self.generator.ainvoke(given, _config())
             spending.spent = _paid(result)
         return self._answer(result)
 
     def _limits(self) -> Limits:
+        if self.max_images is None and self.budget is None:
+            return NO_LIMITS
         names = (self.generator.model, *self.generator.fallback_models)
         prices = {name: self.generator.price(name) for name in names}
         unknown = [name for name, price in prices.items() if price is None]
@@ -247,11 +256,8 @@ def _given(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _child(run_manager: Any) -> RunnableConfig:
-    config: RunnableConfig = {"metadata": {"tool_call_id": _tool_call_id.get()}}
-    if run_manager:
-        config["callbacks"] = run_manager.get_child()
-    return config
+def _config() -> RunnableConfig:
+    return {"metadata": {"tool_call_id": _tool_call_id.get()}}
 
 
 def _saved_all_the_same(result: ImageResult) -> ImageResult:
@@ -267,7 +273,7 @@ def _saved_all_the_same(result: ImageResult) -> ImageResult:
                 note = f"The picture is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
                 kept = image.model_copy(update={"path": path, "warnings": (*image.warnings, note)})
         images.append(kept)
-    return result.model_copy(update={"images": tuple(images)})
+    return result if images == list(result.images) else result.model_copy(update={"images": tuple(images)})
 
 
 @cache
@@ -339,12 +345,16 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
             ),
         ),
     }
-    return create_model(
+    schema = create_model(
         "CogViewImageArguments",
         __config__=ConfigDict(extra="forbid", hide_input_in_errors=True),
         __doc__="Arguments of the image tool.",
         **fields,
     )
+    # BaseTool goes through the signature's annotations twice a call, in search of injected arguments: there are none.
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Any) for name in fields]
+    schema.__signature__ = inspect.Signature(named)
+    return schema
 
 
 def _legal_or_none(info: ModelInfo, size: str | None) -> str | None:
