@@ -102,6 +102,7 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
     _base_url: str = PrivateAttr(default="")
     _folder: Any = PrivateAttr(default=None)
     _cache: Any = PrivateAttr(default=None)
+    _made_client: ImagesClient | None = PrivateAttr(default=None)
 
     if not TYPE_CHECKING:  # the type checker and editors see the fields
 
@@ -226,7 +227,7 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         state = super().__getstate__()
         # The key stays in this process; the other one finds it in its environment.
         state["__dict__"] = {**state["__dict__"], "api_key": None}
-        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None}
+        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None, "_made_client": None}
         return state
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -273,10 +274,10 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         return None if amount is None else (amount, currency)
 
     def _price(self, model: str) -> tuple[Decimal | None, str]:
-        name = model_info(model).name
-        own = {model_info(each).name: amount for each, amount in (self.prices or {}).items()}
-        listed = model_info(model).price(self._region)
-        return own.get(name, listed[0] if listed else None), currency_of(self._region)
+        info = model_info(model)
+        own = {model_info(each).name: amount for each, amount in self.prices.items()} if self.prices else {}
+        listed = info.price(self._region)
+        return own.get(info.name, listed[0] if listed else None), currency_of(self._region)
 
     def tasks_client(self) -> TasksClient:
         """The task endpoint of this service."""
@@ -321,12 +322,14 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         )
 
     def _client(self) -> ImagesClient:
+        if self._made_client:
+            return self._made_client
         if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
             self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
         # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
         once: dict[str, Any] = {"stream": True, "follow_redirects": False}
         injected, ainjected = self.http_client, self.http_async_client
-        return ImagesClient(
+        self._made_client = ImagesClient(
             endpoint=Endpoint(
                 base_url=SANDBOX_ENDPOINT if is_sandbox(self._base_url) else self._base_url,
                 api_key=self._key,
@@ -340,6 +343,7 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
             policy=RetryPolicy(max_retries=self.max_retries, retry_unknown=self.retry_unknown),
             rate_limiter=self.rate_limiter,
         )
+        return self._made_client
 
 
 def _check_names(values: dict[str, Any], known: Any) -> None:
