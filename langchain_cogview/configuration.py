@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError,
 
 from langchain_cogview.api.client import ImagesClient
 from langchain_cogview.api.endpoint import Endpoint
+from langchain_cogview.api.http1 import PlainRequest
 from langchain_cogview.api.retry import RetryPolicy
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
@@ -329,14 +330,15 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
         once: dict[str, Any] = {"stream": True, "follow_redirects": False}
         injected, ainjected = self.http_client, self.http_async_client
+        build = httpx.Request if is_sandbox(self._base_url) else PlainRequest
         self._made_client = ImagesClient(
             endpoint=Endpoint(
                 base_url=SANDBOX_ENDPOINT if is_sandbox(self._base_url) else self._base_url,
                 api_key=self._key,
                 send=partial(injected.send, **once) if injected else sender(self._base_url),
                 asend=partial(ainjected.send, **once) if ainjected else asender(self._base_url),
-                build=injected.build_request if injected else httpx.Request,
-                abuild=ainjected.build_request if ainjected else httpx.Request,
+                build=injected.build_request if injected else build,
+                abuild=ainjected.build_request if ainjected else build,
             ),
             account=self._base_url,
             max_concurrency=self.max_concurrency,

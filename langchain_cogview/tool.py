@@ -185,6 +185,23 @@ class CogViewImageTool(BaseTool):
         finally:
             _tool_call_id.reset(token)
 
+    # BaseTool looks for injected arguments in the schema's annotations, twice a call, which takes it as long as all the rest;
+    # there are none. These two are its steps for that; where a later one has others, it takes its own way.
+
+    def _filter_injected_args(self, tool_input: dict[str, Any]) -> dict[str, Any]:
+        return dict(tool_input) if self._own_arguments() else super()._filter_injected_args(tool_input)
+
+    def _to_args_and_kwargs(
+        self, tool_input: str | dict[str, Any], tool_call_id: str | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not (self._own_arguments() and isinstance(tool_input, dict)):
+            return super()._to_args_and_kwargs(tool_input, tool_call_id)
+        return (), dict(self.args_schema.model_validate(tool_input))
+
+    def _own_arguments(self) -> bool:
+        plain = type(self)._run is CogViewImageTool._run and type(self)._arun is CogViewImageTool._arun  # noqa: SLF001
+        return plain and isinstance(self.args_schema, type) and issubclass(self.args_schema, ImageArguments)
+
     # The generator finds the tool's run, its parent, in LangChain's context.
 
     @_seldom_inspected
@@ -313,6 +330,12 @@ def text_for_model(result: ImageResult) -> str:
     return printable(f"{text}{seen} Do not write a link, and do not call this tool again unless asked.", MAX_MODEL_TEXT)
 
 
+class ImageArguments(BaseModel):
+    """Base of the arguments of an image tool; none of them is injected by LangChain."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
 def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
     """The arguments that a model may decide, as the generator's model allows them."""
     info = model_info(generator.model)
@@ -345,16 +368,12 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
             ),
         ),
     }
-    schema = create_model(
+    return create_model(
         "CogViewImageArguments",
-        __config__=ConfigDict(extra="forbid", hide_input_in_errors=True),
+        __base__=ImageArguments,
         __doc__="Arguments of the image tool.",
         **fields,
     )
-    # BaseTool goes through the signature's annotations twice a call, in search of injected arguments: there are none.
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Any) for name in fields]
-    schema.__signature__ = inspect.Signature(named)
-    return schema
 
 
 def _legal_or_none(info: ModelInfo, size: str | None) -> str | None:

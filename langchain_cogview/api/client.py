@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import tenacity
-
 from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
 from langchain_cogview.api.gate import Gate, Place, gate_for
 from langchain_cogview.api.protocol import ImagesReply, read_reply
@@ -67,12 +65,14 @@ class _Attempts:
     """Of one logical call.
 
     Attributes:
+        begun: How many there were, also those that found no place.
         made: How many were sent.
         waited_for: The errors after which it was sent again.
         ticket: Where the call stands in the queue of the gate.
         queue_is_wait: Whether the queue for a place takes the place of a wait.
     """
 
+    begun: int = 0
     made: int = 0
     waited_for: list[CogViewError] = field(default_factory=list)
     ticket: int | None = None
@@ -124,26 +124,24 @@ class ImagesClient:
         """POST to a route that costs money; the caller ends the place in flight that comes with the reply."""
         attempts = _Attempts()
         call = Call("POST", route, body)
-        sleep = tenacity.sleep_using_event(STOPPED.get())
-
-        def note(state: tenacity.RetryCallState) -> None:
-            watch.retrying(self._waits_for(state, attempts), state.upcoming_sleep, attempts.made)
-
-        try:
-            for attempt in tenacity.Retrying(sleep=sleep, before_sleep=note, **self._loop(deadline, attempts)):
-                with attempt:
-                    place = self._placed(body, deadline, attempts)
-                    try:
-                        if not attempts.made:
-                            watch.sending(task=route != ROUTE)
-                        attempts.made += 1
-                        return _warned(self.endpoint.exchange(call, deadline, read), attempts), place
-                    except BaseException as error:
-                        _ended(place, error, attempts)
-                        raise
-        except CogViewError as error:
-            raise _told(error, body, attempts) from None
-        raise AssertionError  # tenacity ends with a result or an exception
+        while True:
+            attempts.begun += 1
+            try:
+                place = self._placed(body, deadline, attempts)
+                try:
+                    if not attempts.made:
+                        watch.sending(task=route != ROUTE)
+                    attempts.made += 1
+                    return _warned(self.endpoint.exchange(call, deadline, read), attempts), place
+                except BaseException as error:
+                    _ended(place, error, attempts)
+                    raise
+            except CogViewError as error:
+                wait = self._wait_before_next(error, deadline, attempts)
+                if wait is None:
+                    raise _told(error, body, attempts) from None
+                watch.retrying(error, wait, attempts.made)
+            STOPPED.get().wait(wait)
 
     async def apaid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, watch: Watch
@@ -151,27 +149,24 @@ class ImagesClient:
         """The twin of `paid`."""
         attempts = _Attempts()
         call = Call("POST", route, body)
-
-        async def note(state: tenacity.RetryCallState) -> None:
-            await watch.aretrying(self._waits_for(state, attempts), state.upcoming_sleep, attempts.made)
-
-        try:
-            async for attempt in tenacity.AsyncRetrying(
-                sleep=asyncio.sleep, before_sleep=note, **self._loop(deadline, attempts)
-            ):
-                with attempt:
-                    place = await self._aplaced(body, deadline, attempts)
-                    try:
-                        if not attempts.made:
-                            await watch.asending(task=route != ROUTE)
-                        attempts.made += 1
-                        return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), place
-                    except BaseException as error:
-                        _ended(place, error, attempts)
-                        raise
-        except CogViewError as error:
-            raise _told(error, body, attempts) from None
-        raise AssertionError  # tenacity ends with a result or an exception
+        while True:
+            attempts.begun += 1
+            try:
+                place = await self._aplaced(body, deadline, attempts)
+                try:
+                    if not attempts.made:
+                        await watch.asending(task=route != ROUTE)
+                    attempts.made += 1
+                    return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), place
+                except BaseException as error:
+                    _ended(place, error, attempts)
+                    raise
+            except CogViewError as error:
+                wait = self._wait_before_next(error, deadline, attempts)
+                if wait is None:
+                    raise _told(error, body, attempts) from None
+                await watch.aretrying(error, wait, attempts.made)
+            await asyncio.sleep(wait)
 
     # --- a place in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
 
@@ -236,30 +231,15 @@ class ImagesClient:
         key = self.endpoint.api_key.get_secret_value()
         return gate_for(self.account, model, key), self.max_concurrency or model_info(model).in_flight
 
-    def _loop(self, deadline: Deadline, attempts: _Attempts) -> dict[str, Any]:
-        def wait(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            if error is None or attempts.queue_is_wait:
-                return 0.0
-            return self.policy.wait(error, state.attempt_number)
-
-        return {
-            "retry": tenacity.retry_if_exception(self.policy.sends_again),
-            "wait": wait,
-            "stop": lambda state: (
-                state.attempt_number > self.policy.max_retries
-                or state.upcoming_sleep > MAX_RETRY_AFTER
-                or deadline.stops(state)
-            ),
-            "reraise": True,
-        }
-
-    def _waits_for(self, state: tenacity.RetryCallState, attempts: _Attempts) -> CogViewError:
-        error = state.outcome.exception() if state.outcome else None
-        if not isinstance(error, CogViewError):  # the policy sends nothing else again
-            raise TypeError(type(error).__name__)
+    def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
+        """Seconds before the call is sent again after an error; None where the error stands."""
+        if attempts.begun > self.policy.max_retries or not self.policy.sends_again(error):
+            return None
+        wait = 0.0 if attempts.queue_is_wait else self.policy.wait(error, attempts.begun)
+        if wait > MAX_RETRY_AFTER or not deadline.allows(wait):
+            return None
         attempts.waited_for.append(error)
-        return error
+        return wait
 
 
 def _ended(place: Place, error: BaseException, attempts: _Attempts) -> None:

@@ -7,10 +7,11 @@ import contextlib
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar, cast
 
 import httpx
 
+from langchain_cogview.api.http1 import AnyRequest, PlainRequest
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.api.transport import STAGE
@@ -101,10 +102,10 @@ class Endpoint:
 
     base_url: str
     api_key: SecretStr = field(repr=False)
-    send: Callable[[httpx.Request], httpx.Response]
-    asend: Callable[[httpx.Request], Awaitable[httpx.Response]]
-    build: Callable[..., httpx.Request] = httpx.Request
-    abuild: Callable[..., httpx.Request] = httpx.Request
+    send: Callable[[Any], httpx.Response]
+    asend: Callable[[Any], Awaitable[httpx.Response]]
+    build: Callable[..., AnyRequest] = PlainRequest
+    abuild: Callable[..., AnyRequest] = PlainRequest
 
     # --- one exchange, twice: only "send" and "read" differ. Errors are given back rather than raised: httpx's hold the
     # request, and these frames what the service said, and so perhaps the key; no traceback and no chain shows them.
@@ -130,7 +131,7 @@ class Endpoint:
             with contextlib.closing(response):
                 content, encoding = _read_already(response)
                 if not response.is_closed:
-                    for chunk in response.iter_raw():
+                    for chunk in cast("httpx.SyncByteStream", response.stream):
                         content += chunk
                         if len(content) > MAX_REPLY_BYTES:
                             break
@@ -150,7 +151,7 @@ class Endpoint:
                 async with contextlib.aclosing(response):
                     content, encoding = _read_already(response)
                     if not response.is_closed:
-                        async for chunk in response.aiter_raw():
+                        async for chunk in cast("httpx.AsyncByteStream", response.stream):
                             content += chunk
                             if len(content) > MAX_REPLY_BYTES:
                                 break
@@ -161,8 +162,8 @@ class Endpoint:
     # --- pure steps
 
     def _request(
-        self, build: Callable[..., httpx.Request], call: Call, deadline: Deadline, progress: _Progress, trace: Any
-    ) -> httpx.Request:
+        self, build: Callable[..., AnyRequest], call: Call, deadline: Deadline, progress: _Progress, trace: Any
+    ) -> AnyRequest:
         left = deadline.remaining()
         return build(
             call.method,

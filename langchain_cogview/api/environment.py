@@ -6,6 +6,7 @@ import ipaddress
 import os
 import ssl
 import urllib.request
+from functools import lru_cache
 
 import httpcore
 import httpx
@@ -14,10 +15,15 @@ from langchain_cogview.api.network import literal_address
 from langchain_cogview.errors import CogViewConfigurationError
 
 
+@lru_cache(maxsize=256)
+def _is_loopback(host: str) -> bool:
+    literal = literal_address(host)
+    return host == "localhost" or bool(literal and ipaddress.ip_address(literal).is_loopback)
+
+
 def proxy_for(url: httpx.URL) -> str | None:
     """The proxy that the environment names for a URL; loopback is never reached through one."""
-    literal = literal_address(url.host)
-    if url.host == "localhost" or (literal and ipaddress.ip_address(literal).is_loopback):
+    if _is_loopback(url.host):
         return None
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")

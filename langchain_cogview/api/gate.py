@@ -18,6 +18,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -408,6 +409,7 @@ def gate_for(base_url: str, model: str, key: str) -> Gate:
     return gate
 
 
+@lru_cache(maxsize=256)
 def _host(base_url: str) -> str:
     parts = urlsplit(base_url)
     if parts.scheme not in _DEFAULT_PORTS:

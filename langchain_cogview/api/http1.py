@@ -6,7 +6,7 @@ each `chunk`, is there. Above h11 there is no pool, no lock and no turn of the e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import h11
 import httpx
@@ -14,11 +14,44 @@ import httpx
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Headers = list[tuple[bytes, bytes]]
+Headers = list[tuple[bytes, bytes]]
 
 READ_BYTES: Final = 2**16
 """What is asked of a connection at once."""
 _MOST_HEAD: Final = 100 * 1024
+
+
+class PlainHeaders(NamedTuple):
+    """The headers of a `PlainRequest`."""
+
+    raw: Headers
+
+
+class PlainRequest:
+    """What the transports need of an `httpx.Request`, made of what is known already; httpx's takes a tenth of a call.
+
+    Args:
+        method: In capitals.
+        url: Where to; parsed once for many requests.
+        headers: Beside `Host` and `Content-Length`, which it adds.
+        content: The body; None for none.
+        extensions: As `transport` says.
+    """
+
+    __slots__ = ("content", "extensions", "headers", "method", "url")
+
+    def __init__(
+        self, method: str, url: httpx.URL, *, headers: dict[str, str], content: bytes | None, extensions: dict[str, Any]
+    ) -> None:
+        self.method, self.url, self.extensions = method, url, extensions
+        self.content = content or b""
+        raw = [(b"Host", url.netloc), *((name.encode(), value.encode()) for name, value in headers.items())]
+        if content is not None:
+            raw.append((b"Content-Length", b"%d" % len(content)))
+        self.headers = PlainHeaders(raw)
+
+
+AnyRequest = httpx.Request | PlainRequest
 
 
 class Conversation:
@@ -27,8 +60,8 @@ class Conversation:
     def __init__(self) -> None:
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD)
 
-    def request(self, request: httpx.Request) -> bytes:
-        """The bytes of a request whose content is in memory, as `httpx.Request` makes it of bytes.
+    def request(self, request: AnyRequest) -> bytes:
+        """The bytes of a request whose content is in memory.
 
         Raises:
             httpx.LocalProtocolError: A header has a character that HTTP does not allow.

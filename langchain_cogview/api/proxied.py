@@ -13,9 +13,8 @@ from langchain_cogview.api.network import AsyncBackend, SyncBackend
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    import httpx
-
     from langchain_cogview.addresses import AddressCheck
+    from langchain_cogview.api.http1 import AnyRequest
 
 KEEPALIVE_SECONDS: Final = 30.0
 _PORTS: Final = {b"http": 80, b"https": 443}
@@ -60,13 +59,13 @@ def _pool_options(route: Route) -> dict[str, Any]:
     }
 
 
-def _httpcore_request(request: httpx.Request) -> httpcore.Request:
+def _httpcore_request(request: AnyRequest) -> httpcore.Request:
     url = request.url
     return httpcore.Request(
         method=request.method,
         url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
         headers=request.headers.raw,
-        content=request.stream,
+        content=request.content,
         extensions=request.extensions,  # its trace tells what was sent
     )
 
@@ -86,7 +85,7 @@ class SyncProxied:
         self._pool = httpcore.ConnectionPool(network_backend=self.backend, **_pool_options(route))
         self._response: Any = None
 
-    def send(self, request: httpx.Request) -> Head:
+    def send(self, request: AnyRequest) -> Head:
         """Send a request, and read status and headers of its reply."""
         self._response = self._pool.handle_request(_httpcore_request(request))
         return self._response.status, self._response.headers
@@ -120,7 +119,7 @@ class AsyncProxied:
         self._response: Any = None
         self._chunks: AsyncIterator[bytes] | None = None
 
-    async def send(self, request: httpx.Request) -> Head:
+    async def send(self, request: AnyRequest) -> Head:
         """Send a request, and read status and headers of its reply."""
         self._response = await self._pool.handle_async_request(_httpcore_request(request))
         self._chunks = aiter(self._response.stream)

@@ -30,7 +30,7 @@ import httpx
 
 from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError
 from langchain_cogview.api.environment import proxy_for, tls_context
-from langchain_cogview.api.http1 import READ_BYTES, Conversation
+from langchain_cogview.api.http1 import READ_BYTES, AnyRequest, Conversation
 from langchain_cogview.api.network import AsyncBackend, SyncBackend, aresolve, resolve
 from langchain_cogview.api.proxied import AsyncProxied, Head, Route, SyncProxied, expired
 from langchain_cogview.api.settings import is_sandbox
@@ -48,7 +48,7 @@ _MOST_IDLE = 1000
 _ADVISORY_SECONDS = 2.0
 
 
-def _route(request: httpx.Request) -> Route:
+def _route(request: AnyRequest) -> Route:
     url = request.url
     return Route(url.raw_scheme, url.raw_host, url.port, proxy_for(url), request.extensions.get(ADDRESSES))
 
@@ -78,7 +78,7 @@ class _SyncSlot:
         self._stream: Any = None  # httpcore's
         self._patience: float | None = None
 
-    def send(self, request: httpx.Request) -> Head:
+    def send(self, request: AnyRequest) -> Head:
         """Send a request, and read status and headers of its reply."""
         stage = request.extensions.get(STAGE, _nobody)
         limits = request.extensions.get("timeout", {})
@@ -149,7 +149,7 @@ class SyncTransport(httpx.BaseTransport):
         self._idle: dict[Route, deque[_SyncSlot | SyncProxied]] = {}
         self._process = os.getpid()
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
+    def handle_request(self, request: AnyRequest) -> httpx.Response:
         """Send a request; the response's body is read by the caller, who closes it."""
         route = _route(request)
         deadline = request.extensions.get(DEADLINE) or Deadline(None)
@@ -212,7 +212,7 @@ class _AsyncSlot:
         self._http = Conversation()
         self._stream: Any = None  # httpcore's
 
-    async def send(self, request: httpx.Request) -> Head:
+    async def send(self, request: AnyRequest) -> Head:
         stage = request.extensions.get(STAGE, _nobody)
         if self._stream is None:
             await self._connect(stage, request.extensions.get("timeout", {}).get("connect"))
@@ -322,7 +322,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
     def __init__(self) -> None:
         self._loops: dict[int, _LoopConnections] = {}
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: AnyRequest) -> httpx.Response:
         """Send a request; the response's body is read by the caller, who closes it."""
         route = _route(request)
         if route.proxy and route.check:
@@ -379,7 +379,7 @@ ASHARED: Final = AsyncTransport()
 atexit.register(SHARED.close)
 
 
-def sender(base_url: str | None) -> Callable[[httpx.Request], httpx.Response]:
+def sender(base_url: str | None) -> Callable[[Any], httpx.Response]:
     """What sends sync requests for a base URL: connections, or the sandbox in this process. None: connections."""
     # Looked up at each request: what sends does not keep a sandbox alive.
     return (
@@ -387,7 +387,7 @@ def sender(base_url: str | None) -> Callable[[httpx.Request], httpx.Response]:
     )
 
 
-def asender(base_url: str | None) -> Callable[[httpx.Request], Awaitable[httpx.Response]]:
+def asender(base_url: str | None) -> Callable[[Any], Awaitable[httpx.Response]]:
     """The twin of `sender`."""
     if is_sandbox(base_url):
         return lambda request: _sandbox(base_url).handle_async_request(request)
