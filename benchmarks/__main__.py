@@ -90,7 +90,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 def in_bulk(rounds: int, *, quick: bool) -> None:
     """Many in flight: share of the ideal time, and new connections per call."""
-    points = [(4, 0.05, 2)] if quick else [(16, 0.05, 20), (64, 0.05, 10), (256, 0.05, 6), (256, 1.0, 2)]
+    points = [(4, 0.05, 2)] if quick else [(16, 0.05, 20), (64, 0.05, 10), (256, 0.05, 8), (256, 1.0, 2)]
     names = [
         "our_abatch", "our_astream_many", "httpx_async", "hand_tool_async", "zai_sync", "openai_async", "aiohttp_async",
         "bare_asyncio",

@@ -91,7 +91,7 @@ def _run_of(client: str, base_url: str, places: int) -> tuple[Callable[[int], An
 
 
 def bulk(client: str, places: int, seconds: float, waves: int) -> dict[str, Any]:
-    """Share of the ideal time, and new connections per call, after a first wave that opens the connections."""
+    """Share of the ideal time, and new connections per call, after three waves that open the connections."""
     with stub.running() as service:
         run, is_async = _run_of(client, service.base_url(seconds), places)
         taken: dict[str, float] = {}
@@ -105,7 +105,7 @@ def bulk(client: str, places: int, seconds: float, waves: int) -> dict[str, Any]
         if is_async:
 
             async def both() -> None:
-                await run(places)
+                await run(places * 3)
                 before = await asyncio.to_thread(service.counts)
                 begun = time.perf_counter()
                 await run(places * waves)
@@ -114,7 +114,7 @@ def bulk(client: str, places: int, seconds: float, waves: int) -> dict[str, Any]
 
             asyncio.run(both())
         else:
-            run(places)
+            run(places * 3)
             timed(lambda: run(places * waves))
         opened = taken["connections"] + service.counts()["connections"]
         return {"share": waves * seconds / taken["seconds"], "connections": opened / (places * waves)}

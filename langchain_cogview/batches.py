@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import aclosing, closing, contextmanager
+from contextlib import AsyncExitStack, aclosing, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -161,9 +161,17 @@ class ManyRequestsGenerator(ConfiguredGenerator):
         refuse_one(inputs)
         with bar(self._count(inputs), config, progress) as (own, note):
             config_of = configs_of(own)
-            pulled = numbered(inputs)
-            tasks = (partial(self.ainvoke, each, config_of(number), **kwargs) async for number, each in pulled)
-            async with aclosing(pulled), aclosing(astream_tasks(tasks, self._workers(own))) as finished:
+
+            def call(number: int, each: ImageInput) -> Callable[[], Any]:
+                return partial(self.ainvoke, each, config_of(number), **kwargs)
+
+            async with AsyncExitStack() as open_:
+                if isinstance(inputs, AsyncIterable):
+                    pulled = await open_.enter_async_context(aclosing(numbered(inputs)))
+                    tasks: Any = (call(number, each) async for number, each in pulled)
+                else:
+                    tasks = (call(number, each) for number, each in enumerate(inputs))
+                finished = await open_.enter_async_context(aclosing(astream_tasks(tasks, self._workers(own))))
                 async for number, result in finished:
                     note(result)
                     yield number, result

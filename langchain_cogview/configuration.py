@@ -257,13 +257,13 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
     # --- what calls are made with
 
     def places(self, model: str | None = None) -> int:
-        """How many pictures are worked on at once: those in flight, and a few that are being fetched and saved.
+        """How many pictures are worked on at once: those in flight, and a few that are being fetched and saved, if they are.
 
         Args:
             model: None: the generator's.
         """
         in_flight = self.max_concurrency or model_info(model or self.model).in_flight
-        return in_flight + min(in_flight, _FETCHING)
+        return in_flight + min(in_flight, _FETCHING) if self.download else in_flight
 
     def price(self, model: str | None = None) -> tuple[Decimal, str] | None:
         """List price of one picture and its currency; None where unknown. Sandbox pictures cost nothing all the same.

@@ -11,14 +11,14 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ class _Tasks:
         tasks: Iterable[Callable[[], Awaitable[Any]]] | AsyncIterable[Callable[[], Awaitable[Any]]],
         places: int,
     ) -> None:
-        self._tasks = numbered(tasks)
+        # An ordinary iterable is pulled without the turns of the event loop that an asynchronous one takes.
+        self._tasks = numbered(tasks) if isinstance(tasks, AsyncIterable) else _counted(tasks)
         self._places = places
         self._pulling = asyncio.Lock()
         self._room = asyncio.Semaphore(2 * places)
@@ -198,7 +199,8 @@ class _Tasks:
             number, result = self._finished.get_nowait()
             if number is not _END:
                 _told_untaken(result)
-        await self._tasks.aclose()
+        if isinstance(self._tasks, AsyncGenerator):
+            await self._tasks.aclose()
 
     def _hire(self) -> None:
         self._workers.append(asyncio.create_task(self._work()))
@@ -217,25 +219,26 @@ class _Tasks:
 
     async def _next(self) -> tuple[int, Callable[[], Awaitable[Any]]] | None:
         await self._room.acquire()
-        async with self._pulling:
-            try:
-                task = await anext(self._tasks)
-            except StopAsyncIteration:
-                return None
-            if len(self._workers) < self._places:
-                self._hire()
-            return task
+        if isinstance(self._tasks, AsyncGenerator):
+            async with self._pulling:
+                task = await anext(self._tasks, None)
+        else:
+            task = next(self._tasks, None)
+        if task is not None and len(self._workers) < self._places:
+            self._hire()
+        return task
 
 
-async def numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
-    """The items of an iterable or an async one, with their numbers from 0."""
+def _counted(items: Iterable[Any]) -> Generator[tuple[int, Any], None, None]:
+    # A generator, and not `enumerate` itself: it is over once the iterable has raised.
+    yield from enumerate(items)
+
+
+async def numbered(items: AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
+    """The items of an async iterable, with their numbers from 0."""
     number = -1
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield (number := number + 1), item
-    else:
-        for item in items:
-            yield (number := number + 1), item
+    async for item in items:
+        yield (number := number + 1), item
 
 
 def _without_exit(result: Any) -> Any:

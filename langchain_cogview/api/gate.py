@@ -365,19 +365,36 @@ class _TaskWaiter(_Waiter):
 
     def wake(self) -> bool:
         try:
-            self._loop.call_soon_threadsafe(self._granted.set_result, None)
+            if _running_loop() is self._loop:
+                self._go()
+            else:
+                self._loop.call_soon_threadsafe(self._go)
         except RuntimeError:  # the loop is closed
             return False
         return True
 
+    def _go(self) -> None:
+        if not self._granted.done():
+            self._granted.set_result(None)
+
     async def wait(self, deadline: Deadline | None) -> bool:
         """Whether the place came before the deadline passed."""
-        while not (deadline and deadline.passed):
+        if deadline is None:  # as almost always: a wait with a limit takes four times as long
+            await self._granted
+            return True
+        while not deadline.passed:
             # Not `wait_for`: it would cancel the future, on which a grant may be on its way.
-            await asyncio.wait([self._granted], timeout=deadline.remaining() if deadline else None)
+            await asyncio.wait([self._granted], timeout=deadline.remaining())
             if self._granted.done():
                 return True
         return False
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 _GateName = tuple[str, str, bytes]
