@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 Headers = list[tuple[bytes, bytes]]
 
-READ_BYTES: Final = 2**16
-"""What is asked of a connection at once."""
+HEAD_BYTES: Final = 2**16
+"""What is asked of a connection at once for the head of a reply, with which a short body comes."""
+BODY_BYTES: Final = 2**18
+"""What is asked of a connection at once for the rest; of a picture of megabytes less would cost half as much time again."""
 _MOST_HEAD: Final = 100 * 1024
 
 

@@ -30,7 +30,7 @@ import httpx
 
 from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError
 from langchain_cogview.api.environment import proxy_for, tls_context
-from langchain_cogview.api.http1 import READ_BYTES, AnyRequest, Conversation
+from langchain_cogview.api.http1 import BODY_BYTES, HEAD_BYTES, AnyRequest, Conversation
 from langchain_cogview.api.network import AsyncBackend, SyncBackend, aresolve, resolve
 from langchain_cogview.api.proxied import AsyncProxied, Head, Route, SyncProxied, expired
 from langchain_cogview.api.settings import is_sandbox
@@ -89,7 +89,7 @@ class _SyncSlot:
         with contextlib.suppress(httpcore.WriteError):  # a server may answer before it has read everything, and close
             self._stream.write(self._http.request(request), limits.get("write"))
         while (head := self._http.head()) is None:
-            self._http.received(self._stream.read(READ_BYTES, self._patience))
+            self._http.received(self._stream.read(HEAD_BYTES, self._patience))
         stage("answer")
         return head
 
@@ -108,7 +108,7 @@ class _SyncSlot:
             if chunk is not None:
                 yield chunk
             else:
-                self._http.received(self._stream.read(READ_BYTES, self._patience))
+                self._http.received(self._stream.read(BODY_BYTES, self._patience))
 
     def renewed(self) -> bool:
         """Get ready for another request; False where there can be none."""
@@ -220,7 +220,7 @@ class _AsyncSlot:
         with contextlib.suppress(httpcore.WriteError):
             await self._stream.write(self._http.request(request))
         while (head := self._http.head()) is None:
-            self._http.received(await self._stream.read(READ_BYTES))
+            self._http.received(await self._stream.read(HEAD_BYTES))
         stage("answer")
         return head
 
@@ -236,7 +236,7 @@ class _AsyncSlot:
     async def chunk(self) -> bytes:
         """More of the body; nothing at its end."""
         while (chunk := self._http.chunk()) is None:
-            self._http.received(await self._stream.read(READ_BYTES))
+            self._http.received(await self._stream.read(BODY_BYTES))
         return chunk
 
     async def renewed(self) -> bool:
