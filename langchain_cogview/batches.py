@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.messages import BaseMessage
-from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list, merge_configs
 
@@ -70,6 +69,8 @@ def refuse_one(inputs: Any) -> None:
     Raises:
         TypeError: It is one.
     """
+    from langchain_core.prompt_values import PromptValue  # noqa: PLC0415
+
     if isinstance(inputs, str | bytes | Mapping | ImageRequest | PromptValue | BaseMessage):
         raise TypeError(
             f"This takes many inputs, and {type(inputs).__name__} is one. Put it into a list, or use invoke or ainvoke."

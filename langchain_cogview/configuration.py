@@ -7,24 +7,26 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import timedelta
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
-import httpx
 from langchain_core.caches import BaseCache
 from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import RunnableSerializable
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from langchain_cogview.api.client import ImagesClient
-from langchain_cogview.api.endpoint import Endpoint
-from langchain_cogview.api.http1 import PlainRequest
-from langchain_cogview.api.retry import RetryPolicy
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
     BASE_URLS,
-    SANDBOX_ENDPOINT,
     both_keys_are_set,
     environment,
     found_key,
@@ -32,19 +34,28 @@ from langchain_cogview.api.settings import (
     normal_base_url,
     region_of,
 )
-from langchain_cogview.api.tasks import TasksClient
-from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, currency_of, find_model, model_info, model_warning
-from langchain_cogview.drawing import ImageCall
 from langchain_cogview.errors import CogViewConfigurationError
-from langchain_cogview.inputs import ImageInput
 from langchain_cogview.request import ImageRequest, describe_validation, unknown_argument
-from langchain_cogview.result import ImageResult
 
 if TYPE_CHECKING:
+    import httpx
+
+    from langchain_cogview.api.client import ImagesClient
+    from langchain_cogview.api.tasks import TasksClient
     from langchain_cogview.cache import CachedRequest, PictureCache
+    from langchain_cogview.drawing import ImageCall
     from langchain_cogview.events import Teller
     from langchain_cogview.images.remote import RemoteFolder
+    from langchain_cogview.inputs import ImageInput
+    from langchain_cogview.result import ImageResult
+
+    HTTPClient = httpx.Client | None
+    HTTPAsyncClient = httpx.AsyncClient | None
+    Base = RunnableSerializable[ImageInput, ImageResult]
+else:  # httpx takes as long to load as all of this: the validator looks, once there is something to look at
+    HTTPClient = HTTPAsyncClient = Any
+    Base = RunnableSerializable
 
 REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 _FETCHING = 4
@@ -57,7 +68,7 @@ _FOUND: Final[ContextVar[tuple[SecretStr | None, Region, str] | None]] = Context
 """The service of the generator that is being copied: the environment may have changed since it was made."""
 
 
-class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
+class ConfiguredGenerator(Base):
     """What `CogViewImageGenerator` is set up with, and what it finds out about it. Its docstring says what each is."""
 
     model_config = ConfigDict(
@@ -67,6 +78,8 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         arbitrary_types_allowed=True,
         hide_input_in_errors=True,
         protected_namespaces=(),
+        # Three classes stand over each other, and only the last is ever made: its schema alone is built, when it is.
+        defer_build=True,
     )
 
     model: str = DEFAULT_MODEL
@@ -83,8 +96,8 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
     retry_unknown: bool = False
     max_concurrency: int | None = Field(default=None, ge=1)
     rate_limiter: BaseRateLimiter | None = Field(default=None, exclude=True, repr=False)
-    http_client: httpx.Client | None = Field(default=None, exclude=True, repr=False)
-    http_async_client: httpx.AsyncClient | None = Field(default=None, exclude=True, repr=False)
+    http_client: HTTPClient = Field(default=None, exclude=True, repr=False)
+    http_async_client: HTTPAsyncClient = Field(default=None, exclude=True, repr=False)
     fallback_models: tuple[str, ...] = ()
     use_tasks: Literal["auto"] | bool = "auto"
     poll_interval: float = Field(default=3.0, gt=0, le=60)
@@ -121,6 +134,18 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         if seconds is not None and not 0 < seconds <= 86_400:  # noqa: PLR2004
             raise ValueError("The time limit is in seconds: more than 0, at most 86,400 (a day), or None for none.")
         return seconds
+
+    @field_validator("http_client", "http_async_client")
+    @classmethod
+    def _client_is_one(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return None
+        import httpx  # noqa: PLC0415
+
+        kind = httpx.Client if info.field_name == "http_client" else httpx.AsyncClient
+        if not isinstance(value, kind):
+            raise ValueError(f"It takes an httpx.{kind.__name__}, not a {type(value).__name__}.")  # noqa: TRY004  pydantic's own
+        return value
 
     @field_validator("allowed_image_hosts", "fallback_models", mode="before")
     @classmethod
@@ -202,6 +227,20 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
             )
 
     @property
+    def InputType(self) -> Any:  # noqa: N802  LangChain's name
+        """What a call takes."""
+        from langchain_cogview.inputs import ImageInput  # noqa: PLC0415
+
+        return ImageInput
+
+    @property
+    def OutputType(self) -> Any:  # noqa: N802
+        """What a call gives."""
+        from langchain_cogview.result import ImageResult  # noqa: PLC0415
+
+        return ImageResult
+
+    @property
     def platform(self) -> Region:
         """The platform in use, as found from arguments and environment."""
         return self._region
@@ -280,10 +319,6 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
         listed = info.price(self._region)
         return own.get(info.name, listed[0] if listed else None), currency_of(self._region)
 
-    def tasks_client(self) -> TasksClient:
-        """The task endpoint of this service."""
-        return TasksClient(self._client(), self.poll_interval)
-
     def _found_cache(self) -> PictureCache | None:
         if self.cache is None:
             return None
@@ -305,7 +340,17 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
             timeout=min(cast("float | None", self.timeout) or _CACHE_SECONDS, _CACHE_SECONDS),
         )
 
+    # What a call needs (the wire, the download, retries) is loaded with the first call: a tool is made at once.
+
+    def tasks_client(self) -> TasksClient:
+        """The task endpoint of this service."""
+        from langchain_cogview.api.tasks import TasksClient  # noqa: PLC0415
+
+        return TasksClient(self._client(), self.poll_interval)
+
     def _call(self, requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...], teller: Teller) -> ImageCall:
+        from langchain_cogview.drawing import ImageCall  # noqa: PLC0415
+
         return ImageCall(
             requests=requests,
             client=self._client(),
@@ -325,25 +370,19 @@ class ConfiguredGenerator(RunnableSerializable[ImageInput, ImageResult]):
     def _client(self) -> ImagesClient:
         if self._made_client:
             return self._made_client
+        from langchain_cogview.api.client import client_of  # noqa: PLC0415
+
         if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
             self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
-        # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
-        once: dict[str, Any] = {"stream": True, "follow_redirects": False}
-        injected, ainjected = self.http_client, self.http_async_client
-        build = httpx.Request if is_sandbox(self._base_url) else PlainRequest
-        self._made_client = ImagesClient(
-            endpoint=Endpoint(
-                base_url=SANDBOX_ENDPOINT if is_sandbox(self._base_url) else self._base_url,
-                api_key=self._key,
-                send=partial(injected.send, **once) if injected else sender(self._base_url),
-                asend=partial(ainjected.send, **once) if ainjected else asender(self._base_url),
-                build=injected.build_request if injected else build,
-                abuild=ainjected.build_request if ainjected else build,
-            ),
-            account=self._base_url,
+        self._made_client = client_of(
+            self._base_url,
+            self._key,
             max_concurrency=self.max_concurrency,
-            policy=RetryPolicy(max_retries=self.max_retries, retry_unknown=self.retry_unknown),
+            max_retries=self.max_retries,
+            retry_unknown=self.retry_unknown,
             rate_limiter=self.rate_limiter,
+            http_client=self.http_client,
+            http_async_client=self.http_async_client,
         )
         return self._made_client
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_core.callbacks import CallbackManager
 from langchain_core.runnables import RunnableConfig, ensure_config
 
-from langchain_cogview import live
 from langchain_cogview.api.settings import is_sandbox
-from langchain_cogview.api.transport import ASHARED, SHARED
 from langchain_cogview.batches import ManyRequestsGenerator, without_key
 from langchain_cogview.catalog import model_info
 from langchain_cogview.configuration import REQUEST_DEFAULTS
@@ -23,12 +21,8 @@ from langchain_cogview.errors import (
     CogViewNotFoundError,
     Outcome,
 )
-from langchain_cogview.events import NOBODY, Teller
-from langchain_cogview.images.previews import aremember, remember
-from langchain_cogview.inputs import ImageInput, arguments_of
 from langchain_cogview.many import in_tasks, in_threads
 from langchain_cogview.request import ImageRequest, checked_request
-from langchain_cogview.result import ImageFailure, ImageResult, total_cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +31,9 @@ if TYPE_CHECKING:
 
     from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.drawing import ImageCall, ImageOutcome
+    from langchain_cogview.events import Teller
+    from langchain_cogview.inputs import ImageInput
+    from langchain_cogview.result import ImageResult
     from langchain_cogview.tasks import ImageTask
 
 logger = logging.getLogger(__name__)
@@ -162,10 +159,14 @@ class CogViewImageGenerator(ManyRequestsGenerator):
 
     def close(self) -> None:
         """Close idle sync connections. They belong to the process; later calls open new ones."""
+        from langchain_cogview.api.transport import SHARED  # noqa: PLC0415
+
         SHARED.close()
 
     async def aclose(self) -> None:
         """Close idle async connections of the running event loop."""
+        from langchain_cogview.api.transport import ASHARED  # noqa: PLC0415
+
         await ASHARED.aclose()
 
     def __enter__(self) -> Self:
@@ -183,6 +184,9 @@ class CogViewImageGenerator(ManyRequestsGenerator):
     # --- one run. One that no handler hears is not made into a LangChain run, which costs as much as a third of the request.
 
     def _run(self, work: Callable[..., ImageResult], given: ImageInput, config: RunnableConfig) -> ImageResult:
+        from langchain_cogview import live  # noqa: PLC0415
+        from langchain_cogview.images.previews import remember  # noqa: PLC0415
+
         made: list[ImageResult] = []
         with live.call(config) as told:
             try:
@@ -199,6 +203,9 @@ class CogViewImageGenerator(ManyRequestsGenerator):
             return told(result)
 
     async def _arun(self, work: Callable[..., Any], given: ImageInput, config: RunnableConfig) -> ImageResult:
+        from langchain_cogview import live  # noqa: PLC0415
+        from langchain_cogview.images.previews import aremember  # noqa: PLC0415
+
         made: list[ImageResult] = []
         with live.call(config) as told:
             try:
@@ -273,6 +280,8 @@ class CogViewImageGenerator(ManyRequestsGenerator):
     # --- pure steps
 
     def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
+        from langchain_cogview.inputs import arguments_of  # noqa: PLC0415
+
         said, notes = arguments_of(given)
         values = {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides | said
         if "prompt" not in values:
@@ -305,6 +314,8 @@ class CogViewImageGenerator(ManyRequestsGenerator):
         run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun | None,
         config: RunnableConfig | None,
     ) -> Teller:
+        from langchain_cogview.events import NOBODY, Teller  # noqa: PLC0415
+
         if run_manager is None or config is None:
             return NOBODY
         return Teller(
@@ -334,6 +345,8 @@ class CogViewImageGenerator(ManyRequestsGenerator):
         made: list[ImageResult],
     ) -> ImageResult:
         """The result of a run, or the error where there is no picture."""
+        from langchain_cogview.result import ImageFailure, ImageResult, total_cost  # noqa: PLC0415
+
         images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
         errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
         cost = total_cost(images)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import httpx
 
 from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
 from langchain_cogview.api.gate import Gate, Place, gate_for
+from langchain_cogview.api.http1 import PlainRequest
 from langchain_cogview.api.protocol import ImagesReply, read_reply
 from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, transport_error
+from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
+from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewBusyError, CogViewError, CogViewRateLimitError, CogViewTimeoutError, Outcome
 from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from langchain_cogview.stopping import Stop
 
 ROUTE: Final = "/images/generations"
@@ -240,6 +248,33 @@ class ImagesClient:
             return None
         attempts.waited_for.append(error)
         return wait
+
+
+def client_of(
+    base_url: str,
+    key: SecretStr,
+    *,
+    max_concurrency: int | None,
+    max_retries: int,
+    retry_unknown: bool,
+    rate_limiter: RateLimiter | None,
+    http_client: httpx.Client | None,
+    http_async_client: httpx.AsyncClient | None,
+) -> ImagesClient:
+    """Put a client together: on connections of our own, in a sandbox of this process, or on clients of the caller's."""
+    # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
+    once: dict[str, Any] = {"stream": True, "follow_redirects": False}
+    build = httpx.Request if is_sandbox(base_url) else PlainRequest
+    endpoint = Endpoint(
+        base_url=SANDBOX_ENDPOINT if is_sandbox(base_url) else base_url,
+        api_key=key,
+        send=partial(http_client.send, **once) if http_client else sender(base_url),
+        asend=partial(http_async_client.send, **once) if http_async_client else asender(base_url),
+        build=http_client.build_request if http_client else build,
+        abuild=http_async_client.build_request if http_async_client else build,
+    )
+    policy = RetryPolicy(max_retries=max_retries, retry_unknown=retry_unknown)
+    return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter)
 
 
 def _ended(place: Place, error: BaseException, attempts: _Attempts) -> None:
