@@ -28,14 +28,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 SLEEP = 0.05
+LONGEST = 60.0
 
 
 def fresh(name: str, **arguments: Any) -> dict[str, Any]:
-    """Make a measurement in a new process; `{"missing": ...}` where a package is not installed."""
+    """Make a measurement in a new process.
+
+    Gives `{"missing": ...}` where a package is not installed, and `{"unfinished": ...}` after `LONGEST` seconds.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LANGSMITH", "LANGCHAIN"))}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second import finds the bytecode
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.measures", name, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        return {"unfinished": LONGEST}
     if done.returncode:
         raise RuntimeError(f"{name} {arguments} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -90,8 +97,8 @@ def _run_of(client: str, base_url: str, places: int) -> tuple[Callable[[int], An
     return partial(_tasks, call, places=places), True
 
 
-def bulk(client: str, places: int, seconds: float, waves: int) -> dict[str, Any]:
-    """Share of the ideal time, and new connections per call, after three waves that open the connections."""
+def bulk(client: str, places: int, seconds: float, waves: int, warm: int) -> dict[str, Any]:
+    """Share of the ideal time, and new connections per call, after some waves that open the connections."""
     with stub.running() as service:
         run, is_async = _run_of(client, service.base_url(seconds), places)
         taken: dict[str, float] = {}
@@ -105,7 +112,7 @@ def bulk(client: str, places: int, seconds: float, waves: int) -> dict[str, Any]
         if is_async:
 
             async def both() -> None:
-                await run(places * 3)
+                await run(places * warm)
                 before = await asyncio.to_thread(service.counts)
                 begun = time.perf_counter()
                 await run(places * waves)
@@ -114,7 +121,7 @@ def bulk(client: str, places: int, seconds: float, waves: int) -> dict[str, Any]
 
             asyncio.run(both())
         else:
-            run(places * 3)
+            run(places * warm)
             timed(lambda: run(places * waves))
         opened = taken["connections"] + service.counts()["connections"]
         return {"share": waves * seconds / taken["seconds"], "connections": opened / (places * waves)}

@@ -144,7 +144,7 @@ class ConfiguredGenerator(Base):
 
         kind = httpx.Client if info.field_name == "http_client" else httpx.AsyncClient
         if not isinstance(value, kind):
-            raise ValueError(f"It takes an httpx.{kind.__name__}, not a {type(value).__name__}.")  # noqa: TRY004  pydantic's own
+            raise ValueError(f"It takes an httpx.{kind.__name__}; this is of type {type(value).__name__}.")  # noqa: TRY004  pydantic's own
         return value
 
     @field_validator("allowed_image_hosts", "fallback_models", mode="before")

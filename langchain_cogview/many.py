@@ -148,16 +148,11 @@ class _Threads:
         self._finished.put((number, result))
 
 
-async def astream_tasks(
+def astream_tasks(
     tasks: Iterable[Callable[[], Awaitable[Any]]] | AsyncIterable[Callable[[], Awaitable[Any]]], places: int
 ) -> AsyncGenerator[tuple[int, Any], None]:
     """The twin of `stream_in_threads`, for an iterable or an async one. A caller that leaves cancels what is under way."""
-    work = _Tasks(tasks, places)
-    try:
-        async for finished in work.results():
-            yield finished
-    finally:
-        await work.leave()
+    return _Tasks(tasks, places).results()
 
 
 class _Tasks:
@@ -179,18 +174,21 @@ class _Tasks:
         self._hire()
         failed: BaseException | None = None
         ended = 0
-        while ended < len(self._workers):
-            number, result = await self._finished.get()
-            if number is _END:
-                ended += 1
-                failed = failed or result
-                continue
-            self._room.release()
-            yield number, result
-        if failed is not None:
-            raise failed
+        try:
+            while ended < len(self._workers):
+                number, result = await self._finished.get()
+                if number is _END:
+                    ended += 1
+                    failed = failed or result
+                    continue
+                self._room.release()
+                yield number, result
+            if failed is not None:
+                raise failed
+        finally:
+            await self._leave()
 
-    async def leave(self) -> None:
+    async def _leave(self) -> None:
         self._left = True
         for worker in self._workers:
             worker.cancel()

@@ -96,11 +96,10 @@ class _SyncSlot:
     def _connect(self, stage: Callable[[str], None], timeout: float | None) -> None:
         stage("connect")
         tls = tls_context() if self.route.scheme == b"https" else None
-        stream = self.backend.connect_tcp(self.route.name, self.route.number, timeout)
+        self._stream = self.backend.connect_tcp(self.route.name, self.route.number, timeout)
         if tls:
             stage("tls")
-            stream = stream.start_tls(tls, self.route.name, timeout)
-        self._stream = stream
+            self._stream = self._stream.start_tls(tls, self.route.name, timeout)
 
     def chunks(self) -> Iterator[bytes]:
         """The body of the reply."""
@@ -195,12 +194,8 @@ class SyncTransport(httpx.BaseTransport):
         else:
             slot.close()
         with contextlib.suppress(IndexError):
-            while slots:
-                longest = slots.popleft()
-                if not expired(longest.idle_since):
-                    slots.appendleft(longest)
-                    break
-                longest.close()
+            while slots and expired(slots[0].idle_since):
+                slots.popleft().close()
 
 
 class _AsyncSlot:
@@ -227,11 +222,10 @@ class _AsyncSlot:
     async def _connect(self, stage: Callable[[str], None], timeout: float | None) -> None:  # noqa: ASYNC109
         stage("connect")
         tls = tls_context() if self.route.scheme == b"https" else None
-        stream = await AsyncBackend(self.route.check).connect_tcp(self.route.name, self.route.number, timeout)
+        self._stream = await AsyncBackend(self.route.check).connect_tcp(self.route.name, self.route.number, timeout)
         if tls:
             stage("tls")
-            stream = await stream.start_tls(tls, self.route.name)
-        self._stream = stream
+            self._stream = await self._stream.start_tls(tls, self.route.name)
 
     async def chunk(self) -> bytes:
         """More of the body; nothing at its end."""

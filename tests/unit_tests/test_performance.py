@@ -10,6 +10,7 @@ import textwrap
 import tracemalloc
 from pathlib import Path
 
+import httpx
 import pytest
 
 from benchmarks import clients, stub
@@ -197,3 +198,28 @@ def test_the_stub_serves_a_picture_that_decodes():
     picture = Image.open(io.BytesIO(stub.picture()))
     picture.load()
     assert picture.size == (stub.SIDE, stub.SIDE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("http_client", httpx.AsyncClient()), ("http_async_client", httpx.Client()), ("http_client", object())],
+)
+def test_a_client_that_is_none_of_its_kind_is_refused_though_httpx_was_not_loaded_for_it(name, value):
+    with pytest.raises(ValueError, match=rf"httpx\.\w+; this is of type {type(value).__name__}"):
+        CogViewImageGenerator(base_url="http://127.0.0.1:9", api_key=clients.KEY, **{name: value})
+
+
+def test_what_a_generator_takes_and_gives_is_known_to_langchain():
+    generator = CogViewImageGenerator(base_url="sandbox:")
+    assert generator.OutputType.__name__ == "ImageResult"
+    assert "prompt" in str(generator.get_input_schema().model_json_schema())
+
+
+class ToolWithItsOwnRun(CogViewImageTool):
+    def _run(self, prompt: str, size: str | None = None, quality: str | None = None, run_manager=None):
+        return f"{prompt} {run_manager is not None}", None
+
+
+def test_a_tool_with_another_run_or_schema_goes_langchains_own_way():
+    tool = ToolWithItsOwnRun(base_url="sandbox:")
+    assert tool.invoke({"prompt": "a kitten"}) == "a kitten True"
