@@ -1,8 +1,8 @@
 """Connections: per process and event loop, with a total deadline and guarded addresses.
 
 `SyncTransport` and `AsyncTransport` are httpx transports. Each request takes one connection of its own, the last used first;
-httpcore does the HTTP. There is no pool to search: what costs nothing with one in flight costs nothing with hundreds. A
-request may carry these extensions:
+h11 speaks the HTTP, and behind a proxy httpcore. There is no pool to search: what costs nothing with one in flight costs
+nothing with hundreds. A request may carry these extensions:
 
 - `cogview.deadline`, a `Deadline`: every look-up, connect, read and write gets only the time that is left. (The async side
   is bounded by `asyncio.timeout` around the whole step.)
