@@ -9,9 +9,11 @@ import sys
 import textwrap
 import tracemalloc
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import pytest
+from langchain_core.tools import InjectedToolCallId
 
 from benchmarks import clients, stub
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool
@@ -216,10 +218,11 @@ def test_what_a_generator_takes_and_gives_is_known_to_langchain():
 
 
 class ToolWithItsOwnRun(CogViewImageTool):
-    def _run(self, prompt: str, size: str | None = None, quality: str | None = None, run_manager=None):
-        return f"{prompt} {run_manager is not None}", None
+    def _run(self, prompt, size=None, quality=None, tool_call_id: Annotated[str, InjectedToolCallId] = ""):
+        return f"{prompt} of call {tool_call_id}", None
 
 
-def test_a_tool_with_another_run_or_schema_goes_langchains_own_way():
+def test_a_tool_with_another_run_gets_what_langchain_injects():
     tool = ToolWithItsOwnRun(base_url="sandbox:")
-    assert tool.invoke({"prompt": "a kitten"}) == "a kitten True"
+    call = {"type": "tool_call", "id": "7", "name": tool.name, "args": {"prompt": "a kitten"}}
+    assert tool.invoke(call).content == "a kitten of call 7"
