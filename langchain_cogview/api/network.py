@@ -116,16 +116,17 @@ def _connect_share(timeout: float | None, *, last: bool) -> float | None:
 class _SyncStream(httpcore.NetworkStream):
     def __init__(self, inner: httpcore.NetworkStream, backend: SyncBackend) -> None:
         self._inner, self._backend = inner, backend
-        # The last stream made is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
-        self._framing = backend.framing = Framing()
+        self._framing = backend.start_framing()
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         chunk = self._inner.read(max_bytes, self._backend.time_left(timeout, httpcore.ReadTimeout))
-        self._framing.received(chunk)
+        if self._framing:
+            self._framing.received(chunk)
         return chunk
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._framing.sent()
+        if self._framing:
+            self._framing.sent()
         self._inner.write(buffer, self._backend.time_left(timeout, httpcore.WriteTimeout))
 
     def close(self) -> None:
@@ -141,13 +142,31 @@ class _SyncStream(httpcore.NetworkStream):
         return self._inner.get_extra_info(info)
 
 
-class SyncBackend(httpcore.NetworkBackend):
+class _Framed:
+    """Knows the `Framing` of the last stream that it made, when asked for one.
+
+    The last stream is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
+    """
+
+    def __init__(self, *, framed: bool) -> None:
+        self._framed = framed
+        self.framing = Framing()
+
+    def start_framing(self) -> Framing | None:
+        """What counts the bytes of a new stream."""
+        if not self._framed:
+            return None
+        self.framing = Framing()
+        return self.framing
+
+
+class SyncBackend(_Framed, httpcore.NetworkBackend):
     """Opens connections that look at `deadline`, which is set anew for every request."""
 
-    def __init__(self, check: AddressCheck | None) -> None:
+    def __init__(self, check: AddressCheck | None, *, framed: bool = False) -> None:
+        super().__init__(framed=framed)
         self._check, self._inner = check, httpcore.SyncBackend()
         self.deadline = Deadline(None)
-        self.framing = Framing()
 
     def time_left(self, timeout: float | None, error: type[Exception]) -> float | None:
         """Seconds for the next operation; raises `error` when none are left."""
@@ -178,12 +197,12 @@ class SyncBackend(httpcore.NetworkBackend):
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
 
 
-class AsyncBackend(httpcore.AsyncNetworkBackend):
+class AsyncBackend(_Framed, httpcore.AsyncNetworkBackend):
     """Opens connections to checked addresses."""
 
-    def __init__(self, check: AddressCheck | None) -> None:
+    def __init__(self, check: AddressCheck | None, *, framed: bool = False) -> None:
+        super().__init__(framed=framed)
         self._check = check
-        self.framing = Framing()
 
     async def connect_tcp(
         self,
@@ -199,7 +218,7 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
             last = number == len(addresses)
             try:
                 async with asyncio.timeout(_connect_share(timeout, last=last)):
-                    return await connected(address, port, self._start_framing)
+                    return await connected(address, port, self.start_framing)
             except TimeoutError:
                 if last:
                     raise httpcore.ConnectTimeout("The time limit passed.") from None
@@ -207,11 +226,6 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
                 if last:
                     raise
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
-
-    def _start_framing(self) -> Framing:
-        # The last stream made is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
-        self.framing = Framing()
-        return self.framing
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""

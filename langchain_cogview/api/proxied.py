@@ -80,7 +80,7 @@ class SyncProxied:
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.backend = SyncBackend(None)
+        self.backend = SyncBackend(None, framed=True)
         self.idle_since = 0.0
         self._pool = httpcore.ConnectionPool(network_backend=self.backend, **_pool_options(route))
         self._response: Any = None
@@ -113,7 +113,7 @@ class AsyncProxied:
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.backend = AsyncBackend(None)
+        self.backend = AsyncBackend(None, framed=True)
         self.idle_since = 0.0
         self._pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **_pool_options(route))
         self._response: Any = None

@@ -24,7 +24,8 @@ _MOST_WAITING: Final = 2**18
 class Framing:
     """Counts what one reply took of a connection, so that one with something behind its reply is not used again.
 
-    A server (or whoever sits in between) that sends more than it announced would answer the next request with it.
+    A server (or whoever sits in between) that sends more than it announced would answer the next request with it. For
+    connections behind a proxy, where httpcore keeps to itself what was left over; elsewhere `Conversation` knows it.
     """
 
     _MAX_HEAD = 100_000
@@ -139,7 +140,7 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
 class AsyncStream(httpcore.AsyncNetworkStream):
     """One connection. Time limits are the caller's: `asyncio.timeout` around the whole exchange."""
 
-    def __init__(self, received: _Received, framing: Callable[[], Framing]) -> None:
+    def __init__(self, received: _Received, framing: Callable[[], Framing | None]) -> None:
         self._received, self._new_framing = received, framing
         self._framing = framing()
 
@@ -149,14 +150,16 @@ class AsyncStream(httpcore.AsyncNetworkStream):
             chunk = await self._received.next(max_bytes)
         except OSError as error:
             raise httpcore.ReadError(str(error)) from error
-        self._framing.received(chunk)
+        if self._framing:
+            self._framing.received(chunk)
         return chunk
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Send bytes."""
         if not buffer:
             return
-        self._framing.sent()
+        if self._framing:
+            self._framing.sent()
         transport = self._received.transport
         if transport.is_closing():
             raise httpcore.WriteError(str(self._received.error or "The connection was closed."))
@@ -212,13 +215,13 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         return bool(poll.poll(0))
 
 
-async def connected(address: str, port: int, framing: Callable[[], Framing]) -> AsyncStream:
+async def connected(address: str, port: int, framing: Callable[[], Framing | None]) -> AsyncStream:
     """Connect to one address.
 
     Args:
         address: An IP address.
         port: The port.
-        framing: Gives what counts the bytes of a new stream.
+        framing: Gives what counts the bytes of a new stream, or None where nobody asks.
 
     Raises:
         httpcore.ConnectError: As the system says.
