@@ -37,6 +37,8 @@ from langchain_cogview.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from langchain_cogview.plain import AnyRequest, AnyResponse
+
 PROBE: Final = {"model": "cogview-doctor-probe"}
 """The body of the probe: no such model, and no prompt."""
 STEP_SECONDS: Final = 5.0
@@ -188,7 +190,7 @@ def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
     watch = _Watch(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
     send = sender(service.base_url)
 
-    def sent(request: httpx.Request) -> httpx.Response:
+    def sent(request: AnyRequest) -> AnyResponse:
         response = send(request)
         watch.date = response.headers.get("date")
         return response

@@ -12,7 +12,6 @@ import httpx
 
 from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
 from langchain_cogview.api.gate import Gate, Place, gate_for
-from langchain_cogview.api.http1 import PlainRequest
 from langchain_cogview.api.protocol import ImagesReply, read_reply
 from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, transport_error
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
@@ -20,6 +19,7 @@ from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewBusyError, CogViewError, CogViewRateLimitError, CogViewTimeoutError, Outcome
+from langchain_cogview.plain import PlainRequest
 from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:

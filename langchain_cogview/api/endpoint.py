@@ -7,16 +7,16 @@ import contextlib
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 import httpx
 
-from langchain_cogview.api.http1 import AnyRequest, PlainRequest
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.api.transport import STAGE
 from langchain_cogview.deadline import DEADLINE
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError
+from langchain_cogview.plain import AnyRequest, AnyResponse, PlainRequest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -102,8 +102,8 @@ class Endpoint:
 
     base_url: str
     api_key: SecretStr = field(repr=False)
-    send: Callable[[Any], httpx.Response]
-    asend: Callable[[Any], Awaitable[httpx.Response]]
+    send: Callable[[Any], AnyResponse]
+    asend: Callable[[Any], Awaitable[AnyResponse]]
     build: Callable[..., AnyRequest] = PlainRequest
     abuild: Callable[..., AnyRequest] = PlainRequest
 
@@ -131,7 +131,7 @@ class Endpoint:
             with contextlib.closing(response):
                 content, encoding = _read_already(response)
                 if not response.is_closed:
-                    for chunk in cast("httpx.SyncByteStream", response.stream):
+                    for chunk in response.iter_raw():
                         content += chunk
                         if len(content) > MAX_REPLY_BYTES:
                             break
@@ -151,7 +151,7 @@ class Endpoint:
                 async with contextlib.aclosing(response):
                     content, encoding = _read_already(response)
                     if not response.is_closed:
-                        async for chunk in cast("httpx.AsyncByteStream", response.stream):
+                        async for chunk in response.aiter_raw():
                             content += chunk
                             if len(content) > MAX_REPLY_BYTES:
                                 break
@@ -218,7 +218,7 @@ class Endpoint:
             # Latin-1 gives every byte back as it was.
             return self._redacted(body.decode("latin-1")).encode("latin-1")
 
-    def _received(self, response: httpx.Response, content: bytes, encoding: str) -> _Received | CogViewError:
+    def _received(self, response: AnyResponse, content: bytes, encoding: str) -> _Received | CogViewError:
         if len(content) <= MAX_REPLY_BYTES:
             body = decoded_body(content, encoding)
             if body is not None:
@@ -232,7 +232,7 @@ class Endpoint:
         )
 
     def _salvaged(
-        self, response: httpx.Response | None, content: bytes, encoding: str, read: Reader[Any]
+        self, response: AnyResponse | None, content: bytes, encoding: str, read: Reader[Any]
     ) -> _Received | None:
         """A reply whose end was lost, when the picture's link is in what came: it is paid for."""
         received = self._received(response, content, encoding) if response is not None and content else None
@@ -289,7 +289,7 @@ def _judged(received: _Received | CogViewError, read: Reader[ReplyT]) -> ReplyT:
         raise
 
 
-def _read_already(response: httpx.Response) -> tuple[bytes, str]:
+def _read_already(response: AnyResponse) -> tuple[bytes, str]:
     """What an injected client has read (and decompressed) by itself, and the encoding of what is still to come."""
     if response.is_stream_consumed:
         return response.content, ""

@@ -6,7 +6,7 @@ each `chunk`, is there. Above h11 there is no pool, no lock and no turn of the e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import h11
 import httpx
@@ -14,46 +14,13 @@ import httpx
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Headers = list[tuple[bytes, bytes]]
+    from langchain_cogview.plain import AnyRequest, Head
 
 HEAD_BYTES: Final = 2**16
 """What is asked of a connection at once for the head of a reply, with which a short body comes."""
 BODY_BYTES: Final = 2**18
 """What is asked of a connection at once for the rest; of a picture of megabytes less would cost half as much time again."""
 _MOST_HEAD: Final = 100 * 1024
-
-
-class PlainHeaders(NamedTuple):
-    """The headers of a `PlainRequest`."""
-
-    raw: Headers
-
-
-class PlainRequest:
-    """What the transports need of an `httpx.Request`, made of what is known already; httpx's takes a tenth of a call.
-
-    Args:
-        method: In capitals.
-        url: Where to; parsed once for many requests.
-        headers: Beside `Host` and `Content-Length`, which it adds.
-        content: The body; None for none.
-        extensions: As `transport` says.
-    """
-
-    __slots__ = ("content", "extensions", "headers", "method", "url")
-
-    def __init__(
-        self, method: str, url: httpx.URL, *, headers: dict[str, str], content: bytes | None, extensions: dict[str, Any]
-    ) -> None:
-        self.method, self.url, self.extensions = method, url, extensions
-        self.content = content or b""
-        raw = [(b"Host", url.netloc), *((name.encode(), value.encode()) for name, value in headers.items())]
-        if content is not None:
-            raw.append((b"Content-Length", b"%d" % len(content)))
-        self.headers = PlainHeaders(raw)
-
-
-AnyRequest = httpx.Request | PlainRequest
 
 
 class Conversation:
@@ -91,7 +58,7 @@ class Conversation:
             raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
         _checked(self._h11.receive_data, data)
 
-    def head(self) -> tuple[int, Headers] | None:
+    def head(self) -> Head | None:
         """Status and headers of the reply; None while more has to be read.
 
         Raises:

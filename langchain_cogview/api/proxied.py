@@ -14,13 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from langchain_cogview.addresses import AddressCheck
-    from langchain_cogview.api.http1 import AnyRequest
+    from langchain_cogview.plain import AnyRequest, Head
 
 KEEPALIVE_SECONDS: Final = 30.0
 _PORTS: Final = {b"http": 80, b"https": 443}
-
-Head = tuple[int, list[tuple[bytes, bytes]]]
-"""Status and headers of a reply."""
 
 
 class Route(NamedTuple):

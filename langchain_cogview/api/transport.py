@@ -1,8 +1,8 @@
 """Connections: per process and event loop, with a total deadline and guarded addresses.
 
-`SyncTransport` and `AsyncTransport` are httpx transports. Each request takes one connection of its own, the last used first;
-h11 speaks the HTTP, and behind a proxy httpcore. There is no pool to search: what costs nothing with one in flight costs
-nothing with hundreds. A request may carry these extensions:
+`SyncTransport` and `AsyncTransport` send what httpx's transports send, as plain requests and responses. Each request takes
+one connection of its own, the last used first; h11 speaks the HTTP, and behind a proxy httpcore. There is no pool to search:
+what costs nothing with one in flight costs nothing with hundreds. A request may carry these extensions:
 
 - `cogview.deadline`, a `Deadline`: every look-up, connect, read and write gets only the time that is left. (The async side
   is bounded by `asyncio.timeout` around the whole step.)
@@ -30,16 +30,18 @@ import httpx
 
 from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError
 from langchain_cogview.api.environment import proxy_for, tls_context
-from langchain_cogview.api.http1 import BODY_BYTES, HEAD_BYTES, AnyRequest, Conversation
+from langchain_cogview.api.http1 import BODY_BYTES, HEAD_BYTES, Conversation
 from langchain_cogview.api.network import AsyncBackend, SyncBackend, aresolve, resolve
-from langchain_cogview.api.proxied import AsyncProxied, Head, Route, SyncProxied, expired
+from langchain_cogview.api.proxied import AsyncProxied, Route, SyncProxied, expired
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewConfigurationError
+from langchain_cogview.plain import PlainResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+    from langchain_cogview.plain import AnyRequest, AnyResponse, Head
     from langchain_cogview.sandbox.transport import SandboxTransport
 
 STAGE: Final = "cogview.stage"
@@ -127,28 +129,21 @@ def _nobody(stage: str) -> None:
     pass
 
 
-class _SyncBody(httpx.SyncByteStream):
-    def __init__(self, chunks: Iterator[bytes], done: Callable[[], None]) -> None:
-        self._chunks, self._done = chunks, done
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            yield from self._chunks
-        except Exception as error:  # noqa: BLE001
-            _raise_as_httpx(error)
-
-    def close(self) -> None:
-        self._done()
+def _body(slot: _SyncSlot | SyncProxied) -> Iterator[bytes]:
+    try:
+        yield from slot.chunks()
+    except Exception as error:  # noqa: BLE001
+        _raise_as_httpx(error)
 
 
-class SyncTransport(httpx.BaseTransport):
+class SyncTransport:
     """Connections for sync calls, shared by the threads of a process."""
 
     def __init__(self) -> None:
         self._idle: dict[Route, deque[_SyncSlot | SyncProxied]] = {}
         self._process = os.getpid()
 
-    def handle_request(self, request: AnyRequest) -> httpx.Response:
+    def handle_request(self, request: AnyRequest) -> PlainResponse:
         """Send a request; the response's body is read by the caller, who closes it."""
         route = _route(request)
         deadline = request.extensions.get(DEADLINE) or Deadline(None)
@@ -157,13 +152,13 @@ class SyncTransport(httpx.BaseTransport):
         slot = self._take(route)
         slot.backend.deadline = deadline
         try:
-            status, headers = slot.send(request)
+            head = slot.send(request)
         except BaseException as error:
             slot.close()
             if isinstance(error, Exception):
                 _raise_as_httpx(error)
             raise
-        return httpx.Response(status, headers=headers, stream=_SyncBody(slot.chunks(), partial(self._give_back, slot)))
+        return PlainResponse(head, _body(slot), partial(self._give_back, slot))
 
     def close(self) -> None:
         """Close the idle connections; the transport can be used again."""
@@ -244,9 +239,11 @@ class _AsyncSlot:
             await self._stream.aclose()
 
 
-class _AsyncBody(httpx.AsyncByteStream):
-    def __init__(self, slot: _AsyncSlot | AsyncProxied, done: Callable[[], Awaitable[None]]) -> None:
-        self._slot, self._done = slot, done
+class _AsyncBody:
+    # No async generator: the event loop would have to know each of them, to end it at its own end.
+
+    def __init__(self, slot: _AsyncSlot | AsyncProxied) -> None:
+        self._slot = slot
 
     def __aiter__(self) -> Self:
         return self
@@ -259,9 +256,6 @@ class _AsyncBody(httpx.AsyncByteStream):
         if not chunk:
             raise StopAsyncIteration
         return chunk
-
-    async def aclose(self) -> None:
-        await self._done()
 
 
 class _LoopConnections:
@@ -310,13 +304,13 @@ class _LoopConnections:
                 await slot.aclose()
 
 
-class AsyncTransport(httpx.AsyncBaseTransport):
+class AsyncTransport:
     """Connections for async calls, each kept with the event loop that opened it."""
 
     def __init__(self) -> None:
         self._loops: dict[int, _LoopConnections] = {}
 
-    async def handle_async_request(self, request: AnyRequest) -> httpx.Response:
+    async def handle_async_request(self, request: AnyRequest) -> PlainResponse:
         """Send a request; the response's body is read by the caller, who closes it."""
         route = _route(request)
         if route.proxy and route.check:
@@ -324,13 +318,13 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         connections = await self._connections()
         slot = await connections.take(route)
         try:
-            status, headers = await slot.send(request)
+            head = await slot.send(request)
         except BaseException as error:
             await slot.aclose()
             if isinstance(error, Exception):
                 _raise_as_httpx(error)
             raise
-        return httpx.Response(status, headers=headers, stream=_AsyncBody(slot, partial(connections.give_back, slot)))
+        return PlainResponse(head, _AsyncBody(slot), partial(connections.give_back, slot))
 
     async def aclose(self) -> None:
         """Close the idle connections of the running loop; the transport can be used again."""
@@ -373,7 +367,7 @@ ASHARED: Final = AsyncTransport()
 atexit.register(SHARED.close)
 
 
-def sender(base_url: str | None) -> Callable[[Any], httpx.Response]:
+def sender(base_url: str | None) -> Callable[[Any], AnyResponse]:
     """What sends sync requests for a base URL: connections, or the sandbox in this process. None: connections."""
     # Looked up at each request: what sends does not keep a sandbox alive.
     return (
@@ -381,7 +375,7 @@ def sender(base_url: str | None) -> Callable[[Any], httpx.Response]:
     )
 
 
-def asender(base_url: str | None) -> Callable[[Any], Awaitable[httpx.Response]]:
+def asender(base_url: str | None) -> Callable[[Any], Awaitable[AnyResponse]]:
     """The twin of `sender`."""
     if is_sandbox(base_url):
         return lambda request: _sandbox(base_url).handle_async_request(request)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from langchain_cogview.images.remote import RemoteFolder
+    from langchain_cogview.plain import AnyRequest, AnyResponse
 
 
 MAX_PICTURE_BYTES: Final = 32 * 2**20
@@ -162,7 +163,7 @@ class _Download:
         except (httpx.InvalidURL, ValueError):
             raise _refused("it is not a plain link") from None
 
-    def accept(self, response: httpx.Response) -> None:
+    def accept(self, response: AnyResponse) -> None:
         """Judge the head of a reply."""
         status = response.status_code
         if status in {401, 403}:
@@ -230,7 +231,7 @@ _FOREIGN = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, Unico
 
 
 def fetch(
-    send: Callable[[httpx.Request], httpx.Response],
+    send: Callable[[AnyRequest], AnyResponse],
     url: str,
     *,
     deadline: Deadline,
@@ -260,7 +261,7 @@ def fetch(
 
 
 async def afetch(
-    asend: Callable[[httpx.Request], Awaitable[httpx.Response]],
+    asend: Callable[[AnyRequest], Awaitable[AnyResponse]],
     url: str,
     *,
     deadline: Deadline,
@@ -280,7 +281,7 @@ async def afetch(
 
 
 def _once(
-    send: Callable[[httpx.Request], httpx.Response], download: _Download, folder: Path | RemoteFolder | None
+    send: Callable[[AnyRequest], AnyResponse], download: _Download, folder: Path | RemoteFolder | None
 ) -> Picture:
     request = download.request()
     with contextlib.ExitStack() as files:
@@ -301,7 +302,7 @@ def _once(
 
 
 async def _aonce(
-    asend: Callable[[httpx.Request], Awaitable[httpx.Response]],
+    asend: Callable[[AnyRequest], Awaitable[AnyResponse]],
     download: _Download,
     folder: Path | RemoteFolder | None,
 ) -> Picture:
