@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
@@ -41,10 +42,9 @@ from langchain_cogview.request import ImageRequest, describe_validation, unknown
 if TYPE_CHECKING:
     import httpx
 
-    from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.tasks import TasksClient
     from langchain_cogview.cache import CachedRequest, PictureCache
-    from langchain_cogview.drawing import ImageCall
+    from langchain_cogview.drawing import CallSettings, ImageCall
     from langchain_cogview.events import Teller
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.inputs import ImageInput
@@ -116,7 +116,7 @@ class ConfiguredGenerator(Base):
     _base_url: str = PrivateAttr(default="")
     _folder: Any = PrivateAttr(default=None)
     _cache: Any = PrivateAttr(default=None)
-    _made_client: ImagesClient | None = PrivateAttr(default=None)
+    _made_settings: CallSettings | None = PrivateAttr(default=None)
 
     if not TYPE_CHECKING:  # the type checker and editors see the fields
 
@@ -267,7 +267,7 @@ class ConfiguredGenerator(Base):
         state = super().__getstate__()
         # The key stays in this process; the other one finds it in its environment.
         state["__dict__"] = {**state["__dict__"], "api_key": None}
-        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None, "_made_client": None}
+        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None, "_made_settings": None}
         return state
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -314,10 +314,7 @@ class ConfiguredGenerator(Base):
         return None if amount is None else (amount, currency)
 
     def _price(self, model: str) -> tuple[Decimal | None, str]:
-        info = model_info(model)
-        own = {model_info(each).name: amount for each, amount in self.prices.items()} if self.prices else {}
-        listed = info.price(self._region)
-        return own.get(info.name, listed[0] if listed else None), currency_of(self._region)
+        return _price_of(model, self._region, self.prices)
 
     def _found_cache(self) -> PictureCache | None:
         if self.cache is None:
@@ -346,35 +343,26 @@ class ConfiguredGenerator(Base):
         """The task endpoint of this service."""
         from langchain_cogview.api.tasks import TasksClient  # noqa: PLC0415
 
-        return TasksClient(self._client(), self.poll_interval)
+        return TasksClient(self._settings().client, self.poll_interval)
 
     def _call(self, requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...], teller: Teller) -> ImageCall:
         from langchain_cogview.drawing import ImageCall  # noqa: PLC0415
 
-        return ImageCall(
-            requests=requests,
-            client=self._client(),
-            base_url=self._base_url,
-            timeout=cast("float | None", self.timeout),
-            download=self.download,
-            folder=self._folder,
-            allowed_hosts=self.allowed_image_hosts,
-            use_tasks=self.use_tasks,
-            poll_interval=self.poll_interval,
-            price=self._price,
-            teller=teller,
-            include_prompt=self.include_prompt_in_events,
-            cache=self._cached(requests[0][0]),
-        )
+        return ImageCall(self._settings(), requests, teller, self._cached(requests[0][0]))
 
-    def _client(self) -> ImagesClient:
-        if self._made_client:
-            return self._made_client
+    def _settings(self) -> CallSettings:
+        made = self._made_settings
+        if made is None:
+            made = self._made_settings = self._make_settings()
+        return made
+
+    def _make_settings(self) -> CallSettings:
         from langchain_cogview.api.client import client_of  # noqa: PLC0415
+        from langchain_cogview.drawing import CallSettings  # noqa: PLC0415
 
         if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
             self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
-        self._made_client = client_of(
+        client = client_of(
             self._base_url,
             self._key,
             max_concurrency=self.max_concurrency,
@@ -384,7 +372,25 @@ class ConfiguredGenerator(Base):
             http_client=self.http_client,
             http_async_client=self.http_async_client,
         )
-        return self._made_client
+        return CallSettings(
+            client=client,
+            base_url=self._base_url,
+            timeout=cast("float | None", self.timeout),
+            download=self.download,
+            folder=self._folder,
+            allowed_hosts=self.allowed_image_hosts,
+            use_tasks=self.use_tasks,
+            poll_interval=self.poll_interval,
+            price=partial(_price_of, region=self._region, prices=self.prices),
+            include_prompt=self.include_prompt_in_events,
+        )
+
+
+def _price_of(model: str, region: Region, prices: Mapping[str, Decimal] | None) -> tuple[Decimal | None, str]:
+    info = model_info(model)
+    own = {model_info(each).name: amount for each, amount in prices.items()} if prices else {}
+    listed = info.price(region)
+    return own.get(info.name, listed[0] if listed else None), currency_of(region)
 
 
 def _check_names(values: dict[str, Any], known: Any) -> None:

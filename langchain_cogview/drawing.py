@@ -61,12 +61,10 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageCall:
-    """How one picture is made; each `draw` is one paid call under a request id of its own.
+class CallSettings:
+    """How pictures are made: the same for all calls of a generator.
 
     Attributes:
-        requests: What is asked for; then the same for other models, for when the one before did not run. With each, what
-            to tell of it.
         client: Makes the paid call.
         base_url: Where the service is; tells which links may be fetched.
         timeout: Seconds for call, download and saving together, from its place in flight on; None: no limit.
@@ -76,12 +74,9 @@ class ImageCall:
         use_tasks: Whether the task endpoint is used; `auto`: where the catalog says that the model allows it.
         poll_interval: Seconds between two polls of a task.
         price: Of a model's picture: amount (None where unknown) and currency.
-        teller: Sends the events.
         include_prompt: Whether content filter events hold the prompt.
-        cache: Where the request's pictures are looked up first; None: each is paid.
     """
 
-    requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...]
     client: ImagesClient
     base_url: str
     timeout: float | None
@@ -91,8 +86,24 @@ class ImageCall:
     use_tasks: Literal["auto"] | bool
     poll_interval: float
     price: Callable[[str], tuple[Decimal | None, str]]
-    teller: Teller
     include_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCall:
+    """How one picture is made; each `draw` is one paid call under a request id of its own.
+
+    Attributes:
+        settings: Of the generator.
+        requests: What is asked for; then the same for other models, for when the one before did not run. With each, what
+            to tell of it.
+        teller: Sends the events.
+        cache: Where the request's pictures are looked up first; None: each is paid.
+    """
+
+    settings: CallSettings
+    requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...]
+    teller: Teller
     cache: CachedRequest | None = None
 
     @property
@@ -116,7 +127,7 @@ class ImageCall:
         hit = self.cache.lookup(index, self._refetched)
         if hit is None:
             # Who waits here for another's equal request holds no place in flight.
-            with self.cache.turn(index, self.timeout or _TURN_SECONDS):
+            with self.cache.turn(index, self.settings.timeout or _TURN_SECONDS):
                 hit = self.cache.lookup(index, self._refetched)
                 if hit is None:
                     outcome = self._new()
@@ -133,7 +144,7 @@ class ImageCall:
             return await self._anew()
         hit = await self.cache.alookup(index, self._arefetched)
         if hit is None:
-            async with self.cache.aturn(index, self.timeout or _TURN_SECONDS):
+            async with self.cache.aturn(index, self.settings.timeout or _TURN_SECONDS):
                 hit = await self.cache.alookup(index, self._arefetched)
                 if hit is None:
                     outcome = await self._anew()
@@ -145,7 +156,7 @@ class ImageCall:
         return [hit]
 
     def _new(self) -> ImageOutcome:
-        watch = self._watch(Deadline(self.timeout, started=False))
+        watch = self._watch(Deadline(self.settings.timeout, started=False))
         try:
             drawn = self._drawn(watch)
         except Exception as error:  # noqa: BLE001
@@ -154,7 +165,7 @@ class ImageCall:
         return self._kept(drawn, watch)
 
     async def _anew(self) -> ImageOutcome:
-        watch = self._watch(Deadline(self.timeout, started=False))
+        watch = self._watch(Deadline(self.settings.timeout, started=False))
         try:
             drawn = await self._adrawn(watch)
         except Exception as error:  # noqa: BLE001
@@ -164,13 +175,13 @@ class ImageCall:
 
     def submit(self) -> tuple[str, str]:
         """Submit a task; gives its id and the request id."""
-        watch = self._watch(Deadline(self.timeout, started=False))
+        watch = self._watch(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, watch.request_id)
         return self.tasks().submit(body, watch.deadline, watch), watch.request_id
 
     async def asubmit(self) -> tuple[str, str]:
         """Submit a task. The twin of `submit`."""
-        watch = self._watch(Deadline(self.timeout, started=False))
+        watch = self._watch(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, watch.request_id)
         return await self.tasks().asubmit(body, watch.deadline, watch), watch.request_id
 
@@ -237,16 +248,20 @@ class ImageCall:
         raise error
 
     def _client(self, model: str) -> ImagesClient | TasksClient:
-        wanted = model_info(model).tasks if self.use_tasks == "auto" else self.use_tasks
-        return self.tasks() if wanted else self.client
+        wanted = model_info(model).tasks if self.settings.use_tasks == "auto" else self.settings.use_tasks
+        return self.tasks() if wanted else self.settings.client
 
     def tasks(self) -> TasksClient:
         """The task endpoint of the same service."""
-        return TasksClient(self.client, self.poll_interval, plain_route=self.use_tasks == "auto")
+        return TasksClient(
+            self.settings.client, self.settings.poll_interval, plain_route=self.settings.use_tasks == "auto"
+        )
 
     def _watch(self, deadline: Deadline, request_id: str | None = None) -> CallWatch:
-        prompt = self.request.prompt if self.include_prompt else None
-        return CallWatch(self.teller, self.price, prompt, deadline, request_id or str(uuid.uuid4()), self.request.model)
+        prompt = self.request.prompt if self.settings.include_prompt else None
+        return CallWatch(
+            self.teller, self.settings.price, prompt, deadline, request_id or str(uuid.uuid4()), self.request.model
+        )
 
     # --- the picture's bytes and record
 
@@ -269,18 +284,18 @@ class ImageCall:
         return images
 
     def _fetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
-        if not self.download:
+        if not self.settings.download:
             return None
         try:
-            return fetch(sender(self.base_url), url, **self._way(deadline, label))
+            return fetch(sender(self.settings.base_url), url, **self._way(deadline, label))
         except Exception as error:  # noqa: BLE001
             return _download_error(error)
 
     async def _afetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
-        if not self.download:
+        if not self.settings.download:
             return None
         try:
-            return await afetch(asender(self.base_url), url, **self._way(deadline, label))
+            return await afetch(asender(self.settings.base_url), url, **self._way(deadline, label))
         except Exception as error:  # noqa: BLE001
             return _download_error(error)
 
@@ -291,13 +306,13 @@ class ImageCall:
         return await self._afetched(url, Deadline(_REFETCH_SECONDS), "")
 
     def _way(self, deadline: Deadline, label: str) -> dict[str, Any]:
-        rules = LinkRules(base_host=base_host(self.base_url), allowed_hosts=self.allowed_hosts)
-        return {"deadline": deadline, "folder": self.folder, "label": label, "rules": rules}
+        rules = LinkRules(base_host=base_host(self.settings.base_url), allowed_hosts=self.settings.allowed_hosts)
+        return {"deadline": deadline, "folder": self.settings.folder, "label": label, "rules": rules}
 
     def _image(
         self, drawn: Drawn, watch: CallWatch, url: str, picture: Picture | CogViewError | None
     ) -> GeneratedImage:
-        request, reply = drawn.request, drawn.reply
+        settings, request, reply = self.settings, drawn.request, drawn.reply
         notes = [*drawn.notes, *reply.warnings]
         made: dict[str, Any] = {}
         content = None
@@ -314,12 +329,12 @@ class ImageCall:
             }
             if picture.problem:
                 notes.append(
-                    f"The picture could not be saved in output_dir ({printable(str(self.folder), 120)}): {picture.problem}. "
+                    f"The picture could not be saved in output_dir ({printable(str(settings.folder), 120)}): {picture.problem}. "
                     "Its bytes are in memory: call save(path)."
                 )
         elif picture is not None:
             notes.append(f"{picture.message} {picture.hint}".strip())
-        amount, currency = self.price(request.model)
+        amount, currency = settings.price(request.model)
         return GeneratedImage(
             id=watch.label if len(reply.urls) == 1 else uuid.uuid4().hex[:8],
             url=url,
@@ -339,7 +354,7 @@ class ImageCall:
             sandbox=reply.sandbox,
             warnings=tuple(notes),
             **made,
-        ).with_content(content, self.base_url, self.allowed_hosts, getattr(self.folder, "options", None))
+        ).with_content(content, settings.base_url, settings.allowed_hosts, getattr(settings.folder, "options", None))
 
 
 def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[str, ...]:

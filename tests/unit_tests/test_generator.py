@@ -371,7 +371,7 @@ def test_a_pickled_generator_finds_its_key_where_it_arrives(monkeypatch):
     with pytest.raises(CogViewConfigurationError, match="no API key"):
         generator.invoke("x")
     monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
-    assert generator._client().endpoint.api_key.get_secret_value() == FAKE_KEY
+    assert generator._settings().client.endpoint.api_key.get_secret_value() == FAKE_KEY
 
 
 def test_what_was_injected_refuses_to_be_pickled_and_is_shared_by_a_copy():
