@@ -7,7 +7,7 @@ from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
-from langchain_core.callbacks import CallbackManager
+from langchain_core.callbacks import BaseCallbackManager, CallbackManager
 from langchain_core.runnables import RunnableConfig, ensure_config
 
 from langchain_cogview.api.settings import is_sandbox
@@ -182,6 +182,7 @@ class CogViewImageGenerator(ManyRequestsGenerator):
         await self.aclose()
 
     # --- one run. One that no handler hears is not made into a LangChain run, which costs as much as a third of the request.
+    # What a call needs is imported here and below, with the first call: a tool is made in milliseconds without it.
 
     def _run(self, work: Callable[..., ImageResult], given: ImageInput, config: RunnableConfig) -> ImageResult:
         from langchain_cogview import live  # noqa: PLC0415
@@ -190,7 +191,7 @@ class CogViewImageGenerator(ManyRequestsGenerator):
         made: list[ImageResult] = []
         with live.call(config) as told:
             try:
-                if not CallbackManager.configure(config["callbacks"]).handlers:
+                if not _is_heard(config):
                     result = work(given, None, config, made=made)
                 else:
                     result = self._call_with_config(partial(work, made=made), given, config, run_type="llm")
@@ -209,7 +210,7 @@ class CogViewImageGenerator(ManyRequestsGenerator):
         made: list[ImageResult] = []
         with live.call(config) as told:
             try:
-                if not CallbackManager.configure(config["callbacks"]).handlers:
+                if not _is_heard(config):
                     result = await work(given, None, config, made=made)
                 else:
                     result = await self._acall_with_config(partial(work, made=made), given, config, run_type="llm")
@@ -386,6 +387,13 @@ class CogViewImageGenerator(ManyRequestsGenerator):
         )
         made.append(result)
         return result
+
+
+def _is_heard(config: RunnableConfig) -> bool:
+    """Whether a handler hears of the run: one that was given, or one that LangChain adds by itself, such as a tracer."""
+    given = config["callbacks"]
+    own = given.handlers if isinstance(given, BaseCallbackManager) else given
+    return bool(own) or bool(CallbackManager.configure().handlers)
 
 
 def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:
