@@ -11,7 +11,6 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list, merge_configs
 
-from langchain_cogview.configuration import ConfiguredGenerator
 from langchain_cogview.errors import CogViewError
 from langchain_cogview.many import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
 from langchain_cogview.request import ImageRequest
@@ -19,8 +18,11 @@ from langchain_cogview.request import ImageRequest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from langchain_cogview.configuration import ConfiguredGenerator
     from langchain_cogview.inputs import ImageInput
     from langchain_cogview.result import ImageResult
+else:  # beside its settings, so that pydantic makes one class of both
+    ConfiguredGenerator = object
 
 
 def without_key(config: Any) -> Any:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
-from typing import Final, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Region = Literal["china", "international"]
 Quality = Literal["standard", "hd"]
@@ -34,8 +37,7 @@ def currency_of(region: Region) -> str:
     return "CNY" if region == "china" else "USD"
 
 
-@dataclass(frozen=True, slots=True)
-class SizeRule:
+class SizeRule(NamedTuple):
     """Which custom sizes a model takes: each side in pixels, and the product of both."""
 
     multiple: int
@@ -77,8 +79,7 @@ class SizeRule:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(NamedTuple):
     """What is known of one model.
 
     Attributes:
@@ -99,7 +100,7 @@ class ModelInfo:
     sizes: tuple[str, ...] = ()
     rule: SizeRule | None = None
     qualities: tuple[Quality, ...] = ("standard", "hd")
-    prices: dict[str, Decimal] = field(default_factory=dict)
+    prices: Mapping[str, Decimal] = MappingProxyType({})
     in_flight: int = 5
     max_prompt_characters: int | None = None
     tasks: bool = False

@@ -13,7 +13,7 @@ from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.batches import ManyRequestsGenerator, without_key
 from langchain_cogview.catalog import model_info
-from langchain_cogview.configuration import REQUEST_DEFAULTS
+from langchain_cogview.configuration import REQUEST_DEFAULTS, ConfiguredGenerator
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class CogViewImageGenerator(ManyRequestsGenerator):
+class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
     """Pictures from Zhipu's CogView endpoint, as a Runnable.
 
     Setup:
