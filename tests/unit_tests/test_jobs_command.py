@@ -328,6 +328,23 @@ def test_on_a_terminal_there_is_a_bar_which_can_be_left_out(folder):
     assert "\x1b[" not in seen
 
 
+def with_a_key() -> dict[str, str]:
+    return dict(os.environ) | {"ZHIPUAI_API_KEY": KEY}
+
+
+def started(*arguments: str, folder: Path) -> subprocess.Popen:
+    """The real command, under way, which minds Ctrl-C as in a terminal."""
+    return subprocess.Popen(
+        [*MODULE, *arguments],
+        cwd=folder,
+        env=with_a_key(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
     (folder / "p.txt").write_text("a\nb\nc [[slow:60]]\nd\n")
@@ -336,16 +353,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
             *("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url),
             *("--max-concurrency", "1", "--no-progress"),
         )
-        environment = dict(os.environ) | {"ZHIPUAI_API_KEY": KEY}
-        process = subprocess.Popen(
-            [*MODULE, *arguments],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        process = started(*arguments, folder=folder)
         manifest_file = folder / "out" / "manifest.jsonl"
         # One request at a time, in the order in which threads come to their turn: the slow one holds up those behind it.
         while process.poll() is None and "c [[slow:60]]" not in [request.prompt for request in sandbox.requests]:
@@ -361,7 +369,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
         assert "Interrupted. What was finished is in the manifest" in stderr
         assert "Traceback" not in stderr
         assert KEY not in stderr
-        again = command(*arguments, "--json", folder=folder, env=environment)
+        again = command(*arguments, "--json", folder=folder, env=with_a_key())
         report = json.loads(again.stdout)
         assert again.returncode == 7
         assert (report["made"], report["skipped"], [each["line"] for each in report["unknown"]]) == (
@@ -377,16 +385,7 @@ def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(fold
     (folder / "p.txt").write_text("".join(f"picture {n} [[slow:1]]\n" for n in range(12)))
     with Sandbox() as sandbox, SandboxServer(sandbox) as server:
         arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")
-        environment = dict(os.environ) | {"ZHIPUAI_API_KEY": KEY}
-        process = subprocess.Popen(
-            [*MODULE, *arguments],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        process = started(*arguments, folder=folder)
         while process.poll() is None and len(sandbox.requests) < 5:
             time.sleep(0.01)
         process.send_signal(number)
@@ -396,6 +395,6 @@ def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(fold
         made = len((folder / "out" / "manifest.jsonl").read_text().splitlines())
         assert made == sandbox.pictures_made == len(sandbox.requests)
         assert f"{made} prompts made" in stderr
-        again = json.loads(command(*arguments, "--json", folder=folder, env=environment).stdout)
+        again = json.loads(command(*arguments, "--json", folder=folder, env=with_a_key()).stdout)
         assert (again["made"], again["skipped"], again["unknown"]) == (12 - made, made, [])
         assert sandbox.pictures_made == 12
