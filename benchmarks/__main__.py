@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAMES = {
     "our_abatch": "**langchain-cogview, `abatch`**",
     "our_astream_many": "**langchain-cogview, `astream_many`**",
+    "our_astream_many_heard": "**langchain-cogview, `astream_many`** with a callback handler",
     "our_stream_many": "**langchain-cogview, `stream_many`**",
     "our_batch": "**langchain-cogview, `batch`**",
     "our_generator_sync": "**langchain-cogview, `generator.invoke`**",
@@ -159,7 +160,7 @@ def at_once(rounds: int, *, quick: bool) -> None:
 def machinery(rounds: int, *, quick: bool) -> None:
     """Runs that sleep in place of a request."""
     counts, places = ((100, 200), 20) if quick else ((1000, 10_000), 256)
-    names = ["our_astream_many", "our_abatch", "langchain_abatch"]
+    names = ["our_astream_many", "our_abatch", "our_astream_many_heard", "langchain_abatch"]
     found = [
         Rounds(names, rounds, lambda name, n=count: fresh("machinery", client=name, count=n, places=places))
         for count in counts

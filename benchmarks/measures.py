@@ -208,37 +208,41 @@ def machinery(client: str, count: int, places: int) -> dict[str, Any]:
 
 def _sleeping_runs(client: str, places: int) -> tuple[Callable[[int], Coroutine[Any, Any, None]], int]:
     """A function that makes so many runs, and how many are under way at once."""
+    from langchain_core.callbacks import AsyncCallbackHandler
     from langchain_core.runnables import RunnableLambda
 
     from langchain_cogview import CogViewImageGenerator
 
     result = CogViewImageGenerator(base_url="sandbox:", download=False).invoke("a kitten")
 
-    async def sleep(prompt: str) -> Any:
+    async def sleep(*_: Any, **__: Any) -> Any:
         await asyncio.sleep(SLEEP)
         return result
 
     class Sleeping(CogViewImageGenerator):
-        async def ainvoke(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
-            return await self._acall_with_config(sleep, input, config)
+        _adraw = sleep
 
     generator = Sleeping(base_url="sandbox:", download=False, max_concurrency=places)
+    config: Any = {"callbacks": [AsyncCallbackHandler()]} if client.endswith("_heard") else None
 
     async def astream_many(count: int) -> None:
-        async for _ in generator.astream_many(f"a kitten {number}" for number in range(count)):
+        async for _ in generator.astream_many((f"a kitten {number}" for number in range(count)), config):
             pass
 
     async def abatch(count: int) -> None:
-        await generator.abatch([f"a kitten {number}" for number in range(count)])
+        await generator.abatch([f"a kitten {number}" for number in range(count)], config)
+
+    async def sleep_for(prompt: str) -> Any:
+        return await sleep()
 
     async def langchain_abatch(count: int) -> None:
-        await RunnableLambda(sleep).abatch(
+        await RunnableLambda(sleep_for).abatch(
             [f"a kitten {number}" for number in range(count)], {"max_concurrency": places}
         )
 
     if client == "langchain_abatch":
         return langchain_abatch, places
-    return {"our_astream_many": astream_many, "our_abatch": abatch}[client], generator.places()
+    return astream_many if client.startswith("our_astream_many") else abatch, generator.places()
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------

@@ -189,12 +189,17 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         from langchain_cogview.images.previews import remember  # noqa: PLC0415
 
         made: list[ImageResult] = []
+
+        def heard(given: ImageInput, run_manager: Any, config: RunnableConfig) -> ImageResult:
+            # A function with few parameters: LangChain inspects it at every run.
+            return work(given, run_manager, config, made=made)
+
         with live.call(config) as told:
             try:
                 if not _is_heard(config):
                     result = work(given, None, config, made=made)
                 else:
-                    result = self._call_with_config(partial(work, made=made), given, config, run_type="llm")
+                    result = self._call_with_config(heard, given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
@@ -208,12 +213,17 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         from langchain_cogview.images.previews import aremember  # noqa: PLC0415
 
         made: list[ImageResult] = []
+
+        async def heard(given: ImageInput, run_manager: Any, config: RunnableConfig) -> ImageResult:
+            result: ImageResult = await work(given, run_manager, config, made=made)
+            return result
+
         with live.call(config) as told:
             try:
                 if not _is_heard(config):
                     result = await work(given, None, config, made=made)
                 else:
-                    result = await self._acall_with_config(partial(work, made=made), given, config, run_type="llm")
+                    result = await self._acall_with_config(heard, given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
