@@ -21,6 +21,7 @@ HEAD_BYTES: Final = 2**16
 BODY_BYTES: Final = 2**18
 """What is asked of a connection at once for the rest; of a picture of megabytes less would cost half as much time again."""
 _MOST_HEAD: Final = 100 * 1024
+_END: Final = h11.EndOfMessage()
 
 
 class Conversation:
@@ -42,7 +43,7 @@ class Conversation:
                 (
                     connection.send(head) or b"",
                     connection.send(h11.Data(data=request.content)) or b"",
-                    connection.send(h11.EndOfMessage()) or b"",
+                    connection.send(_END) or b"",
                 )
             )
         except h11.LocalProtocolError as error:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import select
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import httpcore
@@ -57,123 +58,104 @@ class Framing:
         return self._received == self._head_size + int(content_length or "")
 
 
-class _Received(asyncio.Protocol):
-    """What came over a connection and is not read yet; beyond 256 kB the sender has to wait."""
+class AsyncStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
+    """One connection; what came over it and is not read yet, and beyond 256 kB the sender has to wait.
 
-    def __init__(self) -> None:
+    Time limits are the caller's: `asyncio.timeout` around the whole exchange.
+    """
+
+    def __init__(self, framing: Callable[[], Framing | None]) -> None:
+        self._new_framing = framing
+        self._framing = framing()
         self._chunks: deque[bytes] = deque()
         self._size = 0
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._paused = False
-        self.over = False
-        self.error: Exception | None = None
-        self.transport: Any = None
+        self._over = False
+        self._error: Exception | None = None
+        self._transport: Any = None
 
     # --- the event loop's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        """Start."""
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """Keep what came."""
         self._chunks.append(data)
         self._size += len(data)
         if self._size > _MOST_WAITING and not self._paused:
             self._paused = True
-            self.transport.pause_reading()
+            self._transport.pause_reading()
         _wake(self._reader)
 
     def eof_received(self) -> None:
-        self.over = True
+        """The other side has said all; asyncio closes the connection."""
+        self._over = True
         _wake(self._reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.over = True
-        self.error = exc
+        """End."""
+        self._over = True
+        self._error = exc
         _wake(self._reader)
         _wake(self._room)
 
     def pause_writing(self) -> None:
+        """The other side takes no more for the moment."""
         self._room = asyncio.get_running_loop().create_future()
 
     def resume_writing(self) -> None:
+        """It does again."""
         _wake(self._room)
         self._room = None
 
     # --- the reader's and writer's side
 
-    @property
-    def waiting(self) -> bool:
-        """Whether something, be it the end, came and was not read."""
-        return bool(self._chunks) or self.over
-
-    async def next(self, most: int) -> bytes:
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
         """The next bytes; none at the end."""
         while not self._chunks:
-            if self.error is not None:
-                raise self.error
-            if self.over:
+            if isinstance(self._error, OSError):
+                raise httpcore.ReadError(str(self._error)) from self._error
+            if self._error is not None:
+                raise self._error
+            if self._over:
                 return b""
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         chunk = self._chunks.popleft()
-        if len(chunk) > most:
-            self._chunks.appendleft(chunk[most:])
-            chunk = chunk[:most]
+        if len(chunk) > max_bytes:
+            self._chunks.appendleft(chunk[max_bytes:])
+            chunk = chunk[:max_bytes]
         self._size -= len(chunk)
         if self._paused and self._size <= _MOST_WAITING:
             self._paused = False
-            self.transport.resume_reading()
-        return chunk
-
-    async def room(self) -> None:
-        """Wait until what was written is on its way."""
-        if self._room is not None:
-            await self._room
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
-
-
-class AsyncStream(httpcore.AsyncNetworkStream):
-    """One connection. Time limits are the caller's: `asyncio.timeout` around the whole exchange."""
-
-    def __init__(self, received: _Received, framing: Callable[[], Framing | None]) -> None:
-        self._received, self._new_framing = received, framing
-        self._framing = framing()
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
-        """The next bytes; none at the end."""
-        try:
-            chunk = await self._received.next(max_bytes)
-        except OSError as error:
-            raise httpcore.ReadError(str(error)) from error
+            self._transport.resume_reading()
         if self._framing:
             self._framing.received(chunk)
         return chunk
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Send bytes."""
+        """Send bytes; waits until they are on their way."""
         if not buffer:
             return
         if self._framing:
             self._framing.sent()
-        transport = self._received.transport
-        if transport.is_closing():
-            raise httpcore.WriteError(str(self._received.error or "The connection was closed."))
-        transport.write(buffer)
-        await self._received.room()
+        if self._transport.is_closing():
+            raise httpcore.WriteError(str(self._error or "The connection was closed."))
+        self._transport.write(buffer)
+        if self._room is not None:
+            await self._room
 
     async def aclose(self) -> None:
         """Close; what was not sent is thrown away."""
-        transport = self._received.transport
         try:
-            transport.close()
+            self._transport.close()
             await asyncio.sleep(0)  # the goodbye of TLS
         finally:
-            transport.abort()
+            self._transport.abort()
 
     async def start_tls(
         self,
@@ -183,36 +165,46 @@ class AsyncStream(httpcore.AsyncNetworkStream):
     ) -> httpcore.AsyncNetworkStream:
         """Go on encrypted; a handshake that fails or is cancelled closes the connection."""
         loop = asyncio.get_running_loop()
-        inner = self._received.transport
-        received = _Received()
-        if self._received.waiting:
+        inner = self._transport
+        encrypted = AsyncStream(self._new_framing)
+        if self._waiting:
             inner.abort()
             raise httpcore.ConnectError("The server spoke, or left, before the TLS handshake.")
         try:
-            received.transport = await loop.start_tls(inner, received, ssl_context, server_hostname=server_hostname)
+            encrypted._transport = await loop.start_tls(inner, encrypted, ssl_context, server_hostname=server_hostname)
         except OSError as error:
             inner.abort()
             raise httpcore.ConnectError(str(error)) from error
         except BaseException:
             inner.abort()
             raise
-        return AsyncStream(received, self._new_framing)
+        return encrypted
 
     def get_extra_info(self, info: str) -> Any:
         """As httpcore names it."""
         if info == "is_readable":
-            return self._received.waiting or self._received.transport.is_closing() or self._has_come()
+            return self._waiting or self._transport.is_closing() or self._has_come()
         names = {"client_addr": "sockname", "server_addr": "peername"}
-        return self._received.transport.get_extra_info(names.get(info, info))
+        return self._transport.get_extra_info(names.get(info, info))
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether something, be it the end, came and was not read."""
+        return bool(self._chunks) or self._over
 
     def _has_come(self) -> bool:
         """Whether the system holds something that the loop has not looked at yet, such as the other side's goodbye."""
-        socket = self._received.transport.get_extra_info("socket")
+        socket = self._transport.get_extra_info("socket")
         if not hasattr(select, "poll"):  # Windows
             return bool(select.select([socket], [], [], 0)[0])
         poll = select.poll()
         poll.register(socket, select.POLLIN)
         return bool(poll.poll(0))
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 async def connected(address: str, port: int, framing: Callable[[], Framing | None]) -> AsyncStream:
@@ -227,8 +219,8 @@ async def connected(address: str, port: int, framing: Callable[[], Framing | Non
         httpcore.ConnectError: As the system says.
     """
     try:
-        _, received = await asyncio.get_running_loop().create_connection(_Received, address, port)
+        _, stream = await asyncio.get_running_loop().create_connection(partial(AsyncStream, framing), address, port)
     except OSError as error:
         said = f"[Errno {error.errno}] {os.strerror(error.errno)}" if error.errno else str(error)
         raise httpcore.ConnectError(said) from error
-    return AsyncStream(received, framing)
+    return stream

@@ -90,8 +90,10 @@ class _SyncSlot:
         stage("send")
         with contextlib.suppress(httpcore.WriteError):  # a server may answer before it has read everything, and close
             self._stream.write(self._http.request(request), limits.get("write"))
-        while (head := self._http.head()) is None:
+        head = None
+        while head is None:
             self._http.received(self._stream.read(HEAD_BYTES, self._patience))
+            head = self._http.head()
         stage("answer")
         return head
 
@@ -209,8 +211,10 @@ class _AsyncSlot:
         stage("send")
         with contextlib.suppress(httpcore.WriteError):
             await self._stream.write(self._http.request(request))
-        while (head := self._http.head()) is None:
+        head = None
+        while head is None:
             self._http.received(await self._stream.read(HEAD_BYTES))
+            head = self._http.head()
         stage("answer")
         return head
 
