@@ -189,17 +189,12 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         from langchain_cogview.images.previews import remember  # noqa: PLC0415
 
         made: list[ImageResult] = []
-
-        def heard(given: ImageInput, run_manager: Any, config: RunnableConfig) -> ImageResult:
-            # A function with few parameters: LangChain inspects it at every run.
-            return work(given, run_manager, config, made=made)
-
         with live.call(config) as told:
             try:
                 if not _is_heard(config):
                     result = work(given, None, config, made=made)
                 else:
-                    result = self._call_with_config(heard, given, config, run_type="llm")
+                    result = self._call_with_config(_heard(work, made), given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
@@ -213,17 +208,12 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         from langchain_cogview.images.previews import aremember  # noqa: PLC0415
 
         made: list[ImageResult] = []
-
-        async def heard(given: ImageInput, run_manager: Any, config: RunnableConfig) -> ImageResult:
-            result: ImageResult = await work(given, run_manager, config, made=made)
-            return result
-
         with live.call(config) as told:
             try:
                 if not _is_heard(config):
                     result = await work(given, None, config, made=made)
                 else:
-                    result = await self._acall_with_config(heard, given, config, run_type="llm")
+                    result = await self._acall_with_config(_aheard(work, made), given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
@@ -397,6 +387,23 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         )
         made.append(result)
         return result
+
+
+# LangChain inspects what it runs at every run: a function with few parameters takes it half as long as a partial one.
+
+
+def _heard(work: Callable[..., ImageResult], made: list[ImageResult]) -> Callable[..., ImageResult]:
+    def run(given: ImageInput, run_manager: Any, config: RunnableConfig) -> ImageResult:
+        return work(given, run_manager, config, made=made)
+
+    return run
+
+
+def _aheard(work: Callable[..., Any], made: list[ImageResult]) -> Callable[..., Any]:
+    async def run(given: ImageInput, run_manager: Any, config: RunnableConfig) -> Any:
+        return await work(given, run_manager, config, made=made)
+
+    return run
 
 
 def _is_heard(config: RunnableConfig) -> bool:
