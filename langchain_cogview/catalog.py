@@ -11,7 +11,6 @@ import math
 import re
 from datetime import date
 from decimal import Decimal
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class ModelInfo(NamedTuple):
         sizes: The documented sizes, `WIDTHxHEIGHT` in pixels; the first is the default.
         rule: Which other sizes are legal; None where nothing is known.
         qualities: Allowed values of `quality`; the first is the default.
-        prices: Per picture, by ISO currency code; empty where unknown.
+        prices: Per picture, by ISO currency code; None where unknown.
         in_flight: Requests under way at once that an ordinary account is allowed.
         max_prompt_characters: None where no limit is documented.
         tasks: Whether the task endpoint takes it.
@@ -100,7 +99,7 @@ class ModelInfo(NamedTuple):
     sizes: tuple[str, ...] = ()
     rule: SizeRule | None = None
     qualities: tuple[Quality, ...] = ("standard", "hd")
-    prices: Mapping[str, Decimal] = MappingProxyType({})
+    prices: Mapping[str, Decimal] | None = None
     in_flight: int = 5
     max_prompt_characters: int | None = None
     tasks: bool = False
@@ -114,7 +113,7 @@ class ModelInfo(NamedTuple):
     def price(self, region: Region) -> tuple[Decimal, str] | None:
         """The price of one picture and its currency on a platform; None where unknown."""
         currency = currency_of(region)
-        amount = self.prices.get(currency)
+        amount = (self.prices or {}).get(currency)
         return None if amount is None else (amount, currency)
 
 

@@ -78,7 +78,7 @@ class ConfiguredGenerator(Base):
         arbitrary_types_allowed=True,
         hide_input_in_errors=True,
         protected_namespaces=(),
-        # Three classes stand over each other, and only the last is ever made: its schema alone is built, when it is.
+        # This class is never made, only the generator below it: its schema alone is built, when it is.
         defer_build=True,
     )
 

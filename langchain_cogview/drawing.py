@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -85,7 +85,9 @@ class CallSettings:
     allowed_hosts: tuple[str, ...] | None
     use_tasks: Literal["auto"] | bool
     poll_interval: float
-    price: Callable[[str], tuple[Decimal | None, str]]
+    price: Callable[[str], tuple[Decimal | None, str]] = field(
+        compare=False
+    )  # equal generators stay so once they were called
     include_prompt: bool
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
-from langchain_core.callbacks import BaseCallbackManager, CallbackManager
 from langchain_core.runnables import RunnableConfig, ensure_config
 
 from langchain_cogview.api.settings import is_sandbox
@@ -186,15 +185,16 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
 
     def _run(self, work: Callable[..., ImageResult], given: ImageInput, config: RunnableConfig) -> ImageResult:
         from langchain_cogview import live  # noqa: PLC0415
+        from langchain_cogview.events import heard, is_heard  # noqa: PLC0415
         from langchain_cogview.images.previews import remember  # noqa: PLC0415
 
         made: list[ImageResult] = []
         with live.call(config) as told:
             try:
-                if not _is_heard(config):
+                if not is_heard(config):
                     result = work(given, None, config, made=made)
                 else:
-                    result = self._call_with_config(_heard(work, made), given, config, run_type="llm")
+                    result = self._call_with_config(heard(work, made), given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
@@ -205,15 +205,16 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
 
     async def _arun(self, work: Callable[..., Any], given: ImageInput, config: RunnableConfig) -> ImageResult:
         from langchain_cogview import live  # noqa: PLC0415
+        from langchain_cogview.events import heard, is_heard  # noqa: PLC0415
         from langchain_cogview.images.previews import aremember  # noqa: PLC0415
 
         made: list[ImageResult] = []
         with live.call(config) as told:
             try:
-                if not _is_heard(config):
+                if not is_heard(config):
                     result = await work(given, None, config, made=made)
                 else:
-                    result = await self._acall_with_config(_aheard(work, made), given, config, run_type="llm")
+                    result = await self._acall_with_config(heard(work, made), given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
@@ -387,30 +388,6 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         )
         made.append(result)
         return result
-
-
-# LangChain inspects what it runs at every run: a function with few parameters takes it half as long as a partial one.
-
-
-def _heard(work: Callable[..., ImageResult], made: list[ImageResult]) -> Callable[..., ImageResult]:
-    def run(given: ImageInput, run_manager: Any, config: RunnableConfig) -> ImageResult:
-        return work(given, run_manager, config, made=made)
-
-    return run
-
-
-def _aheard(work: Callable[..., Any], made: list[ImageResult]) -> Callable[..., Any]:
-    async def run(given: ImageInput, run_manager: Any, config: RunnableConfig) -> Any:
-        return await work(given, run_manager, config, made=made)
-
-    return run
-
-
-def _is_heard(config: RunnableConfig) -> bool:
-    """Whether a handler hears of the run: one that was given, or one that LangChain adds by itself, such as a tracer."""
-    given = config["callbacks"]
-    own = given.handlers if isinstance(given, BaseCallbackManager) else given
-    return bool(own) or bool(CallbackManager.configure().handlers)
 
 
 def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:

@@ -1,7 +1,8 @@
 """A request and a response as the transports and their callers need them, in place of httpx's.
 
-httpx's own take an eighth of a call: they copy and parse what is known, and guard against uses that there are none of here. An
-injected client, and the sandbox, still give and take httpx's, which have what is named here under the same names.
+httpx's own take an eighth of a call: they copy and parse what is known, and guard against uses that there are none of here.
+httpx's requests come from the download and the doctor's probe, and go to the sandbox and to injected clients, whose responses
+are httpx's too; they have what is named here under the same names.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ class PlainResponse:
 
     Attributes:
         status_code: HTTP's.
+        is_closed: Whether its connection was let go.
         headers: By name, in small letters; what came several times is joined by commas.
     """
 
-    __slots__ = ("_body", "_done", "headers", "status_code")
+    __slots__ = ("_body", "_done", "headers", "is_closed", "status_code")
 
     content = b""
     """What was read already."""
-    is_closed = False
     is_stream_consumed = False
 
     def __init__(self, head: Head, body: Any, done: Callable[[], Any]) -> None:
@@ -75,6 +76,7 @@ class PlainResponse:
             name, text = each.decode("latin-1").lower(), value.decode("latin-1")
             self.headers[name] = f"{self.headers[name]}, {text}" if name in self.headers else text
         self._body, self._done = body, done
+        self.is_closed = False
 
     def iter_raw(self) -> Iterator[bytes]:
         """The body as it comes."""
@@ -87,12 +89,16 @@ class PlainResponse:
         return body
 
     def close(self) -> None:
-        """Let the connection go: to the next request when the body was read to its end."""
-        self._done()
+        """Let the connection go, once: to the next request when the body was read to its end."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._done()
 
     async def aclose(self) -> None:
         """Let the connection go. The twin of `close`."""
-        await self._done()
+        if not self.is_closed:
+            self.is_closed = True
+            await self._done()
 
 
 AnyRequest = httpx.Request | PlainRequest

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one connection, without I/O: the bytes of a request, and what the bytes of its reply mean. h11 speaks it.
+"""HTTP/1.1 over one connection, without I/O: the bytes of a request, and what the bytes of its reply mean, which h11 reads.
 
 Both transports drive one `Conversation`: they write what `request` gives, and hand over what they read until `head`, and then
 each `chunk`, is there. Above h11 there is no pool, no lock and no turn of the event loop, which take as long as h11 itself.
@@ -37,17 +37,17 @@ class Conversation:
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD)
 
     def request(self, request: AnyRequest) -> bytes:
-        """The bytes of a request whose content is in memory.
+        """The bytes of a request whose content is in memory, and framed as its headers say.
 
         Raises:
-            httpx.LocalProtocolError: A header has a character that HTTP does not allow.
+            httpx.LocalProtocolError: A header would end its line.
         """
         lines = [b"%s: %s\r\n" % field for field in request.headers.raw]
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
-            raise httpx.LocalProtocolError("A header has a character that HTTP does not allow.")
-        # h11 is told of a request with the same method, by which alone it judges the reply. Writing this one itself, it would
-        # look at each header at every call, which takes as long as reading the reply.
+            raise httpx.LocalProtocolError("A header has a line break or a NUL character in it.")
+        # h11 is told of a request with the same method, by which it judges the reply: none here has a Connection header or a
+        # transfer coding. Writing this one itself, it would look at each header at every call, which takes as long as the reply.
         self._h11.send(_request_like(request.method))
         self._h11.send(_END)
         return b"%s %s HTTP/1.1\r\n%s\r\n%s" % (

@@ -1,5 +1,7 @@
 """The table of models agrees with the documentation, and every size that it gives is legal."""
 
+import copy
+import pickle
 from decimal import Decimal
 
 import pytest
@@ -80,3 +82,9 @@ def test_an_unknown_model_passes_and_a_typo_gets_a_suggestion():
     assert model_warning("cogview-4") is None
     assert "gone from" in model_warning("cogview-3-plus")
     assert legal_size(model_info("cogview-9"), "640x480") == "640x480"
+
+
+@pytest.mark.parametrize("name", [*MODELS, "a-model-of-tomorrow"])
+def test_what_is_known_of_a_model_goes_to_other_processes(name):
+    info = model_info(name)
+    assert pickle.loads(pickle.dumps(info)) == copy.deepcopy(info) == info

@@ -11,7 +11,7 @@ import trustme
 
 from langchain_cogview import CogViewConfigurationError, CogViewConnectionError, CogViewImageGenerator
 from langchain_cogview.api.http1 import Conversation
-from langchain_cogview.plain import PlainRequest
+from langchain_cogview.plain import PlainRequest, PlainResponse
 from tests.conftest import FAKE_KEY
 from tests.host import Host, http
 
@@ -150,3 +150,40 @@ def test_a_request_is_written_as_h11_writes_it():
 def test_a_header_that_would_become_two_is_refused(text):
     with pytest.raises(httpx.LocalProtocolError):
         Conversation().request(_request(**{"User-Agent": text}))
+
+
+def test_a_response_that_is_closed_twice_gives_its_connection_back_once():
+    given_back = []
+    response = PlainResponse((200, []), iter([b"x"]), lambda: given_back.append(1))
+    assert not response.is_closed
+    response.close()
+    response.close()
+    assert response.is_closed
+    assert given_back == [1]
+
+
+def test_an_async_response_that_is_closed_twice_gives_its_connection_back_once():
+    given_back = []
+
+    async def done():
+        given_back.append(1)
+
+    async def close():
+        response = PlainResponse((200, []), iter([b"x"]), done)
+        await response.aclose()
+        await response.aclose()
+
+    asyncio.run(close())
+    assert given_back == [1]
+
+
+def test_headers_are_found_in_small_letters_and_joined_where_they_came_twice():
+    response = PlainResponse((200, [(b"Retry-After", b"3"), (b"X-A", b"1"), (b"x-a", b"2")]), iter(()), lambda: None)
+    assert response.headers == {"retry-after": "3", "x-a": "1, 2"}
+
+
+def test_equal_generators_are_equal_after_their_calls_too():
+    with Answering() as server:
+        first, second = (of(f"http://127.0.0.1:{server.port}/v4") for _ in range(2))
+        assert run(first, "invoke").url == run(second, "invoke").url
+    assert first == second
