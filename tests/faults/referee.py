@@ -31,8 +31,8 @@ How = Literal["sync", "async"]
 
 STRICT_SLACK = 0.2
 """Seconds over the time limit that are promised; `python -m tests.faults.table` holds to it."""
-SLACK = 0.6
-"""Seconds over the time limit that the ordinary tests allow, for machines that are busy."""
+SLACK = 3.0
+"""Seconds over the time limit that the ordinary tests allow, for machines that are busy; what hangs would hang for 20."""
 SECRET = KEY.split(".")[1]
 """A part of either half of the key: whoever shows half of it shows this."""
 NUMERIC = re.compile(r"(0[xX])?[0-9a-fA-F]+(\.(0[xX])?[0-9a-fA-F]+){0,3}\.?")
