@@ -168,6 +168,25 @@ def test_a_spoiled_connection_is_not_used_again(fault: Fault, how: How) -> None:
 
 
 @HOWS
+@pytest.mark.parametrize(("fault", "connections"), [(named_picture, 1), (_a_second_reply_behind_the_first, 3)])
+def test_behind_a_proxy_a_connection_is_kept_unless_something_stands_behind_the_reply(
+    fault: Fault, connections: int, how: How, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def thrice(generator: CogViewImageGenerator) -> list[Any]:
+        return [await generator.ainvoke(f"kitten {n}") for n in range(3)]
+
+    with FaultServer(fault) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.origin)
+        with generator_for(proxy, base_url="http://api.invalid/v4") as generator:
+            if how == "async":
+                results = asyncio.run(thrice(generator))
+            else:
+                results = [generator.invoke(f"kitten {n}") for n in range(3)]
+        assert all(of_own_prompt(result, f"kitten {n}") for n, result in enumerate(results))
+        assert (proxy.posts, proxy.connections) == (3, connections)
+
+
+@HOWS
 @pytest.mark.parametrize("fault", [closes_at_once, lambda connection, _: connection.hang()], ids=["closed", "silent"])
 def test_a_good_call_follows_a_bad_one(fault: Fault, how: How) -> None:
     with FaultServer(fault) as server:
