@@ -85,9 +85,8 @@ class CallSettings:
     allowed_hosts: tuple[str, ...] | None
     use_tasks: Literal["auto"] | bool
     poll_interval: float
-    price: Callable[[str], tuple[Decimal | None, str]] = field(
-        compare=False
-    )  # equal generators stay so once they were called
+    # Not compared, as functions never are equal: equal generators stay so once they were called.
+    price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
 
 

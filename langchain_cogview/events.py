@@ -1,4 +1,4 @@
-"""The custom events: names, payloads, best-effort dispatch.
+"""The custom events: names, payloads, best-effort dispatch; and who hears of a run.
 
 LangChain hands them to every handler's `on_custom_event` and to `astream_events`. They are sent after the result is safe; a
 handler that raises is logged and never costs a picture.
