@@ -4,14 +4,11 @@ import asyncio
 import ssl
 import sys
 
-import h11
-import httpx
 import pytest
 import trustme
 
 from langchain_cogview import CogViewConfigurationError, CogViewConnectionError, CogViewImageGenerator
-from langchain_cogview.api.http1 import Conversation
-from langchain_cogview.plain import PlainRequest, PlainResponse
+from langchain_cogview.plain import PlainResponse
 from tests.conftest import FAKE_KEY
 from tests.host import Host, http
 
@@ -127,29 +124,6 @@ def test_a_certificate_of_the_environment_is_trusted(authority, tls, how, monkey
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     with Answering(tls) as server:
         assert run(of(f"https://127.0.0.1:{server.port}/v4"), how).url
-
-
-def _request(**headers):
-    return PlainRequest(
-        "POST",
-        httpx.URL("http://api.invalid:8080/v4/images?x=1 2"),
-        headers={"Authorization": "Bearer key", **headers},
-        content=b'{"prompt": "\xe7\x8c\xab"}',
-        extensions={},
-    )
-
-
-def test_a_request_is_written_as_h11_writes_it():
-    request, h11_connection = _request(), h11.Connection(h11.CLIENT)
-    event = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
-    parts = [h11_connection.send(each) for each in (event, h11.Data(data=request.content), h11.EndOfMessage())]
-    assert Conversation().request(request) == b"".join(parts)
-
-
-@pytest.mark.parametrize("text", ["a\r\nX-Other: b", "a\nb", "a\rb", "a\0b"])
-def test_a_header_that_would_become_two_is_refused(text):
-    with pytest.raises(httpx.LocalProtocolError):
-        Conversation().request(_request(**{"User-Agent": text}))
 
 
 def test_a_response_that_is_closed_twice_gives_its_connection_back_once():
