@@ -31,7 +31,7 @@ that the model is told not to call again by itself.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_core.exceptions import (
     ModelAPIError,
@@ -46,7 +46,8 @@ from langchain_core.exceptions import (
 )
 from langchain_core.tools import ToolException
 
-from langchain_cogview.content_filter import ContentFilter, most_severe
+if TYPE_CHECKING:
+    from langchain_cogview.content_filter import ContentFilter
 
 try:
     from langchain_core.exceptions import ModelRefusalError  # type: ignore[attr-defined,unused-ignore]
@@ -197,6 +198,8 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):
     def __init__(
         self, message: str | None = None, *, content_filter: tuple[ContentFilter, ...] = (), **facts: Any
     ) -> None:
+        from langchain_cogview.content_filter import most_severe  # noqa: PLC0415
+
         self.content_filter = tuple(content_filter)
         worst = most_severe(self.content_filter)
         if message is None and worst is not None:
