@@ -21,7 +21,6 @@ from pydantic import (
     Field,
     PrivateAttr,
     SecretStr,
-    SkipValidation,
     ValidationError,
     WithJsonSchema,
     create_model,
@@ -38,6 +37,10 @@ if TYPE_CHECKING:
 
     from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.result import ImageResult
+
+    Generator = CogViewImageGenerator
+else:  # an instance is used as it is: validating it again would warn again, and take another build of its schema
+    Generator = Any
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,8 +128,7 @@ class CogViewImageTool(BaseTool):
     response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
     handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
     handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
-    # An instance is used as it is: validating it again would warn again.
-    generator: SkipValidation[CogViewImageGenerator]
+    generator: Generator
     content_format: Literal["text", "image_url"] = "text"
     max_images: int | None = Field(default=None, ge=0)
     budget: Decimal | None = Field(default=None, ge=0)
@@ -147,6 +149,13 @@ class CogViewImageTool(BaseTool):
         elif settings:
             raise CogViewConfigurationError(
                 f"{', '.join(sorted(settings))} cannot be given beside generator=.", hint="Set it on the generator."
+            )
+        elif not hasattr(
+            generator, "model"
+        ):  # LangChain's wrappers with a config in them have all of the generator's names
+            raise CogViewConfigurationError(
+                f"generator= takes a CogViewImageGenerator; this is of type {type(generator).__name__}.",
+                hint="Pass the generator itself: max_retries and fallback_models are its own.",
             )
         if own.get("args_schema") is None:
             own["args_schema"] = arguments_schema(generator)

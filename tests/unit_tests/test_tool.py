@@ -170,6 +170,17 @@ def test_a_generator_is_used_as_it_is(generator, sandbox):
         CogViewImageTool(generator=generator, size="square")
 
 
+def test_a_generator_with_a_config_is_used_and_what_is_none_is_refused_by_name(generator):
+    assert (
+        CogViewImageTool(generator=generator.with_config(tags=["a"])).invoke({"prompt": "x"}).startswith("Made 1 image")
+    )
+    for other in ("sandbox:", generator.with_retry()):
+        with pytest.raises(
+            CogViewConfigurationError, match=f"CogViewImageGenerator; .* {type(other).__name__}.*max_retries"
+        ):
+            CogViewImageTool(generator=other)
+
+
 def test_several_pictures_stay_a_short_text(sandbox, tmp_path):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / ("long" * 50), n=5)
     message = tool.invoke(call(prompt="[[flagged]] x"))
