@@ -73,7 +73,7 @@ class Conversation:
         elif data:
             self._reply = _SizedReply.of(self._method, data) or _AnyReply(self._method, data)
         else:
-            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+            raise _no_reply()
 
     def head(self) -> Head | None:
         """Status and headers of the reply; None while more has to be read.
@@ -159,6 +159,8 @@ class _AnyReply:
         self.received(data)
 
     def received(self, data: bytes) -> None:
+        if not data and self._h11.their_state is h11.SEND_RESPONSE:
+            raise _no_reply()
         _checked(self._h11.receive_data, data)
 
     def head(self) -> Head | None:
@@ -185,6 +187,10 @@ class _AnyReply:
 @cache
 def _request_like(method: str) -> h11.Request:
     return h11.Request(method=method, target="/", headers=[("Host", "")])
+
+
+def _no_reply() -> httpx.RemoteProtocolError:
+    return httpx.RemoteProtocolError("Server disconnected without sending a response.")
 
 
 def _checked(step: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,8 +1,8 @@
 """Connections: per process and event loop, with a total deadline and guarded addresses.
 
 `SyncTransport` and `AsyncTransport` send what httpx's transports send, as plain requests and responses. Each request takes
-one connection of its own, the last used first; h11 reads the replies, and behind a proxy httpcore. There is no pool to search:
-what costs nothing with one in flight costs nothing with hundreds. A request may carry these extensions:
+one connection of its own, the last used first, which speaks by `http1`, and behind a proxy by httpcore. There is no pool to
+search: what costs nothing with one in flight costs nothing with hundreds. A request may carry these extensions:
 
 - `cogview.deadline`, a `Deadline`: every look-up, connect, read and write gets only the time that is left. (The async side
   is bounded by `asyncio.timeout` around the whole step.)

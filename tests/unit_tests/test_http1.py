@@ -190,6 +190,17 @@ def test_a_reply_that_is_left_unread_ends_its_connection():
     assert not Conversation().renewed()
 
 
+@pytest.mark.parametrize("came", [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_an_end_before_the_reply_is_a_connection_that_broke(came):
+    conversation = Conversation()
+    conversation.request(_request())
+    if came:
+        conversation.received(came)
+    assert conversation.head() is None
+    with pytest.raises(httpx.RemoteProtocolError, match="disconnected"):
+        conversation.received(b"")
+
+
 def test_a_reply_cut_short_tells_how_much_came():
     conversation = Conversation()
     conversation.request(_request())
