@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 DEADLINE: Final = "cogview.deadline"
 """The request extension that holds a `Deadline`, for transports that know it."""
+_LEAST_SHARE: Final = 0.1
 
 
 class Deadline:
@@ -58,6 +59,13 @@ class Deadline:
         """Whether a wait of `seconds` ends before it."""
         left = self.remaining()
         return left is None or seconds < left
+
+    def is_worth_sending(self, wait: float = 0.0) -> bool:
+        """Whether a request that is sent again after `wait` seconds has a tenth of the limit left for its answer.
+
+        A picture whose answer comes too late is paid for and lost.
+        """
+        return self.seconds is None or self.allows(wait + self.seconds * _LEAST_SHARE)
 
     def stops(self, state: tenacity.RetryCallState) -> bool:
         """Whether to give up rather than wait: a stop condition for tenacity."""

@@ -193,6 +193,7 @@ class ImagesClient:
         try:
             self._wait_for_leave(deadline)
             _go_on(stopped)
+            _in_time(deadline)
         except BaseException:
             place.leave()
             raise
@@ -208,6 +209,7 @@ class ImagesClient:
             raise _no_place(deadline)
         try:
             await self._await_leave(deadline)
+            _in_time(deadline)
         except BaseException:
             place.leave()
             raise
@@ -244,7 +246,7 @@ class ImagesClient:
         if attempts.begun > self.policy.max_retries or not self.policy.sends_again(error):
             return None
         wait = 0.0 if attempts.queue_is_wait else self.policy.wait(error, attempts.begun)
-        if wait > MAX_RETRY_AFTER or not deadline.allows(wait):
+        if wait > MAX_RETRY_AFTER or not deadline.is_worth_sending(wait):
             return None
         attempts.waited_for.append(error)
         return wait
@@ -297,6 +299,11 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
 def _go_on(stopped: Stop) -> None:
     if stopped.is_set():
         raise _interrupted()
+
+
+def _in_time(deadline: Deadline) -> None:
+    if not deadline.is_worth_sending():
+        raise _no_place(deadline)
 
 
 def _interrupted() -> CogViewTimeoutError:

@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+import types
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.load import dumpd, dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from langchain_core.rate_limiters import InMemoryRateLimiter
+from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from PIL import Image
 
@@ -229,6 +230,36 @@ def test_a_wait_that_does_not_fit_the_time_gives_up_at_once(sandbox):
         CogViewImageGenerator(base_url=sandbox.base_url, timeout=5).invoke("x")
     assert time.monotonic() - began < 4
     assert caught.value.retry_after == 30
+
+
+class Leave(BaseRateLimiter):
+    """Gives leave at once, the second time 9.5 seconds later by the clock of the time limit."""
+
+    def __init__(self, monkeypatch):
+        self.asked = 0
+        self.monkeypatch = monkeypatch
+
+    def acquire(self, *, blocking=True):
+        self.asked += 1
+        if self.asked > 1:
+            later = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 9.5)
+            self.monkeypatch.setattr("langchain_cogview.deadline.time", later)
+        return True
+
+    async def aacquire(self, *, blocking=True):
+        return self.acquire(blocking=blocking)
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize("late", ["by the wait", "by leave"])
+def test_what_did_not_run_is_not_sent_again_when_the_answer_would_come_too_late(sandbox, monkeypatch, how, late):
+    sandbox.fail_next("rate-limit", retry_after=9.5 if late == "by the wait" else 0)
+    leave = Leave(monkeypatch) if late == "by leave" else None
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, timeout=10, rate_limiter=leave)
+    with pytest.raises(CogViewRateLimitError):
+        generator.invoke("x") if how == "sync" else asyncio.run(generator.ainvoke("x"))
+    assert len(sandbox.requests) == 1
+    assert sandbox.pictures_made == 0
 
 
 def test_a_picture_that_is_not_there_yet_is_waited_for(generator, sandbox):
