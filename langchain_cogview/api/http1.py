@@ -4,8 +4,8 @@ Both transports drive one `Conversation`: they write what `request` gives, and h
 each `chunk`, is there. Above it there is no pool, no lock and no turn of the event loop, which take as long as all of this.
 
 Replies are h11's to read: heads in pieces or with anything odd in them, bodies in chunks or up to the end of the connection.
-Only the kind that nearly all are of, with a plain head that came at once and tells the body's length, is read here, to the
-same effect: h11 takes an eighth of a call for it.
+Only the usual kind, with a plain head that came at once and tells the body's length, is read here, to the same effect: h11
+takes an eighth of a call for it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,19 @@ HEAD_BYTES: Final = 2**16
 """What is asked of a connection at once for the head of a reply, with which a short body comes."""
 BODY_BYTES: Final = 2**18
 """What is asked of a connection at once for the rest; of a picture of megabytes less would cost half as much time again."""
-_MOST_HEAD: Final = 100 * 1024
 _END: Final = h11.EndOfMessage()
 
-# A part of what h11 takes for a head. No piece can reach into the next, so whatever is sent is looked at once.
+_MOST_HEAD: Final = 100 * 1024
+
+# h11's patterns take a time that grows with the square of a run of blanks: on 64 kB, half a minute in which neither deadline nor
+# event loop has a say. So it sees no head with such a run, and what stands around chunks it gets piece by piece, up to a limit.
+_BLANKS: Final = re.compile(rb"[ \t]{256}")
+_HEAD_END: Final = re.compile(rb"\n\r?\n")
+_PIECE_BYTES: Final = 2**12
+_MOST_AROUND_A_CHUNK: Final = 2**12
+
+# A part of what h11 takes for a head. What one part of the pattern matches, the next cannot begin with: a head is gone through
+# once, whatever is in it.
 _PLAIN_HEAD: Final = re.compile(
     rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [^\0\n\v\f\r]*)?\r\n((?:[-!#$%&'*+.^_`|~0-9a-zA-Z]+:[^\0\n\v\f\r]*\r\n)+)\r\n"
 )
@@ -66,7 +75,7 @@ class Conversation:
         """Take what was read; nothing at the end of the connection.
 
         Raises:
-            httpx.RemoteProtocolError: The end came before the reply.
+            httpx.RemoteProtocolError: The end came before the reply was whole.
         """
         if self._reply is not None:
             self._reply.received(data)
@@ -87,7 +96,7 @@ class Conversation:
         """More of the body, nothing at its end; None while more has to be read.
 
         Raises:
-            httpx.RemoteProtocolError: The body is broken, or ended before it was whole.
+            httpx.RemoteProtocolError: The body is broken, or has ended before it was whole.
         """
         return None if self._reply is None else self._reply.chunk()
 
@@ -110,7 +119,7 @@ class _SizedReply:
     def of(cls, method: str, data: bytes) -> Self | None:
         """The reply that begins so; None for one of another kind."""
         found = _PLAIN_HEAD.match(data)
-        if found is None or method not in {"POST", "GET"} or int(found[1]) in _BODILESS:
+        if found is None or found.end() > _MOST_HEAD or method not in {"POST", "GET"} or int(found[1]) in _BODILESS:
             return None
         fields = [
             (name, value.strip(b" \t"))
@@ -156,24 +165,26 @@ class _AnyReply:
         # The method is what h11 judges a reply by; no request here has a Connection header or a transfer coding.
         self._h11.send(_request_like(method))
         self._h11.send(_END)
-        self.received(data)
+        self._came = data
+        self._tail = b""
 
     def received(self, data: bytes) -> None:
-        if not data and self._h11.their_state is h11.SEND_RESPONSE:
+        if data:
+            self._came += data
+        elif self._h11.their_state is h11.SEND_RESPONSE:
             raise _no_reply()
-        _checked(self._h11.receive_data, data)
+        else:
+            _checked(self._h11.receive_data, data)
 
     def head(self) -> Head | None:
-        while True:
-            event = _checked(self._h11.next_event)
+        while (event := self._next()) is not h11.NEED_DATA:
             if isinstance(event, h11.Response):
                 return event.status_code, event.headers.raw_items()
-            if event is h11.NEED_DATA:
-                return None
             # 100 to 199: the reply is still to come
+        return None
 
     def chunk(self) -> bytes | None:
-        event = _checked(self._h11.next_event)
+        event = self._next()
         if event is h11.NEED_DATA:
             return None
         return bytes(event.data) if isinstance(event, h11.Data) else b""
@@ -181,7 +192,20 @@ class _AnyReply:
     def is_exact(self) -> bool:
         connection = self._h11
         whole = connection.our_state is h11.DONE and connection.their_state is h11.DONE
-        return whole and connection.trailing_data == (b"", False)
+        return whole and not self._came and connection.trailing_data == (b"", False)
+
+    def _next(self) -> Any:
+        while (event := _checked(self._h11.next_event)) is h11.NEED_DATA and self._came:
+            piece, self._came = self._came[:_PIECE_BYTES], self._came[_PIECE_BYTES:]
+            if self._h11.their_state is h11.SEND_RESPONSE:
+                head = _HEAD_END.split(self._tail + piece, maxsplit=1)[0]
+                if _BLANKS.search(head):
+                    raise httpx.RemoteProtocolError("The head of the reply has too many blanks in a row.")
+                self._tail = head[-256:]
+            elif len(self._h11.trailing_data[0]) > _MOST_AROUND_A_CHUNK:
+                raise httpx.RemoteProtocolError("There is too much between two chunks of the reply.")
+            _checked(self._h11.receive_data, piece)
+        return event
 
 
 @cache

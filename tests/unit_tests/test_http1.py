@@ -46,8 +46,8 @@ def read(conversation, pieces, method="POST"):
         body = []
         while (chunk := conversation.chunk()) != b"":
             body.append(chunk) if chunk else conversation.received(pieces.pop(0))
-    except httpx.RemoteProtocolError:
-        return "broken"
+    except httpx.RemoteProtocolError as error:
+        return "disconnected" if "disconnected" in str(error).lower() else "broken"
     # What comes later is told by the connection that is readable while idle.
     return head, b"".join(body), conversation.renewed()
 
@@ -151,10 +151,13 @@ def test_what_is_odd_is_read_as_h11_reads_it(head, method):
 
 @given(
     head=st.builds(
-        whole, st.sampled_from(STATUSES), st.lists(st.sampled_from(LINES), max_size=3), st.sampled_from(LENGTHS)
+        whole,
+        st.one_of(st.just(STATUS), st.sampled_from(STATUSES)),
+        st.lists(st.sampled_from(LINES), max_size=3),
+        st.one_of(st.just(LENGTH), st.sampled_from(LENGTHS)),
     ),
     body=st.sampled_from(BODIES),
-    cuts=st.lists(st.integers(0, 200), max_size=3),
+    cuts=st.one_of(st.just([]), st.lists(st.integers(0, 200), max_size=3)),
 )
 def test_whatever_comes_is_read_as_h11_reads_it(head, body, cuts):
     places = [0, *sorted(min(cut, len(head + body)) for cut in cuts), len(head + body)]
@@ -172,12 +175,12 @@ def test_the_usual_reply_is_read_without_h11(monkeypatch):
         assert fields == [(b"Server", b"nginx"), (b"Connection", b"keep-alive"), (b"Content-Length", b"3")]
 
 
-@pytest.mark.parametrize("behind", [[b"abcX"], [b"abc", b"X"], [b"ab", b"cX"]], ids=["at once", "after", "across"])
+@pytest.mark.parametrize("behind", [[b"abcX"], [b"ab", b"cX"]], ids=["at once", "across"])
 def test_a_connection_with_something_behind_its_reply_is_not_used_again(behind):
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n"
     _, body, again = read(Conversation(), [head + behind[0], *behind[1:]])
     assert body == b"abc"
-    assert again == (behind == [b"abc", b"X"]), "what is not read yet makes the idle connection readable"
+    assert not again
 
 
 def test_a_reply_that_is_left_unread_ends_its_connection():
@@ -210,8 +213,67 @@ def test_a_reply_cut_short_tells_how_much_came():
         conversation.received(b"")
 
 
-@pytest.mark.parametrize("piece", [b"X-A:" + b" " * 60_000 + b"\0", b"X: a\r\n" * 8_000, b"a" * 60_000], ids=len)
-def test_a_head_that_is_no_head_is_looked_at_once(piece):
-    # Were it tried again from each place in it, this would take minutes.
-    data = b"HTTP/1.1 200 OK\r\n" + piece
-    assert http1._SizedReply.of("POST", data) is None
+SLOW = [
+    (b"X-A:" + b" " * 60_000 + b"\0\r\nContent-Length: 3\r\n\r\nabc", True),
+    (b"X-A:" + b" " * 60_000, True),
+    (b"X-A:" + b"\t" * 60_000 + b"\r\r\n\r\n", True),
+    (b"X: a\r\n" * 8_000 + b"\0", True),
+    (b"a" * 60_000, True),
+    (b"Transfer-Encoding: chunked\r\n\r\n5;" + b" " * 60_000 + b"\n\r\n", True),
+    (b"Transfer-Encoding: chunked\r\n\r\nfffff\r\n" + b" " * 0xFFFFF + b"\r\n0\r\n\r\n", False),
+]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [2**16, 100, 2**20], ids="{} bytes at once".format)
+@pytest.mark.parametrize(("sent", "broken"), SLOW, ids=["blanks", "endless", "tabs", "lines", "name", "chunk", "body"])
+def test_what_is_made_to_be_read_slowly_is_not(sent, broken, size):
+    # Without a bound each of the first and the fifth takes half a minute and more.
+    sent = b"HTTP/1.1 200 OK\r\n" + sent
+    got = read(Conversation(), [sent[start : start + size] for start in range(0, len(sent), size)])
+    assert isinstance(got, str) == broken
+
+
+def test_a_head_with_many_blanks_in_a_row_is_not_given_to_h11():
+    conversation = Conversation()
+    conversation.request(_request())
+    conversation.received(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX: a" + b" " * 150)
+    assert conversation.head() is None
+    conversation.received(b" " * 150 + b"b\r\n\r\n")
+    with pytest.raises(httpx.RemoteProtocolError, match="blanks"):
+        conversation.head()
+
+
+def test_a_chunk_with_too_much_before_it_is_not_given_to_h11():
+    conversation = Conversation()
+    conversation.request(_request())
+    conversation.received(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;" + b" " * 10_000 + b"\n\r\n")
+    assert conversation.head()
+    with pytest.raises(httpx.RemoteProtocolError, match="between two chunks"):
+        conversation.chunk()
+
+
+def test_blanks_in_a_body_are_a_body():
+    sent = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2000\r\n" + b" " * 0x2000 + b"\r\n0\r\n\r\n"
+    for size in (len(sent), 300, 7):
+        assert read(Conversation(), [sent[n : n + size] for n in range(0, len(sent), size)])[1:] == (
+            b" " * 0x2000,
+            True,
+        )
+
+
+@pytest.mark.parametrize(("size", "taken"), [(7_000, True), (50_000, True), (110_000, False)])
+def test_how_large_a_head_may_be_does_not_depend_on_how_it_comes(size, taken):
+    head = b"HTTP/1.1 200 OK\r\nX: " + b"b" * size + b"\r\nContent-Length: 3\r\n\r\n"
+    got = read(Conversation(), [head + b"abc"])
+    assert got == read(Conversation(), [head[:5_000], head[5_000:], b"abc"])
+    assert (got != "broken") == taken
+
+
+def test_what_h11_was_not_given_yet_is_behind_the_reply_too():
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"fa0\r\n" + b"a" * 0xFA0 + b"\r\n0\r\n"
+    exact = head + body + b"X: %s\r\n\r\n" % (b"y" * (http1._PIECE_BYTES - len(head + body) - 7))
+    assert len(exact) == http1._PIECE_BYTES
+    assert read(Conversation(), [exact])[2]
+    assert not read(Conversation(), [exact + b"X"])[2]
