@@ -77,6 +77,18 @@ def _seldom_inspected(run: F) -> F:
     return run
 
 
+def _refuse_other(generator: Any) -> None:
+    from langchain_core.runnables import RunnableWithFallbacks  # noqa: PLC0415
+
+    # What LangChain binds or makes configurable has all of the generator's names, and is used. So have its fallbacks, but they
+    # pay again after an error that may have been charged, and at another price than the budget counts with.
+    if isinstance(generator, RunnableWithFallbacks) or not hasattr(generator, "fallback_models"):
+        raise CogViewConfigurationError(
+            f"generator= takes a CogViewImageGenerator; this is of type {type(generator).__name__}.",
+            hint="Pass the generator itself: max_retries and fallback_models are its own.",
+        )
+
+
 class CogViewImageTool(BaseTool):
     """Lets an agent make pictures with Zhipu's CogView endpoint.
 
@@ -150,13 +162,8 @@ class CogViewImageTool(BaseTool):
             raise CogViewConfigurationError(
                 f"{', '.join(sorted(settings))} cannot be given beside generator=.", hint="Set it on the generator."
             )
-        elif not hasattr(
-            generator, "model"
-        ):  # LangChain's wrappers with a config in them have all of the generator's names
-            raise CogViewConfigurationError(
-                f"generator= takes a CogViewImageGenerator; this is of type {type(generator).__name__}.",
-                hint="Pass the generator itself: max_retries and fallback_models are its own.",
-            )
+        else:
+            _refuse_other(generator)
         if own.get("args_schema") is None:
             own["args_schema"] = arguments_schema(generator)
         super().__init__(generator=generator, **own)

@@ -7,6 +7,7 @@ import pickle
 from decimal import Decimal
 
 import pytest
+from langchain_core.runnables import ConfigurableField
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from langchain_cogview import (
@@ -170,11 +171,21 @@ def test_a_generator_is_used_as_it_is(generator, sandbox):
         CogViewImageTool(generator=generator, size="square")
 
 
-def test_a_generator_with_a_config_is_used_and_what_is_none_is_refused_by_name(generator):
-    assert (
-        CogViewImageTool(generator=generator.with_config(tags=["a"])).invoke({"prompt": "x"}).startswith("Made 1 image")
-    )
-    for other in ("sandbox:", generator.with_retry()):
+def test_a_generator_with_a_config_or_configurable_is_used(generator):
+    for used in (
+        generator.with_config(tags=["a"]),
+        generator.bind(quality="hd"),
+        generator.configurable_fields(size=ConfigurableField(id="size")),
+    ):
+        assert CogViewImageTool(generator=used).invoke({"prompt": "x"}).startswith("Made 1 image")
+
+
+class Chat:
+    model = "gpt"
+
+
+def test_what_is_no_generator_is_refused_by_name(generator):
+    for other in ("sandbox:", Chat(), generator.with_retry(), generator.with_fallbacks([generator])):
         with pytest.raises(
             CogViewConfigurationError, match=f"CogViewImageGenerator; .* {type(other).__name__}.*max_retries"
         ):
