@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 DEADLINE: Final = "cogview.deadline"
 """The request extension that holds a `Deadline`, for transports that know it."""
-_LEAST_SHARE: Final = 0.1
+_MOST_LEFT: Final = 30.0
 
 
 class Deadline:
@@ -61,11 +61,11 @@ class Deadline:
         return left is None or seconds < left
 
     def is_worth_sending(self, wait: float = 0.0) -> bool:
-        """Whether a request that is sent again after `wait` seconds has a tenth of the limit left for its answer.
+        """Whether a request that is sent `wait` seconds from now has time for its answer: a tenth of the limit, at most 30 s.
 
         A picture whose answer comes too late is paid for and lost.
         """
-        return self.seconds is None or self.allows(wait + self.seconds * _LEAST_SHARE)
+        return self.seconds is None or self.allows(wait + min(self.seconds / 10, _MOST_LEFT))
 
     def stops(self, state: tenacity.RetryCallState) -> bool:
         """Whether to give up rather than wait: a stop condition for tenacity."""

@@ -221,18 +221,20 @@ class ImagesClient:
         if self.rate_limiter and not deadline.started:
             self.rate_limiter.acquire(blocking=True)
             return
-        while self.rate_limiter and not self.rate_limiter.acquire(blocking=False):
-            if not deadline.allows(0.05):
-                raise _no_place(deadline)
+        while self.rate_limiter:
+            _in_time(deadline)
+            if self.rate_limiter.acquire(blocking=False):
+                return
             time.sleep(0.05)
 
     async def _await_leave(self, deadline: Deadline) -> None:
         if self.rate_limiter and not deadline.started:
             await self.rate_limiter.aacquire(blocking=True)
             return
-        while self.rate_limiter and not await self.rate_limiter.aacquire(blocking=False):
-            if not deadline.allows(0.05):
-                raise _no_place(deadline)
+        while self.rate_limiter:
+            _in_time(deadline)
+            if await self.rate_limiter.aacquire(blocking=False):
+                return
             await asyncio.sleep(0.05)
 
     # --- pure steps
@@ -303,7 +305,9 @@ def _go_on(stopped: Stop) -> None:
 
 def _in_time(deadline: Deadline) -> None:
     if not deadline.is_worth_sending():
-        raise _no_place(deadline)
+        raise CogViewTimeoutError(
+            f"Too little of the time limit of {deadline.seconds:g} s was left for an answer; the request was not sent."
+        )
 
 
 def _interrupted() -> CogViewTimeoutError:
