@@ -72,8 +72,8 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         timeout: Seconds for one picture in all: look-up, connect, answer, waits between attempts, download and save. The queue
             for a place in flight, and for the `rate_limiter`, comes before it, and with a `cache` an equal request that is under
             way. None: no limit.
-        max_retries: Further attempts of a request that provably did not run, while a tenth of `timeout`, or 30 s, is left for
-            the answer.
+        max_retries: Further attempts of a request that provably did not run, while a tenth of `timeout` (at most 30 s) is left
+            for the answer.
         retry_unknown: Also send again what may have been made and charged. Can pay twice.
         max_concurrency: Requests in flight, of all generators, threads and event loops of this process with the same key, model
             and service together. None: the catalog's figure for the model. It is lowered by itself while the service

@@ -28,7 +28,7 @@ _END: Final = object()
 def in_threads(tasks: Sequence[Callable[[], Any]], places: int) -> list[Any]:
     """What each task gives, or the exception that it raises, in the order of the tasks, `places` at a time."""
     if len(tasks) <= 1:
-        return [or_error(tasks[0])] if tasks else []
+        return [or_error(task) for task in tasks]
     results: list[Any] = [None] * len(tasks)
     with _told_when_left(results), contextlib.closing(stream_in_threads(tasks, min(places, len(tasks)))) as finished:
         for number, result in finished:
@@ -39,7 +39,7 @@ def in_threads(tasks: Sequence[Callable[[], Any]], places: int) -> list[Any]:
 async def in_tasks(tasks: Sequence[Callable[[], Awaitable[Any]]], places: int) -> list[Any]:
     """The twin of `in_threads`."""
     if len(tasks) <= 1:
-        return [await aor_error(tasks[0])] if tasks else []
+        return [await aor_error(task) for task in tasks]
     results: list[Any] = [None] * len(tasks)
     with _told_when_left(results):
         async with contextlib.aclosing(astream_tasks(tasks, min(places, len(tasks)))) as finished:

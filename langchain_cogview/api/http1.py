@@ -26,9 +26,8 @@ HEAD_BYTES: Final = 2**16
 """What is asked of a connection at once for the head of a reply, with which a short body comes."""
 BODY_BYTES: Final = 2**18
 """What is asked of a connection at once for the rest; of a picture of megabytes less would cost half as much time again."""
-_END: Final = h11.EndOfMessage()
-
 _MOST_HEAD: Final = 100 * 1024
+_END: Final = h11.EndOfMessage()
 
 # h11's patterns take a time that grows with the square of a run of blanks: on 64 kB, half a minute in which neither deadline nor
 # event loop has a say. So it sees no head with such a run, and what stands around chunks it gets piece by piece, up to a limit.
@@ -119,7 +118,7 @@ class _SizedReply:
     def of(cls, method: str, data: bytes) -> Self | None:
         """The reply that begins so; None for one of another kind."""
         found = _PLAIN_HEAD.match(data)
-        if found is None or found.end() > _MOST_HEAD or method not in {"POST", "GET"} or int(found[1]) in _BODILESS:
+        if found is None or method not in {"POST", "GET"} or int(found[1]) in _BODILESS:
             return None
         fields = [
             (name, value.strip(b" \t"))
