@@ -1,0 +1,89 @@
+"""Work in threads for callers on an event loop.
+
+The event loop's default executor is not used: an application may fill it with threads of its own, and then a paid image would
+wait for those before it can be saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+MAX_THREADS: Final = 32
+
+
+def _new_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="cogview-io")
+
+
+_pool = _new_pool()
+
+
+async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run a function that blocks without blocking the event loop, in a copy of the caller's context.
+
+    A cancelled caller stops waiting; the function itself runs to its end, and its result is dropped.
+
+    Args:
+        function: Called in a thread of this package.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        Exception: What the function raises.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+    context = copy_context()
+    claim = threading.Lock()  # whoever has it runs the function
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.done():  # the caller was cancelled
+            return
+        if error is None:
+            done.set_result(result)  # type: ignore[arg-type]
+        elif isinstance(error, StopIteration):  # a future refuses it
+            done.set_exception(RuntimeError(f"{type(error).__name__} was raised in a thread."))
+        else:
+            done.set_exception(error)
+
+    def work() -> None:
+        if not claim.acquire(blocking=False):
+            return
+        outcome: tuple[T | None, BaseException | None]
+        try:
+            outcome = context.run(function, *args, **kwargs), None
+        except BaseException as error:  # noqa: BLE001  raised by the caller
+            outcome = None, error
+        with contextlib.suppress(RuntimeError):  # the event loop was closed in the meantime
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    try:
+        _pool.submit(work)
+    except RuntimeError:
+        # The interpreter shuts down, or the system has no thread left. What was paid for is worth a blocked event loop.
+        if claim.acquire(blocking=False):
+            return function(*args, **kwargs)
+    return await done
+
+
+def _after_fork() -> None:
+    global _pool  # noqa: PLW0603  the threads are the parent's
+    _pool = _new_pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
