@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 try:
     from langchain_core.exceptions import ModelRefusalError  # type: ignore[attr-defined,unused-ignore]
 except ImportError:  # since langchain-core 1.8
-    ModelRefusalError = ModelInvalidRequestError  # type: ignore[misc,unused-ignore]
+    ModelRefusalError = ModelInvalidRequestError  # type: ignore[assignment,misc,unused-ignore]
 
 MAX_SERVER_TEXT: Final = 200
 MAX_MODEL_TEXT: Final = 500
