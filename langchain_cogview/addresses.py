@@ -10,7 +10,9 @@ import httpcore
 import httpx
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-AddressCheck = Callable[[Address], bool]
+AddressCheck = Callable[[Address, bool], bool]
+"""Whether a connection may go to an address; the second argument says whether the URL spells the address out (a literal) or a
+name was looked up."""
 
 ADDRESSES: Final = "cogview.addresses"
 """The request extension that holds an `AddressCheck`."""
@@ -25,7 +27,7 @@ class AddressRefusedError(httpcore.ConnectError, httpx.ConnectError):
     """When a name leads only to addresses that the request may not go to. One class in both libraries' families."""
 
 
-def is_public(address: Address) -> bool:
+def is_public(address: Address, literal: bool = True) -> bool:  # noqa: ARG001, FBT001, FBT002  an AddressCheck
     """Whether an address belongs to the public internet, seen through every form that wraps an IPv4 address in IPv6."""
     if isinstance(address, ipaddress.IPv6Address):
         wrapped = _wrapped(address)
@@ -44,7 +46,7 @@ def is_public(address: Address) -> bool:
     )
 
 
-def is_loopback(address: Address) -> bool:
+def is_loopback(address: Address, literal: bool = True) -> bool:  # noqa: ARG001, FBT001, FBT002  an AddressCheck
     """Whether an address is this machine's own."""
     return address.is_loopback
 

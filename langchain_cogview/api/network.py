@@ -56,12 +56,14 @@ def _look_up_in_thread(host: str, port: int, deliver: Callable[[list[str] | Exce
     threading.Thread(target=work, daemon=True, name="cogview-look-up").start()
 
 
-def _allowed(host: str, answer: list[str] | Exception, check: AddressCheck | None) -> list[str]:
+def _allowed(
+    host: str, answer: list[str] | Exception, check: AddressCheck | None, *, literal: bool = False
+) -> list[str]:
     if isinstance(answer, Exception):
         raise httpcore.ConnectError(f"The name {host[:100]!r} could not be looked up: {answer}")
     if check is None:
         return answer
-    addresses = [address for address in answer if check(ipaddress.ip_address(address.partition("%")[0]))]
+    addresses = [address for address in answer if check(ipaddress.ip_address(address.partition("%")[0]), literal)]
     if not addresses:
         raise AddressRefusedError(f"The host {host[:100]!r} has no address that may be connected to.")
     return addresses
@@ -76,7 +78,7 @@ def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline
     """
     literal = literal_address(host)
     if literal:
-        return _allowed(host, [literal], check)
+        return _allowed(host, [literal], check, literal=True)
     answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
     _look_up_in_thread(host, port, answers.put)
     try:
@@ -90,7 +92,7 @@ async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str
     """The twin of `resolve`; the caller's `asyncio.timeout` bounds it."""
     literal = literal_address(host)
     if literal:
-        return _allowed(host, [literal], check)
+        return _allowed(host, [literal], check, literal=True)
     loop = asyncio.get_running_loop()
     future: asyncio.Future[list[str] | Exception] = loop.create_future()
 
