@@ -119,9 +119,11 @@ def test_the_canary_on_this_machine_is_never_reached(canary, monkeypatch, link):
     assert not canary.reached.is_set()
 
 
-def test_the_canary_can_be_reached(canary):
+def test_the_canary_can_be_reached():
+    canary = Canary()  # of its own: the tests run in any order
     with socket.create_connection(("127.0.0.1", canary.port)):
         assert canary.reached.wait(5)
+    canary.close()
 
 
 def test_only_the_named_hosts_are_fetched_from():
