@@ -167,6 +167,7 @@ class _Tasks:
         self._pulling = asyncio.Lock()
         self._room = asyncio.Semaphore(2 * places)
         self._finished: asyncio.Queue[tuple[Any, Any]] = asyncio.Queue()
+        self._hired = 0
         self._workers: list[asyncio.Task[None]] = []
         self._left = False
 
@@ -175,7 +176,7 @@ class _Tasks:
         failed: BaseException | None = None
         ended = 0
         try:
-            while ended < len(self._workers):
+            while ended < self._hired:
                 number, result = await self._finished.get()
                 if number is _END:
                     ended += 1
@@ -201,7 +202,14 @@ class _Tasks:
             await self._tasks.aclose()
 
     def _hire(self) -> None:
-        self._workers.append(asyncio.create_task(self._work()))
+        # With an eager task factory a worker runs inside `create_task`, perhaps to its end: it is counted before, and started by
+        # the event loop, so that workers which hire each other do not run inside each other.
+        self._hired += 1
+        asyncio.get_running_loop().call_soon(self._start)
+
+    def _start(self) -> None:
+        if not self._left:
+            self._workers.append(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
         failed: BaseException | None = None
@@ -222,7 +230,7 @@ class _Tasks:
                 task = await anext(self._tasks, None)
         else:
             task = next(self._tasks, None)
-        if task is not None and len(self._workers) < self._places:
+        if task is not None and self._hired < self._places:
             self._hire()
         return task
 

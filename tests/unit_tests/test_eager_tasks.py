@@ -1,0 +1,77 @@
+"""An event loop whose tasks start at once (`asyncio.eager_task_factory`, Python 3.12 and later) changes nothing."""
+
+import asyncio
+import sys
+
+import pytest
+
+from langchain_cogview import CogViewImageGenerator, arun_job
+from langchain_cogview.many import astream_tasks
+
+LONG = 60
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+
+
+def run_eagerly(work):
+    async def bounded():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        return await asyncio.wait_for(work, LONG)
+
+    return asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_batch_ends_with_every_result(sandbox, download):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, download=download, max_concurrency=3)
+    prompts = [f"picture {number}" for number in range(12)]
+    assert [result.prompt for result in run_eagerly(generator.abatch(prompts))] == prompts
+    assert sandbox.pictures_made == 12
+
+
+def test_a_stream_over_hundreds_of_slots_ends_with_every_result(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=800)
+
+    async def numbers():
+        return sorted([number async for number, _ in generator.astream_many(f"{n}" for n in range(1000))])
+
+    assert run_eagerly(numbers()) == [*range(1000)]
+    assert sandbox.pictures_made == 1000
+
+
+def test_a_job_ends_with_every_picture(sandbox, tmp_path):
+    report = run_eagerly(
+        arun_job([f"picture {n}" for n in range(6)], tmp_path, base_url=sandbox.base_url, max_concurrency=2)
+    )
+    assert report.pictures == 6
+
+
+@pytest.mark.parametrize("places", [1, 3, 2000])
+def test_work_that_never_waits_neither_hangs_nor_recurses(places):
+    async def at_once(number):
+        return number
+
+    async def all_of():
+        tasks = ((lambda number=number: at_once(number)) for number in range(5000))
+        return [result async for _, result in astream_tasks(tasks, places)]
+
+    assert sorted(run_eagerly(all_of())) == [*range(5000)]
+
+
+def test_what_an_input_raises_is_raised_after_what_was_taken_before_it():
+    async def at_once(number):
+        return number
+
+    def tasks():
+        for number in range(3):
+            yield lambda number=number: at_once(number)
+        raise KeyError("the inputs")
+
+    async def all_of(found):
+        async for _, result in astream_tasks(tasks(), 2):
+            found.append(result)
+
+    found = []
+    with pytest.raises(KeyError, match="the inputs"):
+        run_eagerly(all_of(found))
+    assert sorted(found) == [0, 1, 2]
