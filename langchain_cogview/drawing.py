@@ -42,6 +42,7 @@ ImageOutcome = list[GeneratedImage] | Exception
 
 _TURN_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
+_MOST_LOGGED_CHARACTERS = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -267,6 +268,7 @@ class ImageCall:
     # --- the picture's bytes and record
 
     def _kept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
+        _log_unasked(watch.request_id, drawn.reply)
         with _told_when_lost(watch.request_id, *drawn.reply.urls):
             images = [
                 self._image(drawn, watch, url, self._fetched(url, watch.deadline, watch.label))
@@ -276,6 +278,7 @@ class ImageCall:
         return images
 
     async def _akept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
+        _log_unasked(watch.request_id, drawn.reply)
         with _told_when_lost(watch.request_id, *drawn.reply.urls):
             images = [
                 self._image(drawn, watch, url, await self._afetched(url, watch.deadline, watch.label))
@@ -375,6 +378,16 @@ def _told_when_lost(request_id: str, *urls: str | None) -> Iterator[None]:
         logger.warning("The caller left before it had it. %s", note)
         error.add_note(note)
         raise
+
+
+def _log_unasked(request_id: str, reply: ImagesReply) -> None:
+    """Leave the addresses of images that nobody asked for where they can be found."""
+    if reply.unasked_urls:
+        logger.warning(
+            "The reply to request %s held more images than the one that was asked for: %s",
+            request_id,
+            " ".join(url[:_MOST_LOGGED_CHARACTERS] for url in reply.unasked_urls),
+        )
 
 
 def _download_error(error: Exception) -> CogViewError:

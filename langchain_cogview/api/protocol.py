@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 MAX_REPLY_BYTES: Final = 1_000_000
 MAX_URL_CHARACTERS: Final = 8192
 MAX_ID_CHARACTERS: Final = 512
+_MAX_NAMED_CHARACTERS: Final = 600
+_MESSAGES: Final = ("message", "msg", "detail", "error_msg", "error_message")
+"""Where services and gateways put the text of an error."""
 
 CODES: Final[dict[str, type[CogViewError]]] = {
     **dict.fromkeys(("401", "1000", "1001", "1002", "1003", "1004", "1005"), CogViewAuthenticationError),
@@ -70,13 +73,14 @@ class ImagesReply:
     """A success.
 
     Attributes:
-        urls: Where the pictures are; one in practice.
+        urls: Where the image is. More addresses than the one image that was asked for are in `unasked_urls`.
         content_filter: What the filter said of a picture that was made all the same.
         created: Unix seconds of the request.
         response_id: The service's own id of the reply.
         task_id: Of the task endpoint, where that was used.
         sandbox: Whether the sandbox made it.
         warnings: What was odd in the reply.
+        unasked_urls: Addresses of further images, at most 63: a request asks for one image.
     """
 
     urls: tuple[str, ...]
@@ -86,6 +90,7 @@ class ImagesReply:
     task_id: str | None = None
     sandbox: bool = False
     warnings: tuple[str, ...] = ()
+    unasked_urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +192,11 @@ def read_submitted(status: int, body: bytes, *, sandbox: bool = False) -> TaskRe
     task_id = _task_id(fields.get("id"))
     try:
         return read_task(status, body, sandbox=sandbox)
-    except CogViewMalformedReplyError as error:
-        error.task_id = task_id
-        if task_id and failure is None and 200 <= status < 300:  # noqa: PLR2004
-            return TaskReply(task_id)
-        raise
     except CogViewError as error:
         error.task_id = task_id
+        unsure = type(error) in {CogViewMalformedReplyError, CogViewOutcomeUnknownError}
+        if task_id and unsure and 200 <= status < 300 and (failure is None or failure.is_text_alone):  # noqa: PLR2004
+            return TaskReply(task_id)
         raise
 
 
@@ -211,23 +214,50 @@ def _pictures(
     if not urls:
         return None
     warnings = ["The reply held an unusable entry beside the picture."] if bad else []
-    if failure:
+    if failure and not failure.is_text_alone:
         warnings.append(f"The reply held an error beside the picture (code {failure.code or 'none'}).")
+    asked, unasked = urls[:1], urls[1:]
+    if unasked:
+        warnings.append(_about_unasked(unasked))
     return ImagesReply(
-        urls,
+        asked,
         entries,
         _seconds(fields.get("created")),
         _short(fields.get("id")),
         sandbox=sandbox,
         warnings=tuple(warnings),
+        unasked_urls=unasked,
     )
+
+
+def _about_unasked(urls: tuple[str, ...]) -> str:
+    """Name the images that nobody asked for in one bounded line; the log holds all of their addresses."""
+    named: list[str] = []
+    for url in urls:
+        if len(url) + sum(map(len, named)) > _MAX_NAMED_CHARACTERS:
+            break
+        named.append(url)
+    rest = len(urls) - len(named)
+    where = ", ".join([*named, *([f"{rest} in the log"] if rest else [])])
+    plural = "s that were" if len(urls) > 1 else " that was"
+    return f"The reply held {len(urls)} more image{plural} not asked for and not fetched: {where}."
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
+    """An error that a reply reports.
+
+    Attributes:
+        code: The service's business code.
+        message: Its text.
+        status: The HTTP status that the text names.
+        is_text_alone: Whether it is only a text: an error where there is no image, a remark beside one.
+    """
+
     code: str | None
     message: str | None
     status: int | None = None
+    is_text_alone: bool = False
 
 
 def _parsed(body: bytes) -> Any:
@@ -241,22 +271,27 @@ def _parsed(body: bytes) -> Any:
 
 
 def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
-    error = fields.get("error")
+    error = fields.get("error") or fields.get("errors")
     if isinstance(error, dict):
-        return _Failure(_short(error.get("code")), _text(error.get("message")))
+        return _Failure(_short(error.get("code")), _message(error) or _message(fields))
     if error:
-        return _Failure(None, _text(error))
-    if (
-        enveloped
-        and not fields.keys() & {"data", "task_status"}
-        and (fields.get("success") is False or "code" in fields)
-    ):
+        return _Failure(None, _message(fields) if error is True else _text(error))
+    if fields.get("task_status"):
+        return None
+    message = _message(fields)
+    code = _short(fields.get("code"))
+    has_succeeded = fields.get("success") is True or code in {"0", "200"}
+    has_failed = fields.get("success") is False or (code is not None and not has_succeeded)
+    if enveloped and has_failed and not fields.get("data"):
         # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
-        message = _text(fields.get("msg") or fields.get("message"))
-        code = _short(fields.get("code"))
         named = re.match(r"\s*([45]\d\d)\b", message or "") or re.fullmatch(r"([45]\d\d)", code or "")
         return _Failure(None if named else code, message, int(named[1]) if named else None)
-    return None
+    # Other gateways: {"message": ...}, {"detail": ...}, without anything that a program could read.
+    return _Failure(None, message, is_text_alone=True) if message and not has_succeeded else None
+
+
+def _message(fields: dict[str, Any]) -> str | None:
+    return next((text for name in _MESSAGES if (text := _text(fields.get(name)))), None)
 
 
 def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, ...], body: bytes) -> CogViewError:
@@ -267,7 +302,7 @@ def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, 
         kind = CogViewContentFilterError
     message = None
     if kind is None:
-        kind, message = _judged_by_status(judged, said_error=failure is not None)
+        kind, message = _judged_by_status(judged, reports_error=failure is not None)
     facts: dict[str, Any] = {
         "code": code,
         "status": status,
@@ -283,24 +318,19 @@ def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, 
     return kind(message, **facts)
 
 
-def _judged_by_status(status: int, *, said_error: bool) -> tuple[type[CogViewError], str | None]:
+def _judged_by_status(status: int, *, reports_error: bool) -> tuple[type[CogViewError], str | None]:
     if status in _STATUSES:
         return _STATUSES[status], None
-    if status >= 500:  # noqa: PLR2004
-        return CogViewOutcomeUnknownError, None
-    if status >= 400:  # noqa: PLR2004
+    if 300 <= status < 400:  # noqa: PLR2004
+        return CogViewConfigurationError, "The base URL answered with a redirect, which is not followed."
+    if 400 <= status < 500:  # noqa: PLR2004
         return CogViewInvalidRequestError, None
-    if status >= 300:  # noqa: PLR2004
+    if reports_error:
         return (
-            CogViewConfigurationError,
-            "The base URL answered with a redirect, which is not followed.",
+            CogViewOutcomeUnknownError,
+            "The service reported an error that does not say whether an image was made; it may have been charged.",
         )
-    if said_error:
-        return (
-            CogViewMalformedReplyError,
-            "The service answered with an error that is not known; a picture may have been charged.",
-        )
-    return CogViewMalformedReplyError, None
+    return (CogViewOutcomeUnknownError if status >= 500 else CogViewMalformedReplyError), None  # noqa: PLR2004
 
 
 def _urls(data: Any) -> tuple[tuple[str, ...], int]:
@@ -349,4 +379,11 @@ def _short(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, dict | list) and value:
+        if isinstance(value, dict) and (text := next((t for n in _MESSAGES if isinstance(t := value.get(n), str)), "")):
+            return _text(text)
+        try:  # a list of what was wrong, as FastAPI sends it
+            value = json.dumps(value, ensure_ascii=False)
+        except RecursionError:
+            return None
     return value[:4000] if isinstance(value, str) and value.strip() else None

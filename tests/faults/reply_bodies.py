@@ -306,7 +306,7 @@ for _what, _text in (
         ("1200", 500, UNKNOWN),
     ):
         add(f"code {_code} and a text {_what}", says(error(_code, _text), _status), _class)
-    add(f"an unknown code and a text {_what}", says(error("1999", _text)), MALFORMED)
+    add(f"an unknown code and a text {_what}", says(error("1999", _text)), UNKNOWN)
     add(f"a code that is a text {_what}", says(error(_text), 400), INVALID)
     add(f"a request id that is a text {_what}", says({**error("1200"), "request_id": _text, "id": _text}, 500), UNKNOWN)
 

@@ -97,7 +97,9 @@ for _status, _expected in _STATUSES.items():
     add(f"{_status} without a body", sends(b"", _status), *_expected)
     if _body:
         add(
-            f"{_status} with an error without code", sends(_body, _status, "Content-Type: application/json"), *_expected
+            f"{_status} with an error without code",
+            sends(_body, _status, "Content-Type: application/json"),
+            *((UNKNOWN,) if _status < 300 else _expected),
         )
 for _status in (400, 401, 403, 404, 429, 500, 502, 503, 504):
     _page = f"<html><body><h1>{_status}</h1>{SERVER_WORDS}</body></html>".encode()
@@ -198,7 +200,7 @@ add("unknown code with 400", says(error("1999"), 400), INVALID)
 add("unknown code with 429", says(error("1999"), 429, AT_ONCE), RATE, posts=3)
 add("unknown code with 500", says(error("1999"), 500), UNKNOWN)
 add("unknown code with 503", says(error("1999"), 503, AT_ONCE), SERVER, posts=3)
-add("unknown code inside a 200", says(error("1999")), MALFORMED)
+add("unknown code inside a 200", says(error("1999")), UNKNOWN)
 for _what, _odd in (
     ("a float", 1302.5),
     ("a list", ["1302"]),
@@ -220,7 +222,7 @@ for _what, _odd in (
     ("true", True),
 ):
     add(f"error that is {_what}, with 400", says({"error": _odd}, 400), INVALID)
-    add(f"error that is {_what}, with 200", says({"error": _odd}), MALFORMED)
+    add(f"error that is {_what}, with 200", says({"error": _odd}), UNKNOWN if _odd else MALFORMED)
 for _what, _odd in (
     ("null", None),
     ("a list", ["a", 1]),
@@ -229,6 +231,30 @@ for _what, _odd in (
     ("true", True),
 ):
     add(f"message that is {_what}", says(error("1214", _odd), 400), INVALID)
+for _what, _form in (
+    ("an error object without a code", {"error": {"message": SERVER_WORDS}}),
+    ("an error object with a null code", {"error": {"code": None, "message": SERVER_WORDS, "type": "upstream_error"}}),
+    ("an error object with an empty code", {"error": {"code": "", "message": SERVER_WORDS}}),
+    ("an error that is a text", {"error": SERVER_WORDS}),
+    ("an error that is true and a message", {"error": True, "message": SERVER_WORDS}),
+    ("a message", {"message": SERVER_WORDS}),
+    ("a detail", {"detail": SERVER_WORDS}),
+    ("a detail that is a list", {"detail": [{"loc": ["body", "size"], "msg": SERVER_WORDS}]}),
+    ("a msg", {"msg": SERVER_WORDS}),
+    ("a list of errors", {"errors": [{"message": SERVER_WORDS}]}),
+    ("success: false and null data", {"success": False, "message": SERVER_WORDS, "data": None}),
+    ("a message beside empty data", {"data": [], "message": SERVER_WORDS}),
+):
+    for _status, _class in (
+        (200, UNKNOWN),
+        (500, UNKNOWN),
+        (502, UNKNOWN),
+        (400, INVALID),
+        (401, AUTHENTICATION),
+        (404, NOT_FOUND),
+    ):
+        add(f"{_what}, with {_status}", says(_form, _status), _class)
+add("a picture and a message", says({**GOOD, "message": "ok"}), RESULT)
 add("wrong route, as recorded", says({"code": 500, "msg": "404 NOT_FOUND", "success": False}), NOT_FOUND)
 add("another failure in the wrong route's form", says({"code": 500, "msg": SERVER_WORDS, "success": False}), *UNSURE)
 add("code 1302 outside of an error object, 429", says({"code": "1302", "message": "x"}, 429, AT_ONCE), RATE, posts=3)

@@ -76,6 +76,19 @@ def test_another_port_of_the_same_loopback_host_may_hold_the_picture(how: How) -
 
 
 @HOWS
+def test_a_reply_with_64_links_costs_one_fetch_and_names_the_others(how: How, caplog: pytest.LogCaptureFixture) -> None:
+    with FaultServer() as server:
+        server.api = says({"data": [{"url": f"PICTURE?{number}"} for number in range(64)]})
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=2.0)
+        result = call(generator, how, Verdict())
+        assert (server.posts, server.gets) == (1, 1)
+        assert len(result.images) == 1
+        assert result.images[0].read() == PICTURE
+        assert any("63 more images" in warning for warning in result.images[0].warnings)
+        assert f"{server.picture_url}?63" in caplog.text
+
+
+@HOWS
 def test_nothing_is_fetched_that_was_not_asked_for(how: How) -> None:
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=2.0, download=False)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from langchain_cogview import ContentFilter, ImageRequest
 from langchain_cogview import errors as e
-from langchain_cogview.api.protocol import CODES, ImagesReply, decoded_body, images_body, read_reply
+from langchain_cogview.api.protocol import (
+    CODES,
+    ImagesReply,
+    decoded_body,
+    images_body,
+    read_reply,
+    read_submitted,
+    read_task,
+)
 from langchain_cogview.errors import Outcome
 from tests.conftest import FIXTURES
 
@@ -109,10 +117,69 @@ def test_unavailable_means_that_it_did_not_run():
         read_reply(503, b'{"error":{"code":"1234"}}')
 
 
+ERRORS_WITHOUT_A_CODE = [
+    {"error": {"message": "Handler dispatch failed"}},
+    {"error": {"code": None, "message": "Handler dispatch failed", "type": "upstream_error"}},
+    {"error": {"code": "9876", "message": "Handler dispatch failed"}},
+    {"error": "Handler dispatch failed"},
+    {"error": True, "message": "Handler dispatch failed"},
+    {"errors": [{"message": "Handler dispatch failed"}]},
+    {"message": "Handler dispatch failed"},
+    {"msg": "Handler dispatch failed", "data": []},
+    {"detail": "Handler dispatch failed"},
+    {"detail": [{"loc": ["body"], "msg": "Handler dispatch failed"}]},
+    {"success": False, "message": "Handler dispatch failed", "data": None},
+    {"timestamp": 1, "status": 500, "error": "Handler dispatch failed", "path": "/api"},
+]
+
+
+@pytest.mark.parametrize("status", [200, 500, 502])
+@pytest.mark.parametrize("body", ERRORS_WITHOUT_A_CODE, ids=json.dumps)
+@pytest.mark.parametrize("read", [read_reply, read_task, read_submitted])
+def test_an_error_without_a_known_code_is_the_services_and_shows_its_text(status, body, read):
+    with pytest.raises(e.CogViewOutcomeUnknownError) as caught:
+        read(status, json.dumps(body).encode())
+    assert type(caught.value) is e.CogViewOutcomeUnknownError
+    assert "reported an error" in caught.value.message
+    assert "Handler dispatch failed" in str(caught.value)
+    assert "Handler dispatch failed" not in caught.value.text_for_model
+
+
+@pytest.mark.parametrize("body", ERRORS_WITHOUT_A_CODE, ids=json.dumps)
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, e.CogViewInvalidRequestError), (401, e.CogViewAuthenticationError), (503, e.CogViewServerError)],
+)
+def test_an_error_without_a_known_code_is_judged_by_a_status_that_tells(status, body, kind):
+    with pytest.raises(kind, match="Handler dispatch failed"):
+        read_reply(status, json.dumps(body).encode())
+
+
+def test_a_text_beside_an_image_or_an_accepted_task_is_no_error():
+    body = {"data": [{"url": "https://a/b.png"}], "message": "ok", "code": 0}
+    assert read_reply(200, json.dumps(body).encode()).warnings == ()
+    assert read_submitted(200, b'{"id":"7","message":"accepted"}').task_id == "7"
+    with pytest.raises(e.CogViewMalformedReplyError):
+        read_reply(200, b'{"code":200,"msg":"success","data":[]}')
+
+
+@pytest.mark.parametrize(("read", "name"), [(read_reply, "data"), (read_task, "image_result")])
+def test_of_more_images_than_asked_for_the_first_is_taken_and_the_others_are_named(read, name):
+    links = [{"url": f"https://a.example/{number}.png"} for number in range(64)]
+    reply = read(200, json.dumps({name: links}).encode())
+    reply = reply.reply if name == "image_result" else reply
+    assert reply.urls == ("https://a.example/0.png",)
+    assert len(reply.unasked_urls) == 63
+    (warning,) = reply.warnings
+    assert "63 more images" in warning
+    assert "https://a.example/1.png" in warning
+    assert len(warning) <= 800
+
+
 @given(st.integers(200, 599), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["error", "code", "message", "data", "url", "content_filter", "contentFilter", "role", "level", "created", "id", "success", "msg"]), inner, max_size=6),
+    | st.dictionaries(st.sampled_from(["error", "code", "message", "data", "url", "content_filter", "contentFilter", "role", "level", "created", "id", "success", "msg", "detail", "errors"]), inner, max_size=6),
     max_leaves=20,
 ))  # fmt: skip
 def test_any_json_is_a_reply_or_one_of_our_errors(status, value):
