@@ -63,6 +63,10 @@ class ImageFailureArtifact(TypedDict):
     request_id: str | None
     task_id: str | None
     outcome: str
+    scope: str | None
+    """What the error concerns, such as "prompt" or "account"; None for an exception of another library."""
+    is_retryable: bool
+    """Whether the same request may be sent again, and may then succeed."""
     content_filter: list[ContentFilterArtifact]
 
 

@@ -14,7 +14,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.shell import CODES, EXIT_CODES, HINTS, finish, json_text, say, write, write_bytes
+from langchain_cogview.shell import EXIT_CODES, exit_code, finish, hint_of, json_text, say, write, write_bytes
 from langchain_cogview.terminal import open_file, path_on, picture_on, terminal_of
 
 try:
@@ -71,7 +71,7 @@ class DrawByDefault(TyperGroup):
 def application() -> typer.Typer:
     """The command as a typer application; plain text wherever it does not write to a terminal."""
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
-    codes = "\n".join(f"{code}: {meaning}" for code, (meaning, *_) in EXIT_CODES.items())
+    codes = "\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
     app = typer.Typer(
         cls=DrawByDefault,
         pretty_exceptions_enable=False,
@@ -181,6 +181,7 @@ def _check_bytes_can_be_written(*, alone: bool) -> None:
 
 def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Shown) -> int:
     from langchain_cogview.catalog import model_warning  # noqa: PLC0415
+    from langchain_cogview.errors import error_class  # noqa: PLC0415
     from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
     generator = CogViewImageGenerator(**settings)
@@ -203,9 +204,10 @@ def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Sho
     say(*(f"Warning: {each}" for each in result.warnings if each != known))
     say("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
     for failure in result.failures:
-        which, hint = f"Picture {failure.index + 1} of {generator.n}", HINTS.get(failure.error, failure.hint)
+        which, kind = f"Picture {failure.index + 1} of {generator.n}", error_class(failure.error)
+        hint = hint_of(kind, failure.hint)
         say(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
-        codes.append(CODES.get(failure.error, 1))
+        codes.append(exit_code(kind))
     if shown.as_json:
         codes.append(write(json_text(result.model_copy(update={"images": tuple(images)}).to_artifact())))
     return max(codes)

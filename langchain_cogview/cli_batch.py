@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.shell import CODES, finish, in_shell_words, json_text, say, write
+from langchain_cogview.shell import exit_code, finish, in_shell_words, json_text, say, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +102,7 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
 
 
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
+    from langchain_cogview.errors import error_class  # noqa: PLC0415
     from langchain_cogview.jobs import run_job  # noqa: PLC0415
 
     stop = threading.Event()
@@ -115,11 +116,11 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
         )
         return 130
     say(*_not_made(report), str(report))
-    codes = [CODES.get(name, 1) for name in report.errors]
+    codes = [exit_code(error_class(name)) for name in report.errors]
     codes += [130] if stop.is_set() else []
     codes += [7] if report.unknown else []
     codes += [2] if report.over_budget else []
-    codes += [CODES.get(type(report.stopped).__name__, 1)] if report.stopped else []
+    codes += [exit_code(type(report.stopped))] if report.stopped else []
     shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
     return max([0, *codes, write(shown)])
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from langchain_cogview.shell import CODES, finish, in_shell_words, json_text, write
+from langchain_cogview.shell import exit_code, finish, in_shell_words, json_text, write
 
 
 def doctor(
@@ -33,8 +33,9 @@ def doctor(
 
 def _doctor(region: str | None, base_url: str | None, *, offline: bool, as_json: bool) -> int:
     from langchain_cogview.doctor import diagnose  # noqa: PLC0415
+    from langchain_cogview.errors import error_class  # noqa: PLC0415
 
     diagnosis = diagnose(base_url=base_url, region=region, offline=offline)  # type: ignore[arg-type]
     written = write(json_text(diagnosis.to_dict()) if as_json else in_shell_words(str(diagnosis)))
     failed = diagnosis.first_failed
-    return CODES.get(failed.error or "", 1) if failed else written
+    return exit_code(error_class(failed.error)) if failed else written

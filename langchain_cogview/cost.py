@@ -5,21 +5,15 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from langchain_cogview import errors
 from langchain_cogview.catalog import PRICES_AS_OF
+from langchain_cogview.errors import Outcome
 from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
     from datetime import date
-
-_MAY_BE_CHARGED: Final = frozenset(
-    name
-    for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, errors.CogViewOutcomeUnknownError)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +164,7 @@ class ImageCosts:
                 self._lost(event)
             elif name == PROGRESS_EVENT:
                 self._under_way.setdefault(event["request_id"], Price.of(event))
-            elif name == RETRY_EVENT and event["error"] in _MAY_BE_CHARGED:
+            elif name == RETRY_EVENT and event["outcome"] == Outcome.UNKNOWN:
                 # It is sent again all the same: what it may have cost comes besides the picture's price.
                 attempt = (event["request_id"], event["attempt"])
                 self._uncertain[attempt] = self._under_way.get(event["request_id"], Price())
@@ -195,7 +189,7 @@ class ImageCosts:
             self.blocked += 1
             return
         self.failed += 1
-        if event["outcome"] == errors.Outcome.UNKNOWN:
+        if event["outcome"] == Outcome.UNKNOWN:
             self._uncertain[event["task_id"] or event["request_id"]] = Price.of(event)
 
     def to_dict(self) -> dict[str, Any]:

@@ -69,6 +69,25 @@ class Outcome(StrEnum):
     """It was refused, and would be refused again."""
 
 
+class Scope(StrEnum):
+    """What an error concerns, and so what has to change before a request can succeed."""
+
+    PROMPT = "prompt"
+    """What the prompt says: the content filter blocks it, and another wording may pass."""
+    REQUEST = "request"
+    """This request alone, such as an argument of it."""
+    MODEL = "model"
+    """Every request for this model: the service does not know it."""
+    ACCOUNT = "account"
+    """Every request with this key: the key, its permissions or its balance."""
+    SERVICE = "service"
+    """The service or the network at the moment: a later request may succeed."""
+    LOCAL = "local"
+    """Every request from here: a setting, a limit that the application set, or the disk."""
+    CANCELLED = "cancelled"
+    """Nothing is wrong: the caller stopped the work."""
+
+
 def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
     """Foreign text made safe to show: one line, printable, at most `limit` characters."""
     text = text[: limit * 8]
@@ -76,6 +95,21 @@ def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
         text = "".join(c if c.isprintable() else " " for c in text)
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+_CLASSES: Final[dict[str, type[CogViewError]]] = {}
+
+
+def error_class(name: object) -> type[CogViewError] | None:
+    """The class that a record of an error names.
+
+    Args:
+        name: Name of a class, as in `ImageFailure.error` or a job's manifest.
+
+    Returns:
+        None where no class of this package has that name.
+    """
+    return _CLASSES.get(name) if isinstance(name, str) else None
 
 
 class CogViewError(ModelError):
@@ -90,7 +124,9 @@ class CogViewError(ModelError):
         detail: What the service, or the network, said; cut to 200 printable characters.
 
     Attributes:
-        outcome: What became of the request; the class tells.
+        outcome: What became of the request. A fact of the class.
+        scope: What the error concerns. A fact of the class.
+        is_retryable: Whether the same request may succeed later and may be sent again safely. A fact of the class.
         prompt: What was asked for, on errors of a call; in no text of the error.
         attempts: How often the request was sent.
         task_id: Of the task endpoint, where the request was taken as a task; None elsewhere.
@@ -100,8 +136,14 @@ class CogViewError(ModelError):
     """
 
     outcome: Outcome = Outcome.FINAL
+    scope: Scope = Scope.REQUEST
     default_message = "The picture could not be made."
     default_hint = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the class under its name, by which records of errors name it."""
+        super().__init_subclass__(**kwargs)
+        _CLASSES.setdefault(cls.__name__, cls)
 
     def __init__(
         self,
@@ -161,6 +203,9 @@ class CogViewError(ModelError):
         return error
 
 
+_CLASSES[CogViewError.__name__] = CogViewError
+
+
 def _rebuild(cls: type[CogViewError], message: str) -> CogViewError:
     return cls._blank(message)
 
@@ -168,6 +213,7 @@ def _rebuild(cls: type[CogViewError], message: str) -> CogViewError:
 class CogViewConfigurationError(CogViewError):
     """When a setting is missing or wrong; nothing was sent."""
 
+    scope = Scope.LOCAL
     outcome = Outcome.NOT_RUN
 
 
@@ -192,6 +238,7 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):
         content_filter: The entries that the service sent; may be empty.
     """
 
+    scope = Scope.PROMPT
     default_message = "The content filter blocked this request."
     default_hint = "The same prompt will be blocked again: reword it. False positives are common."
 
@@ -211,6 +258,7 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):
 class CogViewBudgetError(CogViewError, ToolException):
     """When a tool's `max_images` or `budget` does not cover the request; refused before it was sent."""
 
+    scope = Scope.LOCAL
     outcome = Outcome.NOT_RUN
     default_message = "The limit of this tool is reached; nothing was sent."
     default_hint = "Tell the user; do not call this tool again."
@@ -219,6 +267,7 @@ class CogViewBudgetError(CogViewError, ToolException):
 class CogViewAuthenticationError(CogViewError, ModelAuthenticationError):
     """When the key was refused."""
 
+    scope = Scope.ACCOUNT
     default_message = "The API key was refused."
     default_hint = (
         "Keys are per platform: one from open.bigmodel.cn (ZHIPUAI_API_KEY, region='china') is not good on z.ai "
@@ -229,6 +278,7 @@ class CogViewAuthenticationError(CogViewError, ModelAuthenticationError):
 class CogViewPermissionError(CogViewError, ModelPermissionDeniedError):
     """When the account may not do this."""
 
+    scope = Scope.ACCOUNT
     default_message = "The account is not allowed to do this."
     default_hint = "Look at the account's state and its access to the model in the provider's console."
 
@@ -245,6 +295,7 @@ class CogViewBalanceError(CogViewPermissionError):
 class CogViewNotFoundError(CogViewError, ModelNotFoundError):
     """When the model or the route does not exist there."""
 
+    scope = Scope.MODEL
     default_message = "The service does not know this model or route."
     default_hint = "Check the model's name, the region and the base URL."
 
@@ -252,6 +303,7 @@ class CogViewNotFoundError(CogViewError, ModelNotFoundError):
 class CogViewRateLimitError(CogViewError, ModelRateLimitError):
     """When more requests are in flight than the account is allowed, after all attempts."""
 
+    scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
     default_message = "More requests are in flight than the account is allowed for this model."
     default_hint = "Lower max_concurrency, raise max_retries, or try again later; the console shows the limit."
@@ -267,6 +319,7 @@ class CogViewBusyError(CogViewRateLimitError):
 class CogViewServerError(CogViewError, ModelAPIError):
     """When the service says that it is unavailable and did not run the request, after all attempts."""
 
+    scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
     default_message = "The service is unavailable; the request did not run."
     default_hint = "Try again later."
@@ -275,6 +328,7 @@ class CogViewServerError(CogViewError, ModelAPIError):
 class CogViewConnectionError(CogViewError, ModelConnectionError):
     """When the service could not be reached; the request was never sent."""
 
+    scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
     default_message = "The service could not be reached; nothing was sent."
     default_hint = "Check the network, the proxy settings and the base URL."
@@ -283,6 +337,7 @@ class CogViewConnectionError(CogViewError, ModelConnectionError):
 class CogViewTimeoutError(CogViewError, ModelTimeoutError):
     """When the deadline passed before the request was sent."""
 
+    scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
     default_message = "The time limit passed before the request was sent; nothing was made or charged."
     default_hint = "Raise timeout (seconds), or try again later."
@@ -327,6 +382,7 @@ class CogViewTaskUnfinishedError(CogViewOutcomeUnknownError):
 class CogViewTaskFailedError(CogViewError, ToolException):
     """When a task ended without a picture. Billing is per picture, so nothing should be charged."""
 
+    scope = Scope.SERVICE
     default_message = "The service took the request as a task, which failed without a picture."
     default_hint = "Try again later, or reword the prompt."
 
@@ -357,5 +413,6 @@ class CogViewExpiredURLError(CogViewDownloadError):
 class CogViewStorageError(CogViewError):
     """When bytes could not be written, or a saved file is gone."""
 
+    scope = Scope.LOCAL
     default_message = "The picture could not be written."
     default_hint = "Check that the folder exists, is writable and has space left; image.save(path) writes it elsewhere."

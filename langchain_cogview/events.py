@@ -115,6 +115,10 @@ class ProgressEvent(TypedDict):
     """At `failed`: by the content filter."""
     outcome: str | None
     """At `failed`: `not_run`, `final`, or `unknown` (a picture may have been charged)."""
+    scope: str | None
+    """At `failed`: what the error concerns, such as `prompt` or `account`; None for an exception of another library."""
+    is_retryable: bool | None
+    """At `failed`: whether the same request may be sent again, and may then succeed."""
     cost: str | None
     """What the picture costs if it is made; None where the price is unknown."""
     currency: str | None
@@ -135,6 +139,11 @@ class RetryEvent(TypedDict):
     """Seconds until it is sent again; the queue for a place in flight comes on top."""
     error: str
     """Name of the error's class."""
+    outcome: str
+    """`not_run`, or `unknown` (a picture may have been charged; only with `retry_unknown=True`)."""
+    scope: str
+    """What the error concerns, such as `service`."""
+    is_retryable: bool
     code: str | None
     status: int | None
     sandbox: bool

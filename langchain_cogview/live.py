@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from langchain_cogview.cost import Charges
-from langchain_cogview.errors import CogViewContentFilterError, CogViewOutcomeUnknownError, Outcome
+from langchain_cogview.errors import CogViewContentFilterError, CogViewOutcomeUnknownError, Outcome, Scope
 from langchain_cogview.images.previews import in_kernel
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _word(error: BaseException) -> str:
 
 
 def _word_of_record(failure: ImageFailure) -> str:
-    if failure.error == CogViewContentFilterError.__name__:
+    if failure.scope is Scope.PROMPT:
         return "blocked"
     return "of unknown outcome" if failure.outcome is Outcome.UNKNOWN else "failed"
 

@@ -27,10 +27,14 @@ from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
 from langchain_cogview.api.transport import STAGE, asender, sender
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
+    CogViewAuthenticationError,
+    CogViewConfigurationError,
     CogViewConnectionError,
     CogViewError,
     CogViewInvalidRequestError,
+    CogViewMalformedReplyError,
     CogViewNotFoundError,
+    CogViewServerError,
     printable,
 )
 
@@ -234,23 +238,22 @@ def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterat
 def _judged(refusal: CogViewError | None, has_key: bool, took: float) -> Finding:  # noqa: FBT001
     if refusal is None:
         text = "The service answered the probe, which it has to refuse, with a picture: it is not the provider's API."
-        return Finding("probe", "failed", text, "Check the base URL.", took, "CogViewMalformedReplyError")
+        return Finding("probe", "failed", text, "Check the base URL.", took, CogViewMalformedReplyError.__name__)
     said = ", ".join(filter(None, (refusal.code and f"code {refusal.code}", f"HTTP {refusal.status}")))
     if refusal.code in _KEY_IS_GOOD and isinstance(refusal, CogViewInvalidRequestError | CogViewNotFoundError):
         if not has_key:
             return Finding("probe", "skipped", f"The API answers ({said}); there is no key to judge.", seconds=took)
         text = f"The key is accepted: the request itself was refused, as it must be ({said}). No picture was made."
         return Finding("probe", "ok", text, seconds=took)
-    kind = type(refusal).__name__
-    if not has_key and kind == "CogViewAuthenticationError":
+    if not has_key and isinstance(refusal, CogViewAuthenticationError):
         return Finding("probe", "skipped", f"The API answers ({said}) and asks for a key.", seconds=took)
-    if refusal.may_have_been_charged or (kind == "CogViewInvalidRequestError" and refusal.code is None):
+    if refusal.may_have_been_charged or (isinstance(refusal, CogViewInvalidRequestError) and refusal.code is None):
         busy = (refusal.status or 0) >= 500  # noqa: PLR2004
         text = f"The host answers, but not as the API does ({said})."
         hint = "Try again later." if busy else "Check the base URL: another service, or a login page, may stand there."
-        kind = "CogViewServerError" if busy else "CogViewConfigurationError"
-        return Finding("probe", "failed", text, hint, took, kind)
-    return Finding("probe", "failed", f"{refusal.message} ({said})", refusal.hint, took, kind)
+        kind = CogViewServerError if busy else CogViewConfigurationError
+        return Finding("probe", "failed", text, hint, took, kind.__name__)
+    return Finding("probe", "failed", f"{refusal.message} ({said})", refusal.hint, took, type(refusal).__name__)
 
 
 def _clock(date: str | None) -> Iterator[Finding]:

@@ -167,7 +167,7 @@ class ProgressCallbackHandler(EventListener):
             self._draw()
 
     def _remember(self, event: Any) -> None:
-        if not hasattr(errors, event["error"]):
+        if event["scope"] is None:  # an exception of another library carries no request id
             self._told_of_others[event["error"]] += 1
             return
         self._told[event["request_id"]] = None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import urlsplit
 
 from langchain_core.messages import ToolMessage
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from langchain_cogview.artifact import ARTIFACT_TYPE, ARTIFACT_VERSION, ImageArtifact
 from langchain_cogview.content_filter import ContentFilter
@@ -29,6 +29,8 @@ from langchain_cogview.errors import (
     CogViewInvalidRequestError,
     CogViewStorageError,
     Outcome,
+    Scope,
+    error_class,
     printable,
 )
 
@@ -291,6 +293,8 @@ class ImageFailure(BaseModel):
         request_id: Ours, the same on every attempt.
         task_id: Of the task endpoint: the picture may still come.
         outcome: `not_run`, `unknown` (a picture may have been charged) or `final`.
+        scope: What the error concerns, such as `prompt` or `account`; None for an exception of another library.
+        is_retryable: Whether the same request may be sent again, and may then succeed.
         content_filter: The filter's entries where it was blocked.
     """
 
@@ -305,7 +309,18 @@ class ImageFailure(BaseModel):
     request_id: str | None = None
     task_id: str | None = None
     outcome: Outcome = Outcome.FINAL
+    scope: Scope | None = None
+    is_retryable: bool = False
     content_filter: tuple[ContentFilter, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        # Records of older versions hold only the name of the class, which has the facts.
+        kind = error_class(values.get("error")) if isinstance(values, dict) else None
+        if kind is None:
+            return values
+        return {"outcome": kind.outcome, "scope": kind.scope, "is_retryable": kind.is_retryable, **values}
 
     @classmethod
     def of(cls, error: Exception, index: int) -> Self:
@@ -322,6 +337,8 @@ class ImageFailure(BaseModel):
             request_id=error.request_id,
             task_id=error.task_id,
             outcome=error.outcome,
+            scope=error.scope,
+            is_retryable=error.is_retryable,
             content_filter=error.content_filter if isinstance(error, CogViewContentFilterError) else (),
         )
 

@@ -12,33 +12,18 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-EXIT_CODES: Final = {  # what each means, and the errors (CogView...Error) that bring it
-    0: ("made",),
-    1: ("another failure",),
-    2: ("wrong usage or settings: not made", "Configuration", "InvalidRequest", "PromptTooLong", "NotFound", "Budget"),
-    3: ("blocked by the content filter", "ContentFilter"),
-    4: ("key, permission or balance", "Authentication", "Permission", "Balance"),
-    5: (
-        "limit, busy, network or time: not charged, try later",
-        *("RateLimit", "Busy", "Server", "Connection", "Timeout", "TaskFailed"),
-    ),
-    6: ("made, but not saved where asked: the error output says where it is", "Download", "ExpiredURL", "Storage"),
-    7: (
-        "outcome unknown: a picture may have been made and charged",
-        *("OutcomeUnknown", "MalformedReply", "TaskUnfinished"),
-    ),
-    130: ("interrupted",),
+EXIT_CODES: Final = {
+    0: "made",
+    1: "another failure",
+    2: "wrong usage or settings: not made",
+    3: "blocked by the content filter",
+    4: "key, permission or balance",
+    5: "limit, busy, network or time: not charged, try later",
+    6: "made, but not saved where asked: the error output says where it is",
+    7: "outcome unknown: a picture may have been made and charged",
+    130: "interrupted",
 }
-CODES: Final = {f"CogView{kind}Error": code for code, (_, *kinds) in EXIT_CODES.items() for kind in kinds}
-_UNKNOWN = "Look in the provider's console before you run it again: that can pay twice."
-HINTS: Final = {  # in place of those that name Python's arguments
-    "CogViewRateLimitError": "Try again later, with fewer pictures at once (--n); the console shows the limit.",
-    "CogViewBusyError": "Try again in a few minutes.",
-    "CogViewTimeoutError": "Raise --timeout (seconds), or try again later.",
-    "CogViewOutcomeUnknownError": _UNKNOWN,
-    "CogViewMalformedReplyError": _UNKNOWN,
-    "CogViewTaskUnfinishedError": _UNKNOWN,
-}
+_CODES_OF_SCOPES: Final = {"prompt": 3, "request": 2, "model": 2, "account": 4, "service": 5, "local": 2}
 _SHELL_WORDS: Final = (
     ("; or pass api_key=...", ""),
     ("base_url='sandbox:'", "--sandbox"),
@@ -51,6 +36,45 @@ _SHELL_WORDS: Final = (
     (": set output_dir, or call save() in time", ""),
     ("Its URL is on the result; fetching again costs nothing: image.read() tries again.", ""),
 )
+
+
+def exit_code(kind: type[BaseException] | None) -> int:
+    """The exit code of an error.
+
+    Args:
+        kind: The error's class; None for one that is not known here.
+
+    Returns:
+        A key of `EXIT_CODES`.
+    """
+    from langchain_cogview import errors  # noqa: PLC0415
+
+    if kind is None or kind is errors.CogViewError or not issubclass(kind, errors.CogViewError):
+        return 1
+    if issubclass(kind, (errors.CogViewDownloadError, errors.CogViewStorageError)):
+        return 6
+    return 7 if kind.outcome is errors.Outcome.UNKNOWN else _CODES_OF_SCOPES.get(kind.scope, 1)
+
+
+def hint_of(kind: type[BaseException] | None, hint: str) -> str:
+    """What to do about an error, without Python's arguments.
+
+    Args:
+        kind: The error's class; None for one that is not known here.
+        hint: The error's own hint.
+
+    Returns:
+        A hint that names the command's options, where there is one for the class; else `hint`.
+    """
+    from langchain_cogview import errors  # noqa: PLC0415
+
+    hints: dict[type[BaseException], str] = {
+        errors.CogViewRateLimitError: "Try again later, with fewer pictures at once (--n); the console shows the limit.",
+        errors.CogViewBusyError: "Try again in a few minutes.",
+        errors.CogViewTimeoutError: "Raise --timeout (seconds), or try again later.",
+        errors.CogViewOutcomeUnknownError: "Look in the provider's console before you run it again: that can pay twice.",
+    }
+    return next((hints[each] for each in getattr(kind, "__mro__", ()) if each in hints), hint)
 
 
 def finish(work: Callable[[], int]) -> NoReturn:
@@ -67,12 +91,12 @@ def finish(work: Callable[[], int]) -> NoReturn:
         try:
             code = work()
         except CogViewError as error:
-            say(f"Error: {error.message}", HINTS.get(type(error).__name__, error.hint))
+            say(f"Error: {error.message}", hint_of(type(error), error.hint))
             facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
             said = ", ".join(fact for fact in facts if fact)
             about = error.request_id and f"Request id: {error.request_id}"
             say(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
-            code = CODES.get(type(error).__name__, 1)
+            code = exit_code(type(error))
         except ValidationError as error:
             say(f"Error: {describe_validation(error)}")
             code = 2

@@ -121,6 +121,8 @@ class CallWatch:
             "error": type(error).__name__,
             "blocked": blocked,
             "outcome": str(getattr(error, "outcome", Outcome.FINAL)),
+            "scope": str(error.scope) if isinstance(error, CogViewError) else None,
+            "is_retryable": isinstance(error, CogViewError) and error.is_retryable,
             "task_id": getattr(error, "task_id", None),
         }
         events = [self._progress("failed", **facts)]
@@ -148,6 +150,8 @@ class CallWatch:
             "error": None,
             "blocked": False,
             "outcome": None,
+            "scope": None,
+            "is_retryable": None,
             "cost": None if amount is None else str(amount),
             "currency": currency,
             **facts,
@@ -160,6 +164,9 @@ class CallWatch:
             "attempt": attempts,
             "wait": round(wait, 3),
             "error": type(error).__name__,
+            "outcome": str(error.outcome),
+            "scope": str(error.scope),
+            "is_retryable": error.is_retryable,
             "code": error.code,
             "status": error.status,
         }

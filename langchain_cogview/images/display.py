@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.content_filter import most_severe
-from langchain_cogview.errors import CogViewContentFilterError, printable
+from langchain_cogview.errors import Scope, printable
 from langchain_cogview.images.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, made_from
 from langchain_cogview.images.tiles import Room, Tile, fitted, json_bytes, page_of
 
@@ -214,7 +214,7 @@ def failure_tile(error: Failure | BaseException, *, label: str = "", caption: st
     """
     name = getattr(error, "error", type(error).__name__)
     message = getattr(error, "message", None) or f"{name}: {error}"
-    blocked = name == CogViewContentFilterError.__name__
+    blocked = getattr(error, "scope", None) is Scope.PROMPT
     return Tile(
         caption=caption,
         label=label,

@@ -7,8 +7,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview import errors
-from langchain_cogview.errors import CogViewError, CogViewNotFoundError, Outcome
+from langchain_cogview.errors import CogViewError, Outcome, Scope, error_class
 from langchain_cogview.result import ImageFailure, ImageResult
 from langchain_cogview.watch import JOURNAL
 
@@ -24,20 +23,12 @@ class JobStoppedError(CogViewError):
     """When the job stops before a request was sent."""
 
     outcome = Outcome.NOT_RUN
+    scope = Scope.CANCELLED
     default_message = "The job stopped before the request was sent."
 
 
-NOT_THE_PROMPTS: Final = frozenset(
-    {
-        "CogViewAuthenticationError",
-        "CogViewPermissionError",
-        "CogViewBalanceError",
-        "CogViewConfigurationError",
-        "CogViewStorageError",
-        JobStoppedError.__name__,
-    }
-)
-"""What would befall every other prompt too."""
+STOPPING: Final = frozenset({Scope.ACCOUNT, Scope.LOCAL, Scope.CANCELLED})
+"""Scopes of errors that every other prompt would meet too."""
 
 
 class Call:
@@ -115,18 +106,17 @@ def is_the_prompts(failure: ImageFailure, item: PromptItem) -> bool:
 
 def may_be_charged(failure: ImageFailure) -> bool:
     """Whether its picture may be paid for; an error that is none of ours does not tell."""
-    ours = failure.error.startswith("CogView") or failure.error == JobStoppedError.__name__
-    return failure.outcome is Outcome.UNKNOWN or not ours
+    return failure.outcome is Outcome.UNKNOWN or failure.scope is None
 
 
 def befalls_all(failure: ImageFailure, item: PromptItem) -> bool:
     """Whether every other prompt would fail alike."""
-    wrong_model = failure.error == CogViewNotFoundError.__name__ and "model" not in item.said
-    return wrong_model or failure.error in NOT_THE_PROMPTS
+    wrong_model = failure.scope is Scope.MODEL and "model" not in item.said
+    return wrong_model or failure.scope in STOPPING
 
 
 def error_of(failure: ImageFailure) -> CogViewError:
     """The error that a failure is the record of."""
-    kind = getattr(errors, failure.error, CogViewError)
+    kind = error_class(failure.error) or CogViewError
     facts = {name: getattr(failure, name) for name in ("hint", "code", "status", "request_id")}
     return kind(failure.message, **facts)

@@ -8,8 +8,8 @@ arguments    prompt, model, size, quality, n, ... as drawn
 extra        what else its line holds; left out where that is nothing
 images       of each: file (in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
              cached, request_id, sandbox
-failures     of each picture that was not made: error, message, code, status, outcome, request_id, content_filter, model;
-             with url and expires_at where it was made, but its bytes could not be had
+failures     of each picture that was not made: error, message, code, status, outcome, scope, request_id, content_filter,
+             model;             with url and expires_at where it was made, but its bytes could not be had
 given_up     requests that may have been charged besides, and were drawn anew: request_id, model
 cost         of all its images, a decimal number; null where a price is unknown
 currency     ISO code
@@ -52,7 +52,7 @@ _IMAGE: Final = {
     *("request_id", "sandbox", "warnings"),
 }
 _LINK: Final = {"url", "content_filter", "model", "cost", "cached", "request_id", "sandbox"}
-_FAILURE: Final = {"error", "message", "code", "status", "outcome", "request_id", "content_filter"}
+_FAILURE: Final = {"error", "message", "code", "status", "outcome", "scope", "request_id", "content_filter"}
 
 
 def now() -> str:
@@ -136,7 +136,8 @@ def lost_entry(image: GeneratedImage) -> dict[str, Any]:
         "message": " ".join(image.warnings) or CogViewDownloadError.default_message,
         "code": None,
         "status": None,
-        "outcome": "final",
+        "outcome": str(CogViewDownloadError.outcome),
+        "scope": str(CogViewDownloadError.scope),
         **image.model_dump(mode="json", include=_LINK),
         "expires_at": image.expires_at.astimezone(UTC).strftime(_TIME) if image.expires_at else None,
     }

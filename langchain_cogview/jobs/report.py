@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview import errors
-from langchain_cogview.errors import Outcome
+from langchain_cogview.errors import Outcome, error_class
 from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
 from langchain_cogview.jobs.manifest import MANIFEST, compact, read_record, read_records, unwritable
 from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
@@ -123,7 +122,7 @@ class JobReport:
 
 
 def _not_run(name: str) -> bool:
-    kind = getattr(errors, name, None)
+    kind = error_class(name)
     return kind is not None and kind.outcome is Outcome.NOT_RUN
 
 

@@ -19,9 +19,11 @@ from langchain_cogview.errors import (
     CogViewTaskFailedError,
     CogViewTaskUnfinishedError,
     Outcome,
+    Scope,
+    error_class,
 )
 from langchain_cogview.jobs.calls import (
-    NOT_THE_PROMPTS,
+    STOPPING,
     Call,
     JobStoppedError,
     befalls_all,
@@ -277,9 +279,9 @@ class JobRun:
         images = list(outcome.images) if isinstance(outcome, ImageResult) else []
         self._look_for_stops(call, outcome, failures)
         own = [failure for failure in failures if is_the_prompts(failure, call.work.item)]
-        others = [failure.error for failure in failures if failure not in own]
+        others = [failure for failure in failures if failure not in own and failure.scope is not Scope.CANCELLED]
         with self._lock:
-            self.errors.update(each for each in others if each != JobStoppedError.__name__)
+            self.errors.update(failure.error for failure in others)
         told = [failure_entry(each, call.sent.get(each.request_id or "", call.work.item.model)) for each in own]
         self._give_back(call, sum(not image.cached for image in images) + len(unknown))
         entries, elsewhere = self._keep(call, images)
@@ -305,7 +307,7 @@ class JobRun:
                 self.errors[type(outcome).__name__] += 1
                 if isinstance(outcome, CogViewTaskUnfinishedError):
                     self.survey.unfinished.update(call.sent)
-            if type(outcome).__name__ in NOT_THE_PROMPTS:
+            if isinstance(outcome, CogViewError) and outcome.scope in STOPPING:
                 self.stop(outcome)
 
     def _fetched(self, call: Call, number: int, image: GeneratedImage, content: Any) -> None:
@@ -338,7 +340,7 @@ class JobRun:
         elif fatal or stops:
             first = [*fatal, *failures][0]
             # The raised error is that of one of the pictures, and says more than its record.
-            self.stop(outcome if type(outcome).__name__ == first.error else error_of(first))
+            self.stop(outcome if type(outcome) is error_class(first.error) else error_of(first))
 
     def _give_back(self, call: Call, paid: int) -> None:
         with self._lock:

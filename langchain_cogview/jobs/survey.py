@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.errors import CogViewConfigurationError, Scope, error_class, printable
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import PICTURE_NAME
 from langchain_cogview.jobs.plan import JobPlan, PromptItem, PromptList, UnknownAttempt, counted
@@ -184,9 +184,15 @@ class Survey:
 
 
 def kind_of(errors: Iterable[str]) -> str:
-    """What became of a prompt that was not made: `blocked` by the content filter alone, `failed`, `unknown` without errors."""
-    names = {*errors}
-    return "unknown" if not names else "blocked" if names == {"CogViewContentFilterError"} else "failed"
+    """What became of a prompt that was not made: `blocked` by the content filter alone, `failed`, `unknown` without errors.
+
+    Args:
+        errors: Names of the classes of its errors.
+    """
+    kinds = [error_class(name) for name in errors]
+    if not kinds:
+        return "unknown"
+    return "blocked" if all(kind and kind.scope is Scope.PROMPT for kind in kinds) else "failed"
 
 
 class Purse:

@@ -5,6 +5,7 @@ import uuid
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.runnables import RunnableLambda
 
+from langchain_cogview.errors import error_class
 from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 
 MODEL = "cogview-4-250304"
@@ -26,17 +27,27 @@ def generated(request_id=None, **facts):
 def progress(stage, request_id=None, **facts):
     return PROGRESS_EVENT, {
         "version": 1, "stage": stage, "request_id": request_id or new_id(), "model": MODEL, "elapsed": 0.1, "task_id": None,
-        "error": None, "blocked": False, "outcome": None, "cost": "0.06", "currency": "CNY", "sandbox": False,
+        "error": None, "blocked": False, "outcome": None, "scope": None, "is_retryable": None, "cost": "0.06", "currency": "CNY", "sandbox": False,
         "tool_call_id": None, **facts,
     }  # fmt: skip
 
 
-def failed(request_id=None, *, outcome="final", error="CogViewError", **facts):
-    return progress("failed", request_id, outcome=outcome, error=error, **facts)
+def facts_of(error):
+    kind = error_class(error)
+    return {
+        "error": error,
+        "outcome": str(kind.outcome) if kind else "final",
+        "scope": str(kind.scope) if kind else None,
+        "is_retryable": bool(kind and kind.is_retryable),
+    }
+
+
+def failed(request_id=None, *, error="CogViewError", **facts):
+    return progress("failed", request_id, **{**facts_of(error), **facts})
 
 
 def unknown(request_id=None, **facts):
-    return failed(request_id, outcome="unknown", error="CogViewOutcomeUnknownError", **facts)
+    return failed(request_id, error="CogViewOutcomeUnknownError", **facts)
 
 
 def blocked(request_id=None, **facts):
@@ -45,7 +56,7 @@ def blocked(request_id=None, **facts):
 
 def retry(request_id=None, *, error="CogViewRateLimitError", attempt=1, **facts):
     return RETRY_EVENT, {
-        "version": 1, "request_id": request_id or new_id(), "model": MODEL, "attempt": attempt, "wait": 1.0, "error": error,
+        "version": 1, "request_id": request_id or new_id(), "model": MODEL, "attempt": attempt, "wait": 1.0, **facts_of(error),
         "code": "1302", "status": 429, "sandbox": False, "tool_call_id": None, **facts,
     }  # fmt: skip
 

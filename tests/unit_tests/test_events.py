@@ -59,15 +59,21 @@ def test_waiting_to_be_sent_again_is_told_with_the_reason(sandbox, how):
 
 @both
 @pytest.mark.parametrize(
-    ("prompt", "blocked", "outcome"),
-    [("[[content-filter]]", True, "final"), ("[[server-error]]", False, "unknown"), ("[[busy]]", False, "not_run")],
+    ("prompt", "facts"),
+    [
+        ("[[content-filter]]", (True, "final", "prompt", False)),
+        ("[[server-error]]", (False, "unknown", "request", False)),
+        ("[[busy]]", (False, "not_run", "service", True)),
+        ("[[balance]]", (False, "final", "account", False)),
+    ],
 )
-def test_a_picture_that_was_not_made_tells_why(sandbox, how, prompt, blocked, outcome):
+def test_an_image_that_was_not_made_tells_why(sandbox, how, prompt, facts):
     heard = Heard()
     with pytest.raises(CogViewError):
         invoked(CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0), how, prompt, heard)
     failed = heard.events[1][1]
-    assert (failed["stage"], failed["blocked"], failed["outcome"]) == ("failed", blocked, outcome)
+    assert failed["stage"] == "failed"
+    assert (failed["blocked"], failed["outcome"], failed["scope"], failed["is_retryable"]) == facts
 
 
 @both
