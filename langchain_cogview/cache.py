@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import quote
 
 from langchain_core.caches import BaseCache
 
 from langchain_cogview.cache_entries import (
+    KEY_PREFIX,
     CacheKey,
     DirectoryEntries,
     Entries,
@@ -32,16 +34,16 @@ from langchain_cogview.cache_entries import (
     is_picture,
     whole,
 )
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.download import Picture, expires_at
 from langchain_cogview.images.formats import EXTENSIONS
 from langchain_cogview.images.store import picture_names, write_whole
-from langchain_cogview.steps import Step, arun, file_step, run
 from langchain_cogview.turns import TURNS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from langchain_cogview.images.remote import RemoteFolder
@@ -52,6 +54,14 @@ UNDATED_LINK_LIFETIME: Final = timedelta(hours=24)
 """How long a link that does not tell its end is taken to live: the shortest life that was seen."""
 
 _MAX_NAMES: Final = 99
+_MAX_TOLD: Final = 160
+_TELLING: Final = 8
+"""So many characters of a prompt in a row tell something of it."""
+_MAX_COMPARED: Final = 10_000
+_CREDENTIALS: Final = re.compile(r"//[^/\s]*@")
+_MAX_FAILING: Final = 1000
+_FAILING: Final[set[tuple[Hashable, str]]] = set()
+"""The caches of this process that could not be read or written the last time."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter alone is a Windows drive; Path("s3://b") is "s3:/b"
 
 logger = logging.getLogger(__name__)
@@ -165,75 +175,98 @@ class CachedRequest:
         return TURNS.aturn((self.entries.place, self._key(index).digest), seconds)
 
     def lookup(self, index: int, refetch: Callable[[str], Picture | CogViewError | None]) -> GeneratedImage | None:
-        """The picture number `index` (from 0) of the request, if it was made before and can still be had.
+        """The image number `index` (from 0) of the request, if it was made before and its bytes can still be read.
 
         Args:
             index: Which of the `n`.
-            refetch: Fetches a link anew (free) into the caller's folder or memory, by the caller's rules. A `CogViewError`, given
-                or raised: not a hit.
+            refetch: Fetches a link again (free) into the caller's folder or memory, by the caller's rules. A `CogViewError`,
+                returned or raised, means that there is no hit.
 
         Returns:
-            The picture as it was made, with `cached=True` and a cost of 0; None: not a hit.
+            The image as it was made, with `cached=True` and a cost of 0; None: not a hit.
         """
-        return run(self._look_up(index, refetch))
+        with self._guarded("read"):
+            key = self._key(index)
+            recorded = self._recorded(key, self.entries.read(key))
+            if recorded is None or not self.download:
+                return recorded and self._hit_by_link(recorded)
+            hit = self._hit_by_file(recorded)
+            url = None if hit else _living_url(recorded)
+            if url is None:
+                return hit
+            image = self._refetched(recorded, refetch(url))
+            if image:
+                self._write(key, image)
+                return self._hit(image)
+        return None
 
     async def alookup(
         self, index: int, refetch: Callable[[str], Awaitable[Picture | CogViewError | None]]
     ) -> GeneratedImage | None:
-        """The twin of `lookup`."""
-        return await arun(self._look_up(index, refetch))
+        """Async version of `lookup`; files and stores are read in threads."""
+        with self._guarded("read"):
+            key = self._key(index)
+            recorded = self._recorded(key, await self.entries.aread(key))
+            if recorded is None or not self.download:
+                return recorded and self._hit_by_link(recorded)
+            hit = await in_thread(self._hit_by_file, recorded)
+            url = None if hit else _living_url(recorded)
+            if url is None:
+                return hit
+            image = await in_thread(self._refetched, recorded, await refetch(url))
+            if image:
+                await self._awrite(key, image)
+                return self._hit(image)
+        return None
 
     def store(self, index: int, image: GeneratedImage) -> None:
-        """Remember a picture that was made just now.
+        """Remember an image that was made just now.
 
         Args:
             index: Which of the `n`.
-            image: As the caller gets it. What came from a cache, what another model drew than the request names, and what has
+            image: As the caller gets it. What came from a cache, what another model made than the request names, and what has
                 neither bytes nor a living link is not stored.
         """
-        run(self._store(index, image))
+        if self._is_storable(image):
+            self._write(self._key(index), image)
 
     async def astore(self, index: int, image: GeneratedImage) -> None:
-        """The twin of `store`."""
-        await arun(self._store(index, image))
+        """Async version of `store`."""
+        if self._is_storable(image):
+            await self._awrite(self._key(index), image)
 
-    # --- what is done, in steps
+    def _write(self, key: CacheKey, image: GeneratedImage) -> None:
+        with self._guarded("written"):
+            self.entries.write(key, image, self._content_to_keep(image))
 
-    def _look_up(self, index: int, refetch: Callable[[str], Any]) -> Generator[Step, Any, GeneratedImage | None]:
-        with self._spared("read"):
-            key = self._key(index)
-            text = yield Step(partial(self.entries.read, key), partial(self.entries.aread, key))
-            recorded = None if text is None else from_entry(key, text)
-            if recorded is None:
-                return None
-            # What was told of its files then is told anew by this call.
-            recorded = recorded.model_copy(update={"warnings": ()})
-            recorded.with_content(None, self.base_url, self.allowed_hosts, self.storage_options)
-            if not self.download:
-                # No path or URI that nobody has looked at.
-                return self._hit(recorded, path=None, uri=None) if _lives(recorded) else None
-            return (yield from self._from_files(recorded)) or (yield from self._from_link(key, recorded, refetch))
-        return None
+    async def _awrite(self, key: CacheKey, image: GeneratedImage) -> None:
+        with self._guarded("written"):
+            keeps = self.entries.bytes_path(image) is not None
+            content = await in_thread(self._content_to_keep, image) if keeps else None
+            await self.entries.awrite(key, image, content)
 
-    def _from_files(self, recorded: GeneratedImage) -> Generator[Step, Any, GeneratedImage | None]:
+    # --- these read and write files and stores
+
+    def _hit_by_file(self, recorded: GeneratedImage) -> GeneratedImage | None:
+        """The hit where the bytes are in a file or a store, as they were recorded."""
         if recorded.sha256 is None:
             return None
         deadline = Deadline(self.timeout)
         own = self._own_places(recorded)
         others = [self.entries.bytes_path(recorded), recorded.path, recorded.uri]
         for place in dict.fromkeys([*own, *(other for other in others if other is not None)]):
-            content = yield from self._read(place, recorded, deadline)
+            content = self._read(place, recorded, deadline)
             if content is None:
                 continue
             if place in own:
                 return self._hit(recorded, **_where(place))
             if self.folder is None:
                 return self._hit(recorded, content=content, **_where(place))
-            return (yield from self._saved(recorded, content, self.folder, deadline))
+            return self._saved(recorded, content, self.folder, deadline)
         return None
 
     def _own_places(self, recorded: GeneratedImage) -> list[Path | str]:
-        """Where in the caller's folder the picture is, if it is there."""
+        """Where in the caller's folder the image is, if it is there."""
         if self.folder is None:
             return []
         if isinstance(self.folder, Path):
@@ -243,49 +276,33 @@ class CachedRequest:
         root = f"{self.folder.url.rstrip('/')}/"
         return [*([recorded.uri] if recorded.uri and recorded.uri.startswith(root) else []), root + _names(recorded)[0]]
 
-    def _read(
-        self, place: Path | str, recorded: GeneratedImage, deadline: Deadline
-    ) -> Generator[Step, Any, bytes | None]:
+    def _read(self, place: Path | str, recorded: GeneratedImage, deadline: Deadline) -> bytes | None:
         """The bytes of a file here or elsewhere, if they are as recorded."""
         if isinstance(place, Path):
-            return (yield file_step(whole, place, recorded))  # type: ignore[no-any-return]
-        from langchain_cogview.images.remote import aread_uri, read_uri  # noqa: PLC0415
+            return whole(place, recorded)
+        from langchain_cogview.images.remote import read_uri  # noqa: PLC0415
 
-        left = deadline.remaining()
-        reading = partial(read_uri, place, self.storage_options, seconds=left)
-        areading = partial(aread_uri, place, self.storage_options, seconds=left)
         try:
-            content = yield Step(reading, areading)
+            content = read_uri(place, self.storage_options, seconds=deadline.remaining())
         except CogViewStorageError:
             return None
         return content if is_picture(content, recorded) else None
 
     def _saved(
         self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
-    ) -> Generator[Step, Any, GeneratedImage]:
-        """The picture with a file in the caller's folder, as the caller would have got it when it was made."""
+    ) -> GeneratedImage:
+        """The image with a file in the caller's folder, as the caller would have got it when it was made."""
         names = _names(recorded)
         try:
             if isinstance(folder, Path):
-                place = yield file_step(_save, folder, names, content)
-            else:
-                sending = (names, content, deadline)
-                place = yield Step(partial(folder.upload, *sending), partial(folder.aupload, *sending))
+                return self._hit(recorded, path=_save(folder, names, content), uri=None)
+            return self._hit(recorded, path=None, uri=folder.upload(names, content, deadline))
         except OSError as error:
             note = _unsaved(folder, error.strerror or type(error).__name__)
             return self._hit(recorded, path=None, uri=None, content=content, warnings=(note,))
-        return self._hit(recorded, **_where(place))
 
-    def _from_link(
-        self, key: CacheKey, recorded: GeneratedImage, refetch: Callable[[str], Any]
-    ) -> Generator[Step, Any, GeneratedImage | None]:
-        ends = expires_at(recorded.url or "")
-        if recorded.url is None or (ends and ends <= datetime.now(UTC)):
-            return None
-        try:
-            fetched = yield Step(partial(refetch, recorded.url), partial(refetch, recorded.url))
-        except CogViewError:
-            return None
+    def _refetched(self, recorded: GeneratedImage, fetched: Picture | CogViewError | None) -> GeneratedImage | None:
+        """The recorded image with the bytes that its link gave; None where it gave none, or those of another image."""
         if not isinstance(fetched, Picture):
             return None
         if recorded.sha256 not in {None, fetched.sha256}:
@@ -305,27 +322,32 @@ class CachedRequest:
             "warnings": (_unsaved(self.folder, fetched.problem),) if fetched.problem else (),
         }
         image = recorded.model_copy(update=facts)
-        image.with_content(fetched.content, self.base_url, self.allowed_hosts, self.storage_options)
-        yield from self._write(key, image)
-        return self._hit(image)
+        return image.with_content(fetched.content, self.base_url, self.allowed_hosts, self.storage_options)
 
-    def _store(self, index: int, image: GeneratedImage) -> Generator[Step, Any, None]:
-        if image.cached or image.model != self.request.model or not (image.sha256 or _lives(image)):
-            return
-        yield from self._write(self._key(index), image)
+    def _content_to_keep(self, image: GeneratedImage) -> bytes | None:
+        """The bytes of an image for a cache that keeps them; None for one that does not, or where they cannot be read."""
+        if self.entries.bytes_path(image) is None:
+            return None
+        content = _local_bytes(image)
+        return self._read(image.uri, image, Deadline(self.timeout)) if content is None and image.uri else content
 
-    def _write(self, key: CacheKey, image: GeneratedImage) -> Generator[Step, Any, None]:
-        with self._spared("written"):
-            content = None
-            if self.entries.bytes_path(image):
-                content = yield file_step(_bytes_at_hand, image)
-                if content is None and image.uri:
-                    content = yield from self._read(image.uri, image, Deadline(self.timeout))
-            yield Step(
-                partial(self.entries.write, key, image, content), partial(self.entries.awrite, key, image, content)
-            )
+    # --- pure decisions
 
-    # --- pure steps
+    def _recorded(self, key: CacheKey, text: str | None) -> GeneratedImage | None:
+        """The image of an entry; None where there is none, or where it is damaged."""
+        recorded = None if text is None else from_entry(key, text)
+        if recorded is None:
+            return None
+        # What was told of its files then is told anew by this call.
+        recorded = recorded.model_copy(update={"warnings": ()})
+        return recorded.with_content(None, self.base_url, self.allowed_hosts, self.storage_options)
+
+    def _hit_by_link(self, recorded: GeneratedImage) -> GeneratedImage | None:
+        # No path or URI that nobody has looked at.
+        return self._hit(recorded, path=None, uri=None) if _lives(recorded) else None
+
+    def _is_storable(self, image: GeneratedImage) -> bool:
+        return not image.cached and image.model == self.request.model and bool(image.sha256 or _lives(image))
 
     def _key(self, index: int) -> CacheKey:
         return CacheKey.of(self.request, index, self.base_url)
@@ -339,17 +361,64 @@ class CachedRequest:
         )
 
     @contextlib.contextmanager
-    def _spared(self, what: str) -> Iterator[None]:
-        """What the cache raises costs neither a picture nor the call; it is logged once for each request."""
+    def _guarded(self, what: Literal["read", "written"]) -> Iterator[None]:
+        """What the cache raises costs neither an image nor the call.
+
+        It is logged in one line when it begins; not again for the same cache until that has worked again.
+        """
+        failing = (self.entries.place, what)
         try:
             yield
-        except Exception as error:
+        except CogViewError:  # of a link that was fetched again: there is no hit
+            return
+        except Exception as error:  # noqa: BLE001  foreign caches raise what they like
             reason = getattr(error, "strerror", None) or type(error).__name__
             note = f"The cache could not be {what}: {printable(str(reason), 80)}."
-            if not self.notes:
-                logger.warning("%s The call goes on without it.", note, exc_info=error)
+            if not self.notes and failing not in _FAILING:
+                self._log_failure(failing, error)
             if note not in self.notes:
                 self.notes.append(note)
+        else:
+            _FAILING.discard(failing)
+
+    def _log_failure(self, failing: tuple[Hashable, str], error: Exception) -> None:
+        if len(_FAILING) >= _MAX_FAILING:
+            _FAILING.clear()
+        _FAILING.add(failing)
+        logger.warning(
+            "The cache could not be %s (%s). Calls go on without it; this is not logged again until it works.",
+            failing[1],
+            _told(error, self.request.prompt),
+        )
+
+
+def _told(error: Exception, prompt: str) -> str:
+    """The class of an error and what it says, in one short line without the prompt, the cache's key or credentials."""
+    name = type(error).__name__
+    try:
+        lines = str(error).splitlines()
+    except Exception:  # noqa: BLE001  foreign
+        return name
+    text = printable(_CREDENTIALS.sub("//", lines[0]), _MAX_TOLD) if lines else ""
+    return f"{name}: {text}" if text and not _tells(text, prompt) else name
+
+
+def _tells(text: str, prompt: str) -> bool:
+    """Whether a text holds a cache's key, or some of a prompt, in a form in which programs write it."""
+    if KEY_PREFIX in text:
+        return True
+    forms = {prompt, ascii(prompt)[1:-1], json.dumps(prompt)[1:-1], quote(prompt)}
+    return any(
+        form[start : start + _TELLING] in text
+        for form in forms
+        for start in range(max(1, min(len(form), _MAX_COMPARED) - _TELLING + 1))
+    )
+
+
+def _living_url(image: GeneratedImage) -> str | None:
+    """The link of an image; None where it has none, or where it says that it has ended."""
+    ends = expires_at(image.url or "")
+    return None if ends and ends <= datetime.now(UTC) else image.url
 
 
 def _lives(image: GeneratedImage) -> bool:
@@ -400,7 +469,7 @@ def _unsaved(folder: object, why: str) -> str:
     )
 
 
-def _bytes_at_hand(image: GeneratedImage) -> bytes | None:
+def _local_bytes(image: GeneratedImage) -> bytes | None:
     try:
         content = image.at_hand()
     except CogViewStorageError:

@@ -8,17 +8,19 @@ An entry is the JSON of a picture, never its bytes. Everything here raises as fi
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
 import re
 import stat
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from langchain_core.caches import BaseCache
 from langchain_core.outputs import Generation
 
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.images.formats import EXTENSIONS, sniff
 from langchain_cogview.images.store import write_whole
 from langchain_cogview.result import GeneratedImage
@@ -27,13 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
     from pathlib import Path
 
-    from langchain_core.caches import BaseCache
-
     from langchain_cogview.request import ImageRequest
 
 ENTRY_TYPE: Final = "cogview.cached_image"
 ENTRY_VERSION: Final = 1
 """Part of every key: a change that old readers would misread raises it, and old entries are met no more."""
+
+KEY_PREFIX: Final = "langchain-cogview:"
+"""Each key begins with it."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -69,7 +72,7 @@ class CacheKey:
             "watermark_enabled": request.watermark_enabled,
         }
         told = json.dumps(decides, sort_keys=True, separators=(",", ":"))
-        llm_string = f"langchain-cogview:{ENTRY_VERSION}:{told}"
+        llm_string = f"{KEY_PREFIX}{ENTRY_VERSION}:{told}"
         return cls(request.prompt, llm_string, hashlib.sha256(f"{llm_string}\n{request.prompt}".encode()).hexdigest())
 
 
@@ -84,16 +87,32 @@ class Entries(Protocol):
         """The text of an entry; None where there is none."""
 
     async def aread(self, key: CacheKey) -> str | None:
-        """The twin of `read`."""
+        """Async version of `read`."""
 
     def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
         """Record a picture; its bytes are kept where `bytes_path` says."""
 
     async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
-        """The twin of `write`."""
+        """Async version of `write`."""
 
     def bytes_path(self, image: GeneratedImage) -> Path | None:
         """Where the bytes of a picture are kept; None where they are not."""
+
+
+class _Identity:
+    """Equal for the same object alone, and for none once that is gone."""
+
+    __slots__ = ("_hash", "_object")
+
+    def __init__(self, of: Any) -> None:
+        self._hash = id(of)
+        self._object = weakref.ref(of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._object() is other._object() is not None
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +124,18 @@ class LangChainEntries:
     @property
     def place(self) -> Hashable:
         """The cache itself; it need not be hashable."""
-        return id(self.cache)
+        return _Identity(self.cache)
 
     def read(self, key: CacheKey) -> str | None:
         """The text of an entry; of something foreign an empty one."""
         return self._text(self.cache.lookup(key.prompt, key.llm_string))
 
     async def aread(self, key: CacheKey) -> str | None:
-        """The twin of `read`."""
+        """Async version of `read`."""
+        if (
+            type(self.cache).alookup is BaseCache.alookup
+        ):  # it has none: LangChain's would wait for the application's threads
+            return await in_thread(self.read, key)
         return self._text(await self.cache.alookup(key.prompt, key.llm_string))
 
     def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
@@ -120,7 +143,10 @@ class LangChainEntries:
         self.cache.update(key.prompt, key.llm_string, [Generation(text=to_entry(key, image))])
 
     async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
-        """The twin of `write`."""
+        """Async version of `write`."""
+        if type(self.cache).aupdate is BaseCache.aupdate:
+            await in_thread(self.write, key, image, content)
+            return
         await self.cache.aupdate(key.prompt, key.llm_string, [Generation(text=to_entry(key, image))])
 
     def bytes_path(self, image: GeneratedImage) -> Path | None:
@@ -158,8 +184,8 @@ class DirectoryEntries:
             return None
 
     async def aread(self, key: CacheKey) -> str | None:
-        """The twin of `read`."""
-        return await asyncio.to_thread(self.read, key)
+        """Async version of `read`."""
+        return await in_thread(self.read, key)
 
     def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
         """Keep a picture's bytes, where they are given, and record it."""
@@ -169,8 +195,8 @@ class DirectoryEntries:
         write_whole(self._path(key), to_entry(key, image).encode())
 
     async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
-        """The twin of `write`."""
-        await asyncio.to_thread(self.write, key, image, content)
+        """Async version of `write`."""
+        await in_thread(self.write, key, image, content)
 
     def bytes_path(self, image: GeneratedImage) -> Path | None:
         """Where the bytes of a picture are kept; None where they were never fetched."""

@@ -646,6 +646,83 @@ def test_a_cache_that_is_down_costs_nothing_but_a_note(sandbox, how, caplog):
 
 
 @HOWS
+def test_a_cache_that_is_down_is_logged_in_one_line_until_it_works_again(sandbox, how, caplog):
+    class Sometimes(InMemoryCache):
+        works = False
+
+        def lookup(self, prompt, llm_string):
+            if not self.works:
+                raise ConnectionError("redis://user:password@cache:6379 refused\nin detail")
+            return super().lookup(prompt, llm_string)
+
+        def update(self, prompt, llm_string, return_val):
+            self.lookup(prompt, llm_string)
+            super().update(prompt, llm_string, return_val)
+
+    cache = Sometimes()
+
+    def lines_of(*prompts):
+        caplog.clear()
+        for prompt in prompts:
+            generator = CogViewImageGenerator(base_url=sandbox.base_url, cache=cache)  # another each time
+            result = generator.invoke(prompt) if how == "sync" else asyncio.run(generator.ainvoke(prompt))
+            assert result.images
+        assert not any(record.exc_info for record in caplog.records)
+        return caplog.messages
+
+    told = (
+        "The cache could not be read (ConnectionError: redis://cache:6379 refused). "
+        "Calls go on without it; this is not logged again until it works."
+    )
+    assert lines_of("a fox", "a hare", "an owl") == [told]
+    cache.works = True
+    assert lines_of("a fox", "a fox") == []
+    cache.works = False
+    assert lines_of("a fox", "a hare") == [told]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a blue fox in the snow", "fox", "一只在雪地里的蓝色狐狸", 'a "blue"\tfox', "fox " * 3000]
+)
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda prompt, key: f"INSERT ({prompt})",
+        lambda prompt, key: f"[parameters: {(prompt, key)!r}]",
+        lambda prompt, key: f"[parameters: {ascii(prompt)[:100]}",
+        lambda prompt, key: json.dumps([prompt, key]),
+        lambda prompt, key: f"no row for {key}",
+    ],
+)
+def test_the_log_tells_neither_prompt_nor_key_of_a_cache_that_is_down(sandbox, caplog, say, prompt):
+    class Talks(InMemoryCache):
+        def lookup(self, prompt, llm_string):
+            raise RuntimeError(say(prompt, llm_string))
+
+    CogViewImageGenerator(base_url=sandbox.base_url, cache=Talks(), download=False).invoke(prompt)
+    assert caplog.messages == [
+        "The cache could not be read (RuntimeError). Calls go on without it; this is not logged again until it works."
+    ]
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "\x1b[31mred\x00", "", None])
+def test_the_log_stays_short_and_printable_whatever_a_cache_raises(sandbox, caplog, text):
+    class OddError(Exception):
+        def __str__(self):
+            return text  # None: it raises
+
+    class Raises(InMemoryCache):
+        def lookup(self, prompt, llm_string):
+            raise OddError
+
+    assert CogViewImageGenerator(base_url=sandbox.base_url, cache=Raises(), download=False).invoke("a kitten").images
+    (line,) = caplog.messages
+    assert "(OddError" in line
+    assert len(line) < 300
+    assert line.isprintable()
+
+
+@HOWS
 def test_a_directory_that_cannot_be_used_costs_nothing_but_a_note(sandbox, how, tmp_path):
     room = Room(sandbox, tmp_path / "cache", how)
     (tmp_path / "cache").write_text("a file by now")
