@@ -6,7 +6,7 @@
     [[content-filter:0:assistant]]  the same with level 0 of role assistant (the picture was blocked)
     [[flagged]]                  success, with content_filter level 3 of role assistant
     [[flagged:2]]                the same with level 2
-    [[rate-limit]]               429, code 1302, for the first attempt, then success
+    [[rate-limit]]               429, code 1302, for the prompt's first attempt, then success
     [[rate-limit:2]]             the same for the first 2 attempts
     [[busy]]                     429, code 1305, for every attempt
     [[busy:1]]                   the same for the first attempt only
@@ -17,7 +17,7 @@
     [[server-error]]             500, code 1234, for every attempt
     [[server-error:1]]           the same for the first attempt only
     [[slow]]                     success after 3 s
-    [[slow:0.5]]                 success after 0.5 s
+    [[slow:0.5]]                 success after 0.5 s; 120 s is the most
     [[expired-url]]              success with a link that has ended: its GET gives 403
     [[not-yet]]                  success with a link whose first GET gives 404
     [[not-yet:2]]                the same for the first 2 GETs
@@ -32,7 +32,8 @@ on tasks alone:
     [[task-polls]]               PROCESSING for the first GET, whatever the clock says, and then what is due
     [[task-polls:2]]             the same for the first 2 GETs
 
-Attempts are those of one request_id, or where none is sent, of one prompt. Several triggers in one prompt work
+Attempts are those of one prompt, whatever their request_id, so that a caller who retries a whole call comes through. Ten
+minutes after the last one the count starts again, as it does with `Sandbox.reset`. Several triggers in one prompt work
 together: those that refuse take their attempts one after the other, those that change a success add up. Anything else
 in double brackets is just part of the prompt.
 """
@@ -47,6 +48,8 @@ from typing import Any, Final
 
 JSON_TYPE: Final = "application/json; charset=UTF-8"
 ALWAYS: Final = 10**9
+MAX_SLOW_SECONDS: Final = 120
+"""The longest delay that a prompt can ask for."""
 
 _TRIGGER = re.compile(r"\[\[([a-z-]{3,20})(?::([0-9]{1,4}(?:\.[0-9]{1,3})?))?(?::([a-z]{1,20}))?\]\]")
 _LEVELS: Final = range(4)
@@ -158,7 +161,7 @@ def _from_trigger(name: str, number: str | None, role: str | None) -> Fault | No
     if number is None:
         fault = Fault(name, _FIRST_ATTEMPTS.get(name, ALWAYS), defaults)
     elif name == "slow":
-        fault = Fault(name, options={"seconds": float(number)})
+        fault = Fault(name, options={"seconds": min(float(number), MAX_SLOW_SECONDS)})
     elif number.isdecimal():
         count = int(number)
         if name in _FIRST_ATTEMPTS:

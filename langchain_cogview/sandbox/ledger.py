@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
 from langchain_cogview.sandbox.picture import seed_of
-from langchain_cogview.sandbox.records import SandboxPicture, SandboxReply
+from langchain_cogview.sandbox.records import History, SandboxPicture, SandboxReply, image_size
 from langchain_cogview.sandbox.replies import NO_ACCESS, NO_FILE, json_reply
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ LINK_LIFETIME: Final = 86_400
 """Seconds for which a picture's link is good."""
 MAX_PICTURES: Final = 100_000
 """Pictures that are listed, and that can be fetched; the oldest, and those unfetched for longest, are forgotten first."""
+MAX_LEDGER_BYTES: Final = 64 << 20
+"""Memory for the list of pictures."""
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.made = 0
-        self.entries: deque[SandboxPicture] = deque(maxlen=MAX_PICTURES)
+        self.entries: History[SandboxPicture] = History(MAX_PICTURES, MAX_LEDGER_BYTES)
         self._links: OrderedDict[str, PictureLink] = OrderedDict()
 
     def charge(
@@ -77,16 +79,15 @@ class Ledger:
         if len(self._links) > MAX_PICTURES:
             self._links.popitem(last=False)
         self.made += 1
-        self.entries.append(
-            SandboxPicture(
-                prompt=order.prompt,
-                model=order.model.name,
-                size=f"{order.width}x{order.height}",
-                request_id=order.request_id or identity,
-                task_id=None if ready_in is None else identity,
-                charged_at=now,
-            )
+        made = SandboxPicture(
+            prompt=order.prompt,
+            model=order.model.name,
+            size=f"{order.width}x{order.height}",
+            request_id=order.request_id or identity,
+            task_id=None if ready_in is None else identity,
+            charged_at=now,
         )
+        self.entries.append(made, image_size(made))
         return f"{ROUTE}{identity}.png?Expires={expires}"
 
     def fetch(self, path: str) -> PictureLink | SandboxReply:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _USER_ID_CHARACTERS: Final = range(6, 129)
+_MAX_REQUEST_ID_CHARACTERS: Final = 128
 
 
 class OrderRefusedError(ValueError):
@@ -73,6 +74,10 @@ def read_order(body: dict[str, Any] | None, *, task: bool = False) -> Order:
     if task and not model.tasks:
         raise OrderRefusedError("1222", "The model does not support this API")
     request_id = body.get("request_id")
+    if isinstance(request_id, str) and len(request_id) > _MAX_REQUEST_ID_CHARACTERS:
+        raise OrderRefusedError(
+            "1210", f"The request_id parameter is illegal: it has at most {_MAX_REQUEST_ID_CHARACTERS} characters"
+        )
     return Order(model, prompt, width, height, request_id if isinstance(request_id, str) and request_id else None)
 
 

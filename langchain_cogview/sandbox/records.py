@@ -1,9 +1,22 @@
-"""What comes in, what goes out, and what is paid for: the plain records of a sandbox."""
+"""The records of a sandbox: requests, replies, and what was charged; and a history of them that is bounded in memory."""
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+API_PREFIX: Final = "/api/paas/v4"
+"""Path under which the API is served, as the provider serves it."""
+RecordT = TypeVar("RecordT")
+
+_REQUEST_BYTES: Final = 500
+_IMAGE_BYTES: Final = 300
+_JSON_VALUE_BYTES: Final = 100
 
 
 @dataclass(frozen=True)
@@ -83,3 +96,41 @@ class SandboxPicture:
     request_id: str
     task_id: str | None
     charged_at: float
+
+
+class History(Generic[RecordT]):
+    """The newest records, bounded in number and in memory. Not locked: the sandbox is.
+
+    Args:
+        max_records: How many are kept.
+        max_bytes: How much memory they may take, by the sizes that `append` is given.
+    """
+
+    def __init__(self, max_records: int, max_bytes: int) -> None:
+        self._max_records = max_records
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._records: deque[tuple[RecordT, int]] = deque()
+
+    def append(self, record: RecordT, size: int) -> None:
+        """Add a record of `size` bytes; the oldest ones are dropped to make room for it. The newest is always kept."""
+        self._records.append((record, size))
+        self._bytes += size
+        while len(self._records) > self._max_records or (self._bytes > self._max_bytes and len(self._records) > 1):
+            self._bytes -= self._records.popleft()[1]
+
+    def __iter__(self) -> Iterator[RecordT]:
+        return (record for record, _ in self._records)
+
+
+def request_size(request: SandboxRequest, body: bytes) -> int:
+    """Upper estimate of the memory that a request takes, with the body that its JSON was read from."""
+    texts = (request.path, *request.headers, *request.headers.values())
+    # A character takes at most four bytes, and each value of the JSON has a bracket, a comma or a colon of its own.
+    values = sum(body.count(sign) for sign in b"[{,:")
+    return _REQUEST_BYTES + sum(map(sys.getsizeof, texts)) + 4 * len(body) + _JSON_VALUE_BYTES * values
+
+
+def image_size(image: SandboxPicture) -> int:
+    """Memory that an entry of the ledger takes."""
+    return _IMAGE_BYTES + sys.getsizeof(image.prompt) + sys.getsizeof(image.request_id)

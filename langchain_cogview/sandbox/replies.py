@@ -37,6 +37,11 @@ def refused(fault: Fault) -> SandboxReply:
     return SandboxReply(status, {**headers, **_MARK}, body)
 
 
+def too_long(limit: int) -> SandboxReply:
+    """The reply to a request whose body has more than `limit` bytes."""
+    return json_reply(413, error_body("1210", f"The body has more than {limit} bytes"))
+
+
 def png_reply(body: bytes) -> SandboxReply:
     """A picture."""
     return SandboxReply(200, {"content-type": "image/png", **_MARK}, body)

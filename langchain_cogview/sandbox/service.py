@@ -25,7 +25,14 @@ from langchain_cogview.sandbox.ledger import Ledger
 from langchain_cogview.sandbox.limits import Account, Limit, Places, account_of, allowed, read_limit
 from langchain_cogview.sandbox.order import Order, OrderRefusedError, read_body, read_order
 from langchain_cogview.sandbox.picture import draw_seed, seed_of
-from langchain_cogview.sandbox.records import SandboxPicture, SandboxReply, SandboxRequest
+from langchain_cogview.sandbox.records import (
+    API_PREFIX,
+    History,
+    SandboxPicture,
+    SandboxReply,
+    SandboxRequest,
+    request_size,
+)
 from langchain_cogview.sandbox.replies import (
     NO_AUTHORIZATION,
     NO_TASK,
@@ -35,6 +42,7 @@ from langchain_cogview.sandbox.replies import (
     png_reply,
     refused,
     success,
+    too_long,
 )
 from langchain_cogview.sandbox.tasks import ROUTE as TASK_ROUTE
 from langchain_cogview.sandbox.tasks import Task, Tasks, asked_for
@@ -46,10 +54,16 @@ if TYPE_CHECKING:
 IN_PROCESS_ORIGIN: Final = "https://sandbox.invalid"
 SCHEME: Final = "sandbox:"
 MAX_REQUESTS: Final = 10_000
-"""Entries of `Sandbox.requests`, `Sandbox.polls` and `Sandbox.downloads`; the oldest go first."""
+"""Entries of `Sandbox.requests`, `Sandbox.polls` and `Sandbox.downloads`; the oldest are dropped first."""
+MAX_REQUESTS_BYTES: Final = 32 << 20
+"""Memory for each of these three lists."""
+MAX_BODY: Final = 1_000_000
+"""Bytes of a request body; a longer one gets 413."""
+ATTEMPTS_SECONDS: Final = 600
+"""How long after its last attempt the attempts of a prompt are still counted."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
-_ROUTE: Final = "/images/generations"
+_ROUTE: Final = f"{API_PREFIX}/images/generations"
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "cookie"})
 
 
@@ -110,25 +124,25 @@ class Sandbox:
 
     @property
     def requests(self) -> list[SandboxRequest]:
-        """The POSTs for pictures and tasks so far, refused ones too; the last 10,000, oldest first."""
+        """The POSTs for pictures and tasks so far, refused ones too; the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._requests)
 
     @property
     def polls(self) -> list[SandboxRequest]:
-        """The GETs of a task's result so far, refused ones too; the last 10,000, oldest first."""
+        """The GETs of a task's result so far, refused ones too; the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._polls)
 
     @property
     def downloads(self) -> list[SandboxRequest]:
-        """The GETs of pictures so far, refused ones too; the last 10,000, oldest first."""
+        """The GETs of pictures so far, refused ones too; the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._downloads)
 
     @property
     def ledger(self) -> list[SandboxPicture]:
-        """The pictures that the real service would have made and charged; the last 100,000, oldest first."""
+        """The pictures that the real service would have made and charged; the last 100,000 (or 64 MiB), oldest first."""
         with self._lock:
             return list(self._ledger.entries)
 
@@ -224,12 +238,12 @@ class Sandbox:
         return self._answer(method, path, headers, body, origin=origin, limited=False)[0]
 
     def _clear(self) -> None:
-        self._requests: deque[SandboxRequest] = deque(maxlen=MAX_REQUESTS)
-        self._polls: deque[SandboxRequest] = deque(maxlen=MAX_REQUESTS)
-        self._downloads: deque[SandboxRequest] = deque(maxlen=MAX_REQUESTS)
+        self._requests: History[SandboxRequest] = History(MAX_REQUESTS, MAX_REQUESTS_BYTES)
+        self._polls: History[SandboxRequest] = History(MAX_REQUESTS, MAX_REQUESTS_BYTES)
+        self._downloads: History[SandboxRequest] = History(MAX_REQUESTS, MAX_REQUESTS_BYTES)
         self._ledger = Ledger()
         self._tasks = Tasks()
-        self._attempts: OrderedDict[bytes, int] = OrderedDict()
+        self._attempts: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # by prompt: how many, and when the last
         self._next_faults: deque[Fault] = deque()
 
     def _answer(
@@ -240,11 +254,14 @@ class Sandbox:
         seen = {name.lower(): value for name, value in headers.items()}
         key = _bearer_key(seen.get("authorization", ""))
         seen.update((name, "[removed]") for name in _SECRET_HEADERS & set(seen))
-        if method == "POST" and route.endswith(_ROUTE):
+        if method == "POST" and route in (_ROUTE, TASK_ROUTE):
+            if len(body) > MAX_BODY:
+                return too_long(MAX_BODY), None
             request = SandboxRequest(method, path, seen, read_body(body))
             # In one go: of those that come at the same moment, as many are served as there are places.
             with self._lock:
-                return self._generate(request, key, origin, task=route.endswith(TASK_ROUTE), limited=limited)
+                self._requests.append(request, request_size(request, body))
+                return self._generate(request, key, origin, task=route == TASK_ROUTE, limited=limited)
         if method == "GET" and asked_for(path):
             return self._poll(SandboxRequest(method, path, seen), key, origin), None
         if method in ("GET", "HEAD") and path.startswith(PICTURE_ROUTE):
@@ -254,7 +271,6 @@ class Sandbox:
     def _generate(
         self, request: SandboxRequest, key: str, origin: str, *, task: bool, limited: bool
     ) -> tuple[SandboxReply, Account | None]:
-        self._requests.append(request)
         forced = self._next_fault()
         away = self._turned_away(forced, key, request.model, limited=limited)
         if away:
@@ -304,8 +320,10 @@ class Sandbox:
     def _refused_attempt(self, order: Order, faults: list[Fault]) -> Fault | None:
         if not faults:
             return None
-        key = seed_of(order.request_id or order.prompt)
-        attempt = self._attempts[key] = self._attempts.pop(key, 0) + 1
+        prompt, now = seed_of(order.prompt), self.clock()
+        attempt, last = self._attempts.pop(prompt, (0, now))
+        attempt = attempt + 1 if now - last <= ATTEMPTS_SECONDS else 1
+        self._attempts[prompt] = attempt, now
         if len(self._attempts) > MAX_REQUESTS:
             self._attempts.popitem(last=False)
         for fault in faults:
@@ -348,7 +366,7 @@ class Sandbox:
 
     def _poll(self, request: SandboxRequest, key: str, origin: str) -> SandboxReply:
         with self._lock:
-            self._polls.append(request)
+            self._polls.append(request, request_size(request, b""))
             if not key:
                 return json_reply(401, NO_AUTHORIZATION)
             told = self._tasks.poll(asked_for(request.path) or "", origin, self.clock())
@@ -356,7 +374,7 @@ class Sandbox:
 
     def _download(self, request: SandboxRequest) -> SandboxReply:
         with self._lock:
-            self._downloads.append(request)
+            self._downloads.append(request, request_size(request, b""))
             found = self._ledger.fetch(request.path)
         if isinstance(found, SandboxReply):
             return found

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from langchain_cogview.sandbox.limits import Account, Places
+from langchain_cogview.sandbox.records import API_PREFIX
 
-ROUTE: Final = "/async/images/generations"
-MAX_TASKS: Final = 100_000
+ROUTE: Final = f"{API_PREFIX}/async/images/generations"
+MAX_TASKS: Final = 20_000
 """Tasks that a sandbox knows at once."""
-_RESULTS: Final = "/async-result/"
+_RESULTS: Final = f"{API_PREFIX}/async-result/"
 
 
 @dataclass(slots=True, eq=False)
@@ -124,5 +125,5 @@ class Tasks:
 
 def asked_for(path: str) -> str | None:
     """The id of the task whose result a path asks for; None where it asks for something else."""
-    _, results, identity = path.partition("?")[0].rpartition(_RESULTS)
-    return identity if results and identity and "/" not in identity else None
+    before, results, identity = path.partition("?")[0].partition(_RESULTS)
+    return identity if results and not before and identity and "/" not in identity else None

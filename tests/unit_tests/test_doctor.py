@@ -66,7 +66,7 @@ def test_each_step_is_told_with_its_time_and_no_picture_is_made(server, sandbox,
 def test_no_reason_alone_is_relied_on_for_the_refusal(sandbox):
     headers = {"authorization": "Bearer x"}
     for half in ({"model": "cogview-4-250304"}, {"model": "cogview-doctor-probe", "prompt": "a cat"}):
-        reply = sandbox.reply("POST", "/images/generations", headers, json.dumps(half).encode())
+        reply = sandbox.reply("POST", "/api/paas/v4/images/generations", headers, json.dumps(half).encode())
         assert reply.status == 400
     assert sandbox.pictures_made == 0
 

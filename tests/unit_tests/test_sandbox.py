@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -266,6 +267,24 @@ def test_a_refused_argument_has_the_recorded_code():
         ("GET", ROUTE),
         ("GET", "/"),
         ("PUT", "/pictures/x.png"),
+        *(
+            ("POST", f"{prefix}{route}")
+            for prefix in (
+                "",
+                "/v4",
+                "/api/paas/v5",
+                "/api/coding/paas/v4",
+                "/x/api/paas/v4",
+                "/api/paas/v4/v4",
+                "//api/paas/v4",
+            )
+            for route in ("/images/generations", "/async/images/generations")
+        ),
+        ("POST", f"{ROUTE}/"),
+        ("POST", f"{ROUTE}s"),
+        ("POST", f"http://127.0.0.1{ROUTE}"),
+        ("GET", "/async-result/x"),
+        ("GET", "/x/api/paas/v4/async-result/x"),
     ],
 )
 def test_a_wrong_route_answers_200_with_the_recorded_body(sandbox, method, route):
@@ -337,11 +356,29 @@ def test_a_refusal_has_the_recorded_shape(sandbox, trigger, status, fixture):
         ("[[slow:0]] [[rate-limit:0]]", [200] * 4),
     ],
 )
-def test_a_trigger_counts_the_attempts_of_one_request(sandbox, trigger, expected):
-    assert statuses(sandbox, trigger, request_id="one") == expected
-    assert statuses(sandbox, trigger, request_id="two") == expected
-    assert statuses(sandbox, trigger) == expected, "without an id, the prompt counts"
+def test_a_trigger_counts_the_attempts_of_one_prompt(sandbox, trigger, expected):
+    assert statuses(sandbox, trigger) == expected
+    assert statuses(sandbox, f"{trigger} one", request_id="one") == expected
+    two = f"{trigger} two"
+    assert [post(sandbox, two, request_id=f"attempt {n}").status for n in range(4)] == expected, "whatever its id"
     assert sandbox.pictures_made == 3 * expected.count(200)
+
+
+@pytest.mark.parametrize("trigger", ["rate-limit:2", "busy:2", "unavailable:2", "server-error:2"])
+def test_the_attempts_of_a_prompt_are_counted_anew_after_ten_minutes(trigger):
+    now = 0.0
+    with Sandbox(clock=lambda: now) as sandbox:
+        refused = post(sandbox, f"[[{trigger}]]").status
+        for waited, expected in [(599, refused), (599, 200), (599, 200), (601, refused), (1, refused), (1, 200)]:
+            now += waited
+            assert post(sandbox, f"[[{trigger}]]").status == expected
+
+
+def test_a_caller_who_retries_the_whole_call_comes_through(generator, sandbox):
+    impatient = generator.model_copy(update={"max_retries": 0})
+    patient = impatient.with_retry(stop_after_attempt=3, wait_exponential_jitter=False)
+    assert patient.invoke("[[rate-limit:2]] a kitten").images
+    assert len({request.request_id for request in sandbox.requests}) == 3
 
 
 def test_other_faults_have_their_codes(sandbox):
@@ -369,6 +406,10 @@ def test_a_flagged_picture_is_made(sandbox, trigger, level):
     assert set(recorded("doc-success-with-content-filter")) <= set(body)
     assert get(sandbox, reply).status == 200
     assert sandbox.pictures_made == 1
+
+
+def test_a_prompt_asks_for_two_minutes_at_most(sandbox):
+    assert [post(sandbox, f"[[slow:{seconds}]]").delay for seconds in (119.5, 120, 121, 9999)] == [119.5, 120, 120, 120]
 
 
 def test_a_slow_picture_tells_its_delay():
@@ -518,6 +559,55 @@ def test_its_memory_is_bounded(monkeypatch):
     assert len(sandbox.downloads) == len(sandbox._attempts) == 5
     assert [picture.prompt[:8] for picture in sandbox.ledger] == [f"kitten {i}" for i in range(5, 8)]
     assert sandbox.pictures_made == 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "x" * 90_000},
+        {"prompt": "🐈" * 25_000},
+        {"other": [[]] * 2_000},
+        {"other": [{}] * 2_000},
+        {"other": list(range(10_000, 13_000))},
+        {"other": {f"{n}": n for n in range(2_000)}},
+    ],
+    ids=["prompt", "wide prompt", "lists", "dicts", "numbers", "names"],
+)
+def test_large_requests_are_forgotten_before_they_fill_the_memory(monkeypatch, fields):
+    monkeypatch.setattr(service, "MAX_REQUESTS_BYTES", 1 << 20)
+    monkeypatch.setattr(ledger, "MAX_LEDGER_BYTES", 1 << 18)
+    sandbox = Sandbox()
+    tracemalloc.start()
+    try:
+        for n in range(40):
+            body = json.dumps({**BODY, "request_id": f"{n}", **fields}, ensure_ascii=False).encode()
+            assert sandbox.reply("POST", ROUTE, AUTHORIZED, body).status == 200
+        del body
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1.4 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert sandbox.pictures_made == 40
+    assert sandbox.ledger[-1].request_id == sandbox.requests[-1].request_id == "39"
+
+
+def test_heads_are_forgotten_before_they_fill_the_memory(monkeypatch, sandbox):
+    monkeypatch.setattr(service, "MAX_REQUESTS_BYTES", 1 << 20)
+    sandbox.reset()
+    for n in range(30):
+        for path in (f"/api/paas/v4/async-result/{n}", f"/pictures/{n}.png"):
+            sandbox.reply("GET", path, {**AUTHORIZED, "x-large": f"{n}" * 50_000})
+            sandbox.reply("GET", f"{path}?{'x' * 50_000}", AUTHORIZED)
+    for kept in (sandbox.polls, sandbox.downloads):
+        assert 10 < len(kept) < 25
+        assert "29" in kept[-1].path
+
+
+def test_a_request_that_is_too_long_is_refused_and_not_kept(sandbox):
+    reply = post(sandbox, "x" * 1_000_001)
+    assert error_of(reply) == (413, "1210")
+    assert error_of(post(sandbox, request_id="x" * 129)) == (400, "1210")
+    assert (sandbox.pictures_made, len(sandbox.requests)) == (0, 1)
 
 
 def test_reset_forgets_everything(sandbox):
@@ -857,7 +947,7 @@ def test_the_command_says_in_one_line_that_the_port_is_in_use(server, capsys):
 def test_a_fault_takes_a_dict_as_json_and_refuses_values_of_no_use():
     with Sandbox() as sandbox:
         sandbox.fail_next("status", status=418, body={"error": {"code": "1214"}})
-        reply = sandbox.reply("POST", "/v4/images/generations", {}, b"{}")
+        reply = sandbox.reply("POST", ROUTE, {}, b"{}")
         assert (reply.status, json.loads(reply.body)) == (418, {"error": {"code": "1214"}})
         for fault, options in (
             ("status", {"status": 99}),
