@@ -110,14 +110,13 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
         with _asked_first(stop):
             report = run_job(prompts, output, **job, on_plan=lambda plan: say(str(plan)), stop=stop)
     except KeyboardInterrupt:
-        say(
-            "Interrupted. What was finished is in the manifest, and the same command goes on from there. "
-            "A request that was already sent may have been charged: it is found again, or listed."
-        )
+        from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY  # noqa: PLC0415
+
+        say(INTERRUPTED, UNDER_WAY)
         return 130
     say(*_not_made(report), str(report))
     codes = [exit_code(error_class(name)) for name in report.errors]
-    codes += [130] if stop.is_set() else []
+    codes += [130] if report.interrupted else []
     codes += [7] if report.unknown else []
     codes += [2] if report.over_budget else []
     codes += [exit_code(type(report.stopped))] if report.stopped else []

@@ -15,6 +15,7 @@
     ├── CogViewServerError                       503: the service says that it did not run; retryable
     ├── CogViewConnectionError                   the request was never sent; retryable
     ├── CogViewTimeoutError                      the deadline passed before the request was sent; retryable
+    ├── CogViewStoppedError                      the caller stopped before the request was sent
     ├── CogViewOutcomeUnknownError               a picture may have been made and charged; never sent again
     │   ├── CogViewMalformedReplyError           the reply could not be understood
     │   └── CogViewTaskUnfinishedError           a task was accepted but has not ended; it can be resumed
@@ -341,6 +342,15 @@ class CogViewTimeoutError(CogViewError, ModelTimeoutError):
     outcome = Outcome.NOT_RUN
     default_message = "The time limit passed before the request was sent; nothing was made or charged."
     default_hint = "Raise timeout (seconds), or try again later."
+
+
+class CogViewStoppedError(CogViewError):
+    """When the caller stopped the work, by an interrupt or a job's `stop`, before the request was sent."""
+
+    scope = Scope.CANCELLED
+    outcome = Outcome.NOT_RUN
+    default_message = "The work was stopped before the request was sent."
+    default_hint = "Run it again to continue."
 
 
 class CogViewOutcomeUnknownError(CogViewError, ToolException):

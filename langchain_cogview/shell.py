@@ -23,7 +23,15 @@ EXIT_CODES: Final = {
     7: "outcome unknown: a picture may have been made and charged",
     130: "interrupted",
 }
-_CODES_OF_SCOPES: Final = {"prompt": 3, "request": 2, "model": 2, "account": 4, "service": 5, "local": 2}
+_CODES_OF_SCOPES: Final = {
+    "prompt": 3,
+    "request": 2,
+    "model": 2,
+    "account": 4,
+    "service": 5,
+    "local": 2,
+    "cancelled": 130,
+}
 _SHELL_WORDS: Final = (
     ("; or pass api_key=...", ""),
     ("base_url='sandbox:'", "--sandbox"),
@@ -31,6 +39,7 @@ _SHELL_WORDS: Final = (
     ("format=: '", "--format: '"),
     ("unless unique=True", "unless --unique is given"),
     ("retry_unknown=True", "--retry-unknown"),
+    ("run the job again", "run the same command"),
     ("skip_bad=True", "--skip-bad"),
     ("region='", "--region '"),
     (": set output_dir, or call save() in time", ""),

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from langchain_cogview.errors import CogViewContentFilterError, CogViewError, Outcome
+from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome
 from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT, Event, Teller, content_filter_event
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class CallWatch:
 
     def ended_with(self, error: Exception) -> list[Event]:
         """The events of a picture that was not made."""
-        if not self.teller.listening:
+        if not self.teller.listening or isinstance(error, CogViewStoppedError):  # an interrupt is no failure
             return []
         blocked = isinstance(error, CogViewContentFilterError)
         facts = {

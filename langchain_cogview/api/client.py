@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -18,7 +17,14 @@ from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.errors import CogViewBusyError, CogViewError, CogViewRateLimitError, CogViewTimeoutError, Outcome
+from langchain_cogview.errors import (
+    CogViewBusyError,
+    CogViewError,
+    CogViewRateLimitError,
+    CogViewStoppedError,
+    CogViewTimeoutError,
+    Outcome,
+)
 from langchain_cogview.plain import PlainRequest
 from langchain_cogview.stopping import STOPPED
 
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 
 ROUTE: Final = "/images/generations"
 _BLOCKED_LOOP_SECONDS = 120.0
+_LIMITER_POLL_SECONDS = 0.05
 
 
 class RateLimiter(Protocol):
@@ -174,7 +181,7 @@ class ImagesClient:
                 if wait is None:
                     raise _told(error, body, attempts) from None
                 await watch.aretrying(error, wait, attempts.made)
-            await asyncio.sleep(wait)
+            await STOPPED.get().await_seconds(wait)
 
     # --- a place in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
 
@@ -209,6 +216,7 @@ class ImagesClient:
             raise _no_place(deadline)
         try:
             await self._await_leave(deadline)
+            _go_on(STOPPED.get())
             _in_time(deadline)
         except BaseException:
             place.leave()
@@ -223,9 +231,8 @@ class ImagesClient:
             return
         while self.rate_limiter:
             _in_time(deadline)
-            if self.rate_limiter.acquire(blocking=False):
+            if self.rate_limiter.acquire(blocking=False) or STOPPED.get().wait(_LIMITER_POLL_SECONDS):
                 return
-            time.sleep(0.05)
 
     async def _await_leave(self, deadline: Deadline) -> None:
         if self.rate_limiter and not deadline.started:
@@ -233,9 +240,9 @@ class ImagesClient:
             return
         while self.rate_limiter:
             _in_time(deadline)
-            if await self.rate_limiter.aacquire(blocking=False):
+            if STOPPED.get().is_set() or await self.rate_limiter.aacquire(blocking=False):
                 return
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_LIMITER_POLL_SECONDS)
 
     # --- pure steps
 
@@ -300,7 +307,7 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
 
 def _go_on(stopped: Stop) -> None:
     if stopped.is_set():
-        raise _interrupted()
+        raise CogViewStoppedError
 
 
 def _in_time(deadline: Deadline) -> None:
@@ -310,13 +317,9 @@ def _in_time(deadline: Deadline) -> None:
         )
 
 
-def _interrupted() -> CogViewTimeoutError:
-    return CogViewTimeoutError("The call was interrupted before the request was sent.")
-
-
 def _no_place(deadline: Deadline, *, stopped: bool = False) -> CogViewError:
     if stopped:
-        return _interrupted()
+        return CogViewStoppedError()
     return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
 
 
@@ -330,7 +333,8 @@ def _told(error: CogViewError, body: dict[str, Any], attempts: _Attempts) -> Cog
     elif attempts.waited_for and isinstance(error, CogViewTimeoutError):
         # That time ran out before another attempt tells less than why there was to be one.
         error = attempts.waited_for[-1]
-    error.request_id = body.get("request_id")
+    if attempts.made or not isinstance(error, CogViewStoppedError):  # nobody can look up a request that was never sent
+        error.request_id = body.get("request_id")
     error.attempts = attempts.made
     return error
 

@@ -22,12 +22,14 @@ from langchain_cogview.errors import (
     CogViewMalformedReplyError,
     CogViewOutcomeUnknownError,
     CogViewRateLimitError,
+    CogViewStoppedError,
     CogViewTimeoutError,
     Outcome,
 )
 
 MAX_RETRY_AFTER: Final = 3600.0
 """Seconds; a service that asks for a longer wait is not waited for."""
+_NEVER_AGAIN: Final = (CogViewConfigurationError, CogViewStoppedError, CogViewTimeoutError)
 
 
 class Phase(StrEnum):
@@ -119,7 +121,7 @@ class RetryPolicy:
 
     def sends_again(self, error: BaseException) -> bool:
         """Whether the decision allows another attempt, however many there were."""
-        if not isinstance(error, CogViewError) or isinstance(error, CogViewConfigurationError | CogViewTimeoutError):
+        if not isinstance(error, CogViewError) or isinstance(error, _NEVER_AGAIN):
             return False
         return error.outcome is Outcome.NOT_RUN or (self.retry_unknown and error.outcome is Outcome.UNKNOWN)
 

@@ -136,7 +136,7 @@ class TasksClient:
 
     def _polled(self, polls: _Polls, watch: Watch) -> ImagesReply:
         while True:
-            if STOPPED.get().wait(polls.pause()):
+            if STOPPED.get().wait_until_abandoned(polls.pause()):
                 raise polls.unfinished()
             try:
                 task = self.status(polls.task_id, polls.deadline)

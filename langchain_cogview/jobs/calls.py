@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.survey import Work
 
 
-class JobStoppedError(CogViewError):
-    """When the job stops before a request was sent."""
-
-    outcome = Outcome.NOT_RUN
-    scope = Scope.CANCELLED
-    default_message = "The job stopped before the request was sent."
-
-
 STOPPING: Final = frozenset({Scope.ACCOUNT, Scope.LOCAL, Scope.CANCELLED})
 """Scopes of errors that every other prompt would meet too."""
 

@@ -17,7 +17,7 @@ from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.jobs.lock import FolderLock
 from langchain_cogview.jobs.manifest import compact, read_history, read_settings, write_settings
 from langchain_cogview.jobs.plan import JobPlan, checked_prompts, job_settings, refuse_other_settings
-from langchain_cogview.jobs.report import JobReport, reported
+from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, reported
 from langchain_cogview.jobs.run import JobRun
 from langchain_cogview.jobs.survey import Purse, Survey
 from langchain_cogview.many import astream_tasks, stream_in_threads
@@ -95,7 +95,7 @@ def run_job(
         run.asked_to_stop = stop
         if on_plan:
             on_plan(job.plan)
-        with job.watched(progress, config) as each:
+        with run.cancel_token(), job.watched(progress, config) as each:
             _drained(stream_in_threads((partial(run.collect, work, each) for work in run.free()), job.places))
             again = True
             while again:
@@ -138,7 +138,7 @@ async def arun_job(
         run.asked_to_stop = stop
         if on_plan:
             on_plan(job.plan)
-        with job.watched(progress, config) as each:
+        with run.cancel_token(), job.watched(progress, config) as each:
             await _adrained(astream_tasks((partial(run.acollect, work, each) for work in run.free()), job.places))
             again = True
             while again:
@@ -233,7 +233,11 @@ class _Job:
             run.enter_found()
             works = [survey.work(item) for item in self.prompts.items]
             self.there = sum(work.finished.made for work in works if work.finished), sum(len(w.running) for w in works)
-            yield run
+            try:
+                yield run
+            except KeyboardInterrupt as interrupt:
+                interrupt.add_note(f"{INTERRUPTED} {UNDER_WAY}")
+                raise
 
     @contextmanager
     def watched(self, progress: bool | None, config: RunnableConfig | None) -> Iterator[RunnableConfig]:  # noqa: FBT001

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.run import JobRun
 
 CONTACT_SHEET: Final = "index.html"
+INTERRUPTED: Final = "Interrupted; run the job again to continue."
+UNDER_WAY: Final = "A request that was under way may have been charged: the next run finds its picture, or lists it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class JobReport:
         seconds: That the run took.
         over_budget: Whether something was left because of the budget.
         stopped: The error that stopped the job; None where nothing did.
+        interrupted: Whether the job was asked to stop, by its `stop` or by a signal.
         errors: Names of the classes of all errors that keep a prompt from being made, with their number.
         folder: Where the pictures are.
         manifest: One line of JSON for each finished prompt.
@@ -63,6 +66,7 @@ class JobReport:
     seconds: float
     over_budget: bool
     stopped: Exception | None
+    interrupted: bool
     errors: Mapping[str, int]
     folder: Path
     manifest: Path
@@ -118,6 +122,8 @@ class JobReport:
         if self.stopped:
             lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
         lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
+        if self.interrupted:
+            lines.append(INTERRUPTED)
         return "\n".join(lines)
 
 
@@ -161,6 +167,7 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
         seconds=round(time.monotonic() - started, 3),
         over_budget=run.over_budget,
         stopped=run.stopped,
+        interrupted=run.asked_to_stop is not None and run.asked_to_stop.is_set(),
         errors=dict(names),
         folder=run.folder,
         manifest=run.folder / MANIFEST,

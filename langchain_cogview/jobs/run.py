@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
     CogViewNotFoundError,
+    CogViewStoppedError,
     CogViewStorageError,
     CogViewTaskFailedError,
     CogViewTaskUnfinishedError,
@@ -22,15 +24,7 @@ from langchain_cogview.errors import (
     Scope,
     error_class,
 )
-from langchain_cogview.jobs.calls import (
-    STOPPING,
-    Call,
-    JobStoppedError,
-    befalls_all,
-    error_of,
-    failures_of,
-    is_the_prompts,
-)
+from langchain_cogview.jobs.calls import STOPPING, Call, befalls_all, error_of, failures_of, is_the_prompts
 from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry
 from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecordFile, read_record, synced, unwritable
 from langchain_cogview.many import aor_error, or_error
@@ -101,7 +95,7 @@ class JobRun:
 
     def close(self) -> None:
         """End: what is still under way sends and writes nothing more."""
-        self.stop(JobStoppedError())
+        self.stop(CogViewStoppedError())
         self._manifest.close()
         self._attempts.close()
 
@@ -114,6 +108,15 @@ class JobRun:
     def halts(self) -> bool:
         """Whether nothing more is sent: an error stopped the job, or its caller asked for it."""
         return self.stopped is not None or (self.asked_to_stop is not None and self.asked_to_stop.is_set())
+
+    @contextmanager
+    def cancel_token(self) -> Iterator[None]:
+        """In this block no request is sent once the job halts."""
+        token = STOPPED.set(STOPPED.get().inner(lambda: self.halts))
+        try:
+            yield
+        finally:
+            STOPPED.reset(token)
 
     # --- what is next
 
@@ -194,8 +197,8 @@ class JobRun:
         Raises:
             CogViewError: The job stops, or it cannot be written down: it must not be sent.
         """
-        if self.halts or STOPPED.get().is_set():
-            raise JobStoppedError
+        if STOPPED.get().is_set():
+            raise CogViewStoppedError
         prompt = " ".join(str(item.said["prompt"]).split())[:_PROMPT_CHARACTERS]
         values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}
         try:
@@ -264,7 +267,7 @@ class JobRun:
         """Stop, and tell where the pictures are, here and at the end: of the first error and of all that follow."""
         notes = getattr(error, "__notes__", ())
         with self._lock:
-            closed = isinstance(self.stopped, JobStoppedError)
+            closed = isinstance(self.stopped, CogViewStoppedError)
             self.stop(error)
             if self.stopped is not None and self.stopped is not error:
                 for note in notes:
@@ -277,9 +280,11 @@ class JobRun:
         """Write down what became of a call that paid."""
         failures, unknown = failures_of(call, outcome)
         images = list(outcome.images) if isinstance(outcome, ImageResult) else []
+        ends = {each.request_id: str(each.outcome) for each in failures}
+        failures = [each for each in failures if each.scope is not Scope.CANCELLED]
         self._look_for_stops(call, outcome, failures)
         own = [failure for failure in failures if is_the_prompts(failure, call.work.item)]
-        others = [failure for failure in failures if failure not in own and failure.scope is not Scope.CANCELLED]
+        others = [failure for failure in failures if failure not in own]
         with self._lock:
             self.errors.update(failure.error for failure in others)
         told = [failure_entry(each, call.sent.get(each.request_id or "", call.work.item.model)) for each in own]
@@ -290,7 +295,6 @@ class JobRun:
             made = [each for each in entries if "file" in each]
             self._enter(call, made, told + [each for each in entries if "file" not in each], settled)
             return
-        ends = {each.request_id: str(each.outcome) for each in failures}
         for each in settled:
             self.note({"key": call.work.item.key, "request_id": each, "settled": ends.get(each, Outcome.FINAL)})
 
@@ -330,6 +334,8 @@ class JobRun:
         return entries, elsewhere
 
     def _look_for_stops(self, call: Call, outcome: Any, failures: list[ImageFailure]) -> None:
+        if not failures and isinstance(outcome, CogViewStoppedError):
+            return
         none_ran = isinstance(outcome, Exception) and all(each.outcome is Outcome.NOT_RUN for each in failures)
         with self._lock:
             self._not_run = self._not_run + 1 if none_ran else 0

@@ -31,6 +31,7 @@ from langchain_cogview.images import store
 from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
 from langchain_cogview.jobs import lines as job_lines
 from langchain_cogview.jobs.calls import Call
+from langchain_cogview.progress import ProgressCallbackHandler
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
 
@@ -982,6 +983,69 @@ def test_the_job_does_not_hold_up_the_event_loop(sandbox, out):
     report, turns = asyncio.run(work())
     assert report.made == 20
     assert turns > 100
+
+
+class StopsAtTheFirst(ProgressCallbackHandler):
+    """Asks a job to stop when a request waits to be sent again."""
+
+    def __init__(self) -> None:
+        super().__init__(show=False)
+        self.stop = threading.Event()
+
+    def hear(self, name, event):
+        super().hear(name, event)
+        if name == "cogview.retry":
+            self.stop.set()
+
+
+def test_a_job_that_is_asked_to_stop_ends_at_once_and_counts_nothing_as_failed(run, out, sandbox):
+    sandbox.fail_next("rate-limit", times=100, retry_after=600)
+    watcher = StopsAtTheFirst()
+    prompts = ["a cat", "a dog", "a hare"]
+    report = run(prompts, stop=watcher.stop, config={"callbacks": [watcher]}, timeout=20_000)
+    assert report.interrupted
+    assert (report.left, report.failed, report.unknown, report.stopped, report.errors) == (3, 0, (), None, {})
+    assert (watcher.failed, watcher.blocked) == (0, 0)
+    assert str(report).splitlines()[-1] == "Interrupted; run the job again to continue."
+    assert "request id" not in str(report)
+    sandbox.reset()
+    again = run(prompts)
+    assert (again.made, again.interrupted, sorted(paid(sandbox))) == (3, False, prompts)
+
+
+def test_ctrl_c_in_a_script_leaves_a_job_that_goes_on_and_says_how(out, sandbox):
+    prompts = ["a cat", "a dog [[slow:60]]"]
+
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_job(prompts, out, base_url=sandbox.base_url, progress=False, on_plan=interrupted, **SMALL)
+    assert caught.value.__notes__[0].startswith("Interrupted; run the job again to continue.")
+    assert sandbox.requests == []
+
+
+def test_leaving_a_stream_sends_nothing_more_and_counts_nothing_as_failed(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=1, timeout=20_000, **SMALL)
+    waiting = threading.Event()
+
+    class Watcher(ProgressCallbackHandler):
+        def hear(self, name, event):
+            super().hear(name, event)
+            if name == "cogview.retry":
+                waiting.set()
+
+    watcher = Watcher(show=False)
+    sandbox.fail_next("rate-limit", times=100, after=1, retry_after=600)
+    stream = generator.stream_many(["a cat", "a dog"], {"callbacks": [watcher]})
+    next(stream)
+    assert waiting.wait(60)
+    before = set(threading.enumerate())
+    stream.close()
+    for thread in before:
+        if thread.name == "cogview":
+            thread.join(60)
+    assert (len(sandbox.requests), watcher.failed) == (2, 0)
 
 
 class SecondWhile(BaseRateLimiter):

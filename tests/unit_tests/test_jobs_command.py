@@ -366,7 +366,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
         assert (process.returncode, stdout) == (130, "")
-        assert "Interrupted. What was finished is in the manifest" in stderr
+        assert stderr.startswith("Interrupted; run the same command to continue.\n")
         assert "Traceback" not in stderr
         assert KEY not in stderr
         again = command(*arguments, "--json", folder=folder, env=with_a_key())
@@ -398,3 +398,23 @@ def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(fold
         again = json.loads(command(*arguments, "--json", folder=folder, env=with_a_key()).stdout)
         assert (again["made"], again["skipped"], again["unknown"]) == (12 - made, made, [])
         assert sandbox.pictures_made == 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_waits_when_a_signal_comes_is_not_sent_and_not_called_failed(folder, number):
+    prompts = [f"picture {n} [[slow:1]]" for n in range(4)]
+    (folder / "p.txt").write_text("\n".join(prompts))
+    with Sandbox(in_flight_limit=1) as sandbox, SandboxServer(sandbox) as server:
+        arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")
+        process = started(*arguments, "--max-concurrency", "4", folder=folder)
+        while process.poll() is None and len(sandbox.requests) < 4:  # one is made, and three wait to be sent again
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "fail" not in stderr
+        assert "request id" not in stderr.lower()
+        assert stderr.splitlines()[-1] == "Interrupted; run the same command to continue."
+        again = json.loads(command(*arguments, "--json", folder=folder, env=with_a_key()).stdout)
+        assert (again["unknown"], again["made"] + again["skipped"]) == ([], 4)
+        assert sorted(entry.prompt for entry in sandbox.ledger) == prompts

@@ -65,6 +65,7 @@ def test_different_troubles_have_different_classes(told):
         "CogViewError",
         "CogViewBudgetError",
         "CogViewPermissionError",
+        "CogViewStoppedError",
         "CogViewTaskUnfinishedError",
         "CogViewTaskFailedError",
         "CogViewDownloadError",
