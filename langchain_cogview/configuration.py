@@ -152,6 +152,16 @@ class ConfiguredGenerator(Base):
     def _one_is_a_list_too(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _hosts_are_hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None:
+            from langchain_cogview.images.links import allowed_host  # noqa: PLC0415
+
+            for entry in value:
+                allowed_host(entry)
+        return value
+
     @field_validator("output_dir", mode="before")
     @classmethod
     def _folder_is_one(cls, value: Any) -> Any:

@@ -23,8 +23,9 @@ from langchain_cogview.errors import (
     Outcome,
     printable,
 )
-from langchain_cogview.images.download import LinkRules, Picture, afetch, expires_at, fetch
-from langchain_cogview.result import GeneratedImage, base_host
+from langchain_cogview.images.download import Picture, afetch, expires_at, fetch
+from langchain_cogview.images.links import LinkRules
+from langchain_cogview.result import GeneratedImage
 from langchain_cogview.watch import CallWatch
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ class ImageCall:
         return await self._afetched(url, Deadline(_REFETCH_SECONDS), "")
 
     def _way(self, deadline: Deadline, label: str) -> dict[str, Any]:
-        rules = LinkRules(base_host=base_host(self.settings.base_url), allowed_hosts=self.settings.allowed_hosts)
+        rules = LinkRules(self.settings.base_url, self.settings.allowed_hosts)
         return {"deadline": deadline, "folder": self.settings.folder, "label": label, "rules": rules}
 
     def _image(

@@ -92,7 +92,8 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
             each picture is saved there under a name made of time, id and hash. None: the bytes stay in memory on the result.
         storage_options: fsspec's, for such a URL. They are in no repr, trace or artifact.
         cache: A LangChain cache, or a directory: the same request gives the same picture without paying. None: each call pays.
-        allowed_image_hosts: Fetch pictures from these hosts only, such as `"*.ufileos.com"`. None: any public host.
+        allowed_image_hosts: Fetch images from these hosts only, such as `"*.ufileos.com"`. None: any public host. An entry
+            without a wildcard, such as `"gateway.lan"` or `"10.0.0.5:8080"`, allows that host's private addresses and plain http.
         include_prompt_in_events: Put the prompt into `cogview.content_filter` events.
 
     Raises:

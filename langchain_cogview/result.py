@@ -14,7 +14,6 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
-from urllib.parse import urlsplit
 
 from langchain_core.messages import ToolMessage
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
@@ -227,9 +226,9 @@ class GeneratedImage(BaseModel):
         return self._base_url or ("sandbox:" if self.sandbox else None)
 
     def _rules(self, base_url: str | None) -> Any:
-        from langchain_cogview.images.download import LinkRules  # noqa: PLC0415
+        from langchain_cogview.images.links import LinkRules  # noqa: PLC0415
 
-        return LinkRules(base_host=base_host(base_url), allowed_hosts=self._allowed_hosts)
+        return LinkRules(base_url, self._allowed_hosts)
 
     def _link(self) -> str:
         if self.url is None:
@@ -273,11 +272,6 @@ class GeneratedImage(BaseModel):
         from langchain_cogview.images.display import bundle  # noqa: PLC0415
 
         return bundle(self, self._content)
-
-
-def base_host(base_url: str | None) -> str | None:
-    """The host of an http(s) base URL; None for the sandbox."""
-    return urlsplit(base_url).hostname if base_url and base_url.startswith("http") else None
 
 
 class ImageFailure(BaseModel):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +18,11 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx
 import tenacity
 
-from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError, is_loopback, is_public
+from langchain_cogview.addresses import ADDRESSES, AddressRefusedError
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect, sniff
+from langchain_cogview.images.links import ANY_PUBLIC_HOST, LinkRules, link_refused
 from langchain_cogview.images.store import PictureFile
 
 if TYPE_CHECKING:
@@ -73,57 +73,6 @@ def expires_at(url: str) -> datetime | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class LinkRules:
-    """Which links may be fetched.
-
-    Attributes:
-        base_host: Host of the API's base URL. Where it is a loopback one, links on the same host may be plain http.
-        allowed_hosts: When given, only these hosts; `*.example.com` takes every host below.
-    """
-
-    base_host: str | None = None
-    allowed_hosts: tuple[str, ...] | None = None
-
-    def check(self, url: str) -> AddressCheck:
-        """The check for the addresses of a link.
-
-        Raises:
-            CogViewDownloadError: When the link itself may not be fetched.
-        """
-        try:
-            parts = urlsplit(url)
-            host = (parts.hostname or "").lower()
-        except ValueError:
-            host, parts = "", urlsplit("")
-        if not host or parts.username is not None or parts.password is not None:
-            raise _refused("it is not a plain link")
-        if self.allowed_hosts is not None and not any(_matches(host, allowed) for allowed in self.allowed_hosts):
-            raise _refused(f"its host {host[:100]!r} is not in allowed_image_hosts")
-        local = self.base_host is not None and _is_loopback_name(host) and self.base_host in {host, "localhost"}
-        if parts.scheme != "https" and not (local and parts.scheme == "http"):
-            raise _refused("it is not https")
-        return is_loopback if local else is_public
-
-
-def _is_loopback_name(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _matches(host: str, allowed: str) -> bool:
-    allowed = allowed.strip().lower()
-    return host.endswith(allowed[1:]) if allowed.startswith("*.") else host == allowed
-
-
-def _refused(why: str) -> CogViewDownloadError:
-    return CogViewDownloadError(
-        f"The picture's link was not fetched: {why}.", hint="Its URL is on the result: look at it before opening it."
-    )
-
-
 def _not_yet(message: str, **facts: Any) -> CogViewDownloadError:
     error = CogViewDownloadError(message, **facts)
     error.transient = True
@@ -161,7 +110,7 @@ class _Download:
                 },
             )
         except (httpx.InvalidURL, ValueError):
-            raise _refused("it is not a plain link") from None
+            raise link_refused("it is not a plain link") from None
 
     def accept(self, response: AnyResponse) -> None:
         """Judge the head of a reply."""
@@ -223,7 +172,7 @@ def _as_ours(error: Exception) -> CogViewDownloadError:
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         return CogViewDownloadError("The time limit passed while the picture was fetched.")
     if isinstance(error, AddressRefusedError):
-        return _refused("its host has no public address")
+        return link_refused("its host has no public address")
     return _not_yet(f"The picture's host could not be read ({type(error).__name__}).", detail=str(error))
 
 
@@ -237,7 +186,7 @@ def fetch(
     deadline: Deadline,
     folder: Path | RemoteFolder | None = None,
     label: str = "",
-    rules: LinkRules = LinkRules(),
+    rules: LinkRules = ANY_PUBLIC_HOST,
 ) -> Picture:
     """Fetch, check and keep one picture.
 
@@ -267,7 +216,7 @@ async def afetch(
     deadline: Deadline,
     folder: Path | RemoteFolder | None = None,
     label: str = "",
-    rules: LinkRules = LinkRules(),
+    rules: LinkRules = ANY_PUBLIC_HOST,
 ) -> Picture:
     """Fetch, check and keep one picture. The twin of `fetch`."""
     download = _Download(url, deadline, rules, label)

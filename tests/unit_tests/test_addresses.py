@@ -7,12 +7,14 @@ import threading
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from langchain_cogview import CogViewDownloadError
-from langchain_cogview.addresses import is_public
+from langchain_cogview import CogViewDownloadError, CogViewImageGenerator
+from langchain_cogview.addresses import METADATA_ADDRESSES, is_host, is_public
 from langchain_cogview.api.transport import SHARED
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.images.download import LinkRules, fetch
+from langchain_cogview.images.download import fetch
+from langchain_cogview.images.links import LinkRules
 
 LOOPBACK = 0x7F000001
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4"]  # fmt: skip
@@ -140,14 +142,125 @@ def test_only_the_named_hosts_are_fetched_from():
             rules.check(link)
 
 
-def test_plain_http_is_for_the_loopback_host_that_the_base_url_names():
-    assert LinkRules(base_host="127.0.0.1").check("http://127.0.0.1:9/x.png")
+def test_plain_http_is_for_the_loopback_host_and_port_that_the_base_url_names():
+    assert LinkRules("http://127.0.0.1:9/v1").check("http://127.0.0.1:9/x.png")
+    assert LinkRules("http://localhost:9/v1").check("http://127.0.0.1:9/x.png")
+    assert LinkRules("http://[::1]:9/v1").check("http://[0:0::1]:9/x.png")
+    assert LinkRules("http://127.0.0.1/v1").check("http://127.0.0.1:80/x.png")
     for base, link in (
-        ("127.0.0.1", "http://127.0.0.2/x.png"),
-        ("127.0.0.1", "http://localhost/x.png"),
-        ("api.z.ai", "http://127.0.0.1/x.png"),
-        ("10.0.0.1", "http://10.0.0.1/x"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:10/admin?shutdown=1"),
+        ("http://127.0.0.1:9", "http://127.0.0.1/x.png"),
+        ("http://127.0.0.1:9", "http://127.0.0.2:9/x.png"),
+        ("http://127.0.0.1", "http://localhost/x.png"),
+        ("https://api.z.ai", "http://127.0.0.1/x.png"),
+        ("http://10.0.0.1", "http://10.0.0.1/x"),
+        ("sandbox:", "http://127.0.0.1/x"),
         (None, "http://8.8.8.8/x"),
     ):
         with pytest.raises(CogViewDownloadError, match="not https"):
-            LinkRules(base_host=base).check(link)
+            LinkRules(base).check(link)
+
+
+def allows(rules, link, address, literal=False):
+    """Whether a link may be fetched and its connection go to an address."""
+    try:
+        return rules.check(link)(ipaddress.ip_address(address), literal)
+    except CogViewDownloadError:
+        return False
+
+
+def test_answers_of_a_fake_dns_are_fetched_from_and_the_same_addresses_in_a_link_are_not():
+    for address in ("198.18.0.1", "198.19.255.255", "fc00::1", "2001:2::7"):
+        shown = f"[{address}]" if ":" in address else address
+        assert allows(LinkRules(), "https://mfile.z.ai/x.png", address)
+        assert allows(LinkRules(allowed_hosts=("*.z.ai",)), "https://mfile.z.ai/x.png", address)
+        assert not allows(LinkRules(), f"https://{shown}/x.png", address, literal=True)
+        assert not allows(LinkRules("http://localhost:9"), "http://localhost:9/x.png", address)
+    # Numbers that the resolver reads as addresses are no names, though they are looked up.
+    for number in ("3323068417", "0xc6120001", "198.18.1", "0306.022.0.1", "198.18.0.1."):
+        assert not allows(LinkRules(), f"https://{number}/x.png", "198.18.0.1")
+    for address in ("10.0.0.1", "192.168.1.1", "127.0.0.1", "100.64.0.1", "fd00::1", "::1", "::ffff:198.18.0.1"):
+        assert not allows(LinkRules(), "https://mfile.z.ai/x.png", address), address
+
+
+@given(st.sampled_from(sorted(METADATA_ADDRESSES, key=str)))
+def test_no_rule_allows_a_metadata_address_unless_it_names_it(address):
+    forms = [address, *map(ipaddress.ip_address, wrapped(int(address)) if address.version == 4 else [])]
+    for form in forms:
+        assert not is_public(form)
+        assert not is_public(form, False)
+        assert not is_host(form, False), form
+        for rules in (LinkRules(), LinkRules(allowed_hosts=("gateway.lan",)), LinkRules(allowed_hosts=("*.lan",))):
+            assert not allows(rules, "https://gateway.lan/x.png", str(form))
+    shown = f"[{address}]" if address.version == 6 else str(address)
+    assert allows(LinkRules(allowed_hosts=(shown,)), f"http://{shown}/x.png", str(address), literal=True)
+    assert not allows(LinkRules(), f"https://{shown}/x.png", str(address), literal=True)
+
+
+def test_the_addresses_of_known_metadata_services_are_in_the_table():
+    for address in ("169.254.169.254", "168.63.129.16", "192.0.0.192", "100.100.100.200", "fd00:ec2::254"):
+        assert ipaddress.ip_address(address) in METADATA_ADDRESSES
+
+
+def test_a_host_that_is_named_may_be_private_and_plain_http():
+    rules = LinkRules("http://10.0.0.5:8080/v1", ("10.0.0.5:8080", "gateway.lan", "[fd12::5]:81", "*.ufileos.com"))
+    assert allows(rules, "http://10.0.0.5:8080/x.png", "10.0.0.5", literal=True)
+    assert allows(rules, "http://gateway.lan:1234/x.png", "192.168.1.9")
+    assert allows(rules, "https://GATEWAY.lan/x.png", "127.0.0.1")
+    assert allows(rules, "http://[fd12:0::5]:81/x.png", "fd12::5", literal=True)
+    assert allows(rules, "https://a.ufileos.com/x.png", "93.184.216.34")
+    for link, address in (
+        ("http://10.0.0.5/x.png", "10.0.0.5"),  # another port
+        ("http://10.0.0.6:8080/x.png", "10.0.0.6"),  # another host
+        ("ftp://gateway.lan/x.png", "192.168.1.9"),  # another scheme
+        ("http://gateway.lan/x.png", "224.0.0.1"),  # not the address of a host
+        ("http://gateway.lan/x.png", "169.254.169.254"),
+        ("http://sub.gateway.lan/x.png", "192.168.1.9"),
+        ("http://a.ufileos.com/x.png", "93.184.216.34"),  # a wildcard is for https ...
+        ("https://a.ufileos.com:8443/x.png", "93.184.216.34"),  # ... on its own port ...
+        ("https://a.ufileos.com/x.png", "10.0.0.5"),  # ... and public addresses
+    ):
+        assert not allows(rules, link, address), link
+    assert not allows(LinkRules("http://10.0.0.5:8080/v1"), "http://10.0.0.5:8080/x.png", "10.0.0.5", literal=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("https://mfile.z.ai", "Leave scheme"),
+        ("mfile.z.ai/path", "Leave scheme"),
+        ("user@mfile.z.ai", "Leave scheme"),
+        ("mfile z.ai", "Leave scheme"),
+        ("mfile.z.ai\x00", "Leave scheme"),
+        ("*", "star"),
+        ("*.*.z.ai", "star"),
+        ("m*.z.ai", "star"),
+        ("*.", "not a host"),
+        ("*.10.0.0.1", "not a host"),
+        (".z.ai", "not a host"),
+        ("a..b", "not a host"),
+        ("-a.b", "not a host"),
+        ("[::1", "not a host"),
+        ("[x]:80", "not a host"),
+        ("x" * 300, "not a host"),
+        ("z.ai:0", "port"),
+        ("z.ai:65536", "port"),
+        ("z.ai:http", "port"),
+        ("z.ai:", "port"),
+    ],
+)
+def test_an_entry_that_is_no_host_is_refused_when_the_generator_is_made(entry, why):
+    for value in (entry, ["mfile.z.ai", entry]):
+        with pytest.raises(ValidationError, match=why) as caught:
+            CogViewImageGenerator(base_url="sandbox:", allowed_image_hosts=value)
+        assert len(str(caught.value)) < 500
+
+
+@given(st.text(max_size=40))
+def test_any_entry_is_a_host_or_refused_in_our_words(entry):
+    try:
+        CogViewImageGenerator(base_url="sandbox:", allowed_image_hosts=entry)
+    except ValidationError as error:
+        assert "allowed_image_hosts" in str(error)

@@ -67,12 +67,21 @@ def test_read_says_why_there_are_no_bytes() -> None:
 
 
 @HOWS
-def test_another_port_of_the_same_loopback_host_may_hold_the_picture(how: How) -> None:
-    with FaultServer() as pictures, FaultServer() as server:
-        server.api = says({"data": [{"url": pictures.picture_url}]})
-        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=2.0)
-        assert call(generator, how, Verdict()).images[0].read() == PICTURE
-        assert (server.gets, pictures.gets, pictures.posts) == (0, 1, 0)
+def test_another_port_of_the_same_loopback_host_is_asked_only_where_it_is_named(how: How) -> None:
+    with FaultServer() as other, FaultServer() as server:
+        server.api = says({"data": [{"url": other.picture_url}]})
+        for hosts, gets in (
+            (None, 0),
+            (f"127.0.0.1:{server.port}", 0),
+            (f"127.0.0.1:{other.port}", 1),
+            ("127.0.0.1", 2),
+        ):
+            generator = CogViewImageGenerator(
+                base_url=server.base_url, api_key=KEY, timeout=2.0, allowed_image_hosts=hosts
+            )
+            image = call(generator, how, Verdict()).images[0]
+            assert (server.gets, other.gets, other.posts) == (0, gets, 0)
+            assert bool(image.warnings) is (gets == 0)
 
 
 @HOWS

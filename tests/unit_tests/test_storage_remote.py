@@ -26,8 +26,9 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.images.download import MAX_PICTURE_BYTES, LinkRules, afetch, fetch
+from langchain_cogview.images.download import MAX_PICTURE_BYTES, afetch, fetch
 from langchain_cogview.images.formats import ImageInfo
+from langchain_cogview.images.links import LinkRules
 from langchain_cogview.images.remote import RemoteFolder, aread_uri, read_uri, remote_folder
 from langchain_cogview.images.store import PictureFile
 from tests.faults.server import PICTURE, FaultServer, good_picture
@@ -36,7 +37,7 @@ PNG = ImageInfo("image/png", ".png", 1, 1)
 CANARY = "CANARYwJalrXUtnFEMI"
 ROOT = Path(__file__).parents[2]
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
-RULES = LinkRules(base_host="127.0.0.1")
+RULES = LinkRules(allowed_hosts=("127.0.0.1",))
 
 
 class Quiet(WSGIRequestHandler):
