@@ -840,23 +840,10 @@ def test_one_connection_serves_many_requests(server):
     connection.close()
 
 
-def test_a_body_that_is_too_long_or_of_unknown_length_is_refused(server):
-    port = httpx.URL(server.base_url).port
-    for header, status in [
-        ("Content-Length: 99999999999", b"413"),
-        ("Content-Length: -1", b"411"),
-        ("Transfer-Encoding: chunked", b"411"),
-    ]:
-        with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as file:
-            connection.sendall(f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
-            assert file.readline().split()[1] == status
-            assert file.read(), "and then the connection ends"
-
-
 def test_a_client_that_goes_away_leaves_no_trace(server, sandbox, capfd):
     port = httpx.URL(server.base_url).port
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        connection.sendall(f"POST {ROUTE} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 100\r\n\r\n{{".encode())
     assert (
         httpx.post(f"{server.base_url}/images/generations", json=BODY, headers=AUTHORIZED, trust_env=False).status_code
         == 200
