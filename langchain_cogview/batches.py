@@ -5,24 +5,45 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AsyncExitStack, aclosing, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list, merge_configs
 
 from langchain_cogview.errors import CogViewError
-from langchain_cogview.many import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
+from langchain_cogview.many import astream_tasks, numbered, stream_in_threads
 from langchain_cogview.request import ImageRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from langchain_cogview.configuration import ConfiguredGenerator
     from langchain_cogview.inputs import ImageInput
     from langchain_cogview.result import ImageResult
-else:  # beside its settings, so that pydantic makes one class of both
-    ConfiguredGenerator = object
+
+
+class Generator(Protocol):
+    """What many requests need of `CogViewImageGenerator`."""
+
+    @property
+    def model(self) -> str:
+        """The model of requests that name none."""
+
+    @property
+    def n(self) -> int:
+        """How many images a request makes that does not say."""
+
+    def invoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
+        """Make the images of one request."""
+        ...
+
+    async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
+        """Async version of `invoke`."""
+        ...
+
+    def places(self, model: str | None = None) -> int:
+        """How many images are worked on at once."""
+        ...
 
 
 def without_key(config: Any) -> Any:
@@ -32,6 +53,31 @@ def without_key(config: Any) -> Any:
             return config
         return {**config, "configurable": {**config["configurable"], "api_key": "**********"}}
     return config if config is None else [without_key(each) for each in config]
+
+
+def traced_config(
+    config: RunnableConfig | None, model: str, given: Any, overrides: Mapping[str, Any] | None = None
+) -> RunnableConfig:
+    """The config of one run, with what traces tell of an image model, and without the key.
+
+    Args:
+        config: The caller's.
+        model: The generator's.
+        given: The input, which may name another model.
+        overrides: Arguments of the call, which may name another one, too.
+
+    Returns:
+        A config of its own.
+    """
+    config = ensure_config(config)
+    named = (overrides or {}).get("model")
+    if isinstance(given, dict):
+        named = given.get("model", named)
+    elif isinstance(given, ImageRequest) and "model" in given.model_fields_set:
+        named = given.model
+    metadata = {"ls_provider": "zhipuai", "ls_model_name": str(named or model), "ls_model_type": "image"}
+    traced: RunnableConfig = without_key({**config, "metadata": {**(config.get("metadata") or {}), **metadata}})
+    return traced
 
 
 @contextmanager
@@ -111,176 +157,118 @@ def all_or_first_error(results: list[Any]) -> list[ImageResult]:
     return results
 
 
-class ManyRequestsGenerator(ConfiguredGenerator):
-    """What `CogViewImageGenerator` does with many requests: each is a run of its own, by `invoke` or `ainvoke`."""
+def _count(generator: Generator, inputs: Any) -> int | None:
+    return len(inputs) * generator.n if isinstance(inputs, Sized) else None
 
-    def stream_many(
-        self,
-        inputs: Iterable[ImageInput],
-        config: RunnableConfig | None = None,
-        *,
-        progress: bool | None = False,
-        **kwargs: Any,
-    ) -> Iterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of any number of requests; gives them as they finish.
 
-        Inputs are taken as places get free, and at most twice `places()` results wait for you: an endless iterator is fine. An
-        iterator that you leave stops the work; what is under way is logged when it ends.
+def _workers(generator: Generator, config: RunnableConfig) -> int:
+    return min(generator.places(), config.get("max_concurrency") or generator.places())
 
-        Args:
-            inputs: As for `invoke`; taken from one thread at a time.
-            config: LangChain's; its `max_concurrency` is how many requests are worked on at once.
-            progress: Draw a bar (extra `progress`). None: where somebody looks at it, a terminal or a notebook.
-            **kwargs: As for `invoke`.
 
-        Yields:
-            The number of the input, from 0, and its result, or the exception that it raised.
-        """
-        if isinstance(inputs, AsyncIterable):
-            raise TypeError("stream_many takes an iterable; astream_many takes an async one too.")
-        config = without_key(config)
-        refuse_one(inputs)
-        with bar(self._count(inputs), config, progress) as (own, note):
-            config_of = configs_of(own)
-            tasks = (partial(self.invoke, each, config_of(number), **kwargs) for number, each in enumerate(inputs))
-            with closing(stream_in_threads(tasks, self._workers(own))) as finished:
-                for number, result in finished:
-                    note(result)
-                    yield number, result
-
-    async def astream_many(
-        self,
-        inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
-        config: RunnableConfig | None = None,
-        *,
-        progress: bool | None = False,
-        **kwargs: Any,
-    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of any number of requests; gives them as they finish. The twin of `stream_many`.
-
-        An iterator that is closed (`contextlib.aclosing`) cancels what is under way.
-        """
-        config = without_key(config)
-        refuse_one(inputs)
-        with bar(self._count(inputs), config, progress) as (own, note):
-            config_of = configs_of(own)
-
-            def call(number: int, each: ImageInput) -> Callable[[], Any]:
-                return partial(self.ainvoke, each, config_of(number), **kwargs)
-
-            async with AsyncExitStack() as open_:
-                if isinstance(inputs, AsyncIterable):
-                    pulled = await open_.enter_async_context(aclosing(numbered(inputs)))
-                    tasks: Any = (call(number, each) async for number, each in pulled)
-                else:
-                    tasks = (call(number, each) for number, each in enumerate(inputs))
-                finished = await open_.enter_async_context(aclosing(astream_tasks(tasks, self._workers(own))))
-                async for number, result in finished:
-                    note(result)
-                    yield number, result
-
-    def batch(
-        self,
-        inputs: list[ImageInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> list[ImageResult]:
-        """Make the pictures of many requests.
-
-        Every input is drawn, whatever happens to others: nothing paid is lost.
-
-        Args:
-            inputs: As for `invoke`.
-            config: LangChain's; its `max_concurrency` is how many requests are worked on at once, where that is less than the
-                generator's.
-            return_exceptions: Give exceptions in the list in place of raising.
-            **kwargs: As for `invoke`.
-
-        Raises:
-            CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
-        """
-        config = without_key(config)
-        tasks, workers = self._batch(self.invoke, inputs, config, kwargs)
-        results = in_threads(tasks, workers)
-        return results if return_exceptions else all_or_first_error(results)
-
-    async def abatch(
-        self,
-        inputs: list[ImageInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> list[ImageResult]:
-        """Make the pictures of many requests. The twin of `batch`."""
-        config = without_key(config)
-        tasks, workers = self._batch(self.ainvoke, inputs, config, kwargs)
-        results = await in_tasks(tasks, workers)
-        return results if return_exceptions else all_or_first_error(results)
-
-    def batch_as_completed(  # type: ignore[override]
-        self,
-        inputs: Sequence[ImageInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> Iterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of many requests; gives number and result as they finish.
-
-        Raises:
-            CogViewError: Unless `return_exceptions`: after all were drawn, the first error, as `batch` does.
-        """
-        config = without_key(config)
-        tasks, workers = self._batch(self.invoke, inputs, config, kwargs)
-        collected = Collected(len(tasks))
-        with closing(stream_in_threads(tasks, workers)) as finished:
+def stream(
+    generator: Generator,
+    inputs: Iterable[ImageInput],
+    config: RunnableConfig | None,
+    *,
+    progress: bool | None,
+    overrides: dict[str, Any],
+) -> Iterator[tuple[int, ImageResult | Exception]]:
+    """Do what `CogViewImageGenerator.stream_many` says."""
+    if isinstance(inputs, AsyncIterable):
+        raise TypeError("stream_many takes an iterable; astream_many takes an async one too.")
+    config = without_key(config)
+    refuse_one(inputs)
+    with bar(_count(generator, inputs), config, progress) as (own, note):
+        config_of = configs_of(own)
+        tasks = (partial(generator.invoke, each, config_of(number), **overrides) for number, each in enumerate(inputs))
+        with closing(stream_in_threads(tasks, _workers(generator, own))) as finished:
             for number, result in finished:
-                if return_exceptions or collected.keep(number, result):
-                    yield number, result
-        collected.raise_first()
+                note(result)
+                yield number, result
 
-    async def abatch_as_completed(  # type: ignore[override]
-        self,
-        inputs: Sequence[ImageInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
-        """Make the pictures of many requests. The twin of `batch_as_completed`."""
-        config = without_key(config)
-        tasks, workers = self._batch(self.ainvoke, inputs, config, kwargs)
-        collected = Collected(len(tasks))
-        async with aclosing(astream_tasks(tasks, workers)) as finished:
+
+async def astream(
+    generator: Generator,
+    inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
+    config: RunnableConfig | None,
+    *,
+    progress: bool | None,
+    overrides: dict[str, Any],
+) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+    """Async version of `stream`."""
+    config = without_key(config)
+    refuse_one(inputs)
+    with bar(_count(generator, inputs), config, progress) as (own, note):
+        config_of = configs_of(own)
+
+        def call(number: int, each: ImageInput) -> Callable[[], Any]:
+            return partial(generator.ainvoke, each, config_of(number), **overrides)
+
+        async with AsyncExitStack() as open_:
+            if isinstance(inputs, AsyncIterable):
+                pulled = await open_.enter_async_context(aclosing(numbered(inputs)))
+                tasks: Any = (call(number, each) async for number, each in pulled)
+            else:
+                tasks = (call(number, each) for number, each in enumerate(inputs))
+            finished = await open_.enter_async_context(aclosing(astream_tasks(tasks, _workers(generator, own))))
             async for number, result in finished:
-                if return_exceptions or collected.keep(number, result):
-                    yield number, result
-        collected.raise_first()
+                note(result)
+                yield number, result
 
-    def _count(self, inputs: Any) -> int | None:
-        return len(inputs) * self.n if isinstance(inputs, Sized) else None
 
-    def _workers(self, config: RunnableConfig) -> int:
-        return min(self.places(), config.get("max_concurrency") or self.places())
+def batch_of(
+    generator: Generator,
+    call: Callable[..., Any],
+    inputs: Sequence[ImageInput],
+    config: RunnableConfig | Sequence[RunnableConfig] | None,
+    overrides: dict[str, Any],
+) -> tuple[list[Callable[[], Any]], int]:
+    """The calls of a batch, and how many of them run at once."""
+    config = without_key(config)
+    refuse_one(inputs)
+    configs = get_config_list(config, len(inputs)) if inputs else []
+    tasks: list[Callable[[], Any]] = [
+        partial(call, each, own, **overrides) for each, own in zip(inputs, configs, strict=True)
+    ]
+    models = {
+        str(each.get("model") or generator.model) if isinstance(each, dict) else generator.model
+        for each in (*inputs, overrides)
+    }
+    workers = max(map(generator.places, models))
+    return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1
 
-    def _batch(
-        self,
-        call: Callable[..., Any],
-        inputs: Sequence[ImageInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None,
-        overrides: dict[str, Any],
-    ) -> tuple[list[Callable[[], Any]], int]:
-        refuse_one(inputs)
-        configs = get_config_list(config, len(inputs)) if inputs else []
-        tasks: list[Callable[[], Any]] = [
-            partial(call, each, own, **overrides) for each, own in zip(inputs, configs, strict=True)
-        ]
-        models = {
-            str(each.get("model") or self.model) if isinstance(each, dict) else self.model
-            for each in (*inputs, overrides)
-        }
-        workers = max(map(self.places, models))
-        return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1
+
+def as_completed(
+    generator: Generator,
+    inputs: Sequence[ImageInput],
+    config: RunnableConfig | Sequence[RunnableConfig] | None,
+    *,
+    return_exceptions: bool,
+    overrides: dict[str, Any],
+) -> Iterator[tuple[int, ImageResult | Exception]]:
+    """Do what `CogViewImageGenerator.batch_as_completed` says."""
+    tasks, workers = batch_of(generator, generator.invoke, inputs, config, overrides)
+    collected = Collected(len(tasks))
+    with closing(stream_in_threads(tasks, workers)) as finished:
+        for number, result in finished:
+            if return_exceptions or collected.keep(number, result):
+                yield number, result
+    collected.raise_first()
+
+
+async def aas_completed(
+    generator: Generator,
+    inputs: Sequence[ImageInput],
+    config: RunnableConfig | Sequence[RunnableConfig] | None,
+    *,
+    return_exceptions: bool,
+    overrides: dict[str, Any],
+) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+    """Async version of `as_completed`."""
+    tasks, workers = batch_of(generator, generator.ainvoke, inputs, config, overrides)
+    collected = Collected(len(tasks))
+    async with aclosing(astream_tasks(tasks, workers)) as finished:
+        async for number, result in finished:
+            if return_exceptions or collected.keep(number, result):
+                yield number, result
+    collected.raise_first()

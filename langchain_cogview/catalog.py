@@ -160,6 +160,20 @@ def model_info(name: str) -> ModelInfo:
     return find_model(name) or ModelInfo(name, _BOTH, documented=False)
 
 
+def price_of(model: str, region: Region, prices: Mapping[str, Decimal] | None = None) -> tuple[Decimal | None, str]:
+    """The price of one picture, None where unknown, and the currency of a platform.
+
+    Args:
+        model: Compared without regard to case.
+        region: The platform.
+        prices: By model, in place of the list prices.
+    """
+    info = model_info(model)
+    own = {model_info(each).name: amount for each, amount in prices.items()} if prices else {}
+    listed = info.price(region)
+    return own.get(info.name, listed[0] if listed else None), currency_of(region)
+
+
 def model_warning(name: str) -> str | None:
     """What to tell somebody who uses a model that is not in the documentation; None for a documented one."""
     info = find_model(name)

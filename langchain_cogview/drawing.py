@@ -7,16 +7,23 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from pydantic import SecretStr
+
+from langchain_cogview.api.client import client_of
 from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
-from langchain_cogview.catalog import model_info
+from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
+    CogViewContentFilterError,
     CogViewDownloadError,
     CogViewError,
+    CogViewNotFoundError,
     CogViewRateLimitError,
     CogViewServerError,
     CogViewTimeoutError,
@@ -25,15 +32,17 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images.download import Picture, afetch, expires_at, fetch
 from langchain_cogview.images.links import LinkRules
-from langchain_cogview.result import GeneratedImage
+from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
 from langchain_cogview.watch import CallWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from langchain_cogview.api.client import ImagesClient
+    from langchain_cogview.api.settings import Service
     from langchain_cogview.cache import CachedRequest
+    from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.events import Teller
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
@@ -90,6 +99,37 @@ class CallSettings:
     # Not compared, as functions never are equal: equal generators stay so once they were called.
     price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
+
+    @classmethod
+    def of(cls, service: Service, folder: Path | RemoteFolder | None, settings: Mapping[str, Any]) -> CallSettings:
+        """Take the settings from a generator.
+
+        Args:
+            service: Where requests go; the key is there.
+            folder: What `output_dir` names.
+            settings: The generator's fields.
+
+        Returns:
+            The settings, with a client for the service.
+        """
+        for_client = (
+            "max_concurrency",
+            "max_retries",
+            "retry_unknown",
+            "rate_limiter",
+            "http_client",
+            "http_async_client",
+        )
+        key = service.key or SecretStr("")
+        return cls(
+            client=client_of(service.base_url, key, **{name: settings[name] for name in for_client}),
+            base_url=service.base_url,
+            folder=folder,
+            allowed_hosts=settings["allowed_image_hosts"],
+            price=partial(price_of, region=service.region, prices=settings["prices"]),
+            include_prompt=settings["include_prompt_in_events"],
+            **{name: settings[name] for name in ("timeout", "download", "use_tasks", "poll_interval")},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +247,56 @@ class ImageCall:
             await self.teller.atell(*watch.ended_with(error))
             return error
         return await self._akept(Drawn(self.request, reply), watch)
+
+    def result(self, outcomes: Sequence[ImageOutcome], notes: tuple[str, ...]) -> ImageResult:
+        """The result of a run; images, cost and content filter are put down in the run's metadata.
+
+        Args:
+            outcomes: What became of each picture, in order.
+            notes: Warnings about the request as a whole.
+
+        Returns:
+            The pictures, and what went wrong with others.
+
+        Raises:
+            CogViewError: There is no picture; one that may have been charged goes first.
+        """
+        request = self.request
+        images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
+        errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
+        cost = total_cost(images)
+        self.teller.metadata.update(
+            cogview_images=len(images),
+            cogview_cost=None if cost is None else str(cost),
+            cogview_currency=self.settings.price(request.model)[1],
+            cogview_content_filter=[str(entry) for outcome in outcomes for entry in _entries(outcome)],
+        )
+        if not images:
+            # Who may have paid must hear that first: the others can be sent again.
+            errors.sort(key=lambda error: getattr(error[1], "outcome", None) is not Outcome.UNKNOWN)
+            _, first = errors[0]
+            if isinstance(first, CogViewNotFoundError) and request.warnings:
+                first.hint = " ".join((first.hint, *request.warnings))
+            if isinstance(first, CogViewError):
+                by_number = sorted(errors, key=itemgetter(0))
+                first.prompt = request.prompt
+                first.failures = tuple(ImageFailure.of(error, index) for index, error in by_number)
+            for index, other in errors[1:]:
+                first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
+            # The frames below say nothing that the error does not say.
+            raise first.with_traceback(None) if isinstance(first, CogViewError) else first
+        return ImageResult(
+            images=tuple(images),
+            failures=tuple(ImageFailure.of(error, index) for index, error in errors),
+            prompt=request.prompt,
+            model=images[0].model,
+            size=images[0].size,
+            quality=images[0].quality,
+            cost=cost,
+            currency=images[0].currency,
+            sandbox=any(image.sandbox for image in images),
+            warnings=tuple(dict.fromkeys([*notes, *(note for image in images for note in image.warnings)])),
+        )
 
     # --- the paid call, by the first model that takes it
 
@@ -396,3 +486,9 @@ def _download_error(error: Exception) -> CogViewError:
         return error
     logger.warning("A picture could not be fetched", exc_info=error)
     return CogViewDownloadError(detail=type(error).__name__)
+
+
+def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:
+    if isinstance(outcome, CogViewContentFilterError):
+        return outcome.content_filter
+    return () if isinstance(outcome, Exception) else [entry for image in outcome for entry in image.content_filter]

@@ -1,4 +1,4 @@
-"""The custom events: names, payloads, best-effort dispatch; and who hears of a run.
+"""The custom events: names, payloads, best-effort dispatch.
 
 LangChain hands them to every handler's `on_custom_event` and to `astream_events`. They are sent after the result is safe; a
 handler that raises is logged and never costs a picture.
@@ -7,16 +7,14 @@ handler that raises is logged and never costs a picture.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
-from langchain_core.callbacks import BaseCallbackManager, CallbackManager, adispatch_custom_event, dispatch_custom_event
+from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 
 from langchain_cogview.content_filter import ContentFilter, Stage, most_severe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from langchain_core.runnables import RunnableConfig
 
 CONTENT_FILTER_EVENT: Final = "cogview.content_filter"
@@ -184,12 +182,14 @@ class Teller:
         tool_call_id: Of the tool call that the run belongs to.
         sandbox: Whether the service is a sandbox.
         listening: Whether anybody hears them; else no event need be made.
+        metadata: The run's, where traces hold what is put down there.
     """
 
     config: RunnableConfig
     tool_call_id: str | None
     sandbox: bool
     listening: bool
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def tell(self, *events: Event) -> None:
         """Send events to the handlers of the run; whatever goes wrong is logged."""
@@ -224,27 +224,3 @@ async def adispatch(name: str, payload: Any, config: RunnableConfig) -> None:
         await adispatch_custom_event(name, payload, config=config)
     except Exception:  # a handler's fault must not cost a picture that was paid for
         logger.warning("A callback handler failed on the event %s", name, exc_info=True)
-
-
-# --- LangChain's runs
-
-
-def is_heard(config: RunnableConfig) -> bool:
-    """Whether a handler hears of a run: one that was given, or one that LangChain adds by itself, such as a tracer."""
-    given = config["callbacks"]
-    own = given.handlers if isinstance(given, BaseCallbackManager) else given
-    return bool(own) or bool(CallbackManager.configure().handlers)
-
-
-def heard(work: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
-    """What LangChain is given to run; it inspects that at every run, and a plain function takes it half as long as a partial.
-
-    Args:
-        work: Gives a result, or an awaitable of one.
-        made: Where it notes the result before anybody is told.
-    """
-
-    def run(given: Any, run_manager: Any, config: RunnableConfig) -> Any:
-        return work(given, run_manager, config, made=made)
-
-    return run

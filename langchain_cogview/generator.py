@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from decimal import Decimal
 from functools import partial
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack, cast
 
-from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+from langchain_core.rate_limiters import BaseRateLimiter
+from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 
-from langchain_cogview.api.settings import is_sandbox
-from langchain_cogview.batches import ManyRequestsGenerator, without_key
-from langchain_cogview.catalog import model_info
-from langchain_cogview.configuration import REQUEST_DEFAULTS, ConfiguredGenerator
-from langchain_cogview.errors import (
-    CogViewContentFilterError,
-    CogViewError,
-    CogViewInvalidRequestError,
-    CogViewNotFoundError,
-    Outcome,
+from langchain_cogview import configuration, live
+from langchain_cogview.api.settings import Service, find_service, found_key, is_sandbox, service_doubts
+from langchain_cogview.batches import (
+    aas_completed,
+    all_or_first_error,
+    as_completed,
+    astream,
+    batch_of,
+    stream,
+    traced_config,
 )
+from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
+from langchain_cogview.errors import CogViewConfigurationError
+from langchain_cogview.events import NOBODY, Teller
+from langchain_cogview.images.previews import aremember, remember
+from langchain_cogview.inputs import ImageInput, request_of
 from langchain_cogview.many import in_tasks, in_threads
-from langchain_cogview.request import ImageRequest, checked_request
+from langchain_cogview.request import ImageRequest, check_names
+from langchain_cogview.result import ImageResult
+from langchain_cogview.tasks import ImageTask, checked_task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from langchain_cogview.api.tasks import TasksClient
+    from langchain_cogview.cache import CachedRequest
+    from langchain_cogview.drawing import CallSettings, ImageCall
 
-    from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
+_FETCHING = 4
+_CACHE_SECONDS = 60.0
+_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
+_SERVICE: Final = frozenset({"api_key", "region", "base_url"})
 
-    from langchain_cogview.content_filter import ContentFilter
-    from langchain_cogview.drawing import ImageCall, ImageOutcome
-    from langchain_cogview.events import Teller
-    from langchain_cogview.inputs import ImageInput
-    from langchain_cogview.result import ImageResult
-    from langchain_cogview.tasks import ImageTask
+_HANDLER_FAILED: Final = "A callback handler failed after the pictures were made"
+RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 logger = logging.getLogger(__name__)
 
 
-class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
+class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     """Pictures from Zhipu's CogView endpoint, as a Runnable.
 
     Setup:
@@ -102,21 +119,290 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         CogViewError: As the class says, when no picture was made; see `langchain_cogview.errors`.
     """
 
+    model_config = ConfigDict(
+        # Frozen: key and service are found once; a changed setting would not change them.
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+    )
+
+    model: str = DEFAULT_MODEL
+    api_key: SecretStr | None = Field(default=None, repr=False)
+    region: Region | None = None
+    base_url: str | None = None
+    size: str | None = None
+    quality: Quality | None = None
+    n: int = 1
+    user_id: str | None = None
+    watermark_enabled: bool | None = None
+    timeout: float | timedelta | None = 120.0
+    max_retries: int = Field(default=2, ge=0, le=100)
+    retry_unknown: bool = False
+    max_concurrency: int | None = Field(default=None, ge=1)
+    rate_limiter: BaseRateLimiter | None = Field(default=None, exclude=True, repr=False)
+    http_client: Any = Field(default=None, exclude=True, repr=False)
+    http_async_client: Any = Field(default=None, exclude=True, repr=False)
+    fallback_models: tuple[str, ...] = ()
+    use_tasks: Literal["auto"] | bool = "auto"
+    poll_interval: float = Field(default=3.0, gt=0, le=60)
+    prices: Mapping[str, Decimal] | None = None
+    download: bool = True
+    output_dir: Path | str | None = None
+    storage_options: Mapping[str, Any] | None = Field(default=None, exclude=True, repr=False)
+    cache: BaseCache | Path | str | None = Field(default=None, exclude=True, repr=False)
+    allowed_image_hosts: tuple[str, ...] | None = None
+    include_prompt_in_events: bool = False
+
+    # Found from arguments and environment: not fields, so that an instance with another region or base URL finds its own.
+    _key: SecretStr | None = PrivateAttr(default=None)
+    _region: Region = PrivateAttr(default="china")
+    _base_url: str = PrivateAttr(default="")
+    _folder: Any = PrivateAttr(default=None)
+    _cache: Any = PrivateAttr(default=None)
+    _made_settings: Any = PrivateAttr(default=None)
+
+    def __init__(self, *, name: str | None = None, **settings: Unpack[configuration.GeneratorSettings]) -> None:
+        values = cast("dict[str, Any]", settings)
+        # Wrapped before anything can raise, so that no traceback shows the key.
+        if isinstance(values.get("api_key"), str):
+            values["api_key"] = SecretStr(values["api_key"])
+        check_names(values, type(self).model_fields)
+        super().__init__(**values if name is None else {"name": name, **values})
+
+    @field_validator("timeout")
+    @classmethod
+    def _timeout_is_a_time(cls, value: float | timedelta | None) -> float | None:
+        return configuration.checked_seconds(value)
+
+    @field_validator("http_client", "http_async_client")
+    @classmethod
+    def _client_is_one(cls, value: Any, info: ValidationInfo) -> Any:
+        return configuration.checked_client(value, sync=info.field_name == "http_client")
+
+    @field_validator("allowed_image_hosts", "fallback_models", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("prices")
+    @classmethod
+    def _prices_are_amounts(cls, value: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
+        return value and {model: configuration.checked_amount(amount) for model, amount in value.items()}
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _folder_is_one(cls, value: Any) -> Any:
+        return configuration.checked_folder(value)
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        models = (self.model, *self.fallback_models)
+        defaults = {name: getattr(self, name) for name in REQUEST_DEFAULTS}
+        for warning in configuration.checked_defaults(defaults, self.fallback_models):
+            warnings.warn(warning, stacklevel=2)
+        if self.allowed_image_hosts:
+            configuration.check_hosts(self.allowed_image_hosts)
+        if not self.download and self.output_dir is not None:
+            raise ValueError("output_dir needs the bytes: leave download=False out.")
+        if self.use_tasks is True and not all(model_info(name).tasks for name in models):
+            raise ValueError("use_tasks=True needs a model of the task endpoint, such as 'glm-image'.")
+        self._folder = configuration.found_folder(self.output_dir, self.storage_options)
+        if self.cache is not None:
+            from langchain_cogview.cache import picture_cache  # noqa: PLC0415  it brings the HTTP stack
+
+            self._cache = picture_cache(self.cache)
+        service = find_service(self.api_key, self.region, self.base_url)
+        self._key, self._region, self._base_url = service
+        if is_sandbox(self._base_url) and (self.http_client is not None or self.http_async_client is not None):
+            raise CogViewConfigurationError(
+                "The sandbox in this process is not reached by an HTTP client.",
+                hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
+            )
+        chosen = bool(self.api_key or self.region or self.base_url)
+        for warning in service_doubts(service, models, chosen=chosen):
+            warnings.warn(warning, stacklevel=2)
+        return self
+
+    @property
+    def platform(self) -> Region:
+        """The platform in use, as found from arguments and environment."""
+        return self._region
+
+    @property
+    def service(self) -> str:
+        """The base URL in use, as found from arguments and environment."""
+        return self._base_url
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """LangChain may serialize it; the key becomes a reference to its variable."""
+        return True
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """Which field is a secret, and under which variable it is found."""
+        return {"api_key": "ZAI_API_KEY" if self._region == "international" else "ZHIPUAI_API_KEY"}
+
+    def __getstate__(self) -> dict[Any, Any]:
+        held = [name for name in _INJECTED if not isinstance(getattr(self, name), str | Path | None)]
+        if held:
+            raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
+        state = super().__getstate__()
+        # The key stays in this process; the other one finds it in its environment.
+        state["__dict__"] = {**state["__dict__"], "api_key": None}
+        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None, "_made_settings": None}
+        return state
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy; one with another key, region or base URL finds its service anew."""
+        if not update:
+            return super().model_copy(deep=deep)
+        if _SERVICE & update.keys():
+            return type(self)(**{**self.__dict__, **update})
+        # The environment may have changed since: the copy has the service that this instance found.
+        found = {"api_key": self._key, "region": self._region, "base_url": self._base_url}
+        copied = type(self)(**{**self.__dict__, **found, **update})
+        return super(CogViewImageGenerator, copied).model_copy(update={name: getattr(self, name) for name in found})
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """What LangChain serializes in another form than the field's."""
+        own: dict[str, Any] = {} if self.output_dir is None else {"output_dir": str(self.output_dir)}
+        return (
+            own if self.prices is None else own | {"prices": {name: str(price) for name, price in self.prices.items()}}
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # Settings are values; what was injected is used as it is, by the copy too.
+        return self.model_copy()
+
+    # --- one request
+
     def invoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
         """Make the pictures of one request.
 
         Args:
             input: A prompt, the arguments of `ImageRequest` as a dict or object, a prompt value, or messages.
-            config: LangChain's.
+            config: The `RunnableConfig` of this run.
             **kwargs: Arguments of `ImageRequest`; what `input` says goes before them.
+
+        Returns:
+            The pictures, and what went wrong with others.
         """
-        config = self._traced(input, config, kwargs)
+        config = traced_config(config, self.model, input, kwargs)
         return self._run(partial(self._draw, overrides=kwargs), input, config)
 
     async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
-        """Make the pictures of one request. The twin of `invoke`."""
-        config = self._traced(input, config, kwargs)
+        """Async version of `invoke`."""
+        config = traced_config(config, self.model, input, kwargs)
         return await self._arun(partial(self._adraw, overrides=kwargs), input, config)
+
+    # --- many requests: each is a run of its own, by `invoke` or `ainvoke`
+
+    def stream_many(
+        self,
+        inputs: Iterable[ImageInput],
+        config: RunnableConfig | None = None,
+        *,
+        progress: bool | None = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, ImageResult | Exception]]:
+        """Make the pictures of any number of requests; gives them as they finish.
+
+        Inputs are taken as places get free, and at most twice `places()` results wait for you: an endless iterator is fine. An
+        iterator that you leave stops the work; what is under way is logged when it ends.
+
+        Args:
+            inputs: As for `invoke`; taken from one thread at a time.
+            config: LangChain's; its `max_concurrency` is how many requests are worked on at once.
+            progress: Draw a bar (extra `progress`). None: where somebody looks at it, a terminal or a notebook.
+            **kwargs: As for `invoke`.
+
+        Yields:
+            The number of the input, from 0, and its result, or the exception that it raised.
+        """
+        return stream(self, inputs, config, progress=progress, overrides=kwargs)
+
+    def astream_many(
+        self,
+        inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        config: RunnableConfig | None = None,
+        *,
+        progress: bool | None = False,
+        **kwargs: Any,
+    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+        """Async version of `stream_many`.
+
+        An iterator that is closed (`contextlib.aclosing`) cancels what is under way.
+        """
+        return astream(self, inputs, config, progress=progress, overrides=kwargs)
+
+    def batch(
+        self,
+        inputs: list[ImageInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[ImageResult]:
+        """Make the pictures of many requests.
+
+        Every input is drawn, whatever happens to others: nothing paid is lost.
+
+        Args:
+            inputs: As for `invoke`.
+            config: LangChain's; its `max_concurrency` is how many requests are worked on at once, where that is less than the
+                generator's.
+            return_exceptions: Give exceptions in the list in place of raising.
+            **kwargs: As for `invoke`.
+
+        Raises:
+            CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
+        """
+        tasks, workers = batch_of(self, self.invoke, inputs, config, kwargs)
+        results = in_threads(tasks, workers)
+        return results if return_exceptions else all_or_first_error(results)
+
+    async def abatch(
+        self,
+        inputs: list[ImageInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[ImageResult]:
+        """Async version of `batch`."""
+        tasks, workers = batch_of(self, self.ainvoke, inputs, config, kwargs)
+        results = await in_tasks(tasks, workers)
+        return results if return_exceptions else all_or_first_error(results)
+
+    def batch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> Iterator[tuple[int, ImageResult | Exception]]:
+        """Make the pictures of many requests; gives number and result as they finish.
+
+        Raises:
+            CogViewError: Unless `return_exceptions`: after all were drawn, the first error, as `batch` does.
+        """
+        return as_completed(self, inputs, config, return_exceptions=return_exceptions, overrides=kwargs)
+
+    def abatch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+        """Async version of `batch_as_completed`."""
+        return aas_completed(self, inputs, config, return_exceptions=return_exceptions, overrides=kwargs)
 
     # --- tasks
 
@@ -130,30 +416,26 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
         Returns:
             The task; its `id` finds the picture again, in another process too.
         """
-        from langchain_cogview.tasks import ImageTask  # noqa: PLC0415
-
         request, notes = self._request(input, kwargs)
-        task_id, request_id = self._task_call(request).submit()
+        task_id, request_id = self._call(checked_task(request), NOBODY).submit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
     async def asubmit(self, input: ImageInput, **kwargs: Any) -> ImageTask:  # noqa: A002
-        """Give a request to the task endpoint and come back at once. The twin of `submit`."""
-        from langchain_cogview.tasks import ImageTask  # noqa: PLC0415
-
+        """Async version of `submit`."""
         request, notes = self._request(input, kwargs)
-        task_id, request_id = await self._task_call(request).asubmit()
+        task_id, request_id = await self._call(checked_task(request), NOBODY).asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
     def collect(self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None) -> ImageResult:
         """Wait for a task's picture, fetch and save it, all in so many seconds; see `ImageTask.result`."""
-        config = self._traced(task.request, config, {})
+        config = traced_config(config, self.model, task.request)
         return self._run(partial(self._collect, task=task, seconds=seconds), task.request, config)
 
     async def acollect(
         self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None
     ) -> ImageResult:
-        """Wait for a task's picture. The twin of `collect`."""
-        config = self._traced(task.request, config, {})
+        """Async version of `collect`."""
+        config = traced_config(config, self.model, task.request)
         return await self._arun(partial(self._acollect, task=task, seconds=seconds), task.request, config)
 
     # --- connections
@@ -182,217 +464,130 @@ class CogViewImageGenerator(ManyRequestsGenerator, ConfiguredGenerator):
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
-    # --- one run. One that no handler hears is not made into a LangChain run, which costs as much as a third of the request.
-    # What a call needs is imported here and below, with the first call: a tool is made in milliseconds without it.
+    # --- one run
 
-    def _run(self, work: Callable[..., ImageResult], given: ImageInput, config: RunnableConfig) -> ImageResult:
-        from langchain_cogview import live  # noqa: PLC0415
-        from langchain_cogview.events import heard, is_heard  # noqa: PLC0415
-        from langchain_cogview.images.previews import remember  # noqa: PLC0415
-
+    def _run(
+        self, work: Callable[[ImageInput, Teller], ImageResult], given: ImageInput, config: RunnableConfig
+    ) -> ImageResult:
         made: list[ImageResult] = []
+
+        def run(given: ImageInput, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> ImageResult:
+            made.append(work(given, self._teller(run_manager, config)))
+            return made[0]
+
         with live.call(config) as told:
             try:
-                if not is_heard(config):
-                    result = work(given, None, config, made=made)
-                else:
-                    result = self._call_with_config(heard(work, made), given, config, run_type="llm")
+                self._call_with_config(run, given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
-                logger.warning("A callback handler failed after the pictures were made", exc_info=error)
-                result = made[0]
-            remember(result.images)
-            return told(result)
+                logger.warning(_HANDLER_FAILED, exc_info=error)
+            remember(made[0].images)
+            return told(made[0])
 
-    async def _arun(self, work: Callable[..., Any], given: ImageInput, config: RunnableConfig) -> ImageResult:
-        from langchain_cogview import live  # noqa: PLC0415
-        from langchain_cogview.events import heard, is_heard  # noqa: PLC0415
-        from langchain_cogview.images.previews import aremember  # noqa: PLC0415
-
+    async def _arun(
+        self, work: Callable[[ImageInput, Teller], Any], given: ImageInput, config: RunnableConfig
+    ) -> ImageResult:
         made: list[ImageResult] = []
+
+        async def run(
+            given: ImageInput, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
+        ) -> ImageResult:
+            made.append(await work(given, self._teller(run_manager, config)))
+            return made[0]
+
         with live.call(config) as told:
             try:
-                if not is_heard(config):
-                    result = await work(given, None, config, made=made)
-                else:
-                    result = await self._acall_with_config(heard(work, made), given, config, run_type="llm")
+                await self._acall_with_config(run, given, config, run_type="llm")
             except Exception as error:
                 if not made:
                     raise
-                logger.warning("A callback handler failed after the pictures were made", exc_info=error)
-                result = made[0]
-            await aremember(result.images)
-            return told(result)
+                logger.warning(_HANDLER_FAILED, exc_info=error)
+            await aremember(made[0].images)
+            return told(made[0])
 
-    def _draw(
-        self,
-        given: ImageInput,
-        run_manager: CallbackManagerForChainRun | None,
-        config: RunnableConfig,
-        *,
-        overrides: dict[str, Any],
-        made: list[ImageResult],
-    ) -> ImageResult:
+    def _draw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any]) -> ImageResult:
         request, notes = self._request(given, overrides)
-        call = self._call(((request, ()), *self._fallbacks(request)), self._teller(run_manager, config))
-        outcomes = in_threads([partial(call.draw, index) for index in range(request.n)], self.places(request.model))
-        return self._result(request, outcomes, notes + call.notes, run_manager, made)
+        call = self._call(request, teller, request.for_models(self.fallback_models))
+        tasks = [partial(call.draw, index) for index in range(request.n)]
+        return call.result(in_threads(tasks, self.places(request.model)), notes + call.notes)
 
-    async def _adraw(
-        self,
-        given: ImageInput,
-        run_manager: AsyncCallbackManagerForChainRun | None,
-        config: RunnableConfig,
-        *,
-        overrides: dict[str, Any],
-        made: list[ImageResult],
-    ) -> ImageResult:
+    async def _adraw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any]) -> ImageResult:
         request, notes = self._request(given, overrides)
-        call = self._call(((request, ()), *self._fallbacks(request)), self._teller(run_manager, config))
-        outcomes = await in_tasks(
-            [partial(call.adraw, index) for index in range(request.n)], self.places(request.model)
-        )
-        return self._result(request, outcomes, notes + call.notes, run_manager, made)
+        call = self._call(request, teller, request.for_models(self.fallback_models))
+        tasks = [partial(call.adraw, index) for index in range(request.n)]
+        return call.result(await in_tasks(tasks, self.places(request.model)), notes + call.notes)
 
-    def _collect(
-        self,
-        given: ImageInput,
-        run_manager: CallbackManagerForChainRun | None,
-        config: RunnableConfig,
-        *,
-        task: ImageTask,
-        seconds: float | None,
-        made: list[ImageResult],
-    ) -> ImageResult:
-        outcome = self._task_call(task.request, run_manager, config).collect(task.id, task.request_id, seconds)
-        return self._result(task.request, [outcome], task.warnings, run_manager, made)
+    def _collect(self, given: ImageInput, teller: Teller, *, task: ImageTask, seconds: float | None) -> ImageResult:
+        call = self._call(checked_task(task.request), teller)
+        return call.result([call.collect(task.id, task.request_id, seconds)], task.warnings)
 
     async def _acollect(
-        self,
-        given: ImageInput,
-        run_manager: AsyncCallbackManagerForChainRun | None,
-        config: RunnableConfig,
-        *,
-        task: ImageTask,
-        seconds: float | None,
-        made: list[ImageResult],
+        self, given: ImageInput, teller: Teller, *, task: ImageTask, seconds: float | None
     ) -> ImageResult:
-        outcome = await self._task_call(task.request, run_manager, config).acollect(task.id, task.request_id, seconds)
-        return self._result(task.request, [outcome], task.warnings, run_manager, made)
+        call = self._call(checked_task(task.request), teller)
+        return call.result([await call.acollect(task.id, task.request_id, seconds)], task.warnings)
 
-    # --- pure steps
+    # --- pure decisions
 
     def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
-        from langchain_cogview.inputs import arguments_of  # noqa: PLC0415
+        return request_of(given, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
 
-        said, notes = arguments_of(given)
-        values = {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides | said
-        if "prompt" not in values:
-            raise CogViewInvalidRequestError(
-                "Nothing was sent: there is no prompt.", hint="Pass a string, or a dict with the key 'prompt'."
-            )
-        request = checked_request(values)
-        return request, request.warnings + notes
+    def _teller(self, run_manager: RunManager, config: RunnableConfig) -> Teller:
+        metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)
+        return Teller(config, metadata.get("tool_call_id"), sandbox, bool(run_manager.handlers), metadata)
 
-    def _fallbacks(self, request: ImageRequest) -> list[tuple[ImageRequest, tuple[str, ...]]]:
-        others = (request.for_model(model) for model in self.fallback_models if model != request.model)
-        return [other for other in others if other]
+    # --- what calls are made with. The HTTP stack is loaded with the first call: a tool is made in milliseconds without it.
 
-    def _task_call(
-        self,
-        request: ImageRequest,
-        run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun | None = None,
-        config: RunnableConfig | None = None,
-    ) -> ImageCall:
-        if not model_info(request.model).tasks:
-            raise CogViewInvalidRequestError(
-                f"Nothing was sent: {request.model} is no model of the task endpoint.", hint="Use model='glm-image'."
-            )
-        if request.n > 1:
-            raise CogViewInvalidRequestError("Nothing was sent: a task makes one picture.", hint="Submit it n times.")
-        return self._call(((request, ()),), self._teller(run_manager, config))
+    def places(self, model: str | None = None) -> int:
+        """How many pictures are worked on at once: those in flight, and a few that are being fetched and saved, if they are.
 
-    def _teller(
-        self,
-        run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun | None,
-        config: RunnableConfig | None,
-    ) -> Teller:
-        from langchain_cogview.events import NOBODY, Teller  # noqa: PLC0415
+        Args:
+            model: None: the generator's.
+        """
+        in_flight = self.max_concurrency or model_info(model or self.model).in_flight
+        return in_flight + min(in_flight, _FETCHING) if self.download else in_flight
 
-        if run_manager is None or config is None:
-            return NOBODY
-        return Teller(
-            config=config,
-            tool_call_id=(run_manager.metadata or {}).get("tool_call_id"),
-            sandbox=is_sandbox(self._base_url),
-            listening=bool(run_manager.handlers),
+    def price(self, model: str | None = None) -> tuple[Decimal, str] | None:
+        """List price of one picture and its currency; None where unknown. Sandbox pictures cost nothing all the same.
+
+        Args:
+            model: None: the generator's.
+        """
+        amount, currency = price_of(model or self.model, self._region, self.prices)
+        return None if amount is None else (amount, currency)
+
+    def _cached(self, request: ImageRequest) -> CachedRequest | None:
+        if self._cache is None:
+            return None
+        found: CachedRequest = self._cache.request(
+            request,
+            base_url=self._base_url,
+            download=self.download,
+            folder=self._folder,
+            storage_options=self.storage_options,
+            allowed_hosts=self.allowed_image_hosts,
+            timeout=min(cast("float | None", self.timeout) or _CACHE_SECONDS, _CACHE_SECONDS),
         )
+        return found
 
-    def _traced(self, given: ImageInput, config: RunnableConfig | None, overrides: dict[str, Any]) -> RunnableConfig:
-        config = ensure_config(config)
-        said = overrides.get("model")
-        if isinstance(given, dict):
-            said = given.get("model", said)
-        elif isinstance(given, ImageRequest) and "model" in given.model_fields_set:
-            said = given.model
-        metadata = {"ls_provider": "zhipuai", "ls_model_name": str(said or self.model), "ls_model_type": "image"}
-        traced: RunnableConfig = without_key({**config, "metadata": {**(config.get("metadata") or {}), **metadata}})
-        return traced
+    def tasks_client(self) -> TasksClient:
+        """The task endpoint of this service."""
+        from langchain_cogview.api.tasks import TasksClient  # noqa: PLC0415
 
-    def _result(
-        self,
-        request: ImageRequest,
-        outcomes: Sequence[ImageOutcome],
-        notes: tuple[str, ...],
-        run_manager: AsyncCallbackManagerForChainRun | CallbackManagerForChainRun | None,
-        made: list[ImageResult],
-    ) -> ImageResult:
-        """The result of a run, or the error where there is no picture."""
-        from langchain_cogview.result import ImageFailure, ImageResult, total_cost  # noqa: PLC0415
+        return TasksClient(self._settings().client, self.poll_interval)
 
-        images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
-        errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
-        cost = total_cost(images)
-        if run_manager and run_manager.metadata is not None:  # traces hold it with the run
-            filtered = [entry for outcome in outcomes for entry in _entries(outcome)]
-            run_manager.metadata.update(
-                cogview_images=len(images),
-                cogview_cost=None if cost is None else str(cost),
-                cogview_currency=self._price(request.model)[1],
-                cogview_content_filter=[str(entry) for entry in filtered],
-            )
-        if not images:
-            # Who may have paid must hear that first: the others can be sent again.
-            errors.sort(key=lambda error: getattr(error[1], "outcome", None) is not Outcome.UNKNOWN)
-            _, first = errors[0]
-            if isinstance(first, CogViewNotFoundError) and request.warnings:
-                first.hint = " ".join((first.hint, *request.warnings))
-            if isinstance(first, CogViewError):
-                by_number = sorted(errors, key=itemgetter(0))
-                first.prompt = request.prompt
-                first.failures = tuple(ImageFailure.of(error, index) for index, error in by_number)
-            for index, other in errors[1:]:
-                first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
-            # The frames below say nothing that the error does not say.
-            raise first.with_traceback(None) if isinstance(first, CogViewError) else first
-        result = ImageResult(
-            images=tuple(images),
-            failures=tuple(ImageFailure.of(error, index) for index, error in errors),
-            prompt=request.prompt,
-            model=images[0].model,
-            size=images[0].size,
-            quality=images[0].quality,
-            cost=cost,
-            currency=images[0].currency,
-            sandbox=any(image.sandbox for image in images),
-            warnings=tuple(dict.fromkeys([*notes, *(note for image in images for note in image.warnings)])),
-        )
-        made.append(result)
-        return result
+    def _call(self, request: ImageRequest, teller: Teller, others: Iterable[Any] = ()) -> ImageCall:
+        from langchain_cogview.drawing import ImageCall  # noqa: PLC0415  the HTTP stack
 
+        return ImageCall(self._settings(), ((request, ()), *others), teller, self._cached(request))
 
-def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:
-    if isinstance(outcome, CogViewContentFilterError):
-        return outcome.content_filter
-    return () if isinstance(outcome, Exception) else [entry for image in outcome for entry in image.content_filter]
+    def _settings(self) -> CallSettings:
+        if self._made_settings is None:
+            from langchain_cogview.drawing import CallSettings  # noqa: PLC0415  the HTTP stack
+
+            if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
+                self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
+            service = Service(self._key, self._region, self._base_url)
+            self._made_settings = CallSettings.of(service, self._folder, dict(self))
+        return cast("CallSettings", self._made_settings)

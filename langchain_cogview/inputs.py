@@ -8,7 +8,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 
 from langchain_cogview.errors import CogViewInvalidRequestError
-from langchain_cogview.request import ImageRequest
+from langchain_cogview.request import ImageRequest, checked_request
 
 ImageInput = str | dict[str, Any] | ImageRequest | PromptValue | BaseMessage | list[BaseMessage]
 """A prompt, the arguments of `ImageRequest`, or messages, whose text is the prompt."""
@@ -45,3 +45,26 @@ def _text(given: Any) -> tuple[str, tuple[str, ...]]:
         f"Nothing was sent: a prompt cannot be made of {type(given).__name__}.",
         hint="Pass a string, a dict with the key 'prompt', an ImageRequest, a prompt value, or messages.",
     )
+
+
+def request_of(given: Any, defaults: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
+    """The request that an input makes.
+
+    Args:
+        given: An `ImageInput`.
+        defaults: Arguments that hold where the input names none.
+
+    Returns:
+        The request, and warnings about it.
+
+    Raises:
+        CogViewInvalidRequestError: An argument is illegal; nothing has been sent.
+    """
+    arguments, notes = arguments_of(given)
+    values = defaults | arguments
+    if "prompt" not in values:
+        raise CogViewInvalidRequestError(
+            "Nothing was sent: there is no prompt.", hint="Pass a string, or a dict with the key 'prompt'."
+        )
+    request = checked_request(values)
+    return request, request.warnings + notes

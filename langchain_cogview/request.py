@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, legal_size, model_info, model_warning, parse_size
-from langchain_cogview.errors import CogViewInvalidRequestError, printable
+from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 MAX_PICTURES: Final = 100
 
@@ -43,6 +43,17 @@ def unknown_argument(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(known))}."
     return f"There is no argument {shown!r}. {hint}"
+
+
+def check_names(values: Iterable[str], known: Collection[str]) -> None:
+    """Refuse an argument that does not exist.
+
+    Raises:
+        CogViewConfigurationError: Names the first one, and what was perhaps meant.
+    """
+    for name in values:
+        if name not in known:
+            raise CogViewConfigurationError(unknown_argument(name, known))
 
 
 def describe_validation(error: ValidationError) -> str:
@@ -169,6 +180,18 @@ class ImageRequest(BaseModel):
         if info.max_prompt_characters is not None and len(self.prompt) > info.max_prompt_characters:
             return None
         return type(self)(**values), tuple(notes)
+
+    def for_models(self, models: Iterable[str]) -> list[tuple[Self, tuple[str, ...]]]:
+        """The same request for each of some other models that can take it.
+
+        Args:
+            models: Their names; this request's own is passed over.
+
+        Returns:
+            The requests, each with what had to change.
+        """
+        others = (self.for_model(model) for model in models if model != self.model)
+        return [other for other in others if other]
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -141,3 +141,18 @@ def _seconds(timeout: float | timedelta | None) -> float | None:
 
 def _status(reply: TaskReply) -> TaskStatus:
     return "succeeded" if reply.reply else "processing"
+
+
+def checked_task(request: ImageRequest) -> ImageRequest:
+    """A request for the task endpoint, as it is.
+
+    Raises:
+        CogViewInvalidRequestError: The task endpoint does not take it; nothing has been sent.
+    """
+    if not model_info(request.model).tasks:
+        raise CogViewInvalidRequestError(
+            f"Nothing was sent: {request.model} is no model of the task endpoint.", hint="Use model='glm-image'."
+        )
+    if request.n > 1:
+        raise CogViewInvalidRequestError("Nothing was sent: a task makes one picture.", hint="Submit it n times.")
+    return request

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack, cast
 
 from langchain_core.tools import BaseTool, ToolException
 from langchain_core.tools.base import ToolExceptionHandlerOutput
@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SecretStr,
+    SkipValidation,
     ValidationError,
     WithJsonSchema,
     create_model,
@@ -28,21 +29,16 @@ from pydantic import (
 
 from langchain_cogview.budget import NO_LIMITS, Allowance, Limits
 from langchain_cogview.catalog import ModelInfo, legal_size, model_info
+from langchain_cogview.configuration import GeneratorSettings
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.request import describe_validation, unknown_argument
+from langchain_cogview.request import check_names, describe_validation
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
     from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.result import ImageResult
-
-    Generator = CogViewImageGenerator
-else:  # an instance is used as it is: validating it again would warn again, and take another build of its schema
-    Generator = Any
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 TOOL_NAME: Final = "cogview_generate_image"
 TOOL_DESCRIPTION: Final = (
@@ -68,15 +64,6 @@ def _text_of_bad_arguments(error: Any) -> str:
     return printable(f"No image was made. Wrong arguments: {said}", MAX_MODEL_TEXT)
 
 
-def _seldom_inspected(run: F) -> F:
-    """Give a method a ready signature without annotations: BaseTool evaluates them at every call, a sixth of its time."""
-    plain = inspect.signature(run)
-    parameters = [each.replace(annotation=inspect.Parameter.empty) for each in plain.parameters.values()]
-    run.__signature__ = plain.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {}
-    return run
-
-
 def _refuse_other(generator: Any) -> None:
     from langchain_core.runnables import RunnableWithFallbacks  # noqa: PLC0415
 
@@ -87,6 +74,26 @@ def _refuse_other(generator: Any) -> None:
             f"generator= takes a CogViewImageGenerator; this is of type {type(generator).__name__}.",
             hint="Pass the generator itself: max_retries and fallback_models are its own.",
         )
+
+
+class ToolSettings(GeneratorSettings, total=False):
+    """The keyword arguments of `CogViewImageTool` beside `generator`; its docstring says what each of them does."""
+
+    content_format: Literal["text", "image_url"]
+    max_images: int | None
+    budget: Decimal | float | str | None
+    name: str
+    description: str
+    args_schema: Any
+    return_direct: bool
+    verbose: bool
+    callbacks: Any
+    tags: list[str] | None
+    metadata: dict[str, Any] | None
+    handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None
+    handle_validation_error: bool | str | Callable[[Any], str] | None
+    response_format: Literal["content_and_artifact"]
+    extras: dict[str, Any] | None
 
 
 class CogViewImageTool(BaseTool):
@@ -140,7 +147,8 @@ class CogViewImageTool(BaseTool):
     response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
     handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
     handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
-    generator: Generator
+    # An instance is used as it is: validating it again would warn again. What LangChain binds has another class.
+    generator: Annotated[CogViewImageGenerator, SkipValidation]
     content_format: Literal["text", "image_url"] = "text"
     max_images: int | None = Field(default=None, ge=0)
     budget: Decimal | None = Field(default=None, ge=0)
@@ -149,18 +157,19 @@ class CogViewImageTool(BaseTool):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    def __init__(self, *, generator: CogViewImageGenerator | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, generator: CogViewImageGenerator | None = None, **settings: Unpack[ToolSettings]) -> None:
+        values = cast("dict[str, Any]", settings)
         # Wrapped before anything can raise, so that no traceback shows the key.
-        if isinstance(kwargs.get("api_key"), str):
-            kwargs["api_key"] = SecretStr(kwargs["api_key"])
-        own, settings = self._sorted(kwargs)
+        if isinstance(values.get("api_key"), str):
+            values["api_key"] = SecretStr(values["api_key"])
+        own, others = self._sorted(values)
         if generator is None:
-            if settings.get("download", True):
-                settings.setdefault("output_dir", DEFAULT_OUTPUT_DIR)
-            generator = CogViewImageGenerator(**settings)
-        elif settings:
+            if others.get("download", True):
+                others.setdefault("output_dir", DEFAULT_OUTPUT_DIR)
+            generator = CogViewImageGenerator(**others)
+        elif others:
             raise CogViewConfigurationError(
-                f"{', '.join(sorted(settings))} cannot be given beside generator=.", hint="Set it on the generator."
+                f"{', '.join(sorted(others))} cannot be given beside generator=.", hint="Set it on the generator."
             )
         else:
             _refuse_other(generator)
@@ -170,18 +179,22 @@ class CogViewImageTool(BaseTool):
         self._limits()
 
     @classmethod
-    def _sorted(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        own, settings = {}, {}
-        for name, value in kwargs.items():
-            # `response_format` is LangChain's, but people mean that of other image APIs.
-            if name in cls.model_fields and (name != "response_format" or value == "content_and_artifact"):
-                own[name] = value
-            elif name in CogViewImageGenerator.model_fields:
-                settings[name] = value
-            else:
-                known = sorted({*cls.model_fields, *CogViewImageGenerator.model_fields})
-                raise CogViewConfigurationError(unknown_argument(name, known))
-        return own, settings
+    def _sorted(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        # `response_format` is LangChain's, but people mean that of other image APIs.
+        own = {
+            name
+            for name in values
+            if name in cls.model_fields and (name != "response_format" or values[name] == "content_and_artifact")
+        }
+        known = CogViewImageGenerator.model_fields
+        check_names([name for name in values if name not in own], {*known, *cls.model_fields} - {"response_format"})
+        return {name: values[name] for name in own}, {name: values[name] for name in values if name not in own}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Show all arguments in the signature, those of the generator included."""
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)
 
     # --- a run
 
@@ -201,26 +214,8 @@ class CogViewImageTool(BaseTool):
         finally:
             _tool_call_id.reset(token)
 
-    # BaseTool looks for injected arguments in the schema's annotations, twice a call, which takes it as long as all the rest;
-    # there are none. These two are its steps for that; where a later one has others, it takes its own way.
-
-    def _filter_injected_args(self, tool_input: dict[str, Any]) -> dict[str, Any]:
-        return dict(tool_input) if self._own_arguments() else super()._filter_injected_args(tool_input)
-
-    def _to_args_and_kwargs(
-        self, tool_input: str | dict[str, Any], tool_call_id: str | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not (self._own_arguments() and isinstance(tool_input, dict)):
-            return super()._to_args_and_kwargs(tool_input, tool_call_id)
-        return (), dict(self.args_schema.model_validate(tool_input))
-
-    def _own_arguments(self) -> bool:
-        plain = type(self)._run is CogViewImageTool._run and type(self)._arun is CogViewImageTool._arun  # noqa: SLF001
-        return plain and isinstance(self.args_schema, type) and issubclass(self.args_schema, ImageArguments)
-
     # The generator finds the tool's run, its parent, in LangChain's context.
 
-    @_seldom_inspected
     def _run(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
@@ -230,7 +225,6 @@ class CogViewImageTool(BaseTool):
             spending.spent = _paid(result)
         return self._answer(result)
 
-    @_seldom_inspected
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
@@ -277,6 +271,17 @@ class CogViewImageTool(BaseTool):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CogViewImageTool:
         return self.model_copy()
+
+
+def _signature(cls: type[CogViewImageTool]) -> inspect.Signature:
+    """All arguments of a tool: its own, then the generator's."""
+    own = inspect.signature(cls).parameters
+    others = inspect.signature(CogViewImageGenerator).parameters
+    added = [parameter for name, parameter in others.items() if name not in own]
+    return inspect.Signature([*own.values(), *added], return_annotation=inspect.Signature.empty)
+
+
+CogViewImageTool.__signature__ = _signature(CogViewImageTool)
 
 
 def _paid(result: ImageResult) -> int:
@@ -347,7 +352,7 @@ def text_for_model(result: ImageResult) -> str:
 
 
 class ImageArguments(BaseModel):
-    """Base of the arguments of an image tool; none of them is injected by LangChain."""
+    """Base of the arguments of an image tool."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 

@@ -6,14 +6,17 @@ No function here raises while it holds a key in plain text, so that no traceback
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
+from langchain_cogview.catalog import find_model
 from langchain_cogview.errors import CogViewConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from langchain_cogview.catalog import Region
 
 BASE_URLS: Final[dict[Region, str]] = {
@@ -165,3 +168,48 @@ def _missing(region: Region) -> tuple[str, str]:
         f"There is no API key for region={region!r}; {KEY_VARIABLES[other]} is set, but that is the other platform's key.",
         f"Pass region={other!r} to use it. Otherwise: {hint[0].lower()}{hint[1:]}",
     )
+
+
+class Service(NamedTuple):
+    """Where requests go, and with which key.
+
+    Attributes:
+        key: None after a generator came through pickle, until it is found in the environment.
+        region: The platform.
+        base_url: Normal form.
+    """
+
+    key: SecretStr | None
+    region: Region
+    base_url: str
+
+
+def find_service(api_key: SecretStr | None, region: Region | None, base_url: str | None) -> Service:
+    """Complete what was given from the environment.
+
+    Raises:
+        CogViewConfigurationError: A part is missing or malformed, or two of them contradict each other.
+    """
+    base_url = environment(BASE_URL_VARIABLE) if base_url is None else base_url
+    found = region_of(None if base_url is None else normal_base_url(base_url), region)
+    url = normal_base_url(BASE_URLS[found] if base_url is None else base_url)
+    key = SecretStr("sandbox") if is_sandbox(url) else found_key(api_key, found)
+    return Service(key, found, url)
+
+
+def service_doubts(service: Service, models: Iterable[str], *, chosen: bool) -> Iterator[str]:
+    """Warnings about a service.
+
+    Args:
+        service: As it was found.
+        models: Those that will be asked.
+        chosen: Whether key, region or base URL were passed by the caller.
+    """
+    if is_sandbox(service.base_url):
+        return
+    if not (chosen or environment(BASE_URL_VARIABLE)) and both_keys_are_set():
+        yield "ZHIPUAI_API_KEY and ZAI_API_KEY are both set: the first is used, with region='china'. Pass region= to choose."
+    for name in models:
+        info = find_model(name)
+        if info and service.region not in info.regions:
+            yield f"The model {info.name} is not documented for region={service.region!r}; it may not answer there."

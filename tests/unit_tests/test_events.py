@@ -3,9 +3,12 @@
 import asyncio
 import json
 from decimal import Decimal
+from uuid import UUID
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.rate_limiters import BaseRateLimiter
+from langchain_core.runnables import ensure_config
 from langchain_core.tracers.base import BaseTracer
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewImageGenerator, CogViewImageTool
@@ -160,3 +163,19 @@ def test_nothing_is_made_for_handlers_where_there_are_none(sandbox, monkeypatch)
 
     monkeypatch.setattr(events, "dispatch", lambda *args: pytest.fail("an event was sent"))
     CogViewImageGenerator(base_url=sandbox.base_url).invoke("[[flagged]]")
+
+
+@both
+def test_a_call_without_any_handler_is_a_run_too(sandbox, how):
+    run_ids = []
+
+    class Limiter(BaseRateLimiter):
+        def acquire(self, *, blocking=True):
+            run_ids.append(ensure_config()["callbacks"].parent_run_id)
+            return True
+
+        async def aacquire(self, *, blocking=True):
+            return self.acquire()
+
+    invoked(CogViewImageGenerator(base_url=sandbox.base_url, rate_limiter=Limiter()), how)
+    assert [type(run_id) for run_id in run_ids] == [UUID]

@@ -115,25 +115,6 @@ def test_a_connection_that_was_idle_for_too_long_is_not_used_for_a_paid_post(mon
         assert service.counts()["connections"] == 2
 
 
-async def test_calls_that_nobody_hears_make_no_run_and_those_that_somebody_hears_do(service):
-    from langchain_core.callbacks import AsyncCallbackHandler
-
-    class Runs(AsyncCallbackHandler):
-        started = 0
-
-        async def on_chain_start(self, *args, **kwargs):
-            self.started += 1
-
-    runs = Runs()
-    generator = clients.our_generator(service.base_url(), 4)
-    unheard = await generator.ainvoke("a kitten")
-    heard = await generator.ainvoke("a kitten", {"callbacks": [runs]})
-    assert runs.started == 1
-    assert unheard.images[0].model_dump(exclude={"id", "url", "request_id", "seconds"}) == heard.images[0].model_dump(
-        exclude={"id", "url", "request_id", "seconds"}
-    )
-
-
 async def test_a_stream_holds_what_is_under_way_and_not_what_went_through(service):
     generator = clients.our_generator(service.base_url(), 16)
     given = 0

@@ -1,0 +1,24 @@
+"""What type checkers say of the constructors: read by mypy and pyright, never run."""
+
+from datetime import timedelta
+from decimal import Decimal
+from typing import assert_type
+
+from langchain_core.rate_limiters import InMemoryRateLimiter
+from pydantic import SecretStr
+
+from langchain_cogview import CogViewImageGenerator, CogViewImageTool, ImageResult
+
+generator = CogViewImageGenerator(api_key="a key", timeout=timedelta(minutes=2), fallback_models=["cogview-4"])
+CogViewImageGenerator(api_key=SecretStr("a key"), prices={"glm-image": 0.05}, rate_limiter=InMemoryRateLimiter())
+CogViewImageTool(size="16:9", output_dir="images", max_images=3, budget=Decimal("0.5"), name="draw")
+CogViewImageTool(generator=generator, content_format="image_url", handle_tool_error=False)
+assert_type(generator.invoke("a kitten"), ImageResult)
+assert_type(generator.batch(["a kitten"]), list[ImageResult])
+
+CogViewImageTool(sise="16:9")  # refused
+CogViewImageTool(max_images="many")  # refused
+CogViewImageTool(quality="best")  # refused
+CogViewImageGenerator(sise="16:9")  # refused
+CogViewImageGenerator(n="two")  # refused
+CogViewImageGenerator(region="mars")  # refused
