@@ -1,8 +1,8 @@
 """Where pictures stay on another machine: a folder behind any URL that fsspec knows, such as `s3://bucket/pictures`.
 
-A picture goes there whole in one request, under a name that nothing has yet. The file systems are fsspec's: those that are
-coroutines inside run on fsspec's own loop and are cancelled when nobody waits any more; the others block, so each of their calls
-has a daemon thread. Credentials come from `options` or from where the file system looks for them (environment, profile, role).
+A picture goes there whole in one request, under a name that nothing has yet. The file systems are fsspec's. Sync and async
+callers use them in the same way: by their blocking methods, in a daemon thread, for as long as the deadline allows.
+Credentials come from `options` or from where the file system looks for them (environment, profile, role).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import inspect
 import os
 import re
 import threading
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -26,11 +27,12 @@ from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageEr
 from langchain_cogview.images.download import MAX_PICTURE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 T = TypeVar("T")
 
 READ_SECONDS: Final = 60.0
+_REMOVE_SECONDS: Final = 10.0
 
 _INSTALL: Final = 'Install it with: pip install "langchain-cogview[storage]"'
 _S3: Final = frozenset({"s3", "s3a"})
@@ -68,14 +70,14 @@ class RemoteFolder:
             return _waited(self._uploading(names, content, deadline), deadline)
 
     async def aupload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
-        """The twin of `upload`; a cancelled one stops the upload."""
+        """Async version of `upload`; what a cancelled one uploads is removed."""
         with _in_our_words("uploaded"):
             return await _awaited(self._uploading(names, content, deadline), deadline)
 
     def _uploading(self, names: Iterable[str], content: bytes, deadline: Deadline) -> _Answer[str]:
         root = self.url if self.url.endswith("/") else f"{self.url}/"
         uris = (f"{root}{name}" for name in names)
-        return _started(lambda: self, deadline, lambda store, answer: _put(store, answer, uris, content))
+        return _started(lambda answer: _put(_Store(self, deadline), answer, uris, content), deadline)
 
 
 def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> RemoteFolder | Path:
@@ -121,7 +123,7 @@ def read_uri(uri: str, options: Mapping[str, Any] | None = None, *, seconds: flo
 async def aread_uri(
     uri: str, options: Mapping[str, Any] | None = None, *, seconds: float | None = READ_SECONDS
 ) -> bytes:
-    """The twin of `read_uri`, without blocking the event loop."""
+    """Async version of `read_uri`."""
     deadline = Deadline(seconds)
     with _unreadable():
         return await _awaited(_reading(uri, options, deadline), deadline)
@@ -182,46 +184,42 @@ def _wrong(why: str, what_to_do: str) -> CogViewConfigurationError:
 
 
 class _Store:
-    """One of fsspec's file systems, its coroutines or its blocking calls behind one `await`."""
+    """The file system of a folder: fsspec's blocking methods, on URIs."""
 
-    def __init__(self, folder: RemoteFolder) -> None:
+    def __init__(self, folder: RemoteFolder, deadline: Deadline) -> None:
+        self.folder = folder
+        self._deadline = deadline
+
+    def call(self, method: str, uri: str, *args: Any, **options: Any) -> Any:
+        """One method of the file system on a URI."""
         from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec keeps one for the same options, anew after a fork
 
-        self.url = folder.url
-        self.files, _ = url_to_fs(folder.url, **folder.options)
-        self.blocks = not self.files.async_impl
-        put = self.files.pipe_file if self.blocks else self.files._pipe_file  # noqa: SLF001  fsspec's way to name coroutines
-        self._creates = "mode" in inspect.signature(put).parameters
-
-    def run(self, steps: Coroutine[Any, Any, T], answer: _Answer[T]) -> T:
-        """Do the steps; when the answer is cancelled they are, too, where they are coroutines indeed."""
-        if not self.blocks:
-            running = asyncio.run_coroutine_threadsafe(steps, self.files.loop)
-            answer.add_done_callback(lambda _: running.cancel())
-            return running.result()
+        files, path = url_to_fs(uri, **self.folder.options)
+        left = self._deadline.remaining()
+        if left == 0.0:  # which fsspec would take for no limit
+            raise _TimePassedError
+        if files.async_impl:  # it is cancelled after that time; the others know no limit
+            options["timeout"] = left
         try:
-            steps.send(None)
-        except StopIteration as done:
-            value: T = done.value
-            return value
-        raise AssertionError  # nothing in blocking steps waits
+            return getattr(files, method)(path, *args, **options)
+        except TimeoutError:
+            if self._deadline.passed:
+                raise _TimePassedError from None
+            raise
 
-    async def call(self, method: str, uri: str, *args: Any, **options: Any) -> Any:
-        """One method of the file system on a URI."""
-        path = self.files._strip_protocol(uri)  # noqa: SLF001  public in all but name: every fsspec file system has it
-        if self.blocks:
-            return getattr(self.files, method)(path, *args, **options)
-        return await getattr(self.files, f"_{method}")(path, *args, **options)
+    def has_folders(self) -> bool:
+        """Whether folders are real; the file systems that are coroutines inside are those of object stores, which have none."""
+        return not self._files().async_impl
 
-    async def create(self, uri: str, content: bytes) -> None:
+    def create(self, uri: str, content: bytes) -> None:
         """Write a new file in one request.
 
         Raises:
             FileExistsError: When the name is taken.
         """
-        if self._creates:
+        if "mode" in inspect.signature(self._files().pipe_file).parameters:
             try:
-                await self.call("pipe_file", uri, content, mode="create")
+                self.call("pipe_file", uri, content, mode="create")
             except Exception as error:
                 if _is_taken(error):
                     raise FileExistsError from None
@@ -229,42 +227,48 @@ class _Store:
                     raise
             else:
                 return
-        if await self.call("exists", uri):
+        if self.call("exists", uri):
             raise FileExistsError
-        await self.call("pipe_file", uri, content)
+        self.call("pipe_file", uri, content)
 
-    async def create_below(self, uri: str, content: bytes) -> None:
+    def create_below(self, uri: str, content: bytes) -> None:
         """Write a new file, making its folder where folders are real; a half one is removed."""
-        if not self.blocks:  # object stores: one PUT is whole or nothing, and there are no folders
-            await self.create(uri, content)
+        if not self.has_folders():  # one PUT is whole or nothing
+            self.create(uri, content)
             return
         try:
             with contextlib.suppress(FileNotFoundError):
-                await self.create(uri, content)
+                self.create(uri, content)
                 return
-            await self.call("makedirs", uri.rpartition("/")[0], exist_ok=True)
-            await self.create(uri, content)
+            self.call("makedirs", uri.rpartition("/")[0], exist_ok=True)
+            self.create(uri, content)
         except FileExistsError:
             raise
         except BaseException:
-            await self.remove(uri)
+            self.remove(uri)
             raise
 
-    async def remove(self, uri: str) -> None:
+    def remove(self, uri: str) -> None:
         """Remove a file of ours, if that can be done."""
+        self._deadline = Deadline(_REMOVE_SECONDS)
         with contextlib.suppress(Exception):
-            await self.call("rm_file", uri)
+            self.call("rm_file", uri)
+
+    def _files(self) -> Any:
+        from fsspec.core import url_to_fs  # noqa: PLC0415
+
+        return url_to_fs(self.folder.url, **self.folder.options)[0]
 
 
-async def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: bytes) -> str:
+def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: bytes) -> str:
     for uri in uris:
         mine = object()
         try:
             # Two of this process never try one name at once: not every store can tell them apart.
             if _CLAIMED.setdefault(uri, mine) is mine:
-                await store.create_below(uri, content)
-                if store.blocks and answer.cancelled():
-                    await store.remove(uri)  # nobody will ever know of it
+                store.create_below(uri, content)
+                if answer.cancelled():
+                    store.remove(uri)  # nobody will ever know of it
                 return uri
         except FileExistsError:
             continue
@@ -275,26 +279,23 @@ async def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content
 
 
 def _reading(uri: str, options: Mapping[str, Any] | None, deadline: Deadline) -> _Answer[bytes]:
-    def found() -> RemoteFolder:
+    def get(_: _Answer[bytes]) -> bytes:
         folder = remote_folder(uri, options)
         if isinstance(folder, Path):
             raise _wrong("it is a file of this machine", "Open it as one.")
-        return folder
+        store = _Store(folder, deadline)
+        content: bytes = store.call("cat_file", folder.url, start=0, end=MAX_PICTURE_BYTES + 1)
+        if len(content) > MAX_PICTURE_BYTES:
+            raise _PlainError(f"it is larger than {MAX_PICTURE_BYTES // 2**20} MiB")
+        return content
 
-    return _started(found, deadline, lambda store, _: _get(store))
-
-
-async def _get(store: _Store) -> bytes:
-    content: bytes = await store.call("cat_file", store.url, start=0, end=MAX_PICTURE_BYTES + 1)
-    if len(content) > MAX_PICTURE_BYTES:
-        raise _PlainError(f"it is larger than {MAX_PICTURE_BYTES // 2**20} MiB")
-    return content
+    return _started(get, deadline)
 
 
 # --- waiting
 
 _Answer = concurrent.futures.Future[T | BaseException]
-"""What became of the steps. An exception is a value here, so that none is complained of when nobody waits any more."""
+"""What became of the work. An exception is a value here, so that none is complained of when nobody waits any more."""
 
 
 class _TimePassedError(Exception):
@@ -305,25 +306,22 @@ class _PlainError(Exception):
     """What went wrong, in words of ours."""
 
 
-def _started(
-    place: Callable[[], RemoteFolder], deadline: Deadline, steps: Callable[[_Store, _Answer[T]], Coroutine[Any, Any, T]]
-) -> _Answer[T]:
+def _started(work: Callable[[_Answer[T]], T], deadline: Deadline) -> _Answer[T]:
     if deadline.passed:
         raise _TimePassedError
     answer: _Answer[T] = concurrent.futures.Future()
 
-    def work() -> None:
+    def run() -> None:
         outcome: T | BaseException
         try:
-            # Here, for it can import packages, and some file systems ask the network already when they are made.
-            store = _Store(place())
-            outcome = store.run(steps(store, answer), answer)
+            outcome = work(answer)
         except BaseException as error:  # noqa: BLE001  raised by who waits
             outcome = error
         if answer.set_running_or_notify_cancel():
             answer.set_result(outcome)
 
-    threading.Thread(target=work, daemon=True, name="cogview-storage").start()
+    # A daemon thread: a store that never answers holds up neither a pool nor the end of the process.
+    threading.Thread(target=copy_context().run, args=(run,), daemon=True, name="cogview-storage").start()
     return answer
 
 

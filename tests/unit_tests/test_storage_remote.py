@@ -467,6 +467,7 @@ async def test_nothing_is_sent_when_no_time_is_left(how, shelf):
 @HOWS
 async def test_a_passed_deadline_does_not_wait_for_a_store_that_blocks(how, shelf, monkeypatch):
     monkeypatch.setattr(Shelf, "go", threading.Event())
+    shelf.mkdir()
     uri, problem, content = await kept(how, remote_folder(f"shelf://{shelf}"), seconds=0.2)
     assert (uri, problem, content) == (None, "the time limit passed while it was uploaded", b"bytes")
     assert storage_threads()
@@ -483,8 +484,8 @@ async def test_a_cancelled_upload_ends_and_leaves_nothing(server, bucket):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(nobody_is_left)
     go.set()
+    assert await asyncio.to_thread(nobody_is_left)
     assert server.names(bucket) == []
     assert len(server.puts()) == 1
 
