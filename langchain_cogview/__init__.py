@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.cost import ImageCosts
     from langchain_cogview.errors import (
+        RETRYABLE_ERRORS,
         CogViewAuthenticationError,
         CogViewBalanceError,
         CogViewBudgetError,
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
         CogViewTaskFailedError,
         CogViewTaskUnfinishedError,
         CogViewTimeoutError,
+        Outcome,
+        Scope,
+        is_retryable,
     )
     from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
     from langchain_cogview.galleries import Gallery, acompare, compare, gallery
@@ -88,6 +92,10 @@ _ROOMS = {
         "CogViewTaskFailedError",
         "CogViewTaskUnfinishedError",
         "CogViewTimeoutError",
+        "Outcome",
+        "RETRYABLE_ERRORS",
+        "Scope",
+        "is_retryable",
     ),
     "events": ("ContentFilterEvent", "GeneratedEvent", "ProgressEvent", "RetryEvent"),
     "galleries": ("Gallery", "acompare", "compare", "gallery"),
@@ -104,6 +112,7 @@ _ROOMS = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "RETRYABLE_ERRORS",
     "AsyncContentFilterCallbackHandler",
     "CogViewAuthenticationError",
     "CogViewBalanceError",
@@ -145,10 +154,12 @@ __all__ = [
     "ImageTask",
     "JobPlan",
     "JobReport",
+    "Outcome",
     "ProgressCallbackHandler",
     "ProgressEvent",
     "RetryEvent",
     "Sandbox",
+    "Scope",
     "acompare",
     "arun_job",
     "collect_content_filter_events",
@@ -156,6 +167,7 @@ __all__ = [
     "compare",
     "gallery",
     "images_from_messages",
+    "is_retryable",
     "live_line",
     "plan_job",
     "run_job",

@@ -24,9 +24,10 @@
     │   └── CogViewExpiredURLError               the link has ended
     └── CogViewStorageError                      the bytes could not be written, or are no longer there
 
-Each has also the LangChain class that says the same (`ModelRateLimitError`, ...), so that LangChain's own retry middleware
-decides right. Those marked are `ToolException` too: an agent goes on with a text; `CogViewOutcomeUnknownError` is one so
-that the model is told not to call again by itself.
+Each is also the LangChain class that says the same (`ModelRateLimitError`, ...), so that LangChain's retry middleware decides
+right. Each that must not be retried is also a `RuntimeError` or a `ValueError`, which LangGraph's `RetryPolicy()` does not retry;
+`RETRYABLE_ERRORS` and `is_retryable` are for other retry mechanisms. Those marked are also a `ToolException`: the tool gives the
+model a text, and the agent goes on. `CogViewOutcomeUnknownError` is one so that the model is told not to call again by itself.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def _rebuild(cls: type[CogViewError], message: str) -> CogViewError:
     return cls._blank(message)
 
 
-class CogViewConfigurationError(CogViewError):
+class CogViewConfigurationError(CogViewError, RuntimeError):
     """When a setting is missing or wrong; nothing was sent."""
 
     scope = Scope.LOCAL
@@ -232,7 +233,7 @@ class CogViewPromptTooLongError(CogViewInvalidRequestError):
     default_hint = "Shorten the prompt."
 
 
-class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):  # type: ignore[misc,unused-ignore]
+class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException, RuntimeError):  # type: ignore[misc,unused-ignore]
     """When the content filter blocked the prompt or the picture. The same prompt is blocked again; nothing is charged.
 
     Attributes:
@@ -256,7 +257,7 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException):
         super().__init__(message, **facts)
 
 
-class CogViewBudgetError(CogViewError, ToolException):
+class CogViewBudgetError(CogViewError, ToolException, RuntimeError):
     """When a tool's `max_images` or `budget` does not cover the request; refused before it was sent."""
 
     scope = Scope.LOCAL
@@ -265,7 +266,7 @@ class CogViewBudgetError(CogViewError, ToolException):
     default_hint = "Tell the user; do not call this tool again."
 
 
-class CogViewAuthenticationError(CogViewError, ModelAuthenticationError):
+class CogViewAuthenticationError(CogViewError, ModelAuthenticationError, RuntimeError):
     """When the key was refused."""
 
     scope = Scope.ACCOUNT
@@ -276,7 +277,7 @@ class CogViewAuthenticationError(CogViewError, ModelAuthenticationError):
     )
 
 
-class CogViewPermissionError(CogViewError, ModelPermissionDeniedError):
+class CogViewPermissionError(CogViewError, ModelPermissionDeniedError, RuntimeError):
     """When the account may not do this."""
 
     scope = Scope.ACCOUNT
@@ -293,7 +294,7 @@ class CogViewBalanceError(CogViewPermissionError):
     )
 
 
-class CogViewNotFoundError(CogViewError, ModelNotFoundError):
+class CogViewNotFoundError(CogViewError, ModelNotFoundError, RuntimeError):
     """When the model or the route does not exist there."""
 
     scope = Scope.MODEL
@@ -344,7 +345,7 @@ class CogViewTimeoutError(CogViewError, ModelTimeoutError):
     default_hint = "Raise timeout (seconds), or try again later."
 
 
-class CogViewStoppedError(CogViewError):
+class CogViewStoppedError(CogViewError, RuntimeError):
     """When the caller stopped the work, by an interrupt or a job's `stop`, before the request was sent."""
 
     scope = Scope.CANCELLED
@@ -353,7 +354,7 @@ class CogViewStoppedError(CogViewError):
     default_hint = "Run it again to continue."
 
 
-class CogViewOutcomeUnknownError(CogViewError, ToolException):
+class CogViewOutcomeUnknownError(CogViewError, ToolException, RuntimeError):
     """When the request was sent but no answer tells what became of it. It is not sent again by itself."""
 
     outcome = Outcome.UNKNOWN
@@ -389,7 +390,7 @@ class CogViewTaskUnfinishedError(CogViewOutcomeUnknownError):
     default_hint = "It is not paid again to look once more: ImageTask.resume(error.task_id).result()."
 
 
-class CogViewTaskFailedError(CogViewError, ToolException):
+class CogViewTaskFailedError(CogViewError, ToolException, RuntimeError):
     """When a task ended without a picture. Billing is per picture, so nothing should be charged."""
 
     scope = Scope.SERVICE
@@ -397,7 +398,7 @@ class CogViewTaskFailedError(CogViewError, ToolException):
     default_hint = "Try again later, or reword the prompt."
 
 
-class CogViewDownloadError(CogViewError):
+class CogViewDownloadError(CogViewError, RuntimeError):
     """When the bytes of a picture that was made could not be had. Fetching is free and may be repeated.
 
     Attributes:
@@ -420,9 +421,34 @@ class CogViewExpiredURLError(CogViewDownloadError):
     )
 
 
-class CogViewStorageError(CogViewError):
+class CogViewStorageError(CogViewError, RuntimeError):
     """When bytes could not be written, or a saved file is gone."""
 
     scope = Scope.LOCAL
     default_message = "The picture could not be written."
     default_hint = "Check that the folder exists, is writable and has space left; image.save(path) writes it elsewhere."
+
+
+RETRYABLE_ERRORS: Final[tuple[type[CogViewError], ...]] = (
+    CogViewRateLimitError,
+    CogViewServerError,
+    CogViewConnectionError,
+    CogViewTimeoutError,
+)
+"""The errors after which the same request may be sent again: it did not run, and may succeed later. For options that take
+exception types, such as `retry_if_exception_type` of `with_retry` and `exceptions_to_handle` of `with_fallbacks`."""
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether the work that raised an error may be repeated as it is, without the risk of paying twice.
+
+    A predicate for `RetryPolicy(retry_on=...)` of LangGraph, `retry_on` of LangChain's middleware and
+    `tenacity.retry_if_exception`.
+
+    Args:
+        error: What was raised; of this package, or of another integration of LangChain.
+
+    Returns:
+        `error.is_retryable` of a LangChain `ModelError`; False for every other exception, of which nothing is known.
+    """
+    return isinstance(error, ModelError) and error.is_retryable

@@ -265,10 +265,10 @@ def _format_of(source: str | Path) -> PromptFormat:
 @contextmanager
 def _opened(source: str | Path) -> Iterator[BinaryIO]:
     name = printable(str(source), 120)
+    if str(source) == "-" and sys.stdin is None:
+        raise CogViewConfigurationError("There is no standard input to read prompts from.", hint="Name a file.")
     try:
         if str(source) == "-":
-            if sys.stdin is None:
-                raise CogViewConfigurationError("There is no standard input to read prompts from.", hint="Name a file.")
             file: Any = sys.stdin.buffer
         else:
             file = Path(source).expanduser().open("rb")

@@ -1,0 +1,142 @@
+"""Whoever retries around us by their defaults pays nothing twice: LangGraph, LangChain's middleware, tenacity."""
+
+import asyncio
+from typing import TypedDict
+
+import pytest
+import tenacity
+from langchain.agents.middleware import ToolRetryMiddleware
+from langchain_core.exceptions import ModelError, ModelTimeoutError
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import RetryPolicy
+
+from langchain_cogview import (
+    RETRYABLE_ERRORS,
+    CogViewError,
+    CogViewImageGenerator,
+    CogViewImageTool,
+    CogViewOutcomeUnknownError,
+    errors,
+    is_retryable,
+)
+from tests.unit_tests.test_agent import agent_of, wants
+
+CLASSES = [kind for name, kind in vars(errors).items() if name.startswith("CogView")]
+CLASSES.remove(CogViewError)  # the base, which is never raised itself
+every_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+AT_ONCE = {"initial_interval": 0.001, "jitter": False}
+FINAL = {
+    "[[content-filter]]": 1, "[[content-filter:0:assistant]]": 1, "[[balance]]": 1, "[[auth]]": 1, "[[server-error]]": 1,
+    "[[malformed]]": 1, " ": 0,
+}  # fmt: skip
+"""Prompts that fail for good, and how many requests are sent for each."""
+
+
+class State(TypedDict, total=False):
+    prompt: str
+
+
+def graph_of(work, **policy):
+    graph = StateGraph(State)
+    graph.add_node("draw", work, retry_policy=RetryPolicy(**AT_ONCE, **policy))
+    graph.add_edge(START, "draw")
+    graph.add_edge("draw", END)
+    return graph.compile()
+
+
+@every_class
+def test_the_default_policy_of_langgraph_repeats_no_node_that_may_have_been_paid(kind):
+    runs = []
+
+    def draw(state):
+        runs.append(1)
+        raise kind("It failed.")
+
+    with pytest.raises(kind):
+        graph_of(draw).invoke({})
+    assert len(runs) == (3 if kind.is_retryable else 1)
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("prompt", FINAL)
+def test_a_node_that_fails_for_good_sends_its_request_once(sandbox, prompt, how):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+
+    def draw(state):
+        generator.invoke(state["prompt"])
+
+    async def adraw(state):
+        await generator.ainvoke(state["prompt"])
+
+    with pytest.raises(CogViewError):
+        if how == "invoke":
+            graph_of(draw).invoke({"prompt": prompt})
+        else:
+            asyncio.run(graph_of(adraw).ainvoke({"prompt": prompt}))
+    assert len(sandbox.requests) == FINAL[prompt]
+
+
+def test_a_node_that_did_not_run_may_be_repeated_by_langgraph(sandbox):
+    sandbox.fail_next("rate-limit")
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    graph_of(lambda state: generator.invoke(state["prompt"]) and None).invoke({"prompt": "a kitten"})
+    assert len(sandbox.requests) == 2
+
+
+@every_class
+def test_the_predicate_and_the_list_of_types_agree_with_the_class(kind):
+    assert is_retryable(kind("x")) is issubclass(kind, RETRYABLE_ERRORS) is kind.is_retryable
+
+
+def test_the_predicate_knows_langchains_errors_and_trusts_no_other():
+    assert is_retryable(ModelTimeoutError("x"))
+    assert not any(map(is_retryable, (ModelError("x"), ValueError("x"), ConnectionError("x"), KeyboardInterrupt())))
+
+
+@pytest.mark.parametrize("retry_on", [is_retryable, RETRYABLE_ERRORS], ids=["predicate", "types"])
+def test_a_policy_of_langgraph_takes_the_predicate_and_the_types(sandbox, retry_on):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    graph = graph_of(lambda state: generator.invoke(state["prompt"]), retry_on=retry_on)
+    with pytest.raises(CogViewOutcomeUnknownError):
+        graph.invoke({"prompt": "[[server-error]]"})
+    assert len(sandbox.requests) == 1
+    with pytest.raises(errors.CogViewBusyError):
+        graph.invoke({"prompt": "[[busy]]"})
+    assert len(sandbox.requests) == 4
+
+
+def test_with_retry_and_with_fallbacks_take_the_types(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    other = CogViewImageGenerator(base_url=sandbox.base_url, model="cogview-3-flash", max_retries=0)
+    retried = generator.with_retry(
+        retry_if_exception_type=RETRYABLE_ERRORS, wait_exponential_jitter=False, stop_after_attempt=2
+    )
+    backed = generator.with_fallbacks([other], exceptions_to_handle=RETRYABLE_ERRORS)
+    for runnable, again in ((retried, 2), (backed, 2)):
+        for prompt, sent in (("[[server-error]]", 1), ("[[unavailable]]", again)):
+            before = len(sandbox.requests)
+            with pytest.raises(CogViewError):
+                runnable.invoke(prompt)
+            assert len(sandbox.requests) - before == sent
+
+
+def test_tenacity_takes_the_predicate(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+
+    @tenacity.retry(retry=tenacity.retry_if_exception(is_retryable), stop=tenacity.stop_after_attempt(3), reraise=True)
+    def draw(prompt):
+        return generator.invoke(prompt)
+
+    for prompt, sent in (("[[server-error]]", 1), ("[[content-filter]]", 2), ("[[busy]]", 5)):
+        with pytest.raises(CogViewError):
+            draw(prompt)
+        assert len(sandbox.requests) == sent
+
+
+@pytest.mark.parametrize("prompt", ["[[balance]]", "[[auth]]"])
+def test_langchains_tool_middleware_does_not_repeat_a_call_that_fails_for_good(sandbox, tmp_path, prompt):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
+    middleware = ToolRetryMiddleware(initial_delay=0, jitter=False, on_failure="error")
+    with pytest.raises(CogViewError):
+        agent_of(tool, wants(prompt), middleware=[middleware]).invoke({"messages": "x"})
+    assert len(sandbox.requests) == 1
