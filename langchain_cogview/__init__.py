@@ -50,9 +50,10 @@ if TYPE_CHECKING:
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
     from langchain_cogview.live import live_line
+    from langchain_cogview.messages import images_from_messages
     from langchain_cogview.progress import ProgressCallbackHandler
     from langchain_cogview.request import ImageRequest
-    from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, images_from_messages
+    from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
     from langchain_cogview.sandbox import Sandbox
     from langchain_cogview.tasks import ImageTask
     from langchain_cogview.tool import CogViewImageTool
@@ -102,9 +103,10 @@ _ROOMS = {
     "generator": ("CogViewImageGenerator",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
     "live": ("live_line",),
+    "messages": ("images_from_messages",),
     "progress": ("ProgressCallbackHandler",),
     "request": ("ImageRequest",),
-    "result": ("GeneratedImage", "ImageFailure", "ImageResult", "images_from_messages"),
+    "result": ("GeneratedImage", "ImageFailure", "ImageResult"),
     "sandbox": ("Sandbox",),
     "tasks": ("ImageTask",),
     "tool": ("CogViewImageTool",),

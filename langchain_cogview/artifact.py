@@ -1,11 +1,60 @@
-"""The plain JSON form of a result: what a `ToolMessage.artifact` holds, and what survives a checkpointer."""
+"""The plain JSON form of a result: what a `ToolMessage.artifact` holds, and what survives a checkpointer.
+
+The types of its fields are those of the result's fields, too: what comes back from storage can hold anything, and each value that
+passes can be compared, added up, shown and written.
+"""
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypedDict
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+
+from langchain_cogview.errors import CogViewInvalidRequestError, printable
 
 ARTIFACT_TYPE: Final = "cogview.image_result"
 ARTIFACT_VERSION: Final = 1
+MAX_INTEGER: Final = 2**53
+_MAX_DIGITS: Final = 100
+
+
+def _not_a_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected")  # noqa: TRY004  pydantic takes a ValueError
+    return value
+
+
+def _bounded(value: Decimal) -> Decimal:
+    """An amount that can be added to others and written out."""
+    exponent = value.as_tuple().exponent
+    if not isinstance(exponent, int) or value < 0 or max(-exponent, value.adjusted()) > _MAX_DIGITS:
+        raise ValueError("an amount of money is expected")
+    return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    """A moment that can be compared with others; one without a time zone is taken to be in UTC."""
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("a moment of the calendar is expected") from None
+
+
+def _text(value: str) -> str:
+    if not value.isascii():
+        value.encode()  # a lone surrogate raises a ValueError: it can be written to no file, JSON or request
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Number = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER)]
+Pixels = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1, le=1_000_000)]
+Seconds = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER, allow_inf_nan=False)]
+Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded)]
+Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc)]
 
 
 class ContentFilterArtifact(TypedDict):
@@ -87,3 +136,38 @@ class ImageArtifact(TypedDict):
     images: list[GeneratedImageArtifact]
     failures: list[ImageFailureArtifact]
     warnings: list[str]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def check_artifact(artifact: Any) -> None:
+    """Make sure that this is an artifact of this package and version.
+
+    Raises:
+        CogViewInvalidRequestError: When it is not.
+    """
+    if not isinstance(artifact, Mapping) or artifact.get("type") != ARTIFACT_TYPE:
+        raise CogViewInvalidRequestError("This is no artifact of a CogView result.", hint="Pass ToolMessage.artifact.")
+    version = artifact.get("version")
+    if version != ARTIFACT_VERSION:
+        shown = str(version) if isinstance(version, int) and abs(version) < MAX_INTEGER else type(version).__name__
+        raise CogViewInvalidRequestError(
+            f"This artifact has version {shown}; this package reads version {ARTIFACT_VERSION}.",
+            hint="Upgrade langchain-cogview.",
+        )
+
+
+def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
+    """A model of fields that come from outside; those of a later version are left out.
+
+    Raises:
+        CogViewInvalidRequestError: When a field is missing or holds something else.
+    """
+    try:
+        return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, item["loc"])) for item in error.errors(include_input=False)[:9])
+        raise CogViewInvalidRequestError(f"This artifact is damaged at {printable(where, 100)}.", hint="") from None
+    except Exception as error:  # noqa: BLE001  a mapping or a value of a foreign class raises what it likes
+        raise CogViewInvalidRequestError(f"This artifact cannot be read ({type(error).__name__}).", hint="") from None

@@ -37,13 +37,14 @@ from langchain_cogview.cache_entries import (
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
+from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.images.download import Picture, expires_at
 from langchain_cogview.images.formats import EXTENSIONS
 from langchain_cogview.images.store import picture_names, write_whole
 from langchain_cogview.turns import TURNS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Hashable, Iterator
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from langchain_cogview.images.remote import RemoteFolder
@@ -122,7 +123,6 @@ class PictureCache:
         base_url: str,
         download: bool = True,
         folder: Path | RemoteFolder | None = None,
-        storage_options: Mapping[str, Any] | None = None,
         allowed_hosts: tuple[str, ...] | None = None,
         timeout: float | None = 60.0,
     ) -> CachedRequest:
@@ -133,11 +133,10 @@ class PictureCache:
             base_url: Where the service is, normalised; a part of the key.
             download: Whether the caller wants the bytes. False: it wants the link, and one that lives is what makes a hit.
             folder: Where the caller wants the file; None: in memory.
-            storage_options: fsspec's, for pictures that were saved elsewhere.
             allowed_hosts: The only hosts that the picture's own `read` fetches from; None: any public one.
             timeout: Seconds for a look-up's reads from and uploads to elsewhere; None: no limit.
         """
-        return CachedRequest(self.entries, request, base_url, download, folder, storage_options, allowed_hosts, timeout)
+        return CachedRequest(self.entries, request, base_url, download, folder, allowed_hosts, timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,6 @@ class CachedRequest:
     base_url: str
     download: bool
     folder: Path | RemoteFolder | None
-    storage_options: Mapping[str, Any] | None = field(repr=False)
     allowed_hosts: tuple[str, ...] | None
     timeout: float | None
     notes: list[str] = field(default_factory=list)
@@ -280,10 +278,8 @@ class CachedRequest:
         """The bytes of a file here or elsewhere, if they are as recorded."""
         if isinstance(place, Path):
             return whole(place, recorded)
-        from langchain_cogview.images.remote import read_uri  # noqa: PLC0415
-
         try:
-            content = read_uri(place, self.storage_options, seconds=deadline.remaining())
+            content = self._access().read_uri(place, seconds=deadline.remaining())
         except CogViewStorageError:
             return None
         return content if is_picture(content, recorded) else None
@@ -322,7 +318,7 @@ class CachedRequest:
             "warnings": (_unsaved(self.folder, fetched.problem),) if fetched.problem else (),
         }
         image = recorded.model_copy(update=facts)
-        return image.with_content(fetched.content, self.base_url, self.allowed_hosts, self.storage_options)
+        return image.with_content(fetched.content, self._access())
 
     def _content_to_keep(self, image: GeneratedImage) -> bytes | None:
         """The bytes of an image for a cache that keeps them; None for one that does not, or where they cannot be read."""
@@ -340,7 +336,7 @@ class CachedRequest:
             return None
         # What was told of its files then is told anew by this call.
         recorded = recorded.model_copy(update={"warnings": ()})
-        return recorded.with_content(None, self.base_url, self.allowed_hosts, self.storage_options)
+        return recorded.with_content(None, self._access())
 
     def _hit_by_link(self, recorded: GeneratedImage) -> GeneratedImage | None:
         # No path or URI that nobody has looked at.
@@ -354,11 +350,11 @@ class CachedRequest:
 
     def _hit(self, recorded: GeneratedImage, *, content: bytes | None = None, **changes: Any) -> GeneratedImage:
         hit = recorded.model_copy(update={"cached": True, "cost": Decimal(0), **changes})
-        return (
-            hit
-            if content is None
-            else hit.with_content(content, self.base_url, self.allowed_hosts, self.storage_options)
-        )
+        return hit if content is None else hit.with_content(content, self._access())
+
+    def _access(self) -> ImageAccess:
+        # An entry names a URI that somebody else can have written: the folder's options go to the folder's own bucket alone.
+        return ImageAccess.of_generator(self.base_url, self.allowed_hosts, self.folder)
 
     @contextlib.contextmanager
     def _guarded(self, what: Literal["read", "written"]) -> Iterator[None]:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import re
-import stat
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -21,6 +20,8 @@ from langchain_core.caches import BaseCache
 from langchain_core.outputs import Generation
 
 from langchain_cogview.concurrency import in_thread
+from langchain_cogview.images.access import read_regular_file
+from langchain_cogview.images.download import MAX_PICTURE_BYTES
 from langchain_cogview.images.formats import EXTENSIONS, sniff
 from langchain_cogview.images.store import write_whole
 from langchain_cogview.result import GeneratedImage
@@ -38,6 +39,7 @@ ENTRY_VERSION: Final = 1
 KEY_PREFIX: Final = "langchain-cogview:"
 """Each key begins with it."""
 
+_MAX_ENTRY_BYTES: Final = 4 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 logger = logging.getLogger(__name__)
@@ -179,7 +181,7 @@ class DirectoryEntries:
     def read(self, key: CacheKey) -> str | None:
         """The text of an entry; None where there is none."""
         try:
-            return self._path(key).read_bytes().decode("utf-8", "replace")
+            return read_regular_file(self._path(key), _MAX_ENTRY_BYTES).decode("utf-8", "replace")
         except FileNotFoundError:
             return None
 
@@ -237,10 +239,7 @@ def _parsed(key: CacheKey, text: str) -> GeneratedImage:
 def whole(path: Path, image: GeneratedImage) -> bytes | None:
     """The bytes of a file, if they are the picture's as recorded; None where they are not, or it cannot be read."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size != image.size_bytes:
-            return None
-        content = path.read_bytes()
+        content = read_regular_file(path, MAX_PICTURE_BYTES)
     except (OSError, ValueError):
         return None
     return content if is_picture(content, image) else None

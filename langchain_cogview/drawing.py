@@ -30,6 +30,7 @@ from langchain_cogview.errors import (
     Outcome,
     printable,
 )
+from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.images.download import Picture, afetch, expires_at, fetch
 from langchain_cogview.images.links import LinkRules
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
@@ -449,7 +450,7 @@ class ImageCall:
             sandbox=reply.sandbox,
             warnings=tuple(notes),
             **made,
-        ).with_content(content, settings.base_url, settings.allowed_hosts, getattr(settings.folder, "options", None))
+        ).with_content(content, ImageAccess.of_generator(settings.base_url, settings.allowed_hosts, settings.folder))
 
 
 def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[str, ...]:

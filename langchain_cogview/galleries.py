@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.cost import Charges, Price
 from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, CogViewStorageError, printable
+from langchain_cogview.images.access import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.display import MANY_BYTES, failure_tile, with_files
 from langchain_cogview.images.store import write_whole
 from langchain_cogview.images.tiles import MOST_TILES, Room, Tile, fitted, json_bytes, page_of, table_of
-from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, images_from_messages
+from langchain_cogview.messages import images_from_messages, read_each
+from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Sequence
 
     from langchain_cogview.generator import CogViewImageGenerator
@@ -51,9 +54,11 @@ class Gallery:
         rows: Labels of a table's rows.
         columns: Labels of its columns; none: the pictures stand side by side.
         prompt: Of all of them, where it is the same.
+        access: What the images of artifacts may be read from.
 
     Attributes:
-        results: What it shows, in its order; an artifact as the result that it is of.
+        results: What it shows, in its order; an artifact as the result that it is of, a damaged one as a list of those of its
+            images that could be read, and of errors.
         charges: What the pictures cost, those of one result included.
     """
 
@@ -64,8 +69,9 @@ class Gallery:
         rows: Sequence[str] = (),
         columns: Sequence[str] = (),
         prompt: str | None = None,
+        access: ImageAccess = ANY_FILE,
     ) -> None:
-        numbered = [(number, _read(item)) for number, item in numbered]
+        numbered = [(number, _read(item, access)) for number, item in numbered]
         self.results: tuple[Any, ...] = tuple(item for _, item in numbered)
         self._rows, self._columns = tuple(rows), tuple(columns)
         # Files are read here, so that they are not when the gallery is shown.
@@ -143,7 +149,14 @@ class Gallery:
         return " · ".join(parts if cost == "nothing" else [*parts, cost])
 
 
-def gallery(results: Iterable[Any] | Item) -> Gallery:
+def gallery(
+    results: Iterable[Any] | Item,
+    *,
+    within: str | os.PathLike[str] | None = None,
+    storage: str | Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    allowed_image_hosts: str | Iterable[str] | None = None,
+) -> Gallery:
     """Show many pictures side by side, numbered; what failed or was blocked has its reason in its place.
 
     Saved files are read now; nothing is fetched. Without Pillow only small originals are shown.
@@ -152,21 +165,32 @@ def gallery(results: Iterable[Any] | Item) -> Gallery:
         results: Results, pictures, exceptions and artifacts, as `batch(..., return_exceptions=True)`, `images_from_messages` and
             the like give them; or pairs of number and result, as `stream_many` gives them, which are put in order. One alone, or
             an agent's output, is taken too.
+        within: For artifacts, as in `images_from_messages`.
+        storage: The same.
+        storage_options: The same.
+        allowed_image_hosts: The same.
 
     Raises:
         TypeError: When something else is among them.
+        CogViewConfigurationError: When `storage` does not name remote folders.
 
     Example:
         >>> gallery(generator.batch(prompts, return_exceptions=True))    # doctest: +SKIP
         >>> gallery(generator.stream_many(prompts)).save("gallery.html")    # doctest: +SKIP
     """
+    reading: dict[str, Any] = {
+        "within": within,
+        "storage": storage,
+        "storage_options": storage_options,
+        "allowed_image_hosts": allowed_image_hosts,
+    }
     if isinstance(results, Mapping) and "messages" in results:
-        results = images_from_messages(results)
+        results = images_from_messages(results, **reading)
     if isinstance(results, ImageResult):
         results = [*results.images, *results.failures]
     if isinstance(results, GeneratedImage | ImageFailure | BaseException | Mapping):
         results = [results]
-    return Gallery(_numbered(results))
+    return Gallery(_numbered(results), access=image_access(**reading))
 
 
 def compare(
@@ -274,33 +298,35 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], int)  # noqa: PLR2004
 
 
-def _read(item: Any) -> Any:
-    """An item, or the result of an artifact; of a damaged one, the error."""
+def _read(item: Any, access: ImageAccess) -> Any:
+    """An item, or the result of an artifact; of a damaged one, what can be read of it."""
     if not isinstance(item, Mapping):
         return item
     try:
-        return ImageResult.from_artifact(item)
+        return ImageResult.read_artifact(item, access)
     except CogViewError as error:
-        return error
+        images = read_each(item, access)
+        return images if any(isinstance(image, GeneratedImage) for image in images) else error
 
 
 def _tiles(number: int, item: Any) -> Iterator[Tile]:
-    if isinstance(item, GeneratedImage):
-        yield with_files(item, label=str(number))
-    elif not isinstance(item, ImageResult):
-        yield failure_tile(item, label=str(number), caption=getattr(item, "prompt", None) or "")
+    if isinstance(item, ImageResult):
+        parts: list[Any] = [*item.images, *item.failures]
     else:
-        several = len(item.images) + len(item.failures) > 1
-        labels = (f"{number}.{place}" if several else str(number) for place in range(1, 1_000_000))
-        yield from (with_files(image, label=next(labels)) for image in item.images)
-        yield from (failure_tile(failure, label=next(labels), caption=item.prompt) for failure in item.failures)
+        parts = item if isinstance(item, list) else [item]
+    for place, part in enumerate(parts, 1):
+        label = f"{number}.{place}" if len(parts) > 1 else str(number)
+        if isinstance(part, GeneratedImage):
+            yield with_files(part, label=label)
+        else:
+            yield failure_tile(part, label=label, caption=getattr(item, "prompt", None) or "")
 
 
 def _charges(results: Iterable[Any]) -> Charges:
     amounts: dict[str, Any] = {}
     count = unpriced = 0
     for result in results:
-        images = result.images if isinstance(result, ImageResult) else [result]
+        images = result.images if isinstance(result, ImageResult) else result if isinstance(result, list) else [result]
         for image in images:
             if not isinstance(image, GeneratedImage):
                 continue

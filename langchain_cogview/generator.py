@@ -565,7 +565,6 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             base_url=self._base_url,
             download=self.download,
             folder=self._folder,
-            storage_options=self.storage_options,
             allowed_hosts=self.allowed_image_hosts,
             timeout=min(cast("float | None", self.timeout) or _CACHE_SECONDS, _CACHE_SECONDS),
         )

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
-from collections.abc import Iterable, Mapping
-from datetime import datetime
 from decimal import Decimal
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
-from langchain_core.messages import ToolMessage
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from langchain_cogview.artifact import ARTIFACT_TYPE, ARTIFACT_VERSION, ImageArtifact
-from langchain_cogview.content_filter import ContentFilter
+from langchain_cogview.artifact import (
+    ARTIFACT_TYPE,
+    ARTIFACT_VERSION,
+    Amount,
+    ImageArtifact,
+    Moment,
+    Number,
+    Pixels,
+    Seconds,
+    Text,
+    check_artifact,
+    validated,
+)
+from langchain_cogview.concurrency import in_thread
+from langchain_cogview.content_filter import ContentFilter, read_entries
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewDownloadError,
     CogViewError,
-    CogViewInvalidRequestError,
     CogViewStorageError,
     Outcome,
     Scope,
@@ -34,9 +43,25 @@ from langchain_cogview.errors import (
 )
 
 if TYPE_CHECKING:
-    from langchain_core.messages import BaseMessage
+    from collections.abc import Iterable, Iterator, Mapping
+    from datetime import datetime
+
+    from langchain_cogview.images.access import ImageAccess
+    from langchain_cogview.images.download import Picture
 
 _READ_SECONDS = 60.0
+_SHOWN = 50
+
+
+def _entries(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError("a list is expected")  # noqa: TRY004
+    return tuple(
+        entry for item in value for entry in ([item] if isinstance(item, ContentFilter) else read_entries(item))
+    )
+
+
+Entries = Annotated[tuple[ContentFilter, ...], BeforeValidator(_entries)]
 
 
 class GeneratedImage(BaseModel):
@@ -72,81 +97,70 @@ class GeneratedImage(BaseModel):
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
-    id: str
-    url: str | None = None
-    expires_at: datetime | None = None
+    id: Text
+    url: Text | None = None
+    expires_at: Moment | None = None
     path: Path | None = None
-    uri: str | None = None
-    mime_type: str | None = None
-    width: int | None = None
-    height: int | None = None
-    size_bytes: int | None = None
-    sha256: str | None = None
-    content_filter: tuple[ContentFilter, ...] = ()
-    request_id: str
-    response_id: str | None = None
-    created: int | None = None
-    model: str
-    size: str | None = None
-    quality: str | None = None
-    prompt: str
-    task_id: str | None = None
-    cost: Decimal | None = None
-    currency: str | None = None
-    seconds: float | None = None
+    uri: Text | None = None
+    mime_type: Text | None = None
+    width: Pixels | None = None
+    height: Pixels | None = None
+    size_bytes: Number | None = None
+    sha256: Text | None = None
+    content_filter: Entries = ()
+    request_id: Text
+    response_id: Text | None = None
+    created: Number | None = None
+    model: Text
+    size: Text | None = None
+    quality: Text | None = None
+    prompt: Text
+    task_id: Text | None = None
+    cost: Amount | None = None
+    currency: Text | None = None
+    seconds: Seconds | None = None
     cached: bool = False
     sandbox: bool = False
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Text, ...] = ()
 
     _content: bytes | None = PrivateAttr(default=None)
-    _base_url: str | None = PrivateAttr(default=None)
-    _allowed_hosts: tuple[str, ...] | None = PrivateAttr(default=None)
-    _storage_options: Mapping[str, Any] | None = PrivateAttr(default=None)
+    _access: Any = PrivateAttr(default=None)
 
-    def with_content(
-        self,
-        content: bytes | None,
-        base_url: str | None,
-        allowed_hosts: tuple[str, ...] | None = None,
-        storage_options: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """The same picture holding its bytes in memory, and where more may be fetched; in no repr, JSON or trace."""
-        self._allowed_hosts = allowed_hosts
+    def with_content(self, content: bytes | None, access: ImageAccess | None = None) -> Self:
+        """The same image holding its bytes in memory, and where more may be read from; in no repr, JSON or trace."""
         self._content = content
-        self._base_url = base_url
-        self._storage_options = storage_options
+        self._access = access
         return self
 
     def read(self) -> bytes:
-        """The picture's bytes, as the service made them: from memory, its file or its URI, else fetched from its URL (free).
+        """The image's bytes, as the service made them: from memory, its file or its URI, else fetched from its URL (free).
+
+        What is read is a whole image, with the recorded size and hash where these are known.
 
         Raises:
-            CogViewStorageError: When the saved file, or what stands at its URI, cannot be read.
-            CogViewDownloadError: When the URL gives no whole picture any more.
+            CogViewStorageError: When the saved file, or what is at its URI, cannot be read or is not this image. An image that
+                was read back from an artifact is read from its URI only where `storage=` named the folder.
+            CogViewDownloadError: When the URL gives no whole image any more, or another one.
         """
         content = self.at_hand()
         if content is None and self.uri:
-            from langchain_cogview.images.remote import read_uri  # noqa: PLC0415
-
-            content = self._content = read_uri(self.uri, self._storage_options)
+            content = self._content = self._reading().read_uri(self.uri, **self._recorded())
         if content is None:
             from langchain_cogview.api.transport import sender  # noqa: PLC0415
             from langchain_cogview.images.download import fetch  # noqa: PLC0415
 
             where = self._where()
-            content = fetch(
-                sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where)
-            ).content
-            self._content = content
-        return content or b""
+            picture = fetch(sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where))
+            content = self._content = self._fetched(picture)
+        return content
 
     async def aread(self) -> bytes:
-        """The twin of `read`, without blocking the event loop while it fetches."""
-        content = self.at_hand()
+        """Async version of `read`: files, stores and hosts are read without blocking the event loop."""
+        content = self._content
+        if content is None and self.path is not None:
+            content = await in_thread(self.at_hand)
         if content is None and self.uri:
-            from langchain_cogview.images.remote import aread_uri  # noqa: PLC0415
-
-            content = self._content = await aread_uri(self.uri, self._storage_options)
+            content = self._content = await self._reading().aread_uri(self.uri, **self._recorded())
         if content is None:
             from langchain_cogview.api.transport import asender  # noqa: PLC0415
             from langchain_cogview.images.download import afetch  # noqa: PLC0415
@@ -155,31 +169,35 @@ class GeneratedImage(BaseModel):
             picture = await afetch(
                 asender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where)
             )
-            content = self._content = picture.content
-        return content or b""
+            content = self._content = self._fetched(picture)
+        return content
 
     def save(self, path: str | Path) -> Path:
         """Write the bytes, whole or not at all, and tell where.
 
         Args:
-            path: A file, which is replaced, or an existing folder, where the file gets the picture's id as its name. A
-                name without an ending gets the right one; with one, the bytes are written as they came all the same.
+            path: A file, which is replaced, or an existing folder, where the file gets the image's id as its name; characters
+                other than letters, digits, `_` and `-` become `_`. A name without an ending gets the right one; with one, the
+                bytes are written as they came all the same.
 
         Raises:
             CogViewStorageError: When it cannot be written.
             CogViewDownloadError: When the bytes are not at hand and the URL gives them no more.
         """
-        from langchain_cogview.images.store import write_whole  # noqa: PLC0415
+        return self._saved(Path(path), "")
+
+    def _saved(self, target: Path, suffix: str) -> Path:
+        from langchain_cogview.images.store import safe_name, write_whole  # noqa: PLC0415
 
         content = self.read()
-        target = Path(path)
         try:
             target = target.expanduser()
             ending = self._ending(content)
             if target.is_dir():
-                target /= f"{self.id}{ending}"
-            elif not target.suffix:
-                target = target.with_name(target.name + ending)
+                target /= f"{safe_name(self.id)}{suffix}{ending}"
+            else:
+                target = target.with_stem(f"{target.stem}{suffix}") if suffix else target
+                target = target if target.suffix else target.with_name(target.name + ending)
             write_whole(target, content)
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -209,26 +227,36 @@ class GeneratedImage(BaseModel):
         show(self, self.to_pil)
 
     def at_hand(self) -> bytes | None:
-        """The bytes without fetching: from memory or the saved file; None where they are in neither."""
-        if self._content is not None:
+        """The bytes without fetching: from memory or the saved file; None where they are in neither.
+
+        Raises:
+            CogViewStorageError: When the saved file cannot be read, or is not this image.
+        """
+        if self._content is not None or self.path is None:
             return self._content
-        if self.path is None:
-            return None
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise CogViewStorageError(
-                f"The saved file {printable(self.path.name, 120)} cannot be read: {error.strerror}.",
-                hint="If it was moved, open it where it is now; while the link lives, the URL still gives it.",
-            ) from None
+        return self._reading().read_file(self.path, **self._recorded())
+
+    def _reading(self) -> ImageAccess:
+        from langchain_cogview.images.access import ANY_FILE  # noqa: PLC0415
+
+        access: ImageAccess | None = self._access
+        return access or ANY_FILE
+
+    def _recorded(self) -> dict[str, Any]:
+        return {"size_bytes": self.size_bytes, "sha256": self.sha256}
+
+    def _fetched(self, picture: Picture) -> bytes:
+        if self.sha256 not in {None, picture.sha256}:
+            raise CogViewDownloadError("The image's link gives another image than the recorded one.", hint="")
+        return picture.content or b""
 
     def _where(self) -> str | None:
-        return self._base_url or ("sandbox:" if self.sandbox else None)
+        return self._reading().base_url or ("sandbox:" if self.sandbox else None)
 
     def _rules(self, base_url: str | None) -> Any:
         from langchain_cogview.images.links import LinkRules  # noqa: PLC0415
 
-        return LinkRules(base_url, self._allowed_hosts)
+        return LinkRules(base_url, self._reading().allowed_hosts)
 
     def _link(self) -> str:
         if self.url is None:
@@ -243,7 +271,9 @@ class GeneratedImage(BaseModel):
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
         # They may hold secrets; another process finds its own.
-        state["__pydantic_private__"] = {**(state["__pydantic_private__"] or {}), "_storage_options": None}
+        private = state["__pydantic_private__"] or {}
+        access: ImageAccess | None = private.get("_access")
+        state["__pydantic_private__"] = {**private, "_access": access and access.without_options()}
         return state
 
     def __eq__(self, other: object) -> bool:
@@ -254,11 +284,12 @@ class GeneratedImage(BaseModel):
         return hash((self.id, self.request_id, self.sha256))
 
     def __repr_args__(self) -> Any:
-        yield "id", self.id
-        yield "size", f"{self.width}x{self.height}" if self.width else self.size
-        yield "mime_type", self.mime_type
+        size = f"{self.width}x{self.height}" if self.width else self.size
+        yield "id", printable(self.id, 64)
+        yield "size", size and printable(size, 40)
+        yield "mime_type", self.mime_type and printable(self.mime_type, 40)
         if self.path:
-            yield "path", self.path.name
+            yield "path", printable(self.path.name, 255)
         if self.uri:
             yield "uri", printable(self.uri, 120)
         if self.cached:
@@ -272,6 +303,11 @@ class GeneratedImage(BaseModel):
         from langchain_cogview.images.display import bundle  # noqa: PLC0415
 
         return bundle(self, self._content)
+
+
+def _suffixes() -> Iterator[str]:
+    yield ""
+    yield from (f"-{number}" for number in count(2))
 
 
 class ImageFailure(BaseModel):
@@ -294,18 +330,18 @@ class ImageFailure(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    index: int
-    error: str
-    message: str
-    hint: str = ""
-    code: str | None = None
-    status: int | None = None
-    request_id: str | None = None
-    task_id: str | None = None
+    index: Number
+    error: Text
+    message: Text
+    hint: Text = ""
+    code: Text | None = None
+    status: Number | None = None
+    request_id: Text | None = None
+    task_id: Text | None = None
     outcome: Outcome = Outcome.FINAL
     scope: Scope | None = None
     is_retryable: bool = False
-    content_filter: tuple[ContentFilter, ...] = ()
+    content_filter: Entries = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -358,16 +394,16 @@ class ImageResult(BaseModel):
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
-    images: tuple[GeneratedImage, ...]
+    images: Annotated[tuple[GeneratedImage, ...], Field(min_length=1)]
     failures: tuple[ImageFailure, ...] = ()
-    prompt: str
-    model: str
-    size: str | None = None
-    quality: str | None = None
-    cost: Decimal | None = None
-    currency: str | None = None
+    prompt: Text
+    model: Text
+    size: Text | None = None
+    quality: Text | None = None
+    cost: Amount | None = None
+    currency: Text | None = None
     sandbox: bool = False
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Text, ...] = ()
 
     @property
     def image(self) -> GeneratedImage:
@@ -457,16 +493,20 @@ class ImageResult(BaseModel):
             CogViewStorageError: As in `GeneratedImage.save`, for the first that could not be saved, after the others were.
             CogViewDownloadError: The same.
         """
+        from langchain_cogview.images.store import safe_name  # noqa: PLC0415
+
         target = Path(path)
         folder = os.path.isdir(os.path.expanduser(target))  # noqa: PTH111, PTH112  which raise for no name
         saved, errors = [], []
+        taken: set[str] = set()
         for number, image in enumerate(self.images, 1):
+            name = safe_name(image.id).lower() if folder else ""
+            suffix = next(text for text in _suffixes() if name + text not in taken)
+            taken.add(name + suffix)
             try:
-                saved.append(
-                    image.save(target if folder or number == 1 else target.with_stem(f"{target.stem}-{number}"))
-                )
+                saved.append(image._saved(target, suffix))  # noqa: SLF001
             except CogViewError as error:  # the others are saved all the same
-                error.add_note(f"This is picture {number} of {len(self.images)}, id {image.id}.")
+                error.add_note(f"This is image {number} of {len(self.images)}, id {printable(image.id, 64)}.")
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -487,35 +527,57 @@ class ImageResult(BaseModel):
         return cast("ImageArtifact", {"type": ARTIFACT_TYPE, "version": ARTIFACT_VERSION, **fields})
 
     @classmethod
-    def from_artifact(cls, artifact: Mapping[str, Any]) -> Self:
+    def from_artifact(
+        cls,
+        artifact: Mapping[str, Any],
+        *,
+        within: str | os.PathLike[str] | None = None,
+        storage: str | Iterable[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        allowed_image_hosts: str | Iterable[str] | None = None,
+    ) -> Self:
         """The result of a `to_artifact`.
 
+        The artifact may have been written by somebody else: the options say what it may open.
+
+        Args:
+            artifact: `ToolMessage.artifact`, or what `to_artifact` returned, also after JSON.
+            within: The only folder from which files are read. None: any file that is an image with the recorded size and hash.
+            storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`. None: no URI is read.
+            storage_options: fsspec's options for these folders.
+            allowed_image_hosts: The only hosts from which links are fetched. None: any public one.
+
         Raises:
-            CogViewInvalidRequestError: When it is none, or of a later version.
+            CogViewInvalidRequestError: When it is not an artifact, is damaged, or is of a later version.
+            CogViewConfigurationError: When `storage` does not name remote folders.
         """
-        if not isinstance(artifact, Mapping) or artifact.get("type") != ARTIFACT_TYPE:
-            raise CogViewInvalidRequestError(
-                "This is no artifact of a CogView result.", hint="Pass ToolMessage.artifact."
-            )
-        if artifact.get("version") != ARTIFACT_VERSION:
-            raise CogViewInvalidRequestError(
-                f"This artifact has version {printable(str(artifact.get('version')), 20)}; this package reads version "
-                f"{ARTIFACT_VERSION}.",
-                hint="Upgrade langchain-cogview.",
-            )
-        try:
-            return cls.model_validate({name: value for name, value in artifact.items() if name in cls.model_fields})
-        except ValidationError as error:
-            where = ", ".join(".".join(map(str, item["loc"])) for item in error.errors(include_input=False))
-            raise CogViewInvalidRequestError(f"This artifact is damaged at {printable(where, 100)}.", hint="") from None
+        from langchain_cogview.images.access import image_access  # noqa: PLC0415
+
+        access = image_access(
+            within=within,
+            storage=storage,
+            storage_options=storage_options,
+            allowed_image_hosts=allowed_image_hosts,
+        )
+        return cls.read_artifact(artifact, access)
+
+    @classmethod
+    def read_artifact(cls, artifact: Mapping[str, Any], access: ImageAccess | None) -> Self:
+        """As `from_artifact`, with its options as one object."""
+        check_artifact(artifact)
+        result = validated(cls, artifact)
+        for image in result.images:
+            image.with_content(None, access)
+        return result
 
     def __repr_args__(self) -> Any:
-        yield "images", list(self.images)
+        images = list(self.images)
+        yield "images", images if len(images) <= _SHOWN else [*images[:_SHOWN], f"… and {len(images) - _SHOWN} more"]
         if self.failures:
-            yield "failures", [failure.error for failure in self.failures]
-        yield "model", self.model
+            yield "failures", [printable(failure.error, 80) for failure in self.failures[:_SHOWN]]
+        yield "model", printable(self.model, 80)
         if self.content_filter:
-            yield "content_filter", [str(entry) for entry in self.content_filter]
+            yield "content_filter", [str(entry) for entry in self.content_filter[:_SHOWN]]
         if self.warnings:
             yield "warnings", len(self.warnings)
 
@@ -530,22 +592,3 @@ def total_cost(images: Iterable[GeneratedImage]) -> Decimal | None:
     costs = [image.cost for image in images]
     known = [cost for cost in costs if cost is not None]
     return sum(known, Decimal(0)) if len(known) == len(costs) else None
-
-
-def images_from_messages(messages: Iterable[BaseMessage] | Mapping[str, Any]) -> list[GeneratedImage]:
-    """The pictures that an agent's tool calls made, in order; of a longer conversation those of every turn.
-
-    Args:
-        messages: An agent's messages, or its whole output (`{"messages": [...]}`).
-    """
-    if isinstance(messages, Mapping):
-        messages = messages.get("messages") or []
-    found: list[GeneratedImage] = []
-    for message in messages:
-        artifact = message.artifact if isinstance(message, ToolMessage) else None
-        if isinstance(artifact, Mapping) and artifact.get("type") == ARTIFACT_TYPE:
-            try:
-                found.extend(ImageResult.from_artifact(artifact).images)
-            except CogViewInvalidRequestError as error:  # the others can be read all the same
-                warnings.warn(f"An artifact was left out. {error}", stacklevel=2)
-    return found

@@ -188,6 +188,13 @@ def picture_tile(image: Shown, content: bytes | None, *, label: str = "") -> Til
         content: Its bytes, where they are in memory.
         label: Stands before the caption.
     """
+    try:
+        return _picture_tile(image, content, label)
+    except Exception as error:  # noqa: BLE001  a value that cannot be shown costs this tile alone
+        return failure_tile(error, label=label)
+
+
+def _picture_tile(image: Shown, content: bytes | None, label: str) -> Tile:
     shown = made_from(content, image.sha256)
     worst = most_severe(image.content_filter)
     return Tile(
@@ -212,15 +219,24 @@ def failure_tile(error: Failure | BaseException, *, label: str = "", caption: st
         label: Stands before the caption.
         caption: What was asked for, where it is known.
     """
-    name = getattr(error, "error", type(error).__name__)
-    message = getattr(error, "message", None) or f"{name}: {error}"
-    blocked = getattr(error, "scope", None) is Scope.PROMPT
+    name = printable(str(getattr(error, "error", None) or type(error).__name__), 80)
+    message = getattr(error, "message", None)
+    if not isinstance(message, str):
+        message = f"{name}: {_text_of(error)}"
+    hint = getattr(error, "hint", "")
     return Tile(
-        caption=caption,
+        caption=caption if isinstance(caption, str) else "",
         label=label,
-        kind="blocked" if blocked else "failed",
-        reason=f"{message} {getattr(error, 'hint', '')}".strip(),
+        kind="blocked" if getattr(error, "scope", None) is Scope.PROMPT else "failed",
+        reason=f"{message} {hint}".strip() if isinstance(hint, str) else message,
     )
+
+
+def _text_of(error: object) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  a foreign exception's text is made by foreign code
+        return "(no text)"
 
 
 def _facts(image: Shown) -> Iterable[str]:
@@ -271,10 +287,10 @@ def _where(image: Shown, content: bytes | None) -> str:
 def with_files(image: Shown, *, label: str = "") -> Tile:
     """The tile of a picture, made from its saved file where it is not in memory."""
     content, problem = None, ""
-    if made_from(None, image.sha256) is None:
-        try:
+    try:
+        if made_from(None, image.sha256) is None:
             content = image.at_hand()
-        except Exception as error:  # noqa: BLE001  a file that is gone is told in its place
-            problem = getattr(error, "message", type(error).__name__)
+    except Exception as error:  # noqa: BLE001  a file that is gone is told in its place
+        problem = getattr(error, "message", type(error).__name__)
     tile = picture_tile(image, content, label=label)
     return tile if tile.preview else replace(tile, reason=problem or tile.reason)

@@ -7,6 +7,7 @@ found again by the picture's hash: by its result, its artifact, or a gallery of 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import logging
 import math
@@ -152,12 +153,20 @@ HELD: Final = HeldPreviews()
 
 
 def made_from(content: bytes | None, sha256: str | None) -> Preview | None:
-    """The preview that is held of a picture, else one made of its bytes, which is held from now on where the hash is known."""
-    held = HELD.get(sha256)
-    if held is None and content is not None:
+    """The preview of an image: made of its bytes, or the one that is held of the image with the recorded hash.
+
+    Args:
+        content: The bytes, where they are in memory. The preview is held under the hash of these bytes.
+        sha256: The recorded hash; finds a preview where there are no bytes.
+    """
+    if content is None:
+        return HELD.get(sha256)
+    found = hashlib.sha256(content).hexdigest()
+    held = HELD.get(found)
+    if held is None:
         held = preview(content)
-        if held and sha256:
-            HELD.keep(sha256, held)
+        if held:
+            HELD.keep(found, held)
     return held
 
 

@@ -33,9 +33,18 @@ PICTURE_NAME: Final = re.compile(
     rf"(?:{'|'.join(map(re.escape, EXTENSIONS.values()))})"
 )
 """The names that `picture_names` gives, with the parts by which a picture is found again."""
+_UNSAFE: Final = re.compile(r"[^0-9A-Za-z_-]")
+_DEVICE: Final = re.compile(r"(?i)con|prn|aux|nul|com\d|lpt\d")
+_MAX_NAME: Final = 64
 _NO_LIMIT: Final = Deadline(None)
 _IN_MEMORY_BYTES: Final = 1 << 20
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
+
+
+def safe_name(text: str) -> str:
+    """A text from outside, such as an id, as a part of a file's name: letters, digits, `_` and `-`, at most 64 characters."""
+    name = _UNSAFE.sub("_", text[:_MAX_NAME]).lstrip("-") or "image"
+    return f"_{name}"[:_MAX_NAME] if _DEVICE.fullmatch(name) else name  # Windows keeps these names for devices
 
 
 def picture_names(label: str, sha256: str, extension: str, *, moment: float | None = None) -> Iterator[str]:
@@ -51,7 +60,8 @@ def picture_names(label: str, sha256: str, extension: str, *, moment: float | No
         ValueError, OverflowError, OSError: The moment is none of a calendar.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(moment))
-    stem = "-".join(filter(None, (stamp, label, sha256[:16])))
+    # The label's own hyphens would end it too early for PICTURE_NAME.
+    stem = "-".join(filter(None, (stamp, label and safe_name(label).replace("-", "_"), safe_name(sha256[:16]))))
     return (f"{stem}{'' if number == 1 else f'-{number}'}{extension}" for number in range(1, MAX_NAMES + 1))
 
 

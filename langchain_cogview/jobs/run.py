@@ -24,6 +24,7 @@ from langchain_cogview.errors import (
     Scope,
     error_class,
 )
+from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.jobs.calls import STOPPING, Call, befalls_all, error_of, failures_of, is_the_prompts
 from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry
 from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecordFile, read_record, synced, unwritable
@@ -228,7 +229,7 @@ class JobRun:
         for number, failure in reversed([*enumerate(failures)]):
             image = linked_image(failure, work.item.said["prompt"])
             if image:
-                image.with_content(None, self._base_url, self.generator.allowed_image_hosts)
+                image.with_content(None, ImageAccess(self._base_url, self.generator.allowed_image_hosts))
                 yield Call(self, work), number, image
 
     def _request(self, item: PromptItem) -> ImageRequest:

@@ -1,0 +1,255 @@
+"""The images of an agent's run, found in its messages, whatever form these have.
+
+Messages come as objects or dicts, one by one or inside a state, a checkpoint or the chunks of a stream, and from other programs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from langchain_core.messages import BaseMessage
+
+from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, validated
+from langchain_cogview.errors import CogViewInvalidRequestError, printable
+from langchain_cogview.images.access import ImageAccess, image_access
+from langchain_cogview.result import GeneratedImage, ImageResult
+
+if TYPE_CHECKING:
+    import os
+
+    from langchain_cogview.artifact import ImageArtifact
+
+_MAX_DEPTH: Final = 24
+_TOOL: Final = frozenset({"tool", "ToolMessage"})
+_HUMAN: Final = frozenset({"human", "user", "HumanMessage", "HumanMessageChunk"})
+_OTHERS: Final = frozenset(
+    {"ai", "assistant", "system", "developer", "function", "chat", "remove", "AIMessageChunk", "AIMessage"}
+    | {"SystemMessage", "FunctionMessage", "ChatMessage", "RemoveMessage", "SystemMessageChunk", "ToolMessageChunk"}
+)
+_HOLDERS: Final = ("messages", "values", "value", "update", "data")
+"""Attributes by which objects of LangChain and LangGraph hold messages: states, snapshots, outputs, commands, stream parts."""
+
+
+class _Found(NamedTuple):
+    """One message.
+
+    Attributes:
+        role: Who it is from.
+        artifact: What a tool attached.
+        call_id: The tool call that it answers.
+    """
+
+    role: Literal["tool", "human", "other"]
+    artifact: Any = None
+    call_id: str | None = None
+
+
+def images_from_messages(
+    messages: Any,
+    *,
+    last_turn: bool = False,
+    within: str | os.PathLike[str] | None = None,
+    storage: str | Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    allowed_image_hosts: str | Iterable[str] | None = None,
+) -> list[GeneratedImage]:
+    """The images that an agent's tool calls made, in order.
+
+    Messages may have been written by somebody else: the options say what they may open.
+
+    Args:
+        messages: An agent's messages, objects or dicts; its output or state (`{"messages": [...]}`, a pydantic model, a
+            dataclass, a `StateSnapshot`); or a chunk of `stream`, or a list of them.
+        last_turn: Whether only the images after the last message of the user are given. With a checkpointer an agent's output
+            holds the messages of every turn.
+        within: The only folder from which files are read. None: any file that is an image with the recorded size and hash.
+        storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`. None: no URI is read.
+        storage_options: fsspec's options for these folders.
+        allowed_image_hosts: The only hosts from which links are fetched. None: any public one.
+
+    Returns:
+        The images; those of a message that is there twice, as in the chunks of a stream, once. What is not understood is told
+        in one warning.
+
+    Raises:
+        CogViewConfigurationError: When `storage` does not name remote folders.
+    """
+    access = image_access(
+        within=within, storage=storage, storage_options=storage_options, allowed_image_hosts=allowed_image_hosts
+    )
+    problems: list[str] = []
+    found = list(_messages(messages, problems))
+    if last_turn:
+        turns = [place for place, message in enumerate(found) if message.role == "human"]
+        found = found[turns[-1] + 1 :] if turns else found
+    images: list[GeneratedImage] = []
+    seen: set[tuple[str, str, str]] = set()
+    for message in found:
+        for image in _images(message.artifact, access, problems):
+            key = (message.call_id or "", image.id, image.request_id)
+            if message.call_id is None or key not in seen:
+                images.append(image)
+            seen.add(key)
+    if problems:
+        more = f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else ""
+        warnings.warn(f"Something was left out. {problems[0]}{more}", stacklevel=2)
+    return images
+
+
+def _images(artifact: Any, access: ImageAccess, problems: list[str]) -> Iterator[GeneratedImage]:
+    if isinstance(artifact, ImageResult):
+        yield from artifact.images
+    elif _is_artifact(artifact):
+        for item in read_each(artifact, access):
+            if isinstance(item, GeneratedImage):
+                yield item
+            else:
+                problems.append(str(item))
+
+
+def read_each(artifact: ImageArtifact | Mapping[str, Any], access: ImageAccess) -> list[Any]:
+    """The images of an artifact; in place of one that is damaged, the error.
+
+    Args:
+        artifact: One that names this package's type.
+        access: What the images may be read from.
+    """
+    try:
+        check_artifact(artifact)
+        items = artifact.get("images")
+        if not isinstance(items, list | tuple):
+            raise CogViewInvalidRequestError("This artifact is damaged at images.", hint="")  # noqa: TRY301
+    except CogViewInvalidRequestError as error:
+        return [error]
+    except Exception as error:  # noqa: BLE001  a foreign mapping raises what it likes
+        return [CogViewInvalidRequestError(f"This artifact cannot be read ({type(error).__name__}).", hint="")]
+    return [_image_or_error(item, access) for item in items]
+
+
+def _image_or_error(item: Any, access: ImageAccess) -> GeneratedImage | CogViewInvalidRequestError:
+    if not isinstance(item, Mapping):
+        return CogViewInvalidRequestError(
+            f"An image of this artifact is damaged: it is of type {printable(type(item).__name__, 40)}.", hint=""
+        )
+    try:
+        return validated(GeneratedImage, item).with_content(None, access)
+    except CogViewInvalidRequestError as error:
+        return error
+
+
+# --- finding messages
+
+
+def _messages(value: Any, problems: list[str]) -> Iterator[_Found]:
+    """The messages of what was passed, and what of it holds none."""
+    if _is_one(value):
+        value = [value]
+    for item in value:
+        found = list(_walked(item, ()))
+        yield from found
+        if not found and not _is_quiet(item):
+            problems.append(f"No message was found in an item of type {printable(type(item).__name__, 40)}.")
+
+
+def _is_one(value: Any) -> bool:
+    """Whether this is one message, state or chunk rather than several of them."""
+    if isinstance(value, BaseMessage | Mapping | str | bytes | bytearray) or not isinstance(value, Iterable):
+        return True
+    return _is_state(value) or _is_chunk(value)
+
+
+def _is_chunk(value: Any) -> bool:
+    """Whether this is a chunk of a stream with its mode, such as `("updates", {...})`."""
+    return isinstance(value, tuple) and any(isinstance(part, str) for part in value)
+
+
+def _walked(value: Any, above: tuple[int, ...]) -> Iterator[_Found]:
+    message = _message(value)
+    if message:
+        yield message
+    elif id(value) not in above and len(above) < _MAX_DEPTH:
+        for part in _parts(value):
+            yield from _walked(part, (*above, id(value)))
+
+
+def _message(value: Any) -> _Found | None:
+    if isinstance(value, BaseMessage):
+        return _of_message(value)
+    if isinstance(value, ImageResult):
+        return _Found("tool", value)
+    if isinstance(value, Mapping):
+        return _of_mapping(value)
+    is_pair = isinstance(value, list | tuple) and len(value) == 2  # noqa: PLR2004  ("user", "text")
+    return _Found("human") if is_pair and isinstance(value[0], str) and value[0] in _HUMAN else None
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What may hold messages inside something that is not one."""
+    if isinstance(value, Mapping):
+        # A state's other entries may repeat its messages; the chunks of a stream have the names of nodes in their place.
+        return [value["messages"]] if "messages" in value else list(value.values())
+    if isinstance(value, list | tuple) and not _is_state(value):
+        return value
+    return [part for name in _HOLDERS if (part := _attribute(value, name)) is not None]
+
+
+def _of_message(message: BaseMessage) -> _Found:
+    role: Any = message.type if message.type in {"tool", "human"} else "other"
+    return _Found(role, getattr(message, "artifact", None), _id(getattr(message, "tool_call_id", None)))
+
+
+def _of_mapping(value: Mapping[Any, Any]) -> _Found | None:
+    """A message as a dict, as JSON, `model_dump`, `messages_to_dict`, `dumpd` and LangGraph's API give it; or an artifact."""
+    if _is_artifact(value):
+        return _Found("tool", value)
+    fields: Any = value
+    role = value.get("type") or value.get("role")
+    if value.get("lc") and isinstance(value.get("id"), list | tuple) and isinstance(value.get("kwargs"), Mapping):
+        role, fields = (value["id"] or [None])[-1], value["kwargs"]
+    elif isinstance(value.get("data"), Mapping) and "content" not in value:
+        fields = value["data"]
+    if not isinstance(role, str) or "content" not in fields:
+        return None
+    if role in _TOOL:
+        return _Found("tool", fields.get("artifact"), _id(fields.get("tool_call_id")))
+    return _Found("human") if role in _HUMAN else _Found("other") if role in _OTHERS else None
+
+
+def _id(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _is_artifact(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("type") == ARTIFACT_TYPE
+
+
+def _is_state(value: Any) -> bool:
+    """Whether an object holds messages in an attribute, as a pydantic model (which can be iterated) or a named tuple does."""
+    return not isinstance(value, Mapping) and any(_attribute(value, name) is not None for name in _HOLDERS)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    try:
+        found = getattr(value, name, None)
+    except Exception:  # noqa: BLE001  a property of a foreign class raises what it likes
+        return None
+    return found if isinstance(found, BaseMessage | Mapping | list | tuple) or _is_model(found) else None
+
+
+def _is_model(value: Any) -> bool:
+    return hasattr(type(value), "__pydantic_fields__") or hasattr(type(value), "__dataclass_fields__")
+
+
+def _is_quiet(item: Any) -> bool:
+    """Whether an item without a message is nothing to warn of: a node's update of something else, an empty state."""
+    if isinstance(item, Mapping):
+        parts = item["messages"] if "messages" in item else list(item.values())
+        nothing = parts is None or (isinstance(parts, list | tuple) and not parts)
+        return nothing or ("messages" not in item and all(part is None or _is_container(part) for part in parts))
+    return item is None or _is_chunk(item) or (isinstance(item, list | tuple) and all(map(_is_container, item)))
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
