@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import unicodedata
 from datetime import date
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
@@ -22,11 +23,44 @@ Quality = Literal["standard", "hd"]
 DEFAULT_MODEL: Final = "cogview-4-250304"
 PRICES_AS_OF: Final = date(2026, 10, 1)
 
-SIZE_WORDS: Final[dict[str, tuple[int, int]]] = {"square": (1, 1), "portrait": (3, 4), "landscape": (4, 3)}
+SIZE_WORDS: Final[dict[str, tuple[int, int]]] = {
+    **dict.fromkeys(("square", "方形", "正方形"), (1, 1)),
+    **dict.fromkeys(("portrait", "vertical", "tall", "竖版", "竖屏", "纵向"), (3, 4)),
+    **dict.fromkeys(("landscape", "horizontal", "wide", "横版", "横屏", "横向"), (4, 3)),
+    "widescreen": (16, 9),
+}
 """Aspect ratio (width, height) behind each word that can be said in place of a size."""
 
-_PIXELS = re.compile(r"(\d{1,6})\s*[xX×*]\s*(\d{1,6})")
-_RATIO = re.compile(r"(\d{1,4}(?:\.\d{1,4})?)\s*[::/]\s*(\d{1,4}(?:\.\d{1,4})?)")
+QUALITY_WORDS: Final[dict[str, Quality]] = {
+    **dict.fromkeys(("hd", "high", "higher", "highest", "best", "max", "maximum", "ultra", "premium"), "hd"),
+    **dict.fromkeys(("high definition", "hi def", "detailed", "fine", "uhd", "高清", "高"), "hd"),
+    **dict.fromkeys(("standard", "standard definition", "std", "sd", "normal", "regular", "basic"), "standard"),
+    **dict.fromkeys(
+        ("medium", "mid", "low", "lower", "lowest", "draft", "fast", "quick", "标准", "低", "中"), "standard"
+    ),
+}
+"""The quality behind each word that models and other image APIs use for one."""
+
+_UNSPECIFIED: Final = frozenset(
+    (
+        "",
+        "auto",
+        "automatic",
+        "default",
+        "none",
+        "null",
+        "nil",
+        "undefined",
+        "unspecified",
+        "not specified",
+        "any",
+        "n/a",
+    )
+)
+_PIXELS = re.compile(r"(\d{1,6})(?:\s*px)?\s*(?:[x×*,]|by)\s*(\d{1,6})\s*(?:px|pixels?)?")
+_RATIO = re.compile(r"(?<![\d.])(\d{1,4}(?:\.\d{1,4})?)\s*[:/_]\s*(\d{1,4}(?:\.\d{1,4})?)(?![\d.])")
+_LARGEST_RATIO_TERM = 64
+_MAX_WORDY = 40
 _LISTED_RATIO_TOLERANCE = 0.06
 _TYPICAL_PIXELS = 1024 * 1024
 
@@ -188,21 +222,76 @@ def model_warning(name: str) -> str | None:
     return f"The model {name!r} is not known to this version; it is sent as it is, with its sizes unchecked.{guess}"
 
 
+def is_unspecified(text: str) -> bool:
+    """Whether a text says that nothing is chosen, as models do for an argument that they would leave out.
+
+    Args:
+        text: A size or a quality, such as `""`, `"auto"` or `"null"`.
+
+    Returns:
+        False for every text that names something, known or not.
+    """
+    return _plain(text) in _UNSPECIFIED
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text[:200]).strip(" \t\r\n.'\"`()[]").casefold()
+
+
 def parse_size(text: str) -> tuple[int, int] | None:
-    """Width and height in pixels of `1024x1024` (also `×`, `*`, blanks); None where `text` is no such size."""
-    match = _PIXELS.fullmatch(text.strip())
-    return (int(match[1]), int(match[2])) if match else None
+    """Width and height in pixels of a text such as `1024x1024`, `1024 × 1024 px` or `1024 by 1024`.
+
+    Args:
+        text: What somebody said of a size.
+
+    Returns:
+        None where the text is no such size; `16x9` is a ratio.
+    """
+    match = _PIXELS.fullmatch(_plain(text))
+    if match is None or _is_ratio(match):
+        return None
+    return int(match[1]), int(match[2])
 
 
 def parse_ratio(text: str) -> float | None:
-    """Width divided by height of a word (`portrait`) or a ratio (`16:9`); None where `text` is neither."""
-    words = SIZE_WORDS.get(text.strip().lower())
-    if words:
-        return words[0] / words[1]
-    match = _RATIO.fullmatch(text.strip())
-    if not match or not float(match[1]) or not float(match[2]):
+    """Width divided by height of a ratio or a word, such as `16:9`, `portrait` or `landscape (16:9)`.
+
+    Args:
+        text: What somebody said of a size.
+
+    Returns:
+        None where the text has neither.
+    """
+    said = _plain(text)
+    pixels = _PIXELS.fullmatch(said)
+    wordy = said if len(said) <= _MAX_WORDY else ""
+    numbers = pixels if pixels and _is_ratio(pixels) else _RATIO.search(wordy)
+    shape = next((SIZE_WORDS[word] for word in re.split(r"[\W_]+", wordy) if word in SIZE_WORDS), None)
+    if numbers is None:
+        return shape and shape[0] / shape[1]
+    width, height = float(numbers[1]), float(numbers[2])
+    if not width or not height:
         return None
-    return float(match[1]) / float(match[2])
+    # `portrait 16:9` is upright.
+    upright = shape is not None and (shape[0] - shape[1]) * (width - height) < 0
+    return height / width if upright else width / height
+
+
+def _is_ratio(match: re.Match[str]) -> bool:
+    return 0 < max(int(match[1]), int(match[2])) <= _LARGEST_RATIO_TERM
+
+
+def parse_quality(text: str) -> Quality | None:
+    """The quality that a word stands for, such as `high` for `hd` and `medium` for `standard`.
+
+    Args:
+        text: What somebody said of a quality; case does not matter.
+
+    Returns:
+        None where the word is not known.
+    """
+    words = " ".join(re.split(r"[\W_]+", _plain(text))).removesuffix(" quality")
+    return QUALITY_WORDS.get(words)
 
 
 def legal_size(model: ModelInfo, text: str) -> str:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from langchain_cogview.catalog import DEFAULT_MODEL, Quality, legal_size, model_info, model_warning, parse_size
+from langchain_cogview.catalog import (
+    DEFAULT_MODEL,
+    ModelInfo,
+    Quality,
+    is_unspecified,
+    legal_size,
+    model_info,
+    model_warning,
+    parse_quality,
+    parse_size,
+)
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 
 if TYPE_CHECKING:
@@ -70,6 +80,31 @@ def describe_validation(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
+def checked_prompt(prompt: str, info: ModelInfo | None = None) -> str:
+    """Check that a prompt can be sent.
+
+    Args:
+        prompt: What the image shows.
+        info: The model that is asked; None: any.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: When it is blank, is not valid Unicode, or is longer than the model allows.
+    """
+    if not prompt.strip():
+        raise ValueError("The prompt is blank. Describe the picture.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("The prompt holds half a character (a lone surrogate). Send valid Unicode text.") from None
+    limit = info and info.max_prompt_characters
+    if info and limit is not None and len(prompt) > limit:
+        raise ValueError(f"The prompt has {len(prompt):,} characters; {info.name} takes at most {limit:,}. Shorten it.")
+    return prompt
+
+
 class ImageRequest(BaseModel):
     """One request for pictures.
 
@@ -77,8 +112,9 @@ class ImageRequest(BaseModel):
         prompt: What the picture shows; not blank, at most 1,000 characters for `glm-image`.
         model: The model's name; case is ignored. An unknown one passes, with a warning.
         size: `WIDTHxHEIGHT` in pixels (`×` works too), a ratio (`16:9`) or a word (`square`, `portrait`, `landscape`);
-            becomes the nearest legal size. None: the model's default.
-        quality: `standard` or `hd`, as the model allows. None: the model's default.
+            becomes the nearest legal size. None, `auto` or an empty text: the model's default.
+        quality: `standard` or `hd`, as the model allows; the words of other image APIs work too (`high`, `medium`, `low`).
+            None, `auto` or an empty text: the model's default.
         n: How many pictures; each is one call, and one price.
         user_id: The end user, for the provider's abuse reports; 6 to 128 characters.
         watermark_enabled: False only for accounts that signed the provider's waiver. None: the service's default (true).
@@ -110,16 +146,19 @@ class ImageRequest(BaseModel):
                     raise ValueError(unknown_argument(name, cls.model_fields))
         return values
 
+    @field_validator("size", "quality", mode="before")
+    @classmethod
+    def _unspecified_is_none(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        if is_unspecified(value):
+            return None
+        return parse_quality(value) or value if info.field_name == "quality" else value
+
     @field_validator("prompt")
     @classmethod
     def _prompt_says_something(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("The prompt is blank. Describe the picture.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError("The prompt holds half a character (a lone surrogate). Send valid Unicode text.") from None
-        return prompt
+        return checked_prompt(prompt)
 
     @field_validator("model")
     @classmethod
@@ -144,11 +183,7 @@ class ImageRequest(BaseModel):
 
     @model_validator(mode="after")
     def _prompt_fits(self) -> Self:
-        limit = model_info(self.model).max_prompt_characters
-        if limit is not None and len(self.prompt) > limit:
-            raise ValueError(
-                f"The prompt has {len(self.prompt):,} characters; {self.model} takes at most {limit:,}. Shorten it."
-            )
+        checked_prompt(self.prompt, model_info(self.model))
         return self
 
     @property

@@ -17,6 +17,7 @@ from langchain_core.tools.base import ToolExceptionHandlerOutput
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -28,11 +29,11 @@ from pydantic import (
 )
 
 from langchain_cogview.budget import NO_LIMITS, Allowance, Limits
-from langchain_cogview.catalog import ModelInfo, legal_size, model_info
+from langchain_cogview.catalog import ModelInfo, is_unspecified, legal_size, model_info, parse_quality
 from langchain_cogview.configuration import GeneratorSettings
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.request import check_names, describe_validation
+from langchain_cogview.request import check_names, checked_prompt, describe_validation
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
@@ -358,35 +359,42 @@ class ImageArguments(BaseModel):
 
 
 def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
-    """The arguments that a model may decide, as the generator's model allows them."""
+    """The arguments that a chat model may decide, as the image model allows them.
+
+    The JSON schema uses only keywords that every provider takes, also with `strict=True`: bounds and defaults stand in the
+    descriptions and hold in the validation. The validation takes more than the schema offers: every legal size, words, and
+    what chat models send for an argument that they would leave out.
+
+    Args:
+        generator: Its settings are the defaults.
+
+    Returns:
+        A class for `args_schema`.
+    """
     info = model_info(generator.model)
     limit = info.max_prompt_characters
     sizes = _offered_sizes(info, generator.size)
-    qualities = list(info.qualities)
+    qualities = info.qualities
+    quality = generator.quality or qualities[0]
     size_text = "Width x height in pixels."
     if sizes:
         size_text += f" {sizes[0]} unless the user wants another shape: wide for landscapes, tall for portraits."
-    quality = generator.quality or qualities[0]
+    quality_text = f"{quality} unless the user wants another; hd has finer detail and takes longer."
     fields: dict[str, Any] = {
         "prompt": (
-            str,
+            Annotated[str, AfterValidator(partial(_sendable, info)), _json_schema()],
             Field(
-                min_length=1,
-                max_length=limit,
                 description="What the picture shows: subject, style, colours, composition. In the user's language."
                 + (f" At most {limit} characters." if limit else ""),
             ),
         ),
         "size": (
-            Annotated[str | None, AfterValidator(partial(_legal_or_none, info)), _text_schema(sizes)],
-            Field(default=sizes[0] if sizes else None, description=size_text),
+            Annotated[str | None, BeforeValidator(partial(_size_of, info)), _json_schema(*sizes)],
+            _field(sizes[0] if sizes else None, size_text),
         ),
         "quality": (
-            Annotated[Literal[tuple(qualities)] | None, _text_schema(tuple(qualities))],
-            Field(
-                default=quality,
-                description="hd has finer detail and takes longer." if len(qualities) > 1 else "The only one.",
-            ),
+            Annotated[Literal[qualities] | None, BeforeValidator(partial(_quality_of, info)), _json_schema(*qualities)],
+            _field(quality, quality_text if len(qualities) > 1 else "The only one."),
         ),
     }
     return create_model(
@@ -397,13 +405,33 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
     )
 
 
-def _legal_or_none(info: ModelInfo, size: str | None) -> str | None:
-    return None if size is None else legal_size(info, size)
+def _sendable(info: ModelInfo, prompt: str) -> str:
+    return checked_prompt(prompt, info)
 
 
-def _text_schema(values: tuple[str, ...]) -> WithJsonSchema:
-    # What a model is offered; the check takes every legal size, words, and null for what is left out, which models send.
+def _size_of(info: ModelInfo, size: Any) -> Any:
+    if not isinstance(size, str):
+        return size
+    return None if is_unspecified(size) else legal_size(info, size)
+
+
+def _quality_of(info: ModelInfo, quality: Any) -> Any:
+    if not isinstance(quality, str):
+        return quality
+    if is_unspecified(quality):
+        return None
+    known = parse_quality(quality)
+    # A word for a quality that the model does not have becomes the one that it has.
+    return info.qualities[0] if known and known not in info.qualities else known or quality
+
+
+def _json_schema(*values: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": list(values)} if values else {"type": "string"})
+
+
+def _field(default: str | None, description: str) -> Any:
+    # A factory keeps the default out of the JSON schema, also in the copy that LangChain makes of the fields.
+    return Field(default_factory=lambda: default, description=description)
 
 
 def _offered_sizes(info: ModelInfo, default: str | None) -> tuple[str, ...]:

@@ -1,9 +1,12 @@
 """Arguments are checked before anything is sent."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from langchain_cogview import CogViewInvalidRequestError, ImageRequest
+from langchain_cogview.catalog import model_info, parse_quality, parse_size
 from langchain_cogview.request import NOT_TAKEN, checked_request
 
 
@@ -25,7 +28,7 @@ def test_sizes_are_turned_into_legal_ones_of_the_model():
         ({"prompt": "x", "user_id": "12345"}, "user_id: String should have at least 6"),
         ({"prompt": "x", "user_id": "1" * 129}, "user_id: String should have at most 128"),
         ({"prompt": "x", "size": "2048x2048"}, "nearest legal size"),
-        ({"prompt": "x", "quality": "best"}, "quality: Input should be 'standard' or 'hd'"),
+        ({"prompt": "x", "quality": "shiny"}, "quality: Input should be 'standard' or 'hd'"),
         ({"prompt": "x", "model": "glm-image", "quality": "standard"}, "glm-image knows only quality 'hd'"),
         ({"prompt": "x" * 1001, "model": "glm-image"}, "1,001 characters; glm-image takes at most 1,000"),
         ({"prompt": "x", "model": " "}, "blank"),
@@ -49,6 +52,29 @@ def test_what_people_try_gets_an_answer(name):
         checked_request({"prompt": "x", name: "SECRET VALUE"})
     assert NOT_TAKEN[name] in str(caught.value)
     assert "SECRET VALUE" not in str(caught.value)
+
+
+def test_auto_and_the_words_of_other_image_apis_are_taken():
+    for said in ("", "auto", "default", "null", None):
+        request = ImageRequest(prompt="x", size=said, quality=said)
+        assert (request.size, request.quality) == (None, None)
+    assert [ImageRequest(prompt="x", quality=said).quality for said in ("HD", "high", "low")] == [
+        "hd",
+        "hd",
+        "standard",
+    ]
+
+
+@given(st.text(max_size=60) | st.from_regex(r"\s*\d{1,7}\s*[xX×:/_*,.]\s*\d{1,7} ?(px)?", fullmatch=True))
+def test_any_text_for_size_and_quality_is_resolved_or_refused_with_the_rule(text):
+    try:
+        size = ImageRequest(prompt="x", size=text).size
+    except ValidationError as error:
+        assert "is not legal" in str(error)
+    else:
+        pixels = parse_size(size) if size else None
+        assert size is None or model_info("cogview-4-250304").rule.allows(*pixels)
+    assert parse_quality(text) in {"standard", "hd", None}
 
 
 def test_a_prompt_of_the_limit_passes():

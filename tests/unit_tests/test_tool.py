@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import pickle
+import warnings
 from decimal import Decimal
 
 import pytest
@@ -85,8 +86,9 @@ def _nothing():
 def test_the_schema_shows_the_authors_defaults_first(sandbox):
     tool = CogViewImageTool(base_url=sandbox.base_url, size="16:9", quality="hd")
     properties = convert_to_openai_tool(tool)["function"]["parameters"]["properties"]
-    assert properties["size"]["enum"][0] == properties["size"]["default"] == "1344x768"
-    assert properties["quality"]["default"] == "hd"
+    assert properties["size"]["enum"][0] == "1344x768"
+    assert properties["size"]["description"].startswith("Width x height in pixels. 1344x768 unless")
+    assert properties["quality"]["description"].startswith("hd unless the user wants another")
     tool.invoke({"prompt": "x"})
     assert (sandbox.requests[0].size, sandbox.requests[0].body["quality"]) == ("1344x768", "hd")
 
@@ -109,11 +111,12 @@ def test_a_legal_size_that_is_not_offered_and_words_work_too(tool, sandbox, how)
     ("args", "text"),
     [
         ({"prompt": "x", "size": "1600x900"}, "the nearest legal size is 1600x896"),
-        ({"prompt": ""}, "prompt: String should have at least 1 character"),
+        ({"prompt": ""}, "The prompt is blank"),
         ({"prompt": "  "}, "The prompt is blank"),
         ({"size": "1024x1024"}, "prompt: Field required"),
         ({"prompt": "x", "n": 4}, "There is no argument 'n'."),
-        ({"prompt": "x", "quality": "best"}, "quality: Input should be 'standard' or 'hd'"),
+        ({"prompt": "x", "quality": "shiny"}, "quality: Input should be 'standard' or 'hd'"),
+        ({"prompt": "x", "quality": 5}, "quality: Input should be 'standard' or 'hd'"),
         ({"prompt": "x", "size": 5}, "size: Input should be a valid string"),
     ],
 )
@@ -124,6 +127,72 @@ def test_wrong_arguments_become_a_text_that_the_model_can_act_on(tool, sandbox, 
     assert text in message.content
     assert len(message.content) <= 500
     assert sandbox.requests == []
+
+
+UNSPECIFIED = ["", " ", "auto", "AUTO", "default", "none", "null", "undefined", "any", "N/A", None]
+SIZES = {
+    **dict.fromkeys(("1024 x 1024", "1024*1024", "1024×1024", "1024X1024", "1024x1024px", "1024 by 1024"), "1024x1024"),
+    **dict.fromkeys(("(1024, 1024)", "square", "Square", "1:1", "square_hd"), "1024x1024"),
+    **dict.fromkeys(("16:9", "16/9", "16x9", "16：9", "landscape (16:9)", "landscape_16_9", "widescreen"), "1344x768"),
+    **dict.fromkeys(("landscape", "horizontal", "wide", "4:3", "横版"), "1152x864"),
+    **dict.fromkeys(("portrait", "vertical", "tall", "3:4", "竖版"), "864x1152"),
+    **dict.fromkeys(("9:16", "portrait_16_9", "portrait (9:16)"), "768x1344"),
+}  # fmt: skip
+QUALITIES = {
+    **dict.fromkeys(("hd", "HD", "high", "High quality", "high-definition", "best", "ultra"), "hd"),
+    **dict.fromkeys(("standard", "Standard", "medium", "low", "low_quality", "normal", "draft"), "standard"),
+}
+
+
+@both
+def test_what_models_send_for_an_argument_that_they_leave_out_costs_no_turn(sandbox, tmp_path, how):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, size="1344x768", quality="hd")
+    for said in UNSPECIFIED:
+        assert run(tool, call(prompt="x", size=said, quality=said), how).status == "success", said
+    assert {(request.size, request.body["quality"]) for request in sandbox.requests} == {("1344x768", "hd")}
+    assert len(sandbox.requests) == len(UNSPECIFIED)
+
+
+def test_a_size_that_models_put_otherwise_costs_no_turn(tool, sandbox):
+    for said, size in SIZES.items():
+        assert tool.invoke(call(prompt="x", size=said)).status == "success", said
+        assert sandbox.requests[-1].size == size, said
+
+
+def test_a_quality_that_models_put_otherwise_costs_no_turn(tool, sandbox):
+    for said, quality in QUALITIES.items():
+        assert tool.invoke(call(prompt="x", quality=said)).status == "success", said
+        assert sandbox.requests[-1].body["quality"] == quality, said
+
+
+def test_a_model_with_one_quality_takes_every_word_for_one(sandbox, tmp_path):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, model="glm-image")
+    for said in (*QUALITIES, *UNSPECIFIED):
+        assert tool.invoke(call(prompt="x", quality=said)).status == "success", said
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(sandbox):
+    tool = CogViewImageTool(base_url=sandbox.base_url, model="glm-image")
+    assert "takes at most 1,000. Shorten it." in tool.invoke(call(prompt="x" * 1001)).content
+    with pytest.raises(ValueError, match="Shorten it"):
+        tool.args_schema(prompt="x" * 1001)
+    assert sandbox.requests == []
+
+
+EVERY_PROVIDER_TAKES = {"type", "properties", "required", "enum", "description", "additionalProperties"}
+
+
+@pytest.mark.parametrize("strict", [None, True], ids=["plain", "strict"])
+@pytest.mark.parametrize("model", [*MODELS, "cogview-9"])
+def test_the_schema_has_only_keywords_that_every_provider_takes(model, strict):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tool = CogViewImageTool(base_url="sandbox:", model=model)
+    parameters = convert_to_openai_tool(tool, strict=strict)["function"]["parameters"]
+    properties = parameters["properties"].values()
+    assert {key for schema in (parameters, *properties) for key in schema} <= EVERY_PROVIDER_TAKES
+    assert {schema["type"] for schema in properties} == {"string"}
+    assert parameters["required"] == (["prompt", "size", "quality"] if strict else ["prompt"])
 
 
 @both
