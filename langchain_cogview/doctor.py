@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
-from pydantic import SecretStr
 
 from langchain_cogview.api.environment import httpcore_proxy, proxy_for, tls_context
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
     BASE_URLS,
     KEY_VARIABLES,
+    SANDBOX_KEY,
     both_keys_are_set,
     environment,
     found_key,
@@ -31,6 +31,8 @@ from langchain_cogview.probe import Finding, Service, network, probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pydantic import SecretStr
 
     from langchain_cogview.catalog import Region
 
@@ -143,7 +145,7 @@ def _service(base_url: str | None, region: Region | None) -> tuple[Service | Non
         return None, [_failed("base URL", error, seconds=None)]
     findings = [Finding("region", "ok", f"{found}."), Finding("base URL", "ok", f"{address} ({source}).")]
     if is_sandbox(address):
-        return Service(address, SecretStr("sandbox")), [*findings, Finding("key", "ok", "The sandbox needs none.")]
+        return Service(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs none.")]
     key = None
     try:
         key = found_key(None, found)

@@ -18,7 +18,7 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 
 from langchain_cogview import configuration, live
-from langchain_cogview.api.settings import Service, find_service, found_key, is_sandbox, service_doubts
+from langchain_cogview.api.settings import SANDBOX_KEY, Service, find_service, found_key, is_sandbox, service_doubts
 from langchain_cogview.batches import (
     aas_completed,
     all_or_first_error,
@@ -586,7 +586,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             from langchain_cogview.drawing import CallSettings  # noqa: PLC0415  the HTTP stack
 
             if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
-                self._key = SecretStr("sandbox") if is_sandbox(self._base_url) else found_key(None, self._region)
+                self._key = SANDBOX_KEY if is_sandbox(self._base_url) else found_key(None, self._region)
             service = Service(self._key, self._region, self._base_url)
             self._made_settings = CallSettings.of(service, self._folder, dict(self))
         return cast("CallSettings", self._made_settings)

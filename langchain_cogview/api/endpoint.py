@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 import httpx
 
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
+from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.api.transport import STAGE
 from langchain_cogview.deadline import DEADLINE
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from langchain_cogview.deadline import Deadline
 
 SANDBOX_HEADER: Final = "x-cogview-sandbox"
-_KEY_PART_CHARACTERS = 12
 
 ReplyT = TypeVar("ReplyT")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
@@ -187,44 +187,13 @@ class Endpoint:
             "User-Agent": "langchain-cogview",
         }
 
-    def _redacted(self, text: str) -> str:
-        """A foreign text without the key: services and gateways repeat what they were sent."""
-        key = self.api_key.get_secret_value()
-        parts = (key, *key.split("."))
-        # The first half is an id, which may stand in the path of a picture's link by right.
-        for part in (key, parts[-1]) if text.startswith(("http:", "https:")) else parts:
-            if len(part) >= _KEY_PART_CHARACTERS:
-                text = text.replace(part, "[key]")
-        return text
-
-    def _without_key(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._redacted(value)
-        if isinstance(value, list):
-            return [self._without_key(each) for each in value]
-        if isinstance(value, dict):
-            return {self._redacted(name): self._without_key(each) for name, each in value.items()}
-        return value
-
-    def _body_without_key(self, body: bytes) -> bytes:
-        key = self.api_key.get_secret_value().encode()
-        # Neither escaped nor in UTF-16 or 32: what is not there as it stands is not there.
-        if b"\\" not in body and b"\0" not in body and not any(part in body for part in (key, *key.split(b"."))):
-            return body
-        try:
-            # Through JSON, where there is some: an escaped key is a key too.
-            return json.dumps(self._without_key(json.loads(body))).encode()
-        except (ValueError, RecursionError):
-            # Latin-1 gives every byte back as it was.
-            return self._redacted(body.decode("latin-1")).encode("latin-1")
-
     def _received(self, response: AnyResponse, content: bytes, encoding: str) -> _Received | CogViewError:
         if len(content) <= MAX_REPLY_BYTES:
             body = decoded_body(content, encoding)
             if body is not None:
                 retry_after = parse_retry_after(response.headers.get("retry-after"))
                 sandbox = SANDBOX_HEADER in response.headers
-                return _Received(response.status_code, self._body_without_key(body), sandbox, retry_after)
+                return _Received(response.status_code, redactor(self.api_key).body(body), sandbox, retry_after)
         return CogViewMalformedReplyError(
             "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
             "a picture may have been made and charged.",
@@ -247,7 +216,7 @@ class Endpoint:
     def _as_ours(self, error: Exception, progress: _Progress, limit: float | None) -> CogViewError:
         if isinstance(error, CogViewError):
             return error
-        said = self._redacted(str(error))
+        said = redactor(self.api_key).text(str(error))
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             fault = Fault.TIMEOUT
         elif isinstance(error, _SETTINGS):

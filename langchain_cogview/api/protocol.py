@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MAX_REPLY_BYTES: Final = 1_000_000
 MAX_URL_CHARACTERS: Final = 8192
 MAX_ID_CHARACTERS: Final = 512
+_CODE = re.compile(r"[0-9]{1,6}|[a-z]+(?:_[a-z]+)*")
 _MAX_NAMED_CHARACTERS: Final = 600
 _MESSAGES: Final = ("message", "msg", "detail", "error_msg", "error_message")
 """Where services and gateways put the text of an error."""
@@ -315,6 +316,9 @@ def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, 
         facts["hint"] = f"Check base_url. If it is right: {kind.default_hint[0].lower()}{kind.default_hint[1:]}"
     if kind is CogViewContentFilterError:
         return CogViewContentFilterError(content_filter=entries, **facts)
+    if issubclass(kind, CogViewAuthenticationError):
+        # Its text often repeats the key, in whatever form.
+        facts |= {"detail": None, "code": code if code and _CODE.fullmatch(code) else None}
     return kind(message, **facts)
 
 

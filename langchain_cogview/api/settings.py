@@ -26,6 +26,8 @@ BASE_URLS: Final[dict[Region, str]] = {
 KEY_VARIABLES: Final[dict[Region, str]] = {"china": "ZHIPUAI_API_KEY", "international": "ZAI_API_KEY"}
 BASE_URL_VARIABLE: Final = "COGVIEW_BASE_URL"
 SANDBOX_SCHEME: Final = "sandbox:"
+SANDBOX_KEY: Final = SecretStr("sandbox")
+"""Stands for a key at the sandbox in this process; not a secret."""
 SANDBOX_ENDPOINT: Final = "https://sandbox.invalid/api/paas/v4"
 """What requests to the sandbox in this process are addressed to; `.invalid` names are never looked up."""
 
@@ -193,7 +195,7 @@ def find_service(api_key: SecretStr | None, region: Region | None, base_url: str
     base_url = environment(BASE_URL_VARIABLE) if base_url is None else base_url
     found = region_of(None if base_url is None else normal_base_url(base_url), region)
     url = normal_base_url(BASE_URLS[found] if base_url is None else base_url)
-    key = SecretStr("sandbox") if is_sandbox(url) else found_key(api_key, found)
+    key = SANDBOX_KEY if is_sandbox(url) else found_key(api_key, found)
     return Service(key, found, url)
 
 

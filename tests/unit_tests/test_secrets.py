@@ -1,11 +1,15 @@
 """The key is in the request's header and nowhere else."""
 
 import asyncio
+import base64
 import copy
+import html
 import json
 import logging
 import pickle
+import re
 import traceback
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -14,8 +18,11 @@ from hypothesis import strategies as st
 from langchain_core.load import dumpd, dumps
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tracers.base import BaseTracer
+from pydantic import SecretStr
 
-from langchain_cogview import CogViewError, CogViewImageGenerator, CogViewImageTool
+from langchain_cogview import CogViewAuthenticationError, CogViewError, CogViewImageGenerator, CogViewImageTool
+from langchain_cogview.api.redaction import redactor
+from tests.conftest import FAKE_KEY
 
 keys = st.from_regex(r"[0-9a-f]{32}\.[A-Za-z0-9]{16}", fullmatch=True)
 
@@ -118,3 +125,139 @@ def test_storage_options_appear_in_no_form_of_generator_result_or_artifact(sandb
     assert all("storage-secret" not in form for form in forms)
     with pytest.raises(TypeError, match="storage_options"):
         pickle.dumps(generator)
+
+
+# What a service or gateway repeats of the key
+
+
+def spelled(form):
+    """Each character of a text in its own form."""
+    return lambda text: "".join(form(character) for character in text)
+
+
+ECHOES = {
+    "as it stands": lambda key: key,
+    "upper case": str.upper,
+    "its secret half": lambda key: key.rpartition(".")[2],
+    "reversed": lambda key: key[::-1],
+    "spaced": " ".join,
+    "dashed": "-".join,
+    "with invisible characters": "\u200b".join,
+    "base64": lambda key: base64.b64encode(key.encode()).decode(),
+    "base64 without its end": lambda key: base64.b64encode(key.encode()).decode().rstrip("="),
+    "base64 of the header": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
+    "base64 of a login": lambda key: base64.b64encode(f":{key}:".encode()).decode(),
+    "base64 for URLs, in lines": lambda key: base64.encodebytes(f"???{key}???".encode() * 3).decode().replace("/", "_"),
+    "hexadecimal": lambda key: key.encode().hex(),
+    "hexadecimal with colons": lambda key: key.encode().hex(":").upper(),
+    "hexadecimal numbers": lambda key: ", ".join(map(hex, key.encode())),
+    "percent": spelled(lambda c: f"%{ord(c):02X}"),
+    "percent twice": spelled(lambda c: f"%25{ord(c):02x}"),
+    "\\u": spelled(lambda c: f"\\u{ord(c):04x}"),
+    "\\\\u": spelled(lambda c: f"\\\\u{ord(c):04X}"),
+    "\\x": spelled(lambda c: f"\\x{ord(c):02x}"),
+    "entities": spelled(lambda c: f"&#{ord(c)};"),
+    "cut off": lambda key: key[:-2],
+}
+KEYS = {
+    "usual": FAKE_KEY,
+    "other": "q7-Zw_93.xY8kLmN4-pQ2rS6tU",
+    "without a dot": "sk-pQ2rS6tUxY8kLmN4",
+    "of three parts": "eyJhbGciOiJIUzI1.eyJhcGlfa2V5Ijoi.pQ2rS6tUxY8kLmN4",
+    "short": "sk-1234",
+    "short halves": "ab12.cd-34",
+}
+FRAMES = {
+    "message": lambda echo: json.dumps({"error": {"code": "1214", "message": f"You sent {echo} here"}}),
+    "message, as it stands": lambda echo: '{"error":{"code":"1214","message":"You sent %s here"}}' % echo,  # noqa: UP031
+    "cut": lambda echo: f'{{"error":{{"code":"1214","message":"You sent {echo} he',
+    "deep": lambda echo: f'{{"a":"{echo}", "b":{"[" * 100_000}',
+    "page": lambda echo: f"<html><body>You sent {echo} here</body></html>",
+    "number first": lambda echo: f'{{"error": "{echo}"}}',
+    "envelope": lambda echo: json.dumps({"code": 500, "msg": f"{echo}", "success": False}),
+}
+
+
+def shows_key(text, key):
+    """Whether a text has the key, or 8 characters of it in a row, in any of the forms above."""
+    views = [text]
+    for _ in range(3):
+        views.append(html.unescape(unquote(re.sub(r"\\+(?:u00|x)([0-9a-fA-F]{2})", r"%\1", views[-1]))))
+    for view in views:
+        squeezed = re.sub(r"[\W_]|0x", "", view, flags=re.ASCII).lower()
+        for name, form in ECHOES.items():
+            needle = re.sub(r"[\W_]|0x", "", form(key), flags=re.ASCII).lower()
+            needle = needle[
+                {"base64 of the header": 10, "base64 of a login": 2, "base64 for URLs, in lines": 4}.get(name, 0) :
+            ]
+            if any(needle[start : start + 10] in squeezed for start in range(max(1, len(needle) - 9))):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403, 503])
+@pytest.mark.parametrize("key", [KEYS["usual"], KEYS["short"]])
+@pytest.mark.parametrize("echo", ["as it stands", "\\u", "base64"])
+def test_no_error_shows_a_key_that_the_service_repeats(status, key, echo):
+    for frame in FRAMES.values():
+        error = error_of(status, frame(ECHOES[echo](key)), key)
+        assert not shows_key(f"{error} {error!r} {error.detail} {error.code} {pickle.dumps(error)!r}", key)
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+def test_no_form_of_a_key_that_is_repeated_stays(key, echo):
+    if echo is ECHOES["cut off"] and len(key) < 12:
+        return  # the beginning of a short key is a common word
+    without = redactor(SecretStr(key))
+    assert not shows_key(without.text(echo(key)), key)
+    for frame in FRAMES.values():
+        assert not shows_key(without.body(frame(echo(key)).encode()).decode(), key)
+        assert without.body(frame("nothing").encode()) == frame("nothing").encode()
+
+
+@given(st.text(max_size=60), st.text(max_size=60), st.sampled_from(sorted(KEYS)), st.sampled_from(sorted(ECHOES)))
+def test_no_text_around_it_hides_a_key(before, after, key, echo):
+    if KEYS[key] in (KEYS["short"], KEYS["short halves"]):
+        before, after = f"{before} ", f" {after}"
+    removed = redactor(SecretStr(KEYS[key])).text(f"{before}{ECHOES[echo](KEYS[key])}{after}")
+    assert KEYS[key] not in removed and KEYS[key].rpartition(".")[2] not in removed
+
+
+@given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_what_does_not_have_the_key_stays_as_it_is(body):
+    assert redactor(SecretStr(FAKE_KEY)).body(body) == body
+
+
+def test_words_and_links_that_look_like_a_short_key_stay():
+    short = redactor(SecretStr("sk-1234"))
+    for text in ("ask-1234", "sk-12345", "https://cdn.example/sk-1234/a.png", "order 1234"):
+        assert short.text(text) == text
+    assert short.text("the key 'sk-1234' is wrong") == "the key '[key]' is wrong"
+    assert redactor(SecretStr("any")).text("any key will do") == "any key will do"
+
+
+def test_nothing_of_what_the_service_says_of_a_wrong_key_is_shown():
+    body = {"error": {"code": "401", "message": "You sent TURkeGhPV1U9 (rot13 of rot47)"}, "msg": "TURkeGhPV1U9"}
+    for status in (401, 400):
+        error = error_of(status, json.dumps(body))
+        assert (type(error), error.code, error.detail) == (CogViewAuthenticationError, "401", None)
+        assert "TURk" not in f"{error} {error.__dict__}"
+    assert error_of(401, '{"error":{"code":"TURkeGhPV1U9","message":"x"}}').code is None
+    assert error_of(401, '{"error":{"code":"invalid_api_key","message":"x"}}').code == "invalid_api_key"
+    assert error_of(401, "TURkeGhPV1U9").detail is None
+
+
+def test_a_reply_of_a_megabyte_is_searched_in_time_and_memory():
+    key = redactor(SecretStr(FAKE_KEY))
+    for body in (b"%41" * 333_333, FAKE_KEY[:8].encode() * 125_000, (b"0" + b" " * 99) * 10_000 + b"01234567"):
+        assert len(key.body(body)) <= len(body)
+
+
+def error_of(status, body, key=FAKE_KEY):
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body.encode()))
+    with httpx.Client(transport=transport) as client:
+        generator = CogViewImageGenerator(api_key=key, http_client=client, max_retries=0, download=False)
+        with pytest.raises(CogViewError) as caught:
+            generator.invoke("x")
+    return caught.value
