@@ -15,7 +15,8 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractContextManager
 
 T = TypeVar("T")
 
@@ -78,6 +79,26 @@ async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if claim.acquire(blocking=False):
             return function(*args, **kwargs)
     return await done
+
+
+@contextlib.asynccontextmanager
+async def entered_in_thread(context: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a context manager that blocks, in threads; what was entered is left, whenever the caller is cancelled."""
+    entering = asyncio.create_task(in_thread(context.__enter__))
+    try:
+        entered = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        await asyncio.wait([entering])
+        if entering.exception() is None:
+            await in_thread(context.__exit__, None, None, None)
+        raise
+    try:
+        yield entered
+    except BaseException as error:
+        if not await in_thread(context.__exit__, type(error), error, error.__traceback__):
+            raise
+    else:
+        await in_thread(context.__exit__, None, None, None)
 
 
 def _after_fork() -> None:

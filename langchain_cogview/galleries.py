@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.cost import Charges, Price
 from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, CogViewStorageError, printable
 from langchain_cogview.images.access import ANY_FILE, ImageAccess, image_access
@@ -239,7 +240,8 @@ async def acompare(
     """Draw one prompt with every combination of settings. The twin of `compare`."""
     grid = _Grid(prompt, models=models, qualities=qualities, sizes=sizes)
     drawing, arguments = _drawing(generator, settings)
-    return grid.shown(await drawing.abatch(grid.inputs, return_exceptions=True, **arguments))
+    results = await drawing.abatch(grid.inputs, return_exceptions=True, **arguments)
+    return await in_thread(grid.shown, results)
 
 
 def _drawing(

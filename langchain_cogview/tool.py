@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import tempfile
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from pydantic import (
 
 from langchain_cogview.budget import NO_LIMITS, Allowance, Limits
 from langchain_cogview.catalog import ModelInfo, is_unspecified, legal_size, model_info, parse_quality
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.configuration import GeneratorSettings
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
     from langchain_cogview.artifact import ImageArtifact
-    from langchain_cogview.result import ImageResult
+    from langchain_cogview.result import GeneratedImage, ImageResult
 
 TOOL_NAME: Final = "cogview_generate_image"
 TOOL_DESCRIPTION: Final = (
@@ -224,7 +224,7 @@ class CogViewImageTool(BaseTool):
         with self._allowance.taken(self.generator.n, self._limits()) as spending:
             result = self.generator.invoke(given, _config())
             spending.spent = _paid(result)
-        return self._answer(result)
+        return self._answer(_saved_all_the_same(result) if any(map(_is_unsaved, result.images)) else result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
@@ -233,7 +233,9 @@ class CogViewImageTool(BaseTool):
         with self._allowance.taken(self.generator.n, self._limits()) as spending:
             result = await self.generator.ainvoke(given, _config())
             spending.spent = _paid(result)
-        return self._answer(result)
+        return self._answer(
+            await in_thread(_saved_all_the_same, result) if any(map(_is_unsaved, result.images)) else result
+        )
 
     def _limits(self) -> Limits:
         if self.max_images is None and self.budget is None:
@@ -253,7 +255,6 @@ class CogViewImageTool(BaseTool):
     # --- what the model reads
 
     def _answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        result = _saved_all_the_same(result)
         text = text_for_model(result)
         if self.content_format == "text":
             return text, result.to_artifact()
@@ -299,20 +300,28 @@ def _config() -> RunnableConfig:
     return {"metadata": {"tool_call_id": _tool_call_id.get()}}
 
 
+def _is_unsaved(image: GeneratedImage) -> bool:
+    return image.path is None and image.uri is None and image.mime_type is not None
+
+
 def _saved_all_the_same(result: ImageResult) -> ImageResult:
     """A result whose bytes are in files: an artifact has none, so what is only in memory goes into a temporary folder."""
-    images = []
-    for image in result.images:
-        kept = image
-        if image.path is None and image.uri is None and image.mime_type is not None:
-            with contextlib.suppress(CogViewError, OSError):
-                folder = _temporary_folder()
-                folder.mkdir(mode=0o700, exist_ok=True)
-                path = image.save(folder)
-                note = f"The picture is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
-                kept = image.model_copy(update={"path": path, "warnings": (*image.warnings, note)})
-        images.append(kept)
-    return result if images == list(result.images) else result.model_copy(update={"images": tuple(images)})
+    images = [_saved(image) if _is_unsaved(image) else image for image in result.images]
+    return result.model_copy(update={"images": tuple(images)})
+
+
+def _saved(image: GeneratedImage) -> GeneratedImage:
+    kept: dict[str, Any] = {}
+    try:
+        folder = _temporary_folder()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = image.save(folder)
+        note = f"The picture is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
+        kept = {"path": path}
+    except Exception as error:  # noqa: BLE001  it is paid for: the artifact still has its link
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        note = f"The picture could not be saved in a temporary folder: {printable(why)}. Only its link is left."
+    return image.model_copy(update={**kept, "warnings": (*image.warnings, note)})
 
 
 @cache

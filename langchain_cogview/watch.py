@@ -33,6 +33,9 @@ class Journal(Protocol):
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """A task was accepted by a model, perhaps another than was asked first; its id finds the picture again."""
 
+    async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Async version of `submitted`."""
+
 
 JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", default=None)
 """The journal of the calls made in this context."""
@@ -99,6 +102,15 @@ class CallWatch:
         if journal:
             try:
                 journal.submitted(self.request_id, task_id, self.model)
+            except Exception as error:  # it is paid for: nothing may stop it now
+                logger.warning("The task %s could not be written down", task_id, exc_info=error)
+
+    async def asubmitted(self, task_id: str) -> None:
+        """Async version of `submitted`."""
+        journal = JOURNAL.get()
+        if journal:
+            try:
+                await journal.asubmitted(self.request_id, task_id, self.model)
             except Exception as error:  # it is paid for: nothing may stop it now
                 logger.warning("The task %s could not be written down", task_id, exc_info=error)
 

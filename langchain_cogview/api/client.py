@@ -65,6 +65,9 @@ class Watch(Protocol):
     async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """The twin of `retrying`."""
 
+    async def asubmitted(self, task_id: str) -> None:
+        """Async version of `submitted`."""
+
     def submitted(self, task_id: str) -> None:
         """A task was accepted."""
 

@@ -87,7 +87,7 @@ class TasksClient:
                 raise
             return _said_plain(await self.images.agenerate(body, deadline, watch))
         with _paid_for(body, task.task_id, place):
-            return _warned(task.reply or await self._afollowed(_accepted(task, watch), deadline, watch), task)
+            return _warned(task.reply or await self._afollowed(await _aaccepted(task, watch), deadline, watch), task)
 
     def submit(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> str:
         """Submit a task and give its id."""
@@ -99,7 +99,7 @@ class TasksClient:
         """Submit a task and give its id. The twin of `submit`."""
         task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, watch)
         with _paid_for(body, task.task_id, place):
-            return _accepted(task, watch)
+            return await _aaccepted(task, watch)
 
     def status(self, task_id: str, deadline: Deadline) -> TaskReply:
         """Ask once.
@@ -215,9 +215,20 @@ def _poll(task_id: str) -> Call:
 
 
 def _accepted(task: TaskReply, watch: Watch) -> str:
+    task_id = _id_of(task)
+    watch.submitted(task_id)
+    return task_id
+
+
+async def _aaccepted(task: TaskReply, watch: Watch) -> str:
+    task_id = _id_of(task)
+    await watch.asubmitted(task_id)
+    return task_id
+
+
+def _id_of(task: TaskReply) -> str:
     if task.task_id is None:
         raise CogViewMalformedReplyError
-    watch.submitted(task.task_id)
     return task.task_id
 
 

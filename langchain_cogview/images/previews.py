@@ -6,7 +6,6 @@ found again by the picture's hash: by its result, its artifact, or a gallery of 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import logging
@@ -16,6 +15,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.images.formats import EXTENSIONS, sniff
 
 if TYPE_CHECKING:
@@ -180,9 +180,9 @@ def remember(images: Iterable[Previewable]) -> None:
 
 
 async def aremember(images: Iterable[Previewable]) -> None:
-    """The twin of `remember`, without blocking the event loop."""
+    """Async version of `remember`."""
     if in_kernel():
-        await asyncio.to_thread(_remember, images)
+        await in_thread(_remember, images)
 
 
 def _remember(images: Iterable[Previewable]) -> None:

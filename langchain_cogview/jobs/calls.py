@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewError, Outcome, Scope, error_class
 from langchain_cogview.result import ImageFailure, ImageResult
 from langchain_cogview.watch import JOURNAL
@@ -54,13 +54,17 @@ class Call:
         self.sent[request_id] = model
 
     async def asending(self, request_id: str, model: str) -> None:
-        """The twin of `sending`: the disk is waited for in a thread, not in the event loop."""
-        await asyncio.to_thread(self.sending, request_id, model)
+        """Async version of `sending`: a thread waits for the disk."""
+        await in_thread(self.sending, request_id, model)
 
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """The generator's word once the service took a task, for a model that may be another than was asked first."""
         self.sent[request_id] = model
         self._run.note({"key": self.work.item.key, "request_id": request_id, "task_id": task_id, "model": model})
+
+    async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Async version of `submitted`."""
+        await in_thread(self.submitted, request_id, task_id, model)
 
     @contextmanager
     def journaled(self) -> Iterator[None]:

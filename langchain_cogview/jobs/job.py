@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
+from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.jobs.lock import FolderLock
 from langchain_cogview.jobs.manifest import compact, read_history, read_settings, write_settings
@@ -124,17 +124,14 @@ async def arun_job(
 ) -> JobReport:
     """Draw every prompt of a file into a folder. The twin of `run_job`.
 
-    What is read, judged and saved is so in threads. The line before a paid request, and that of a task's id, are on the disk
-    before the next step is taken: each may hold up the event loop for one flush, which is milliseconds beside the seconds
-    of a picture.
+    Files are read and written in threads. The line before a paid request, and that of a task's id, are on the disk before the
+    next step is taken.
     """
-    job = await asyncio.to_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
+    job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
     running = job.running(
         limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
     )
-    run = await asyncio.to_thread(running.__enter__)
-    with contextlib.ExitStack() as stack:
-        stack.push(running.__exit__)
+    async with entered_in_thread(running) as run:
         run.asked_to_stop = stop
         if on_plan:
             on_plan(job.plan)
@@ -144,7 +141,7 @@ async def arun_job(
             while again:
                 await _adrained(astream_tasks((partial(run.adraw, work, each) for work in run.draws()), job.places))
                 again = run.reaches_further()
-        return await asyncio.to_thread(reported, run, job.started, job.skipped)
+        return await in_thread(reported, run, job.started, job.skipped)
 
 
 def plan_job(

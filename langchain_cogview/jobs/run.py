@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections import Counter
@@ -12,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.api.settings import is_sandbox
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -173,7 +173,7 @@ class JobRun:
         call = Call(self, work, draws=True)
         with call.journaled():
             outcome = await aor_error(self.generator.ainvoke, {**work.item.said, "n": work.draw}, config)
-        await asyncio.to_thread(self._finish, call, outcome)
+        await in_thread(self._finish, call, outcome)
 
     def collect(self, work: Work, config: RunnableConfig) -> None:
         """Have what is free for a prompt."""
@@ -186,9 +186,10 @@ class JobRun:
         """The twin of `collect`."""
         for call, task in self._tasks(work):
             outcome = await aor_error(task.aresult, config, timeout=self.generator.timeout)
-            await asyncio.to_thread(self._collected, call, outcome)
-        for call, number, image in self._links(work):
-            await asyncio.to_thread(self._fetched, call, number, image, await aor_error(image.aread))
+            await in_thread(self._collected, call, outcome)
+        links: list[tuple[Call, int, GeneratedImage]] = await in_thread(lambda: list(self._links(work)))
+        for call, number, image in links:
+            await in_thread(self._fetched, call, number, image, await aor_error(image.aread))
 
     # --- before
 

@@ -1,6 +1,7 @@
 """Work in threads: it never stops the event loop, waits for nobody else's threads, and leaves no warning behind."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
@@ -9,7 +10,7 @@ from contextvars import ContextVar
 import pytest
 
 from langchain_cogview import concurrency
-from langchain_cogview.concurrency import in_thread
+from langchain_cogview.concurrency import entered_in_thread, in_thread
 
 LONG = 30
 NAME: ContextVar[str] = ContextVar("name", default="nobody")
@@ -95,6 +96,50 @@ def test_where_no_thread_can_be_started_the_function_runs_once_all_the_same(monk
         asyncio.run(in_thread(calls.append, 1))
     asyncio.run(in_thread(calls.append, 2))
     assert calls == [1, 2]
+
+
+class Blocking:
+    """A context manager that tells what happens to it, and can be held while it is entered."""
+
+    def __init__(self):
+        self.enters, self.go, self.seen = threading.Event(), threading.Event(), []
+
+    def __enter__(self):
+        self.enters.set()
+        self.go.wait(LONG)
+        self.seen.append(threading.current_thread() is threading.main_thread())
+        return "entered"
+
+    def __exit__(self, kind, *rest):
+        self.seen.append(kind)
+
+
+@pytest.mark.parametrize("error", [None, KeyError, asyncio.CancelledError])
+async def test_a_context_manager_is_entered_and_left_in_threads(error):
+    context = Blocking()
+    context.go.set()
+    with contextlib.suppress(KeyError, asyncio.CancelledError):
+        async with entered_in_thread(context) as entered:
+            assert entered == "entered"
+            if error:
+                raise error
+    assert context.seen == [False, error]
+
+
+async def test_a_context_manager_is_left_when_its_caller_is_cancelled_on_entering():
+    context = Blocking()
+
+    async def enters():
+        async with entered_in_thread(context):
+            raise AssertionError("it was cancelled")
+
+    task = asyncio.create_task(enters())
+    await in_thread(context.enters.wait, LONG)
+    task.cancel()
+    context.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert context.seen == [False, None]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
