@@ -96,11 +96,12 @@ def checked_client(value: Any, *, sync: bool) -> Any:
     """
     if value is None:
         return None
-    import httpx  # noqa: PLC0415  it takes as long to load as all of this package
+    from langchain_cogview.api.transport import is_client  # noqa: PLC0415  it brings the HTTP stack
 
-    kind = httpx.Client if sync else httpx.AsyncClient
-    if not isinstance(value, kind):
-        raise ValueError(f"It takes an httpx.{kind.__name__}; this is of type {type(value).__name__}.")  # noqa: TRY004  pydantic's own
+    if not is_client(value, is_async=not sync):
+        kind = "Client" if sync else "AsyncClient"
+        name = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+        raise ValueError(f"It takes an httpx.{kind} or httpx2.{kind}; this is of type {name}.")
     return value
 
 

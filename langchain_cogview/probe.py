@@ -24,7 +24,7 @@ from langchain_cogview.api.environment import proxy_for
 from langchain_cogview.api.network import resolve
 from langchain_cogview.api.protocol import read_reply
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
-from langchain_cogview.api.transport import STAGE, asender, sender
+from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
@@ -39,9 +39,7 @@ from langchain_cogview.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from langchain_cogview.plain import AnyRequest, AnyResponse
+    from collections.abc import Iterator
 
 PROBE: Final = {"model": "cogview-doctor-probe"}
 """The body of the probe: no such model, and no prompt."""
@@ -54,8 +52,6 @@ _STEPS: Final = (  # the end of httpcore's event, and what it is called here
     ("start_tls", "TLS"),
     ("receive_response_headers", "HTTP answer"),
 )
-
-_STAGES: Final = {"connect": "connect", "tls": "TLS", "send": "HTTP answer"}
 
 State = Literal["ok", "note", "failed", "skipped"]
 
@@ -124,46 +120,25 @@ def network(service: Service) -> Iterator[Finding]:
 
 @dataclass(slots=True)
 class _Watch:
-    """Listens to one request on its way, as the transport (behind a proxy, httpcore's trace) and the reply tell it."""
+    """Listens to one request on its way, as httpcore's trace and the reply tell it."""
 
     steps: list[Finding]
     proxied: bool
     begun: dict[str, float] = field(default_factory=dict)
     date: str | None = None
 
-    def build(self, key: SecretStr | None) -> Callable[..., httpx.Request]:
-        """Makes the request: with times for each step, and without a header for a key that is not there."""
+    def prepare(self, request: httpx.Request, *, has_key: bool) -> None:
+        """Take times for each step, and take the header for a key that is not there away."""
+        trace = request.extensions["trace"]
 
-        def build(*arguments: Any, **settings: Any) -> httpx.Request:
-            extensions = settings["extensions"]
-            trace, stage, limits = (
-                extensions["trace"],
-                extensions[STAGE],
-                dict.fromkeys(extensions["timeout"], STEP_SECONDS),
-            )
+        def tell(event: str, info: dict[str, Any]) -> None:
+            self.hear(event, info)
+            trace(event, info)
 
-            def tell(event: str, info: dict[str, Any]) -> None:
-                self.hear(event, info)
-                trace(event, info)
-
-            def tell_stage(begins: str) -> None:
-                self.reach(begins)
-                stage(begins)
-
-            settings["extensions"] = {**extensions, "trace": tell, STAGE: tell_stage, "timeout": limits}
-            request = httpx.Request(*arguments, **settings)
-            if key is None:
-                del request.headers["Authorization"]
-            return request
-
-        return build
-
-    def reach(self, begins: str) -> None:
-        """The transport's word, where no proxy is on the way: what went before is done."""
-        for step in list(self.begun):
-            self.note(step, {}, failed=False)
-        if begins in _STAGES:
-            self.begun[_STAGES[begins]] = time.monotonic()
+        limits = dict.fromkeys(request.extensions["timeout"], STEP_SECONDS)
+        request.extensions.update(trace=tell, timeout=limits)
+        if not has_key:
+            del request.headers["Authorization"]
 
     def hear(self, event: str, info: dict[str, Any]) -> None:
         name, _, end = event.rpartition(".")
@@ -194,7 +169,8 @@ def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
     watch = _Watch(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
     send = sender(service.base_url)
 
-    def sent(request: AnyRequest) -> AnyResponse:
+    def sent(request: httpx.Request) -> httpx.Response:
+        watch.prepare(request, has_key=service.key is not None)
         response = send(request)
         watch.date = response.headers.get("date")
         return response
@@ -204,7 +180,6 @@ def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
         api_key=service.key or SecretStr("no key"),
         send=sent,
         asend=asender(service.base_url),
-        build=watch.build(service.key),
     )
     begun = time.monotonic()
     try:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
-
-import httpx
 
 from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
 from langchain_cogview.api.gate import Gate, Place, gate_for
@@ -25,10 +22,10 @@ from langchain_cogview.errors import (
     CogViewTimeoutError,
     Outcome,
 )
-from langchain_cogview.plain import PlainRequest
 from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
+    import httpx
     from pydantic import SecretStr
 
     from langchain_cogview.stopping import Stop
@@ -276,16 +273,11 @@ def client_of(
     http_async_client: httpx.AsyncClient | None,
 ) -> ImagesClient:
     """Put a client together: on connections of our own, in a sandbox of this process, or on clients of the caller's."""
-    # Injected clients follow no redirect: that would hand the key on, and repeat the POST.
-    once: dict[str, Any] = {"stream": True, "follow_redirects": False}
-    build = httpx.Request if is_sandbox(base_url) else PlainRequest
     endpoint = Endpoint(
         base_url=SANDBOX_ENDPOINT if is_sandbox(base_url) else base_url,
         api_key=key,
-        send=partial(http_client.send, **once) if http_client else sender(base_url),
-        asend=partial(http_async_client.send, **once) if http_async_client else asender(base_url),
-        build=http_client.build_request if http_client else build,
-        abuild=http_async_client.build_request if http_async_client else build,
+        send=sender(base_url, http_client),
+        asend=asender(base_url, http_async_client),
     )
     policy = RetryPolicy(max_retries=max_retries, retry_unknown=retry_unknown)
     return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 import httpx
 
+from langchain_cogview.api.network import UnaskedReplyError, original, raised_by_signal
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
 from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
-from langchain_cogview.api.transport import STAGE
 from langchain_cogview.deadline import DEADLINE
-from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError
-from langchain_cogview.plain import AnyRequest, AnyResponse, PlainRequest
+from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewOutcomeUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from langchain_cogview.deadline import Deadline
 
 SANDBOX_HEADER: Final = "x-cogview-sandbox"
+_ID_CHARACTERS = 200
 
 ReplyT = TypeVar("ReplyT")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
@@ -41,35 +41,48 @@ class Reader(Protocol[_Reply_co]):
 
 
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
-_SETTINGS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
+_SETTINGS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError)
 _RUBBISH = (httpx.RemoteProtocolError, httpx.DecodingError)
+_OURS = (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, CogViewError)
+"""What becomes one of our errors. Everything else (a signal's exception, an interrupt, a cancelled task) is the caller's."""
 
 
 class _Progress:
-    """How far one attempt has come, as our transport, or httpcore's trace under an injected client, tells it."""
+    """How far one attempt has come, as httpcore's trace tells it, under our transport and under an injected client."""
 
     def __init__(self) -> None:
         self.traced = False
         self.sent = False
 
-    def __call__(self, event: str, info: dict[str, Any]) -> None:
+    def trace(self, event: str, info: dict[str, Any]) -> None:
         self.traced = True
         if event.endswith("send_request_headers.started"):
             request = info.get("request")
             self.sent = self.sent or getattr(request, "method", b"") != b"CONNECT"
 
-    def stage(self, begins: str) -> None:
-        self.traced = True
-        self.sent = self.sent or begins == "send"
-
-    async def anote(self, event: str, info: dict[str, Any]) -> None:
-        self(event, info)
+    async def atrace(self, event: str, info: dict[str, Any]) -> None:
+        self.trace(event, info)
 
     def phase(self, error: BaseException | None = None) -> Phase:
         """Without a trace (another transport than httpcore's) only the exception's class tells; in doubt it was sent."""
+        if isinstance(error, UnaskedReplyError):
+            return Phase.CONNECTING
         if self.traced:
             return Phase.SENT if self.sent else Phase.CONNECTING
         return Phase.CONNECTING if isinstance(error, _NOT_SENT) else Phase.SENT
+
+
+class _Reading:
+    """What has come of one reply."""
+
+    def __init__(self) -> None:
+        self.response: httpx.Response | None = None
+        self.content = bytearray()
+
+    def add(self, chunk: bytes) -> bool:
+        """Take a part of the body; False when it is larger than a reply may be."""
+        self.content += chunk
+        return len(self.content) <= MAX_REPLY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,76 +109,73 @@ class Endpoint:
         api_key: Goes into the `Authorization` header and nowhere else.
         send: Sends one sync request and gives the response with its body unread.
         asend: The same, async.
-        build: Makes a request; an injected client adds its own headers and parameters.
-        abuild: The same, async.
     """
 
     base_url: str
     api_key: SecretStr = field(repr=False)
-    send: Callable[[Any], AnyResponse]
-    asend: Callable[[Any], Awaitable[AnyResponse]]
-    build: Callable[..., AnyRequest] = PlainRequest
-    abuild: Callable[..., AnyRequest] = PlainRequest
+    send: Callable[[httpx.Request], httpx.Response]
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]]
 
-    # --- one exchange, twice: only "send" and "read" differ. Errors are given back rather than raised: httpx's hold the
-    # request, and these frames what the service said, and so perhaps the key; no traceback and no chain shows them.
+    # --- one exchange, twice: only "send" and "read" differ. Errors are returned and raised further up: the frames that they come
+    # from hold the request, and so the key, and what the service said; no traceback and no chain shows them.
 
     def exchange(self, call: Call, deadline: Deadline, read: Reader[ReplyT]) -> ReplyT:
         """Send one request and read its reply.
 
         Raises:
             CogViewError: As `read` says, or what became of the connection.
+            BaseException: What somebody else raised meanwhile, such as a signal handler, as it is; a note on it says that the
+                request was sent.
         """
         return _judged(self._exchanged(call, deadline, read), read)
 
     async def aexchange(self, call: Call, deadline: Deadline, read: Reader[ReplyT]) -> ReplyT:
-        """Send one request and read its reply. The twin of `exchange`."""
+        """Async version of `exchange`."""
         return _judged(await self._aexchanged(call, deadline, read), read)
 
-    def _exchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | CogViewError:
+    def _exchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | BaseException:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress, response, content, encoding = _Progress(), None, b"", ""
+        progress, reading = _Progress(), _Reading()
         try:
-            response = self.send(self._request(self.build, call, deadline, progress, progress))
+            response = reading.response = self.send(self._request(call, deadline, progress.trace))
             with contextlib.closing(response):
-                content, encoding = _read_already(response)
-                if not response.is_closed:
-                    for chunk in response.iter_raw():
-                        content += chunk
-                        if len(content) > MAX_REPLY_BYTES:
-                            break
-                        if deadline.passed:
-                            raise httpx.ReadTimeout("The time limit passed.")  # noqa: TRY301
-                return self._received(response, content, encoding)
-        except Exception as error:  # noqa: BLE001
-            return self._salvaged(response, content, encoding, read) or self._as_ours(error, progress, deadline.seconds)
+                for chunk in response.iter_raw():
+                    if not reading.add(chunk):
+                        break
+                    if deadline.passed:
+                        raise httpx.ReadTimeout("The time limit passed.")  # noqa: TRY301
+                received = self._received(reading, call)
+                if isinstance(received, CogViewError) and "network_stream" in response.extensions:
+                    response.extensions["network_stream"].close()
+                return received
+        except BaseException as error:  # noqa: BLE001
+            return self._failed(error, call, reading, progress, deadline, read)
 
-    async def _aexchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | CogViewError:
+    async def _aexchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | BaseException:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress, response, content, encoding = _Progress(), None, b"", ""
+        progress, reading = _Progress(), _Reading()
         try:
             async with asyncio.timeout(deadline.remaining()):
-                response = await self.asend(self._request(self.abuild, call, deadline, progress, progress.anote))
-                async with contextlib.aclosing(response):
-                    content, encoding = _read_already(response)
-                    if not response.is_closed:
-                        async for chunk in response.aiter_raw():
-                            content += chunk
-                            if len(content) > MAX_REPLY_BYTES:
-                                break
-                    return self._received(response, content, encoding)
-        except Exception as error:  # noqa: BLE001
-            return self._salvaged(response, content, encoding, read) or self._as_ours(error, progress, deadline.seconds)
+                response = reading.response = await self.asend(self._request(call, deadline, progress.atrace))
+                chunks: Any = response.aiter_raw()
+                async with contextlib.aclosing(response), contextlib.aclosing(chunks):
+                    async for chunk in chunks:
+                        if not reading.add(chunk):
+                            break
+                    received = self._received(reading, call)
+                    if isinstance(received, CogViewError) and "network_stream" in response.extensions:
+                        await response.extensions["network_stream"].aclose()
+                    return received
+        except BaseException as error:  # noqa: BLE001
+            return self._failed(error, call, reading, progress, deadline, read)
 
     # --- pure steps
 
-    def _request(
-        self, build: Callable[..., AnyRequest], call: Call, deadline: Deadline, progress: _Progress, trace: Any
-    ) -> AnyRequest:
+    def _request(self, call: Call, deadline: Deadline, trace: Callable[..., Any]) -> httpx.Request:
         left = deadline.remaining()
-        return build(
+        return httpx.Request(
             call.method,
             _url(f"{self.base_url}{call.route}"),
             headers=self._headers(),
@@ -173,7 +183,6 @@ class Endpoint:
             extensions={
                 "timeout": {"connect": left, "read": left, "write": left, "pool": left},
                 "trace": trace,
-                STAGE: progress.stage,
                 DEADLINE: deadline,
             },
         )
@@ -187,24 +196,49 @@ class Endpoint:
             "User-Agent": "langchain-cogview",
         }
 
-    def _received(self, response: AnyResponse, content: bytes, encoding: str) -> _Received | CogViewError:
+    def _received(self, reading: _Reading, call: Call) -> _Received | CogViewError:
+        response, content = reading.response, bytes(reading.content)
+        if response is None:
+            return transport_error(Fault.BROKEN, Phase.SENT)
+        body = None
         if len(content) <= MAX_REPLY_BYTES:
-            body = decoded_body(content, encoding)
-            if body is not None:
-                retry_after = parse_retry_after(response.headers.get("retry-after"))
-                sandbox = SANDBOX_HEADER in response.headers
-                return _Received(response.status_code, redactor(self.api_key).body(body), sandbox, retry_after)
-        return CogViewMalformedReplyError(
-            "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
-            "a picture may have been made and charged.",
-            status=response.status_code,
-        )
+            body = decoded_body(content, response.headers.get("content-encoding", ""))
+        if body is None:
+            return CogViewMalformedReplyError(
+                "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
+                "a picture may have been made and charged.",
+                status=response.status_code,
+            )
+        if _answers_another(call, body):
+            return CogViewOutcomeUnknownError(
+                "The reply belongs to another request; a picture may have been made and charged for this one.",
+                status=response.status_code,
+            )
+        retry_after = parse_retry_after(response.headers.get("retry-after"))
+        sandbox = SANDBOX_HEADER in response.headers
+        return _Received(response.status_code, redactor(self.api_key).body(body), sandbox, retry_after)
 
-    def _salvaged(
-        self, response: AnyResponse | None, content: bytes, encoding: str, read: Reader[Any]
-    ) -> _Received | None:
+    def _failed(  # noqa: PLR0917
+        self,
+        error: BaseException,
+        call: Call,
+        reading: _Reading,
+        progress: _Progress,
+        deadline: Deadline,
+        read: Reader[Any],
+    ) -> _Received | BaseException:
+        """What an exchange ends with that did not come to its end."""
+        if not isinstance(error, _OURS) or raised_by_signal(error):
+            error = original(error)
+            if call.body is not None and progress.sent:
+                sent = f"The request {call.body.get('request_id', '')} was sent before this"
+                error.add_note(f"{sent}: a picture may have been made and charged.")
+            return error
+        return self._salvaged(reading, call, read) or self._as_ours(error, progress, deadline.seconds)
+
+    def _salvaged(self, reading: _Reading, call: Call, read: Reader[Any]) -> _Received | None:
         """A reply whose end was lost, when the picture's link is in what came: it is paid for."""
-        received = self._received(response, content, encoding) if response is not None and content else None
+        received = self._received(reading, call) if reading.content else None
         if not isinstance(received, _Received):
             return None
         try:
@@ -248,9 +282,9 @@ def _url(url: str) -> httpx.URL:
     return httpx.URL(url)
 
 
-def _judged(received: _Received | CogViewError, read: Reader[ReplyT]) -> ReplyT:
-    if isinstance(received, CogViewError):
-        raise received
+def _judged(received: _Received | BaseException, read: Reader[ReplyT]) -> ReplyT:
+    if isinstance(received, BaseException):
+        raise received.with_traceback(None)
     try:
         return read(received.status, received.body, sandbox=received.sandbox)
     except CogViewError as error:
@@ -258,8 +292,16 @@ def _judged(received: _Received | CogViewError, read: Reader[ReplyT]) -> ReplyT:
         raise
 
 
-def _read_already(response: AnyResponse) -> tuple[bytes, str]:
-    """What an injected client has read (and decompressed) by itself, and the encoding of what is still to come."""
-    if response.is_stream_consumed:
-        return response.content, ""
-    return b"", response.headers.get("content-encoding", "")
+def _answers_another(call: Call, body: bytes) -> bool:
+    """Whether a reply carries another request id than the one that was sent: then it is not this call's."""
+    sent = (call.body or {}).get("request_id")
+    if not sent or b"request_id" not in body:
+        return False
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    echoed = reply.get("request_id") if isinstance(reply, dict) else None
+    if not isinstance(echoed, str) or not echoed.isprintable() or len(echoed) > _ID_CHARACTERS:
+        return False  # what is no id at all says nothing
+    return echoed.strip() not in {"", sent}

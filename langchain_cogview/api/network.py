@@ -1,6 +1,7 @@
-"""Look-ups and sockets under httpcore: each gets only the time that is left, and goes only where it may.
+"""Name look-ups and connections under httpcore, by its public interface: `NetworkBackend` and `NetworkStream`.
 
-Public interface of httpcore: `NetworkBackend` and `AsyncNetworkBackend`.
+A connection made here goes only to addresses that are allowed, gives each operation only the time that is left, and bounds what a
+reply can do before httpcore has parsed it. `ReplyGuard` has these bounds once, for both the sync and the async streams.
 """
 
 from __future__ import annotations
@@ -9,25 +10,71 @@ import asyncio
 import contextlib
 import ipaddress
 import queue
+import re
+import select
+import signal
 import socket
+import ssl
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import httpcore
+import httpx
 
 from langchain_cogview.addresses import AddressRefusedError
-from langchain_cogview.api.streams import Framing, connected
 from langchain_cogview.deadline import Deadline
 
 if TYPE_CHECKING:
-    import ssl
+    from collections.abc import Iterator
 
     from langchain_cogview.addresses import AddressCheck
 
 _FIRST_ADDRESSES_SECONDS: Final = 5.0
+_READ_BYTES: Final = 2**18
+_WRITE_BYTES: Final = 2**16
 _SocketOptions = Iterable[Any] | None
+
+
+class UnaskedReplyError(httpcore.ConnectError, httpx.ConnectError):
+    """When the other side sent something, or left, before the request: nothing of the request was sent."""
+
+
+# --- exceptions of signal handlers
+
+
+def raised_by_signal(error: BaseException) -> bool:
+    """Whether an error, or what it was made from, was raised by a signal handler of this program.
+
+    Such a handler runs in the middle of a socket operation. What it raises is no fault of the connection, even where it is of a
+    class that sockets use too, such as `TimeoutError`.
+    """
+    return any(_comes_from_handler(each) for each in _chain(error))
+
+
+def original(error: BaseException) -> BaseException:
+    """What a signal handler raised, which httpcore may have wrapped; else the error itself."""
+    return next((each for each in _chain(error) if _comes_from_handler(each)), error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _comes_from_handler(error: BaseException) -> bool:
+    handlers = {signal.getsignal(each) for each in signal.valid_signals()}
+    codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)}
+    # Python's own handler of Ctrl-C has no code; it raises KeyboardInterrupt, which no connection does.
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+# --- names and addresses
 
 
 @lru_cache(maxsize=256)
@@ -69,6 +116,17 @@ def _allowed(
     return addresses
 
 
+def check_literal(host: str, check: AddressCheck | None) -> None:
+    """Check a host that is an address; a name passes, because behind a proxy the proxy looks it up.
+
+    Raises:
+        AddressRefusedError: When the check refuses the address.
+    """
+    literal = literal_address(host)
+    if literal:
+        _allowed(host, [literal], check, literal=True)
+
+
 def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline) -> list[str]:
     """The addresses of a host that may be connected to.
 
@@ -89,7 +147,7 @@ def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline
 
 
 async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str]:
-    """The twin of `resolve`; the caller's `asyncio.timeout` bounds it."""
+    """Async version of `resolve`; the caller's `asyncio.timeout` bounds it."""
     literal = literal_address(host)
     if literal:
         return _allowed(host, [literal], check, literal=True)
@@ -115,60 +173,200 @@ def _connect_share(timeout: float | None, *, last: bool) -> float | None:
     return _FIRST_ADDRESSES_SECONDS if timeout is None else min(_FIRST_ADDRESSES_SECONDS, timeout / 2)
 
 
-class _SyncStream(httpcore.NetworkStream):
-    def __init__(self, inner: httpcore.NetworkStream, backend: SyncBackend) -> None:
-        self._inner, self._backend = inner, backend
-        self._framing = backend.start_framing()
+# --- the bounds of a reply
+
+
+class ReplyGuard:
+    """Received bytes on their way to httpcore, which are handed over in pieces that bound what a reply can do.
+
+    - The head of a reply comes alone, is at most 100 kB, and has no run of 256 blanks: h11 takes a time that grows with the
+      square of such a run, half a minute for 64 kB. Between the chunks of a body, where the same holds, long runs come in small
+      pieces.
+    - The last byte that is there comes alone. httpcore asks for it only when the reply needs it, so that a connection with
+      something behind its reply is known: it would answer the next request with it.
+    - A body in a multitude of tiny chunks is refused.
+    """
+
+    _HEAD_END = re.compile(rb"\n\r?\n")
+    _BLANKS = re.compile(rb"[ \t]{256}")
+    _MOST_HEAD = 100 * 1024
+    _PIECE = 2**10
+    _MOST_BETWEEN_CHUNKS = 2**12
+    _FREE_CHUNKS = 10_000
+    _BYTES_A_CHUNK = 64
+
+    def __init__(self) -> None:
+        self._waiting, self._at = b"", 0
+        self.expect_reply()
+
+    def expect_reply(self) -> None:
+        """A request is about to be sent: what comes now is its reply."""
+        self._is_head = True
+        self._head_size = 0
+        self._unproductive = 0
+        self._tail = b""
+        self._chunks = self._size = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that came was handed over. After a whole reply: whether nothing stands behind it."""
+        return self._at == len(self._waiting)
+
+    def put(self, data: bytes) -> None:
+        """Take what was received; call it only when empty."""
+        self._waiting, self._at = data, 0
+
+    def take(self, max_bytes: int) -> bytes:
+        """The next piece for httpcore.
+
+        Raises:
+            httpcore.RemoteProtocolError: When the reply breaks a bound.
+        """
+        piece = self._head_piece(max_bytes) if self._is_head else self._body_piece(max_bytes)
+        self._at += len(piece)
+        self._tail = (self._tail + piece)[-256:]
+        return piece
+
+    def _head_piece(self, max_bytes: int) -> bytes:
+        before = self._tail[-2:]
+        piece = self._waiting[self._at : self._at + max_bytes]
+        end = self._HEAD_END.search(before + piece)
+        if end:
+            piece = piece[: end.end() - len(before)]
+        self._head_size += len(piece)
+        if self._head_size > self._MOST_HEAD:
+            raise httpcore.RemoteProtocolError("The head of the reply is larger than 100 kB.")
+        if self._BLANKS.search(self._tail + piece):
+            raise httpcore.RemoteProtocolError("The head of the reply has too many blanks in a row.")
+        return piece
+
+    def _body_piece(self, max_bytes: int) -> bytes:
+        size = min(max(len(self._waiting) - self._at - 1, 1), max_bytes)
+        piece = self._waiting[self._at : self._at + size]
+        if self._BLANKS.search(self._tail + piece):
+            piece = piece[: self._PIECE]
+            self._unproductive += len(piece)
+            if self._unproductive > self._MOST_BETWEEN_CHUNKS:
+                raise httpcore.RemoteProtocolError("There is too much between two chunks of the reply.")
+        return piece
+
+    def head_was_read(self) -> None:
+        """The head is with httpcore; what follows is the body."""
+        self._is_head = False
+        self._tail = b""
+
+    def chunk_was_read(self, size: int) -> None:
+        """A part of the body was given by httpcore.
+
+        Raises:
+            httpcore.RemoteProtocolError: When the parts are many and tiny.
+        """
+        self._unproductive = 0
+        self._chunks += 1
+        self._size += size
+        if self._chunks > self._FREE_CHUNKS and self._size < self._chunks * self._BYTES_A_CHUNK:
+            raise httpcore.RemoteProtocolError("The reply came in too many tiny chunks.")
+
+
+def _is_spoiled(came: bytes | None, *, was_used: bool) -> bool:
+    """Whether a request may not be sent, judged by what came before it.
+
+    A new connection that is closed at once is not told from one that is closed while the request is under way.
+    """
+    return came is not None and (came != b"" or was_used)
+
+
+# --- sync connections
+
+
+class SyncStream(httpcore.NetworkStream):
+    """A connection: one of httpcore's, with a guard and a deadline."""
+
+    def __init__(self, inner: httpcore.NetworkStream, backend: SyncBackend, *, is_encrypted: bool = False) -> None:
+        self._inner, self._backend, self._is_encrypted = inner, backend, is_encrypted
+        self._outgoing: list[bytes] = []
+        self.guard = ReplyGuard()
+        self.is_closed = self._was_used = False
+        # The last stream made is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
+        backend.stream = self
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        chunk = self._inner.read(max_bytes, self._backend.time_left(timeout, httpcore.ReadTimeout))
-        if self._framing:
-            self._framing.received(chunk)
-        return chunk
+        """The next bytes; none at the end."""
+        self._send_outgoing(timeout)
+        left = self._backend.time_left(timeout, httpcore.ReadTimeout)
+        if self.guard.is_empty:
+            self.guard.put(self._inner.read(_READ_BYTES, left))
+        return self.guard.take(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        if self._framing:
-            self._framing.sent()
-        self._inner.write(buffer, self._backend.time_left(timeout, httpcore.WriteTimeout))
+        """Keep bytes until the request is whole, which httpcore tells by writing nothing: then one look and one write do."""
+        if buffer:
+            self._outgoing.append(buffer)
+        else:
+            self._send_outgoing(timeout)
+
+    def _send_outgoing(self, timeout: float | None) -> None:
+        if not self._outgoing:
+            return
+        buffer = b"".join(self._outgoing)
+        self._outgoing.clear()
+        if not self.guard.is_empty or _is_spoiled(self._input(), was_used=self._was_used):
+            raise UnaskedReplyError("The server sent something, or closed the connection, before the request.")
+        self._was_used = True
+        self.guard.expect_reply()
+        for start in range(0, len(buffer), _WRITE_BYTES):
+            left = self._backend.time_left(timeout, httpcore.WriteTimeout)
+            self._inner.write(buffer[start : start + _WRITE_BYTES], left)
+
+    def _input(self) -> bytes | None:
+        """What has come, without waiting; None when nothing has, and nothing at the end."""
+        try:
+            if self._is_encrypted:  # what can be read of the socket itself may be a session ticket
+                return self._inner.read(1, timeout=0)
+            if not self._inner.get_extra_info("is_readable"):
+                return None
+            came: bytes = self._inner.get_extra_info("socket").recv(1, socket.MSG_PEEK)
+        except httpcore.ReadTimeout:
+            return None
+        except httpcore.ReadError as error:
+            return None if isinstance(error.__cause__, BlockingIOError | ssl.SSLWantReadError) else b""
+        except OSError:
+            return b""
+        return came
 
     def close(self) -> None:
+        """Close it; a second time changes nothing."""
+        self.is_closed = True
         self._inner.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        left = self._backend.time_left(timeout, httpcore.ConnectTimeout)
-        return _SyncStream(self._inner.start_tls(ssl_context, server_hostname, left), self._backend)
+        """Go on encrypted; a handshake that fails or is interrupted closes the connection."""
+        try:
+            if not self.guard.is_empty:
+                raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
+            left = self._backend.time_left(timeout, httpcore.ConnectTimeout)
+            inner = self._inner.start_tls(ssl_context, server_hostname, left)
+        except BaseException:
+            self.close()
+            raise
+        return SyncStream(inner, self._backend, is_encrypted=True)
 
     def get_extra_info(self, info: str) -> Any:
+        """As httpcore names it."""
+        if info == "is_readable" and not self.guard.is_empty:
+            return True
         return self._inner.get_extra_info(info)
 
 
-class _Framed:
-    """Knows the `Framing` of the last stream that it made, when asked for one.
-
-    The last stream is the one that HTTP is spoken over: TLS wraps the connection, and that of a proxy.
-    """
-
-    def __init__(self, *, framed: bool) -> None:
-        self._framed = framed
-        self.framing = Framing()
-
-    def start_framing(self) -> Framing | None:
-        """What counts the bytes of a new stream."""
-        if not self._framed:
-            return None
-        self.framing = Framing()
-        return self.framing
-
-
-class SyncBackend(_Framed, httpcore.NetworkBackend):
+class SyncBackend(httpcore.NetworkBackend):
     """Opens connections that look at `deadline`, which is set anew for every request."""
 
-    def __init__(self, check: AddressCheck | None, *, framed: bool = False) -> None:
-        super().__init__(framed=framed)
+    def __init__(self, check: AddressCheck | None) -> None:
         self._check, self._inner = check, httpcore.SyncBackend()
         self.deadline = Deadline(None)
+        self.stream: SyncStream | None = None
 
     def time_left(self, timeout: float | None, error: type[Exception]) -> float | None:
         """Seconds for the next operation; raises `error` when none are left."""
@@ -191,20 +389,230 @@ class SyncBackend(_Framed, httpcore.NetworkBackend):
             last = number == len(addresses)
             share = _connect_share(self.time_left(timeout, httpcore.ConnectTimeout), last=last)
             try:
-                inner = self._inner.connect_tcp(address, port, share, local_address, socket_options)
-                return _SyncStream(inner, self)
+                return SyncStream(self._inner.connect_tcp(address, port, share, local_address, socket_options), self)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if last:
                     raise
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
 
 
-class AsyncBackend(_Framed, httpcore.AsyncNetworkBackend):
-    """Opens connections to checked addresses."""
+# --- async connections. Their time limit is the caller's `asyncio.timeout` around the whole exchange. They are plain sockets and
+# not asyncio's transports: these hold their event loop, warn when they outlive it, and cannot be closed without it.
 
-    def __init__(self, check: AddressCheck | None, *, framed: bool = False) -> None:
-        super().__init__(framed=framed)
-        self._check = check
+
+class _Channel(Protocol):
+    async def receive(self) -> bytes: ...
+
+    async def send(self, data: bytes) -> None: ...
+
+    def receive_now(self) -> bytes | None:
+        """What has come, without waiting; None when nothing has, and nothing at the end."""
+
+    def close(self) -> None: ...
+
+    def get_extra_info(self, info: str) -> Any: ...
+
+
+class _SocketChannel:
+    def __init__(self, sock: socket.socket, open_sockets: set[socket.socket]) -> None:
+        self._socket, self._open = sock, open_sockets
+
+    async def receive(self) -> bytes:
+        return await asyncio.get_running_loop().sock_recv(self._socket, _READ_BYTES)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._socket, data)
+
+    def receive_now(self) -> bytes | None:
+        try:
+            return self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        self._open.discard(self._socket)
+        self._socket.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        if info == "is_readable":
+            return _is_readable(self._socket)
+        if info == "client_addr":
+            return self._socket.getsockname()
+        if info == "server_addr":
+            return self._socket.getpeername()
+        return self._socket if info == "socket" else None
+
+
+class _TLSChannel:
+    """TLS over another channel, in Python's own way without sockets: `ssl.MemoryBIO`."""
+
+    def __init__(self, inner: _Channel, context: ssl.SSLContext, host: str | None) -> None:
+        self._inner = inner
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+
+    async def shake_hands(self) -> None:
+        try:
+            await self._run(self._tls.do_handshake)
+        except ssl.SSLError:
+            with contextlib.suppress(OSError):
+                await self._flush()  # the alert
+            raise
+
+    async def receive(self) -> bytes:
+        try:
+            data: bytes = await self._run(lambda: self._tls.read(_READ_BYTES))
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            return b""
+        return data
+
+    async def send(self, data: bytes) -> None:
+        await self._run(lambda: self._tls.write(data))
+
+    def receive_now(self) -> bytes | None:
+        while True:
+            try:
+                return self._tls.read(_READ_BYTES)
+            except ssl.SSLWantReadError:
+                data = self._inner.receive_now()
+                if data is None:
+                    return None
+                self._feed(data)
+            except ssl.SSLError:
+                return b""
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        if info == "ssl_object":
+            return self._tls
+        if info == "is_readable" and (self._incoming.pending or self._tls.pending()):
+            return True
+        return self._inner.get_extra_info(info)
+
+    async def _run(self, step: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                result = step()
+            except ssl.SSLWantReadError:
+                await self._flush()
+                self._feed(await self._inner.receive())
+            else:
+                await self._flush()
+                return result
+
+    async def _flush(self) -> None:
+        if self._outgoing.pending:
+            await self._inner.send(self._outgoing.read())
+
+    def _feed(self, data: bytes) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    if sock.fileno() < 0:
+        return True
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class AsyncStream(httpcore.AsyncNetworkStream):
+    """Async version of `SyncStream`."""
+
+    def __init__(self, channel: _Channel, backend: AsyncBackend) -> None:
+        self._channel, self._backend = channel, backend
+        self._outgoing: list[bytes] = []
+        self.guard = ReplyGuard()
+        self.is_closed = self._was_used = False
+        backend.stream = self
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
+        """The next bytes; none at the end."""
+        await self._send_outgoing()
+        if self.guard.is_empty:
+            try:
+                self.guard.put(await self._channel.receive())
+            except OSError as error:
+                raise httpcore.ReadError(str(error)) from error
+        return self.guard.take(max_bytes)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Keep bytes until the request is whole, which httpcore tells by writing nothing: then one look and one write do."""
+        if buffer:
+            self._outgoing.append(buffer)
+        else:
+            await self._send_outgoing()
+
+    async def _send_outgoing(self) -> None:
+        if not self._outgoing:
+            return
+        buffer = b"".join(self._outgoing)
+        self._outgoing.clear()
+        if not self.guard.is_empty or _is_spoiled(self._channel.receive_now(), was_used=self._was_used):
+            raise UnaskedReplyError("The server sent something, or closed the connection, before the request.")
+        self._was_used = True
+        self.guard.expect_reply()
+        try:
+            await self._channel.send(buffer)
+        except OSError as error:
+            raise httpcore.WriteError(str(error)) from error
+
+    async def aclose(self) -> None:
+        """Close it; a second time changes nothing."""
+        self.close()
+
+    def close(self) -> None:
+        """Close it from anywhere, also when its event loop is gone."""
+        self.is_closed = True
+        self._channel.close()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        """Go on encrypted; a handshake that fails or is cancelled closes the connection."""
+        try:
+            if not self.guard.is_empty:
+                raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
+            channel = _TLSChannel(self._channel, ssl_context, server_hostname)
+            await channel.shake_hands()
+        except (OSError, ValueError) as error:
+            self.close()
+            raise httpcore.ConnectError(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+        return AsyncStream(channel, self._backend)
+
+    def get_extra_info(self, info: str) -> Any:
+        """As httpcore names it."""
+        if info == "is_readable" and not self.guard.is_empty:
+            return True
+        return self._channel.get_extra_info(info)
+
+
+class AsyncBackend(httpcore.AsyncNetworkBackend):
+    """Opens connections to checked addresses.
+
+    Args:
+        check: Which addresses may be connected to.
+        open_sockets: Holds each socket while it is open, so that somebody can close it who does not know its event loop.
+    """
+
+    def __init__(self, check: AddressCheck | None, open_sockets: set[socket.socket]) -> None:
+        self._check, self._open = check, open_sockets
+        self.stream: AsyncStream | None = None
 
     async def connect_tcp(
         self,
@@ -220,14 +628,27 @@ class AsyncBackend(_Framed, httpcore.AsyncNetworkBackend):
             last = number == len(addresses)
             try:
                 async with asyncio.timeout(_connect_share(timeout, last=last)):
-                    return await connected(address, port, self.start_framing)
+                    return AsyncStream(await self._connected(address, port), self)
             except TimeoutError:
                 if last:
                     raise httpcore.ConnectTimeout("The time limit passed.") from None
-            except httpcore.ConnectError:
+            except OSError as error:
                 if last:
-                    raise
+                    raise httpcore.ConnectError(str(error)) from error
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
+
+    async def _connected(self, address: str, port: int) -> _SocketChannel:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        channel = _SocketChannel(sock, self._open)
+        self._open.add(sock)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await asyncio.get_running_loop().sock_connect(sock, (address, port))
+        except BaseException:
+            channel.close()
+            raise
+        return channel
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""

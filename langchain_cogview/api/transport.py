@@ -1,16 +1,16 @@
-"""Connections: per process and event loop, with a total deadline and guarded addresses.
+"""httpx transports over httpcore: one connection per slot, kept per process and event loop.
 
-`SyncTransport` and `AsyncTransport` send what httpx's transports send, as plain requests and responses. Each request takes
-one connection of its own, the last used first, which speaks by `http1`, and behind a proxy by httpcore. There is no pool to
-search: what costs nothing with one in flight costs nothing with hundreds. A request may carry these extensions:
+`SyncTransport` and `AsyncTransport` take one idle connection for each request, the last used first, or open one; there is no
+pool to search, so that hundreds in flight cost no more than one. httpcore does HTTP, TLS and proxies; `network` has what
+connections are made of. A request may carry these extensions, beside httpcore's own `timeout` and `trace`:
 
 - `cogview.deadline`, a `Deadline`: every look-up, connect, read and write gets only the time that is left. (The async side
   is bounded by `asyncio.timeout` around the whole step.)
 - `cogview.addresses`, an `AddressCheck`: which addresses the connection may go to. It is asked at the very connect, with
   the address that is connected to, so a name cannot resolve to something else afterwards.
-- `cogview.stage`, a function: told what begins, so that it is known whether anything was sent.
 
-Nothing hangs on a generator: the connections belong to the process, keyed by event loop, and are left behind by a fork.
+`sender` and `asender` give the one function that the endpoint and the download send with: these transports, the sandbox in this
+process, or a client of the caller's, be it of httpx or of httpx2.
 """
 
 from __future__ import annotations
@@ -18,352 +18,393 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import inspect
+import logging
 import os
 import time
 import weakref
 from collections import deque
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NoReturn, TypeVar
 
 import httpcore
 import httpx
 
-from langchain_cogview.addresses import ADDRESSES, AddressCheck, AddressRefusedError
-from langchain_cogview.api.environment import proxy_for, tls_context
-from langchain_cogview.api.http1 import BODY_BYTES, HEAD_BYTES, Conversation
-from langchain_cogview.api.network import AsyncBackend, SyncBackend, aresolve, resolve
-from langchain_cogview.api.proxied import AsyncProxied, Route, SyncProxied, expired
+from langchain_cogview.addresses import ADDRESSES, AddressCheck
+from langchain_cogview.api.environment import httpcore_proxy, proxy_for, tls_context
+from langchain_cogview.api.network import AsyncBackend, SyncBackend, UnaskedReplyError, check_literal
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewConfigurationError
-from langchain_cogview.plain import PlainResponse
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from langchain_cogview.plain import AnyRequest, AnyResponse, Head
     from langchain_cogview.sandbox.transport import SandboxTransport
 
-STAGE: Final = "cogview.stage"
-"""The request extension that holds a function; it is told what begins: `connect`, `tls`, `send`, or `answer`."""
-_MOST_IDLE = 1000
-_ADVISORY_SECONDS = 2.0
+KEEPALIVE_SECONDS: Final = 30.0
+"""How long a connection may be idle and be used again; after that nobody knows what became of it."""
+MOST_IDLE: Final = 1000
+"""Idle connections that are kept for each host."""
+_CHUNKS_A_TURN: Final = 64
+
+SlotT = TypeVar("SlotT", bound="_SyncSlot | _AsyncSlot")
 
 
-def _route(request: AnyRequest) -> Route:
+class _Route(NamedTuple):
+    """What connections can be shared by."""
+
+    scheme: bytes
+    host: bytes
+    port: int | None
+    proxy: str | None
+    check: AddressCheck | None
+
+    @classmethod
+    def of(cls, request: httpx.Request) -> _Route:
+        """The route of a request; an address that it may not go to is refused here where a proxy connects to it.
+
+        Raises:
+            AddressRefusedError: When the URL spells such an address out, and a proxy is used.
+        """
+        url = request.url
+        route = cls(url.raw_scheme, url.raw_host, url.port, proxy_for(url), request.extensions.get(ADDRESSES))
+        if route.proxy and route.check:
+            check_literal(url.host, route.check)
+        return route
+
+    def pool_options(self) -> dict[str, Any]:
+        scheme = self.scheme.decode()
+        return {
+            "ssl_context": tls_context() if scheme == "https" else None,
+            "proxy": httpcore_proxy(self.proxy, scheme) if self.proxy else None,
+            "max_connections": 1,
+            "max_keepalive_connections": 1,
+            "keepalive_expiry": KEEPALIVE_SECONDS,
+        }
+
+
+def _httpcore_request(request: httpx.Request) -> httpcore.Request:
     url = request.url
-    return Route(url.raw_scheme, url.raw_host, url.port, proxy_for(url), request.extensions.get(ADDRESSES))
+    return httpcore.Request(
+        method=request.method,
+        url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+        headers=request.headers.raw,
+        content=request.stream,
+        extensions=request.extensions,
+    )
 
 
-def _raise_as_httpx(error: Exception) -> NoReturn:
-    """Raise the httpx class of the same name; callers see one family whatever client they injected."""
-    if isinstance(error, httpx.TransportError):
-        raise error
-    for base in type(error).__mro__:
-        known = getattr(httpx, base.__name__, None) if base.__module__.startswith("httpcore") else None
-        if isinstance(known, type) and issubclass(known, httpx.TransportError):
-            raise known(str(error)) from error
+# --- errors and logs
+
+
+def raise_as_httpx(error: BaseException) -> NoReturn:
+    """Raise an error of httpcore, httpx2 or httpcore2 as httpx's class of the same name, and any other as it is.
+
+    The callers see one family of errors, whatever sends their requests.
+    """
+    if not isinstance(error, httpx.HTTPError):
+        for base in type(error).__mro__:
+            if base.__module__.partition(".")[0] in {"httpcore", "httpcore2", "httpx2"}:
+                known = getattr(httpx, base.__name__, None)
+                if isinstance(known, type) and issubclass(known, httpx.RequestError | httpx.InvalidURL):
+                    raise known(str(error)) from error
     raise error
 
 
-# --- the transports ----------------------------------------------------------------------------------------------
+_IS_OURS: Final[ContextVar[bool]] = ContextVar("cogview_request", default=False)
+
+
+def _shorten_records(record: logging.LogRecord) -> bool:
+    # httpcore's records are "event details"; the details can hold what a server has put into the head of its reply.
+    if _IS_OURS.get():
+        record.msg, record.args = str(record.msg).partition(" ")[0], ()
+    return True
+
+
+for _name in ("connection", "http11", "proxy", "socks"):
+    logging.getLogger(f"httpcore.{_name}").addFilter(_shorten_records)
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[None]:
+    """For one step of httpcore's: its log records tell no more than the event, and its errors are httpx's."""
+    token = _IS_OURS.set(True)
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        raise_as_httpx(error)
+    finally:
+        with contextlib.suppress(ValueError):  # a coroutine that is destroyed ends in another context
+            _IS_OURS.reset(token)
+
+
+# --- connections
 
 
 class _SyncSlot:
     """One connection, open or not, to one route."""
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: _Route) -> None:
         self.route = route
-        self.backend = SyncBackend(route.check)
         self.idle_since = 0.0
-        self._http = Conversation()
-        self._stream: Any = None  # httpcore's
-        self._patience: float | None = None
+        self.backend = SyncBackend(None if route.proxy else route.check)
+        self._pool = httpcore.ConnectionPool(network_backend=self.backend, **route.pool_options())
 
-    def send(self, request: AnyRequest) -> Head:
-        """Send a request, and read status and headers of its reply."""
-        stage = request.extensions.get(STAGE, _nobody)
-        limits = request.extensions.get("timeout", {})
-        self._patience = limits.get("read")
-        if self._stream is None:
-            self._connect(stage, limits.get("connect"))
-        stage("send")
-        with contextlib.suppress(httpcore.WriteError):  # a server may answer before it has read everything, and close
-            self._stream.write(self._http.request(request), limits.get("write"))
-        head = None
-        while head is None:
-            self._http.received(self._stream.read(HEAD_BYTES, self._patience))
-            head = self._http.head()
-        stage("answer")
-        return head
+    def send(self, request: httpx.Request, deadline: Deadline) -> httpcore.Response:
+        self.backend.deadline = deadline
+        with _ours():
+            response = self._pool.handle_request(_httpcore_request(request))
+            if self.backend.stream:
+                self.backend.stream.guard.head_was_read()
+        return response
 
-    def _connect(self, stage: Callable[[str], None], timeout: float | None) -> None:
-        stage("connect")
-        tls = tls_context() if self.route.scheme == b"https" else None
-        self._stream = self.backend.connect_tcp(self.route.name, self.route.number, timeout)
-        if tls:
-            stage("tls")
-            self._stream = self._stream.start_tls(tls, self.route.name, timeout)
-
-    def chunks(self) -> Iterator[bytes]:
-        """The body of the reply."""
-        while (chunk := self._http.chunk()) != b"":
-            if chunk is not None:
-                yield chunk
-            else:
-                self._http.received(self._stream.read(BODY_BYTES, self._patience))
-
-    def renewed(self) -> bool:
-        """Get ready for another request; False where there can be none."""
-        return self._http.renewed()
-
-    def has_expired(self) -> bool:
-        """Whether it was idle for too long, or closed by the other side."""
-        return expired(self.idle_since) or bool(self._stream.get_extra_info("is_readable"))
+    def is_usable(self) -> bool:
+        """Whether another request may follow, as far as can be seen from here."""
+        stream = self.backend.stream
+        whole = stream is not None and not stream.is_closed and stream.guard.is_empty
+        return whole and any(not each.has_expired() for each in self._pool.connections)
 
     def close(self) -> None:
-        """Close it, or what is open of it."""
-        if self._stream is not None:
-            self._stream.close()
+        self._pool.close()
+        if self.backend.stream:
+            self.backend.stream.close()
 
 
-def _nobody(stage: str) -> None:
-    pass
+class _SyncBody(httpx.SyncByteStream):
+    def __init__(self, slot: _SyncSlot, response: httpcore.Response, done: Callable[[_SyncSlot], None]) -> None:
+        self._slot, self._response, self._done = slot, response, done
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        parts = self._response.iter_stream()
+        stream = self._slot.backend.stream
+        while True:
+            with _ours():
+                part = next(parts, None)
+                if part and stream:
+                    stream.guard.chunk_was_read(len(part))
+            if part is None:
+                return
+            yield part
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            try:
+                with _ours():
+                    self._response.close()
+            except BaseException:
+                self._slot.close()
+                raise
+            self._done(self._slot)
 
 
-def _body(slot: _SyncSlot | SyncProxied) -> Iterator[bytes]:
-    try:
-        yield from slot.chunks()
-    except Exception as error:  # noqa: BLE001
-        _raise_as_httpx(error)
+class _AsyncSlot:
+    """Async version of `_SyncSlot`."""
+
+    def __init__(self, route: _Route, open_sockets: set[socket.socket]) -> None:
+        self.route = route
+        self.idle_since = 0.0
+        self.backend = AsyncBackend(None if route.proxy else route.check, open_sockets)
+        self._pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **route.pool_options())
+
+    async def send(self, request: httpx.Request) -> httpcore.Response:
+        with _ours():
+            response = await self._pool.handle_async_request(_httpcore_request(request))
+            if self.backend.stream:
+                self.backend.stream.guard.head_was_read()
+        return response
+
+    def is_usable(self) -> bool:
+        stream = self.backend.stream
+        whole = stream is not None and not stream.is_closed and stream.guard.is_empty
+        return whole and any(not each.has_expired() for each in self._pool.connections)
+
+    def close(self) -> None:
+        """Close it, also when its event loop is gone: its streams are closed without one."""
+        if self.backend.stream:
+            self.backend.stream.close()
 
 
-class SyncTransport:
-    """Connections for sync calls, shared by the threads of a process."""
+class _AsyncBody(httpx.AsyncByteStream):
+    def __init__(self, slot: _AsyncSlot, response: httpcore.Response, done: Callable[[_AsyncSlot], None]) -> None:
+        self._slot, self._response, self._done = slot, response, done
+        self._is_closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        stream = self._slot.backend.stream
+        count = 0
+        parts: Any = self._response.aiter_stream()
+        async with contextlib.aclosing(parts):
+            while True:
+                with _ours():
+                    part = await anext(parts, None)
+                    if part and stream:
+                        stream.guard.chunk_was_read(len(part))
+                if part is None:
+                    return
+                yield part
+                count += 1
+                if count % _CHUNKS_A_TURN == 0:
+                    await asyncio.sleep(
+                        0
+                    )  # what has come already is read without waiting: the loop, and its timers, get a turn
+
+    async def aclose(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            try:
+                with _ours():
+                    await self._response.aclose()
+            except BaseException:
+                self._slot.close()
+                raise
+            self._done(self._slot)
+
+
+class _Idle(Generic[SlotT]):
+    """The idle connections of the threads of a process, or of an event loop."""
 
     def __init__(self) -> None:
-        self._idle: dict[Route, deque[_SyncSlot | SyncProxied]] = {}
-        self._process = os.getpid()
+        self._slots: dict[_Route, deque[SlotT]] = {}
 
-    def handle_request(self, request: AnyRequest) -> PlainResponse:
-        """Send a request; the response's body is read by the caller, who closes it."""
-        route = _route(request)
-        deadline = request.extensions.get(DEADLINE) or Deadline(None)
-        if route.proxy and route.check:
-            _check_behind_proxy(request.url.host, route.check, deadline)
-        slot = self._take(route)
-        slot.backend.deadline = deadline
-        try:
-            head = slot.send(request)
-        except BaseException as error:
-            slot.close()
-            if isinstance(error, Exception):
-                _raise_as_httpx(error)
-            raise
-        return PlainResponse(head, _body(slot), partial(self._give_back, slot))
-
-    def close(self) -> None:
-        """Close the idle connections; the transport can be used again."""
-        idle, self._idle = self._idle, {}
-        for slots in idle.values():
-            for slot in slots:
-                slot.close()
-
-    def _take(self, route: Route) -> _SyncSlot | SyncProxied:
-        if self._process != os.getpid():
-            # After a fork the sockets are shared with the parent: closed here, they stay open there.
-            self.close()
-            self._process = os.getpid()
-        slots = self._idle.get(route)
+    def take(self, route: _Route) -> SlotT | None:
+        """The connection that was used last, or None."""
+        slots = self._slots.get(route)
         with contextlib.suppress(IndexError):  # another thread may take the last
             while slots:
                 slot = slots.pop()
-                if not slot.has_expired():
+                if slot.is_usable():
                     return slot
                 slot.close()
-        return SyncProxied(route) if route.proxy else _SyncSlot(route)
+        return None
 
-    def _give_back(self, slot: _SyncSlot | SyncProxied) -> None:
-        slots = self._idle.setdefault(slot.route, deque())
-        if slot.renewed() and self._process == os.getpid() and len(slots) < _MOST_IDLE:
+    def give_back(self, slot: SlotT) -> None:
+        """Keep a connection whose reply was read to its end and has nothing behind it; close any other, and those too old."""
+        slots = self._slots.setdefault(slot.route, deque())
+        if slot.is_usable() and len(slots) < MOST_IDLE:
             slot.idle_since = time.monotonic()
             slots.append(slot)
         else:
             slot.close()
         with contextlib.suppress(IndexError):
-            while slots and expired(slots[0].idle_since):
+            while slots and time.monotonic() - slots[0].idle_since > KEEPALIVE_SECONDS:
                 slots.popleft().close()
 
-
-class _AsyncSlot:
-    """The twin of `_SyncSlot`."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-        self.idle_since = 0.0
-        self._http = Conversation()
-        self._stream: Any = None  # httpcore's
-
-    async def send(self, request: AnyRequest) -> Head:
-        stage = request.extensions.get(STAGE, _nobody)
-        if self._stream is None:
-            await self._connect(stage, request.extensions.get("timeout", {}).get("connect"))
-        stage("send")
-        with contextlib.suppress(httpcore.WriteError):
-            await self._stream.write(self._http.request(request))
-        head = None
-        while head is None:
-            self._http.received(await self._stream.read(HEAD_BYTES))
-            head = self._http.head()
-        stage("answer")
-        return head
-
-    async def _connect(self, stage: Callable[[str], None], timeout: float | None) -> None:  # noqa: ASYNC109
-        stage("connect")
-        tls = tls_context() if self.route.scheme == b"https" else None
-        self._stream = await AsyncBackend(self.route.check).connect_tcp(self.route.name, self.route.number, timeout)
-        if tls:
-            stage("tls")
-            self._stream = await self._stream.start_tls(tls, self.route.name)
-
-    async def chunk(self) -> bytes:
-        """More of the body; nothing at its end."""
-        while (chunk := self._http.chunk()) is None:
-            self._http.received(await self._stream.read(BODY_BYTES))
-        return chunk
-
-    async def renewed(self) -> bool:
-        return self._http.renewed()
-
-    def has_expired(self) -> bool:
-        return expired(self.idle_since) or bool(self._stream.get_extra_info("is_readable"))
-
-    async def aclose(self) -> None:
-        if self._stream is not None:
-            await self._stream.aclose()
+    def close(self) -> None:
+        """Close them all."""
+        slots, self._slots = self._slots, {}
+        for each in slots.values():
+            for slot in each:
+                slot.close()
 
 
-class _AsyncBody:
-    # No async generator: the event loop would have to know each of them, to end it at its own end.
+# --- the transports
 
-    def __init__(self, slot: _AsyncSlot | AsyncProxied) -> None:
-        self._slot = slot
 
-    def __aiter__(self) -> Self:
-        return self
+class SyncTransport(httpx.BaseTransport):
+    """Connections for sync calls, shared by the threads of a process."""
 
-    async def __anext__(self) -> bytes:
-        try:
-            chunk = await self._slot.chunk()
-        except Exception as error:  # noqa: BLE001
-            _raise_as_httpx(error)
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
+    def __init__(self) -> None:
+        self._idle: _Idle[_SyncSlot] = _Idle()
+        self._process = os.getpid()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; the response's body is read by the caller, who closes it."""
+        route = _Route.of(request)
+        deadline = request.extensions.get(DEADLINE) or Deadline(None)
+        while True:
+            idle = self._connections().take(route)
+            slot = idle or _SyncSlot(route)
+            try:
+                response = slot.send(request, deadline)
+            except BaseException as error:
+                slot.close()
+                if idle and isinstance(error, UnaskedReplyError):
+                    continue  # it was spoiled in the last moment
+                raise
+            body = _SyncBody(slot, response, lambda slot: self._connections().give_back(slot))
+            return httpx.Response(
+                response.status, headers=response.headers, stream=body, extensions=response.extensions
+            )
+
+    def close(self) -> None:
+        """Close the idle connections; the transport can be used again."""
+        self._connections().close()
+
+    def _connections(self) -> _Idle[_SyncSlot]:
+        if self._process != os.getpid():
+            # After a fork the sockets are shared with the parent: closed here, they stay open there.
+            self._process = os.getpid()
+            idle, self._idle = self._idle, _Idle()
+            idle.close()
+        return self._idle
 
 
 class _LoopConnections:
-    """The idle connections of one event loop, closed when the loop shuts down."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = weakref.ref(loop)
-        self.process = os.getpid()
-        self.idle: dict[Route, deque[_AsyncSlot | AsyncProxied]] = {}
-        self._at_shutdown: Any = self._close_with_loop()
-
-    async def start(self) -> None:
-        # `asyncio.run` ends every async generator that is still open before it closes the loop: the only public moment at
-        # which connections can be closed in the loop that they belong to.
-        await anext(self._at_shutdown)
-
-    async def _close_with_loop(self) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            await self.aclose()
-
-    async def take(self, route: Route) -> _AsyncSlot | AsyncProxied:
-        slots = self.idle.get(route)
-        while slots:
-            slot = slots.pop()
-            if not slot.has_expired():
-                return slot
-            await slot.aclose()
-        return AsyncProxied(route) if route.proxy else _AsyncSlot(route)
-
-    async def give_back(self, slot: _AsyncSlot | AsyncProxied) -> None:
-        slots = self.idle.setdefault(slot.route, deque())
-        if await slot.renewed() and len(slots) < _MOST_IDLE:
-            slot.idle_since = time.monotonic()
-            slots.append(slot)
-        else:
-            await slot.aclose()
-        while slots and expired(slots[0].idle_since):
-            await slots.popleft().aclose()
-
-    async def aclose(self) -> None:
-        idle, self.idle = self.idle, {}
-        for slots in idle.values():
-            for slot in slots:
-                await slot.aclose()
-
-
-class AsyncTransport:
-    """Connections for async calls, each kept with the event loop that opened it."""
+    """The connections of one event loop. Nothing here refers to the loop, which would keep it alive."""
 
     def __init__(self) -> None:
-        self._loops: dict[int, _LoopConnections] = {}
+        self.process = os.getpid()
+        self.idle: _Idle[_AsyncSlot] = _Idle()
+        self.open_sockets: set[socket.socket] = set()
 
-    async def handle_async_request(self, request: AnyRequest) -> PlainResponse:
+    def close(self) -> None:
+        """Close everything, also what a loop that is gone was in the middle of."""
+        self.idle.close()
+        for each in list(self.open_sockets):
+            each.close()
+        self.open_sockets.clear()
+
+
+class AsyncTransport(httpx.AsyncBaseTransport):
+    """Connections for async calls, each used only in the event loop that opened it.
+
+    The idle ones of a loop are closed when the loop is collected, or when another loop is used and this one is found closed.
+    """
+
+    def __init__(self) -> None:
+        self._loops: dict[int, tuple[weakref.ref[asyncio.AbstractEventLoop], _LoopConnections]] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; the response's body is read by the caller, who closes it."""
-        route = _route(request)
-        if route.proxy and route.check:
-            await _acheck_behind_proxy(request.url.host, route.check)
-        connections = await self._connections()
-        slot = await connections.take(route)
-        try:
-            head = await slot.send(request)
-        except BaseException as error:
-            await slot.aclose()
-            if isinstance(error, Exception):
-                _raise_as_httpx(error)
-            raise
-        return PlainResponse(head, _AsyncBody(slot), partial(connections.give_back, slot))
+        route = _Route.of(request)
+        connections = self._connections()
+        while True:
+            idle = connections.idle.take(route)
+            slot = idle or _AsyncSlot(route, connections.open_sockets)
+            try:
+                response = await slot.send(request)
+            except BaseException as error:
+                slot.close()
+                if idle and isinstance(error, UnaskedReplyError):
+                    continue  # it was spoiled in the last moment
+                raise
+            body = _AsyncBody(slot, response, connections.idle.give_back)
+            return httpx.Response(
+                response.status, headers=response.headers, stream=body, extensions=response.extensions
+            )
 
     async def aclose(self) -> None:
         """Close the idle connections of the running loop; the transport can be used again."""
-        await (await self._connections()).aclose()
+        self._connections().idle.close()
 
-    async def _connections(self) -> _LoopConnections:
+    def _connections(self) -> _LoopConnections:
         loop = asyncio.get_running_loop()
-        known = self._loops.get(id(loop))
-        if known is None or known.loop() is not loop or known.process != os.getpid():
-            for key, other in list(self._loops.items()):
-                if (owner := other.loop()) is None or owner.is_closed():
+        owner, known = self._loops.get(id(loop), (None, None))
+        if known is None or owner is None or owner() is not loop or known.process != os.getpid():
+            for key, (other, connections) in list(self._loops.items()):
+                closed = other()
+                if closed is None or closed.is_closed() or connections.process != os.getpid():
                     self._loops.pop(key, None)
-            known = self._loops[id(loop)] = _LoopConnections(loop)
-            await known.start()
+                    connections.close()
+            known = _LoopConnections()
+            self._loops[id(loop)] = weakref.ref(loop), known
+            # At the latest with the interpreter's exit.
+            weakref.finalize(loop, known.close)
         return known
-
-
-def _check_behind_proxy(host: str, check: AddressCheck, deadline: Deadline) -> None:
-    """Refuse a target that is known here to be refused; a name that only the proxy can look up is the proxy's to judge."""
-    try:
-        resolve(host, 443, check, Deadline(deadline.clamp(_ADVISORY_SECONDS)))
-    except AddressRefusedError:
-        raise
-    except (httpcore.ConnectError, httpcore.ConnectTimeout):
-        return
-
-
-async def _acheck_behind_proxy(host: str, check: AddressCheck) -> None:
-    try:
-        async with asyncio.timeout(_ADVISORY_SECONDS):
-            await aresolve(host, 443, check)
-    except AddressRefusedError:
-        raise
-    except (httpcore.ConnectError, TimeoutError):
-        return
 
 
 SHARED: Final = SyncTransport()
@@ -371,16 +412,30 @@ ASHARED: Final = AsyncTransport()
 atexit.register(SHARED.close)
 
 
-def sender(base_url: str | None) -> Callable[[Any], AnyResponse]:
-    """What sends sync requests for a base URL: connections, or the sandbox in this process. None: connections."""
+# --- one way to send
+
+
+def sender(base_url: str | None, client: httpx.Client | None = None) -> Callable[[httpx.Request], httpx.Response]:
+    """What sends sync requests: a client of the caller's, the sandbox in this process, or our connections.
+
+    Args:
+        base_url: Where requests go; None for our connections.
+        client: As `is_client` describes it.
+    """
+    if client is not None:
+        return lambda request: _sent_by(client, request)
     # Looked up at each request: what sends does not keep a sandbox alive.
     return (
         (lambda request: _sandbox(base_url).handle_request(request)) if is_sandbox(base_url) else SHARED.handle_request
     )
 
 
-def asender(base_url: str | None) -> Callable[[Any], Awaitable[AnyResponse]]:
-    """The twin of `sender`."""
+def asender(
+    base_url: str | None, client: httpx.AsyncClient | None = None
+) -> Callable[[httpx.Request], Awaitable[httpx.Response]]:
+    """Async version of `sender`."""
+    if client is not None:
+        return lambda request: _asent_by(client, request)
     if is_sandbox(base_url):
         return lambda request: _sandbox(base_url).handle_async_request(request)
     return ASHARED.handle_async_request
@@ -397,3 +452,90 @@ def _sandbox(base_url: str | None) -> SandboxTransport:
             f"There is no sandbox {base_url!r} in this process.",
             hint="Keep the Sandbox object while its base_url is used, or use base_url='sandbox:'.",
         ) from error
+
+
+# --- clients of the caller's, of httpx, httpx2 or anything of their form. They follow no redirect here: that would hand the key
+# on, and repeat the POST.
+
+
+def is_client(value: object, *, is_async: bool) -> bool:
+    """Whether something is a client that requests can be sent with."""
+    kind = type(value)
+    send = getattr(kind, "send", None)
+    return (
+        not isinstance(value, type)
+        and callable(send)
+        and callable(getattr(kind, "build_request", None))
+        and inspect.iscoroutinefunction(send) == is_async
+    )
+
+
+def _rebuilt(client: Any, request: httpx.Request) -> Any:
+    """The request as the client itself makes it: of its own library's class, with its own headers and parameters added."""
+    return client.build_request(
+        request.method,
+        str(request.url),
+        headers=[each for each in request.headers.multi_items() if each[0] not in {"host", "content-length"}],
+        content=request.content or None,
+        extensions=request.extensions,
+    )
+
+
+def _response(theirs: Any, stream: httpx.SyncByteStream | httpx.AsyncByteStream) -> httpx.Response:
+    headers = theirs.headers.multi_items()
+    if theirs.is_stream_consumed:  # a hook of the client's has read, and decoded, the body
+        headers = [each for each in headers if each[0].lower() != "content-encoding"]
+    return httpx.Response(theirs.status_code, headers=headers, stream=stream, extensions=theirs.extensions)
+
+
+class _ClientBody(httpx.SyncByteStream):
+    def __init__(self, response: Any) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            if self._response.is_stream_consumed:
+                yield self._response.content
+            else:
+                yield from self._response.iter_raw()
+        except Exception as error:  # noqa: BLE001
+            raise_as_httpx(error)
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class _AsyncClientBody(httpx.AsyncByteStream):
+    def __init__(self, response: Any) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            if self._response.is_stream_consumed:
+                yield self._response.content
+                return
+            parts = self._response.aiter_raw()
+            async with contextlib.aclosing(parts):
+                async for part in parts:
+                    yield part
+        except Exception as error:  # noqa: BLE001
+            raise_as_httpx(error)
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+def _sent_by(client: Any, request: httpx.Request) -> httpx.Response:
+    try:
+        theirs = client.send(_rebuilt(client, request), stream=True, follow_redirects=False)
+    except Exception as error:  # noqa: BLE001
+        raise_as_httpx(error)
+    return _response(theirs, _ClientBody(theirs))
+
+
+async def _asent_by(client: Any, request: httpx.Request) -> httpx.Response:
+    try:
+        theirs = await client.send(_rebuilt(client, request), stream=True, follow_redirects=False)
+    except Exception as error:  # noqa: BLE001
+        raise_as_httpx(error)
+    return _response(theirs, _AsyncClientBody(theirs))

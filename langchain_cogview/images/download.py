@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from langchain_cogview.images.remote import RemoteFolder
-    from langchain_cogview.plain import AnyRequest, AnyResponse
-
 
 MAX_PICTURE_BYTES: Final = 32 * 2**20
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)
@@ -112,7 +110,7 @@ class _Download:
         except (httpx.InvalidURL, ValueError):
             raise link_refused("it is not a plain link") from None
 
-    def accept(self, response: AnyResponse) -> None:
+    def accept(self, response: httpx.Response) -> None:
         """Judge the head of a reply."""
         status = response.status_code
         if status in {401, 403}:
@@ -180,7 +178,7 @@ _FOREIGN = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, Unico
 
 
 def fetch(
-    send: Callable[[AnyRequest], AnyResponse],
+    send: Callable[[httpx.Request], httpx.Response],
     url: str,
     *,
     deadline: Deadline,
@@ -210,7 +208,7 @@ def fetch(
 
 
 async def afetch(
-    asend: Callable[[AnyRequest], Awaitable[AnyResponse]],
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]],
     url: str,
     *,
     deadline: Deadline,
@@ -230,7 +228,7 @@ async def afetch(
 
 
 def _once(
-    send: Callable[[AnyRequest], AnyResponse], download: _Download, folder: Path | RemoteFolder | None
+    send: Callable[[httpx.Request], httpx.Response], download: _Download, folder: Path | RemoteFolder | None
 ) -> Picture:
     request = download.request()
     with contextlib.ExitStack() as files:
@@ -251,7 +249,7 @@ def _once(
 
 
 async def _aonce(
-    asend: Callable[[AnyRequest], Awaitable[AnyResponse]],
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]],
     download: _Download,
     folder: Path | RemoteFolder | None,
 ) -> Picture:

@@ -68,7 +68,7 @@ def test_a_full_disk_costs_no_picture(how: How, tmp_path: Path) -> None:
 def test_equal_names_do_not_overwrite_each_other(how: How, tmp_path: Path) -> None:
     with FaultServer(None, _another_each_time) as server:
         # The same address, the same ids, the same second: other bytes.
-        server.api = says({"created": 1, "id": "same", "request_id": "same", "data": [{"url": server.picture_url}]})
+        server.api = says({"created": 1, "id": "same", "data": [{"url": server.picture_url}]})
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=tmp_path)
         images = [call(generator, how, Verdict()).images[0] for _ in range(10)]
     assert len({image.path for image in images}) == 10
@@ -79,7 +79,7 @@ def test_equal_names_do_not_overwrite_each_other(how: How, tmp_path: Path) -> No
 def test_the_file_of_somebody_else_is_not_touched(how: How, tmp_path: Path) -> None:
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=tmp_path)
-        server.api = says({"created": 1, "id": "same", "request_id": "same", "data": [{"url": server.picture_url}]})
+        server.api = says({"created": 1, "id": "same", "data": [{"url": server.picture_url}]})
         name = Path(call(generator, how, Verdict()).images[0].path)
         name.write_text("a letter")
         image = call(generator, how, Verdict()).images[0]

@@ -8,7 +8,6 @@ import pytest
 import trustme
 
 from langchain_cogview import CogViewConfigurationError, CogViewConnectionError, CogViewImageGenerator
-from langchain_cogview.plain import PlainResponse
 from tests.conftest import FAKE_KEY
 from tests.host import Host, http
 
@@ -124,36 +123,6 @@ def test_a_certificate_of_the_environment_is_trusted(authority, tls, how, monkey
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     with Answering(tls) as server:
         assert run(of(f"https://127.0.0.1:{server.port}/v4"), how).url
-
-
-def test_a_response_that_is_closed_twice_gives_its_connection_back_once():
-    given_back = []
-    response = PlainResponse((200, []), iter([b"x"]), lambda: given_back.append(1))
-    assert not response.is_closed
-    response.close()
-    response.close()
-    assert response.is_closed
-    assert given_back == [1]
-
-
-def test_an_async_response_that_is_closed_twice_gives_its_connection_back_once():
-    given_back = []
-
-    async def done():
-        given_back.append(1)
-
-    async def close():
-        response = PlainResponse((200, []), iter([b"x"]), done)
-        await response.aclose()
-        await response.aclose()
-
-    asyncio.run(close())
-    assert given_back == [1]
-
-
-def test_headers_are_found_in_small_letters_and_joined_where_they_came_twice():
-    response = PlainResponse((200, [(b"Retry-After", b"3"), (b"X-A", b"1"), (b"x-a", b"2")]), iter(()), lambda: None)
-    assert response.headers == {"retry-after": "3", "x-a": "1, 2"}
 
 
 def test_equal_generators_are_equal_after_their_calls_too():

@@ -1,0 +1,285 @@
+"""Connections: kept for the next request only while they are clean, bounded in what a reply can do, and never in a loop's way."""
+
+import asyncio
+import logging
+import ssl
+import threading
+import time
+
+import httpcore
+import httpx
+import pytest
+import trustme
+
+from langchain_cogview import CogViewImageGenerator
+from langchain_cogview.api.network import ReplyGuard
+from langchain_cogview.api.transport import AsyncTransport, SyncTransport
+from tests.conftest import FAKE_KEY
+from tests.faults.server import FaultServer, at
+from tests.faults.tokens import token
+
+both = pytest.mark.parametrize("how", ["sync", "async"])
+
+
+def ask(url, how, times=1, *, pause=None, timeout=5.0, **extensions):
+    """Status, body, and whether an error came, of several requests over one transport."""
+
+    def request():
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout)
+        return httpx.Request("POST", url, content=b"{}", extensions={"timeout": limits, **extensions})
+
+    def sync():
+        transport = SyncTransport()
+        try:
+            for _ in range(times):
+                response = transport.handle_request(request())
+                response.read()
+                response.close()
+                if pause:
+                    pause.wait(2)
+                yield response
+        finally:
+            transport.close()
+
+    async def asynchronous():
+        transport, responses = AsyncTransport(), []
+        for _ in range(times):
+            async with asyncio.timeout(timeout):
+                response = await transport.handle_async_request(request())
+                await response.aread()
+                await response.aclose()
+            if pause:
+                await asyncio.to_thread(pause.wait, 2)
+            responses.append(response)
+        await transport.aclose()
+        return responses
+
+    return list(sync()) if how == "sync" else asyncio.run(asynchronous())
+
+
+def saying(*parts, keep=True):
+    def fault(connection, request):
+        connection.send(*parts)
+        connection.keep = keep
+
+    return fault
+
+
+SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+TRAILED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1;x=y\r\nc\r\n0\r\nX-T: 1\r\n\r\n"
+EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + SIZED
+
+
+@both
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("reply", [SIZED, CHUNKED, TRAILED, EARLY], ids=["sized", "chunked", "trailer", "hints"])
+def test_a_connection_serves_the_next_request_whatever_framing_the_reply_has(reply, scheme, how, tls):
+    with FaultServer(saying(reply), tls=tls if scheme == "https" else None) as server:
+        responses = ask(server.base_url, how, 3)
+        assert [response.content for response in responses] == [b"abc"] * 3
+        assert (server.posts, server.connections) == (3, 1)
+
+
+@both
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("behind", [b"X", SIZED], ids=["a byte", "a reply"])
+@pytest.mark.parametrize("reply", [SIZED, CHUNKED], ids=["sized", "chunked"])
+def test_a_connection_with_something_behind_its_reply_is_not_used_again(reply, behind, scheme, how, tls):
+    with FaultServer(saying(reply + behind), tls=tls if scheme == "https" else None) as server:
+        assert [response.content for response in ask(server.base_url, how, 3)] == [b"abc"] * 3
+        assert (server.posts, server.connections) == (3, 3)
+
+
+@both
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_unasked_reply_on_an_idle_connection_is_nobodys(scheme, how, tls):
+    sent = threading.Event()
+
+    def fault(connection, request):
+        sent.clear()
+        connection.send(SIZED)
+        connection.send(SIZED.replace(b"abc", b"NOT"))  # of its own: another TLS record
+        connection.keep = True
+        sent.set()
+
+    with FaultServer(fault, tls=tls if scheme == "https" else None) as server:
+        assert [response.content for response in ask(server.base_url, how, 3, pause=sent)] == [b"abc"] * 3
+        assert server.connections == 3
+
+
+@both
+@pytest.mark.parametrize("way", ["http", "https", "proxy"])
+def test_a_reply_that_comes_before_the_request_is_not_taken_and_nothing_is_sent(way, how, tls, monkeypatch):
+    sent = threading.Event()
+
+    @at("connect")
+    def speaks_first(connection, request):
+        connection.send(SIZED)
+        sent.set()
+        connection.sock.settimeout(5)
+        assert connection.sock.recv(100) == b""
+
+    with FaultServer(speaks_first, tls=tls if way == "https" else None) as server:
+        url = server.base_url
+        if way == "proxy":
+            monkeypatch.setenv("HTTP_PROXY", server.origin)
+            url = "http://api.invalid/v4"
+
+        def wait_a_moment(event, info):
+            if event.endswith("send_request_headers.started"):
+                sent.wait(2)
+                time.sleep(0.02)  # through the loopback interface
+
+        async def await_a_moment(event, info):
+            wait_a_moment(event, info)
+
+        with pytest.raises(httpx.ConnectError, match="before the request"):
+            ask(url, how, trace=wait_a_moment if how == "sync" else await_a_moment)
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls(authority, tmp_path, monkeypatch):
+    """A server's context, and the trust in it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return context
+
+
+# What a reply can do to its reader.
+
+
+SLOW = {
+    "blanks": b"X-A:" + b" " * 60_000 + b"\0\r\nContent-Length: 3\r\n\r\nabc",
+    "endless blanks": b"X-A:" + b" " * 60_000,
+    "tabs": b"X-A:" + b"\t" * 60_000 + b"\r\r\n\r\n",
+    "a long head": b"X: a\r\n" * 40_000 + b"\r\n",
+    "blanks before a chunk": b"Transfer-Encoding: chunked\r\n\r\n5;" + b" " * 60_000 + b"\n\r\n",
+    "blanks in a trailer": b"Transfer-Encoding: chunked\r\n\r\n0\r\nX:" + b" " * 60_000 + b"\0\r\n\r\n",
+}
+
+
+@both
+@pytest.mark.parametrize("way", ["direct", "proxied"])
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_made_to_be_read_slowly_is_refused(name, way, how, monkeypatch):
+    # Without a bound h11 takes half a minute for most of these, in which neither deadline nor event loop has a say.
+    with FaultServer(saying(b"HTTP/1.1 200 OK\r\n" + SLOW[name], keep=False)) as server:
+        url = server.base_url
+        if way == "proxied":
+            monkeypatch.setenv("HTTP_PROXY", server.origin)
+            url = "http://api.invalid/v4"
+        begun = time.process_time()
+        with pytest.raises(httpx.RemoteProtocolError):
+            ask(url, how)
+        assert time.process_time() - begun < 2
+
+
+@both
+def test_blanks_in_a_body_are_a_body(how):
+    body = b" " * 0x2000
+    for reply in (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2000\r\n" + body + b"\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 8192\r\n\r\n" + body,
+    ):
+        with FaultServer(saying(reply)) as server:
+            assert [each.content for each in ask(server.base_url, how, 2)] == [body] * 2
+            assert server.connections == 1
+
+
+def test_the_head_comes_alone_and_the_last_byte_too():
+    guard = ReplyGuard()
+    guard.put(SIZED)
+    assert guard.take(2**16) == SIZED[:-3]
+    guard.head_was_read()
+    assert [guard.take(2**16), guard.take(2**16), guard.is_empty] == [b"ab", b"c", True]
+
+
+def test_a_head_that_is_cut_anywhere_ends_at_its_blank_line():
+    head = SIZED[:-3]
+    for cut in range(1, len(head)):
+        guard = ReplyGuard()
+        guard.put(SIZED[:cut])
+        first = guard.take(2**16)
+        guard.put(SIZED[cut:])
+        assert first + guard.take(2**16) == head
+
+
+@both
+def test_a_megabyte_in_chunks_of_one_byte_ends_soon_and_holds_no_loop(how):
+    beats = []
+
+    async def beside(task):
+        while not task.done():
+            beats.append(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    async def asynchronous(generator):
+        task = asyncio.create_task(generator.ainvoke("x"))
+        await beside(task)
+        await task
+
+    parts = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1_000_000
+    with FaultServer(saying(parts, keep=False)) as server:
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=FAKE_KEY, timeout=30, max_retries=0)
+        begun = time.process_time()
+        with pytest.raises(Exception, match="may have been made and charged"):
+            generator.invoke("x") if how == "sync" else asyncio.run(asynchronous(generator))
+        assert time.process_time() - begun < 5
+    if how == "async":
+        assert len(beats) > 3
+
+
+# Logs.
+
+
+@both
+def test_the_library_logs_no_head_of_a_reply(how, caplog):
+    caplog.set_level(logging.DEBUG)
+    with FaultServer(
+        saying(SIZED.replace(b"\r\n\r\n", b"\r\nX-Echo: Bearer %s\r\n\r\n" % FAKE_KEY.encode()))
+    ) as server:
+        assert ask(server.base_url, how)[0].headers["x-echo"].endswith(FAKE_KEY)
+        httpcore.request("POST", server.base_url)
+    ours = [record for record in caplog.records if record.name.startswith("httpcore")]
+    shown = [record for record in ours if FAKE_KEY in record.getMessage()]
+    assert len(shown) == 1, "a caller's own request is logged as ever, and ours is not"
+    assert "receive_response_headers.complete" in {record.getMessage() for record in ours}
+
+
+# Replies of other requests.
+
+
+@both
+def test_a_reply_with_another_request_id_is_an_unknown_outcome_and_ends_its_connection(how):
+    def fault(connection, request):
+        sent = request.json()
+        named = f"{connection.server.origin}/{token(sent['prompt'])}.png"
+        ours = sent["request_id"] if request.number != 2 else "of-somebody-else"
+        connection.json({"data": [{"url": named}], "request_id": ours})
+
+    async def asynchronous(generator):
+        return [*(await asyncio.gather(generator.ainvoke("a"), return_exceptions=True)),
+                *(await asyncio.gather(generator.ainvoke("b"), return_exceptions=True)),
+                *(await asyncio.gather(generator.ainvoke("c"), return_exceptions=True))]  # fmt: skip
+
+    with FaultServer(fault) as server:
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=FAKE_KEY, timeout=5, download=False)
+        if how == "sync":
+            outcomes = generator.batch(["a", "b", "c"], {"max_concurrency": 1}, return_exceptions=True)
+        else:
+            outcomes = asyncio.run(asynchronous(generator))
+        assert [type(outcome).__name__ for outcome in outcomes] == [
+            "ImageResult",
+            "CogViewOutcomeUnknownError",
+            "ImageResult",
+        ]
+        assert "another request" in outcomes[1].message
+        assert (server.posts, server.connections) == (3, 2)
