@@ -40,8 +40,8 @@ from langchain_cogview.errors import CogViewConfigurationError, CogViewError, Co
 from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.images.download import Picture, expires_at
 from langchain_cogview.images.formats import EXTENSIONS
-from langchain_cogview.images.store import picture_names, write_whole
-from langchain_cogview.turns import TURNS
+from langchain_cogview.images.store import local_path, picture_names, write_whole
+from langchain_cogview.turns import TURNS, runs_event_loop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -94,16 +94,29 @@ def _directory(text: str) -> Path:
             "cache= is a text that names no directory of this machine.",
             hint="Give a path; for a server such as Redis, give LangChain's cache object for it.",
         )
+    path = local_path(text, "cache")
     try:
-        path = Path(text).expanduser().absolute()
-        is_file = path.exists() and not path.is_dir()
-    except (OSError, RuntimeError):  # cannot be looked at now: each call tells
-        return Path(text).absolute()
-    if is_file:
+        # Found from wherever the program goes later.
+        path = path.absolute()
+    except FileNotFoundError:
+        raise CogViewConfigurationError(
+            f"cache={printable(text, 120)!r} is in the current folder, which does not exist any more.",
+            hint="Pass an absolute path.",
+        ) from None
+    except Exception:  # a server's protection of its event loop, where a generator is made or configured there
+        logger.debug("The current folder could not be asked for", exc_info=True)
+    if not runs_event_loop() and _is_file(path):
         raise CogViewConfigurationError(
             f"cache={printable(text, 120)!r} is a file, not a directory.", hint="Give another path."
         )
     return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:  # it cannot be looked at now: each call tells
+        return False
 
 
 @dataclass(frozen=True, slots=True)

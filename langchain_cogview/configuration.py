@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 from pydantic import SecretStr, ValidationError
@@ -14,6 +14,7 @@ from langchain_cogview.request import ImageRequest, describe_validation
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from decimal import Decimal
+    from pathlib import Path
 
     import httpx
     from langchain_core.caches import BaseCache
@@ -122,13 +123,16 @@ def checked_folder(value: Any) -> Any:
 
     Raises:
         ValueError: It is neither.
+        CogViewConfigurationError: It begins with `~`, and there is no such home folder.
     """
     if isinstance(value, str) and not value.strip():
         raise ValueError("output_dir takes a folder, such as 'pictures', or a URL, such as 's3://bucket/pictures'.")
     if "\0" in str(value):
         raise ValueError("output_dir holds a null character.")
-    if isinstance(value, str) and "://" not in value:
-        return Path(value).expanduser()
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and "://" not in value):
+        from langchain_cogview.images.store import local_path  # noqa: PLC0415  it brings what images need
+
+        return local_path(value, "output_dir")
     return value
 
 

@@ -98,12 +98,13 @@ class Gallery:
         Raises:
             CogViewStorageError: When it cannot be written.
         """
-        target = Path(path).expanduser()
-        target = target if target.suffix else target.with_suffix(".html")
+        target = Path(path)
         page = _PAGE.format(title=html.escape(printable(title)), body=self._html(self._cells, _SAVED))
         try:
+            target = target.expanduser()
+            target = target if target.suffix else target.with_suffix(".html")
             write_whole(target, page.encode("utf-8", "replace"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CogViewStorageError(
                 f"The gallery could not be written to {printable(str(target), 120)}: {printable(str(reason), 80)}.",

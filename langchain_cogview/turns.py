@@ -40,7 +40,7 @@ class Turns:
         """
         place = self._enter(key)
         try:
-            if not _runs_a_loop():
+            if not runs_event_loop():
                 concurrent.futures.wait([place], seconds)
             yield
         finally:
@@ -83,7 +83,8 @@ class Turns:
                 queue[0].set_result(None)
 
 
-def _runs_a_loop() -> bool:
+def runs_event_loop() -> bool:
+    """Whether this thread runs an event loop."""
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
         return True

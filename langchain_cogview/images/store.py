@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
 from langchain_cogview.deadline import Deadline
+from langchain_cogview.errors import CogViewConfigurationError
 from langchain_cogview.images.formats import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -224,6 +225,28 @@ def _reason(error: OSError | ValueError) -> str:
 def _temporary_file(folder: Path) -> tuple[Path, int]:
     path = folder / f".cogview-{secrets.token_hex(8)}.part"
     return path, os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
+def local_path(path: str | os.PathLike[str], argument: str) -> Path:
+    """A path of this machine, with `~` as the user's home folder.
+
+    Args:
+        path: As it was given.
+        argument: Which argument holds it, for the error.
+
+    Returns:
+        The path; a relative one stays so.
+
+    Raises:
+        CogViewConfigurationError: It begins with `~`, and there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CogViewConfigurationError(
+            f"{argument} begins with '~', but that home folder is not known here.",
+            hint="Set the environment variable HOME, or pass an absolute path.",
+        ) from None
 
 
 def write_whole(path: Path, content: bytes) -> None:
