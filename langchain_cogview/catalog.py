@@ -278,7 +278,9 @@ def parse_ratio(text: str) -> float | None:
 
 
 def _is_ratio(match: re.Match[str]) -> bool:
-    return 0 < max(int(match[1]), int(match[2])) <= _LARGEST_RATIO_TERM
+    # `16x9` and `3x2` are ratios. `1x1` is a size that no model has.
+    width, height = int(match[1]), int(match[2])
+    return width != height and min(width, height) > 0 and max(width, height) <= _LARGEST_RATIO_TERM
 
 
 def parse_quality(text: str) -> Quality | None:

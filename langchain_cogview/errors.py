@@ -99,6 +99,14 @@ def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+_FINAL_ADVICE: Final = "This is final: do not call this tool again. Tell the user."
+_ADVICE: Final = {
+    Scope.MODEL: _FINAL_ADVICE,
+    Scope.ACCOUNT: _FINAL_ADVICE,
+    Scope.LOCAL: _FINAL_ADVICE,
+    Scope.SERVICE: "It was tried several times: do not call this tool again unless the user asks. Tell the user.",
+}
+
 _CLASSES: Final[dict[str, type[CogViewError]]] = {}
 
 
@@ -178,8 +186,13 @@ class CogViewError(ModelError):
 
     @property
     def text_for_model(self) -> str:
-        """What an agent's model reads: our own words, at most 500 characters, never the service's."""
-        return printable(f"No image was made. {self.message} {self.hint}", MAX_MODEL_TEXT)
+        """What an agent's model reads: our own words, at most 500 characters, never the service's.
+
+        After an error that no other arguments can avoid, it says not to call the tool again.
+        """
+        advice = _ADVICE.get(self.scope, "") if self.is_retryable or self.scope is not Scope.SERVICE else ""
+        text = printable(f"No image was made. {self.message} {self.hint}", MAX_MODEL_TEXT - len(advice) - 1)
+        return f"{text} {advice}".strip()
 
     def __str__(self) -> str:
         facts = [
@@ -263,7 +276,6 @@ class CogViewBudgetError(CogViewError, ToolException, RuntimeError):
     scope = Scope.LOCAL
     outcome = Outcome.NOT_RUN
     default_message = "The limit of this tool is reached; nothing was sent."
-    default_hint = "Tell the user; do not call this tool again."
 
 
 class CogViewAuthenticationError(CogViewError, ModelAuthenticationError, RuntimeError):
@@ -387,7 +399,7 @@ class CogViewTaskUnfinishedError(CogViewOutcomeUnknownError):
     default_message = (
         "The service took the request as a task, but its end was not seen in time; it may become a picture."
     )
-    default_hint = "It is not paid again to look once more: ImageTask.resume(error.task_id).result()."
+    default_hint = "Polling again is free: ImageTask.resume(error.task_id).result()."
 
 
 class CogViewTaskFailedError(CogViewError, ToolException, RuntimeError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
@@ -44,9 +45,10 @@ if TYPE_CHECKING:
 TOOL_NAME: Final = "cogview_generate_image"
 TOOL_DESCRIPTION: Final = (
     "Make a picture from a text description. Use it when the user asks for an image, drawing, photo or illustration. "
-    "The picture is shown to the user by the application; you get a short confirmation, not the picture. "
+    "You get a short confirmation with the picture's id and where it is saved, not the picture. "
     "Each call costs money: call it once for each picture that the user asked for."
 )
+SHOWN_TO_USER: Final = " The application shows the picture to the user."
 DEFAULT_OUTPUT_DIR: Final = "cogview_images"
 _PATH_CHARACTERS = 160
 
@@ -54,9 +56,15 @@ _PATH_CHARACTERS = 160
 _tool_call_id: ContextVar[str | None] = ContextVar("cogview_tool_call_id", default=None)
 
 
+class _ErrorAsTextError(ToolException):
+    """An error that is no `ToolException` itself, to be given to the model; the error is its cause."""
+
+
 def _text_of_error(error: ToolException) -> str:
     if isinstance(error, CogViewError):
         return error.text_for_model
+    if isinstance(error, _ErrorAsTextError):
+        return str(error)
     return "No image was made. The image tool failed. Tell the user; do not try again by yourself."
 
 
@@ -81,6 +89,8 @@ class ToolSettings(GeneratorSettings, total=False):
     """The keyword arguments of `CogViewImageTool` beside `generator`; its docstring says what each of them does."""
 
     content_format: Literal["text", "image_url"]
+    on_failure: Literal["error", "continue"]
+    shown_to_user: bool
     max_images: int | None
     budget: Decimal | float | str | None
     name: str
@@ -125,13 +135,18 @@ class CogViewImageTool(BaseTool):
         >>> images_from_messages(output)[0].show()    # doctest: +SKIP
 
     A blocked prompt, wrong arguments and an unknown outcome become a text for the model, and the agent goes on. Errors that no
-    model can mend (key, balance, limits, network) are raised; they are LangChain's `ModelError`s, which its retry middleware
-    understands.
+    model can act on (key, balance, rate limit, network) are raised unless `on_failure="continue"`; they are LangChain's
+    `ModelError`s, which its retry middleware understands.
 
     Args:
         generator: What makes the pictures. None: one is made of the other arguments.
         content_format: What the model gets: `text` alone, or `image_url`, the text and a block with the link. Chat APIs of
             OpenAI's form refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini take them.
+        on_failure: What happens after an error that no model can act on, in the words of LangChain's middleware: `error` raises
+            it, which ends an agent's run; `continue` gives it to the model as a text that says not to call again. Raised in one
+            of several parallel calls, it keeps the images of the others out of the agent's state.
+        shown_to_user: Whether the application shows each image to the user by itself. Then the model is told so, and told not
+            to write a link. By default the model is told only the image's id and where it is saved.
         max_images: How many pictures this instance may make in all. A further request is refused before it is sent, with a
             text that the model can pass on. None: no limit.
         budget: The same in money, in the currency of the platform (CNY in China, USD internationally), at the catalog's
@@ -151,6 +166,8 @@ class CogViewImageTool(BaseTool):
     # An instance is used as it is: validating it again would warn again. What LangChain binds has another class.
     generator: Annotated[CogViewImageGenerator, SkipValidation]
     content_format: Literal["text", "image_url"] = "text"
+    on_failure: Literal["error", "continue"] = "error"
+    shown_to_user: bool = False
     max_images: int | None = Field(default=None, ge=0)
     budget: Decimal | None = Field(default=None, ge=0)
 
@@ -176,6 +193,8 @@ class CogViewImageTool(BaseTool):
             _refuse_other(generator)
         if own.get("args_schema") is None:
             own["args_schema"] = arguments_schema(generator)
+        if own.get("shown_to_user") is True:
+            own.setdefault("description", TOOL_DESCRIPTION + SHOWN_TO_USER)
         super().__init__(generator=generator, **own)
         self._limits()
 
@@ -221,7 +240,7 @@ class CogViewImageTool(BaseTool):
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        with self._allowance.taken(self.generator.n, self._limits()) as spending:
+        with self._failures(), self._allowance.taken(self.generator.n, self._limits()) as spending:
             result = self.generator.invoke(given, _config())
             spending.spent = _paid(result)
         return self._answer(_saved_all_the_same(result) if any(map(_is_unsaved, result.images)) else result)
@@ -230,12 +249,21 @@ class CogViewImageTool(BaseTool):
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        with self._allowance.taken(self.generator.n, self._limits()) as spending:
+        with self._failures(), self._allowance.taken(self.generator.n, self._limits()) as spending:
             result = await self.generator.ainvoke(given, _config())
             spending.spent = _paid(result)
         return self._answer(
             await in_thread(_saved_all_the_same, result) if any(map(_is_unsaved, result.images)) else result
         )
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except CogViewError as error:
+            if self.on_failure == "error" or not self.handle_tool_error or isinstance(error, ToolException):
+                raise
+            raise _ErrorAsTextError(error.text_for_model) from error
 
     def _limits(self) -> Limits:
         if self.max_images is None and self.budget is None:
@@ -255,7 +283,7 @@ class CogViewImageTool(BaseTool):
     # --- what the model reads
 
     def _answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        text = text_for_model(result)
+        text = text_for_model(result, shown_to_user=self.shown_to_user)
         if self.content_format == "text":
             return text, result.to_artifact()
         links = [{"type": "image_url", "image_url": {"url": image.url}} for image in result.images if image.url]
@@ -330,8 +358,16 @@ def _temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="cogview_images-"))
 
 
-def text_for_model(result: ImageResult) -> str:
-    """What the model reads of a result: short ids, whether it worked, and what not to do. At most 500 characters."""
+def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
+    """What the model reads of a result: short ids, whether it worked, and what not to do.
+
+    Args:
+        result: What was made.
+        shown_to_user: Whether the application shows the images to the user.
+
+    Returns:
+        At most 500 characters. They never suggest that the model has seen an image.
+    """
     count = len(result.images)
     fetched = [image for image in result.images if image.mime_type]
     pictures = []
@@ -357,8 +393,12 @@ def text_for_model(result: ImageResult) -> str:
         text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
     elif any(image.path is None and image.uri is None for image in result.images):
         text += " It is not saved as a file; the application has its link."
-    seen = " The user already sees it." if fetched else ""
-    return printable(f"{text}{seen} Do not write a link, and do not call this tool again unless asked.", MAX_MODEL_TEXT)
+    it = "it" if count == 1 else "them"
+    if shown_to_user and len(fetched) == count:
+        advice = f"The user already sees {it}. Do not write a link, and do not call this tool again unless asked."
+    else:
+        advice = f"Refer to {it} by id or path. Do not make up a link, and do not call this tool again unless asked."
+    return f"{printable(text, MAX_MODEL_TEXT - len(advice) - 1)} {advice}"
 
 
 class ImageArguments(BaseModel):

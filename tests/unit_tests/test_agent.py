@@ -3,11 +3,14 @@
 import asyncio
 import json
 
+import httpx
 import pytest
 from langchain.agents import create_agent
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode
 
 from langchain_cogview import (
     CogViewBalanceError,
@@ -16,6 +19,7 @@ from langchain_cogview import (
     collect_content_filter_events,
     images_from_messages,
 )
+from tests.conftest import FAKE_KEY
 
 
 class Scripted(FakeMessagesListChatModel):
@@ -88,6 +92,50 @@ def test_parallel_calls_keep_their_own_ids(tool, how):
 def test_an_empty_account_ends_the_run_with_its_error(tool, how):
     with pytest.raises(CogViewBalanceError):
         run(agent_of(tool, wants("[[balance]]")), how)
+
+
+@both
+@pytest.mark.parametrize(
+    "fault", ["[[balance]]", "[[auth]]", "[[unavailable]]", "[[content-filter]]", "[[server-error]]"]
+)
+def test_parallel_calls_keep_their_images_when_one_fails(sandbox, tmp_path, how, fault):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_retries=0, on_failure="continue")
+    agent = agent_of(tool, wants("a kitten", f"{fault} a puppy", "a foal"), checkpointer=InMemorySaver())
+    config = {"configurable": {"thread_id": "1"}}
+    output = run(agent, how, config=config)
+    assert [image.prompt for image in images_from_messages(output)] == ["a kitten", "a foal"]
+    assert len(sandbox.requests) == 3
+    again = asyncio.run(agent.ainvoke(None, config)) if how == "ainvoke" else agent.invoke(None, config)
+    assert len(images_from_messages(again)) == 2
+    assert len(sandbox.requests) == 3
+
+
+@both
+def test_a_tool_node_keeps_the_images_of_parallel_calls_when_one_cannot_be_sent(tmp_path, how):
+    sent = []
+
+    def answer(request):
+        if b"unreachable" in request.content:
+            raise httpx.ConnectError("refused", request=request)
+        sent.append(request)
+        return httpx.Response(200, json={"data": [{"url": "https://example.com/x.png"}]})
+
+    tool = CogViewImageTool(
+        api_key=FAKE_KEY,
+        http_client=httpx.Client(transport=httpx.MockTransport(answer)),
+        http_async_client=httpx.AsyncClient(transport=httpx.MockTransport(answer)),
+        download=False,
+        max_retries=0,
+        on_failure="continue",
+    )
+    graph = StateGraph(MessagesState)
+    graph.add_node("tools", ToolNode([tool]))
+    graph.add_edge(START, "tools")
+    given = {"messages": [wants("a kitten", "unreachable", "a foal")]}
+    graph = graph.compile()
+    output = graph.invoke(given) if how == "invoke" else asyncio.run(graph.ainvoke(given))
+    assert [message.status for message in output["messages"][1:]] == ["success", "error", "success"]
+    assert len(images_from_messages(output)) == len(sent) == 2
 
 
 @both

@@ -69,3 +69,13 @@ def test_an_error_that_holds_itself_can_be_pickled():
     error.batch_results = [error]
     again = pickle.loads(pickle.dumps(error))
     assert again.batch_results == [again]
+
+
+@every_class
+def test_what_a_model_reads_of_an_error_is_short_and_says_whether_to_call_again(kind):
+    for text in (kind().text_for_model, kind("x " * 400, request_id="r" * 36).text_for_model):
+        assert text.startswith(("No image was made.", "No image was received."))
+        assert len(text) <= 500
+        if kind.scope in {Scope.ACCOUNT, Scope.LOCAL, Scope.MODEL} or kind.is_retryable:
+            assert "do not call this tool again" in text
+            assert text.endswith("Tell the user.")

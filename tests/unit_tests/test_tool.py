@@ -8,6 +8,7 @@ import warnings
 from decimal import Decimal
 
 import pytest
+from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import ConfigurableField
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
@@ -50,9 +51,86 @@ def test_a_tool_call_gives_a_short_text_and_the_result_as_artifact(tool, tmp_pat
     assert message.status == "success"
     assert message.content == (
         f"Made 1 image: {image.id} (1344x768, saved as {image.path}). It is a sandbox placeholder, not a real picture. "
-        "The user already sees it. Do not write a link, and do not call this tool again unless asked."
+        "Refer to it by id or path. Do not make up a link, and do not call this tool again unless asked."
     )
     json.dumps(message.artifact)
+
+
+@both
+def test_the_model_is_told_that_the_user_sees_the_image_only_where_the_application_says_so(sandbox, tmp_path, how):
+    unknown = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
+    shown = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, shown_to_user=True)
+    for tool, is_told in ((unknown, False), (shown, True)):
+        text = run(tool, call(prompt="a kitten"), how).content
+        assert ("The user already sees it. Do not write a link" in text) is is_told
+        assert ("The application shows the picture to the user" in tool.description) is is_told
+        assert ("by id or path" in text) is not is_told
+        assert "shown" not in text
+    assert CogViewImageTool(base_url="sandbox:", shown_to_user=True, description="Draws.").description == "Draws."
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_long_folder_leaves_room_for_what_the_model_must_not_do(sandbox, tmp_path, shown):
+    tool = CogViewImageTool(
+        base_url=sandbox.base_url, output_dir=tmp_path / ("x" * 120) / ("y" * 120), n=3, shown_to_user=shown
+    )
+    text = tool.invoke({"prompt": "a kitten"})
+    assert len(text) <= 500
+    assert text.endswith("do not call this tool again unless asked.")
+
+
+@both
+@pytest.mark.parametrize(
+    ("prompt", "advice"),
+    [
+        ("[[balance]]", "This is final: do not call this tool again. Tell the user."),
+        ("[[auth]]", "This is final: do not call this tool again. Tell the user."),
+        ("[[unavailable]]", "do not call this tool again unless the user asks. Tell the user."),
+        ("[[busy]]", "do not call this tool again unless the user asks. Tell the user."),
+    ],
+)
+def test_every_error_can_be_given_to_the_model_as_text(sandbox, tmp_path, how, prompt, advice):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_retries=0, on_failure="continue")
+    message = run(tool, call(prompt=prompt), how)
+    assert message.status == "error"
+    assert message.content.startswith("No image was made. ")
+    assert message.content.endswith(advice)
+    assert len(message.content) <= 500
+
+
+def test_the_authors_own_handler_gets_the_text_and_the_error(sandbox, tmp_path):
+    seen = []
+
+    def handler(error):
+        seen.append(error.__cause__)
+        return f"<{error}>"
+
+    settings = {"base_url": sandbox.base_url, "output_dir": tmp_path, "on_failure": "continue"}
+    tool = CogViewImageTool(**settings, handle_tool_error=handler)
+    assert tool.invoke(call(prompt="[[balance]]")).content.startswith("<No image was made. The account has no balance")
+    assert [type(error) for error in seen] == [CogViewBalanceError]
+    with pytest.raises(CogViewBalanceError):
+        CogViewImageTool(**settings, handle_tool_error=False).invoke(call(prompt="[[balance]]"))
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+def test_what_is_not_ours_is_raised_however_failures_are_handled(tmp_path, how):
+    class StoppedError(Exception):
+        pass
+
+    def limiter_that_stops():
+        raise StoppedError
+
+    class Limiter(BaseRateLimiter):
+        def acquire(self, *, blocking=True):
+            limiter_that_stops()
+
+        async def aacquire(self, *, blocking=True):
+            limiter_that_stops()
+
+    tool = CogViewImageTool(base_url="sandbox:", output_dir=tmp_path, on_failure="continue", rate_limiter=Limiter())
+    with pytest.raises(StoppedError):
+        run(tool, call(prompt="x"), how)
 
 
 @both
