@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    import tenacity
+from typing import Final
 
 DEADLINE: Final = "cogview.deadline"
 """The request extension that holds a `Deadline`, for transports that know it."""
@@ -66,10 +63,6 @@ class Deadline:
         A picture whose answer comes too late is paid for and lost.
         """
         return self.seconds is None or self.allows(wait + min(self.seconds / 10, _MOST_LEFT))
-
-    def stops(self, state: tenacity.RetryCallState) -> bool:
-        """Whether to give up rather than wait: a stop condition for tenacity."""
-        return not self.allows(state.upcoming_sleep)
 
     def clamp(self, seconds: float | None) -> float | None:
         """The shorter of `seconds` and the time that is left."""

@@ -18,11 +18,9 @@ from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info, price_of
-from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
-    CogViewDownloadError,
     CogViewError,
     CogViewNotFoundError,
     CogViewRateLimitError,
@@ -385,8 +383,8 @@ class ImageCall:
             return None
         try:
             return fetch(sender(self.settings.base_url), url, **self._way(deadline, label))
-        except Exception as error:  # noqa: BLE001
-            return _download_error(error)
+        except CogViewError as error:
+            return error
 
     async def _afetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
         if not self.settings.download:
@@ -395,10 +393,6 @@ class ImageCall:
             return await afetch(asender(self.settings.base_url), url, **self._way(deadline, label))
         except CogViewError as error:
             return error
-        except Exception:
-            # Such as the protection of an event loop against blocking calls: a thread has none, and fetching is free.
-            logger.warning("An image could not be fetched on the event loop; a thread fetches it", exc_info=True)
-            return await in_thread(self._fetched, url, deadline, label)
 
     def _refetched(self, url: str) -> Picture | CogViewError | None:
         return self._fetched(url, Deadline(_REFETCH_SECONDS), "")
@@ -485,16 +479,6 @@ def _log_unasked(request_id: str, reply: ImagesReply) -> None:
             request_id,
             " ".join(url[:_MOST_LOGGED_CHARACTERS] for url in reply.unasked_urls),
         )
-
-
-def _download_error(error: Exception) -> CogViewError:
-    if isinstance(error, CogViewError):
-        return error
-    logger.warning("A picture could not be fetched", exc_info=error)
-    name = type(error).__name__
-    return CogViewDownloadError(
-        f"The image was made, but saving it failed ({name}: {printable(str(error), 100)}).", detail=name
-    )
 
 
 def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:

@@ -99,19 +99,23 @@ class LinkRules:
     base_url: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
 
-    def check(self, url: str) -> AddressCheck:
+    def check(self, url: str, subject: str = "The image's link") -> AddressCheck:
         """The check for the addresses of a link.
+
+        Args:
+            url: The link.
+            subject: What an error calls it.
 
         Raises:
             CogViewDownloadError: When the link itself may not be fetched.
         """
         link = _Origin.of(url)
         if link is None:
-            raise link_refused("it is not a plain link")
-        is_named = self._is_named(link)
+            raise link_refused("it is not a plain link", subject)
+        is_named = self._is_named(link, subject)
         is_local = self._is_local(link)
         if link.scheme != "https" and not (link.scheme == "http" and (is_named or is_local)):
-            raise link_refused("it is not https")
+            raise link_refused("it is not https", subject)
         if is_named:
             named = _address(link.host)
             return is_host if named is None else lambda address, _: address == named
@@ -120,16 +124,16 @@ class LinkRules:
         # The system's resolver reads numbers in spellings that are not looked up: they are literals all the same.
         return (lambda address, _: is_public(address)) if _NUMBER.fullmatch(link.host) else is_public
 
-    def _is_named(self, link: _Origin) -> bool:
+    def _is_named(self, link: _Origin, subject: str) -> bool:
         if self.allowed_hosts is None:
             return False
         entries = [entry for entry in map(allowed_host, self.allowed_hosts) if entry.covers(link.host)]
         if not entries:
-            raise link_refused(f"its host {printable(link.host, 100)!r} is not in allowed_image_hosts")
+            raise link_refused(f"its host {printable(link.host, 100)!r} is not in allowed_image_hosts", subject)
         entries = [entry for entry in entries if entry.covers_port(link.scheme, link.port)]
         if not entries:
             where = f"{link.scheme} on port {link.port} of {printable(link.host, 100)!r}"
-            raise link_refused(f"{where} is not in allowed_image_hosts: name 'host' or 'host:port'")
+            raise link_refused(f"{where} is not in allowed_image_hosts: name 'host' or 'host:port'", subject)
         return any(not entry.is_wildcard for entry in entries)
 
     def _is_local(self, link: _Origin) -> bool:
@@ -165,10 +169,10 @@ class _Origin:
         return cls(parsed.scheme, str(address) if address else host, port)
 
 
-def link_refused(why: str) -> CogViewDownloadError:
+def link_refused(why: str, subject: str = "The image's link") -> CogViewDownloadError:
     """The error for a link that may not be fetched; fetching it again would not help."""
     return CogViewDownloadError(
-        f"The image's link was not fetched: {why}.", hint="Its URL is on the result: look at it before opening it."
+        f"{subject} was not fetched: {why}.", hint="Its URL is on the result: look at it before opening it."
     )
 
 

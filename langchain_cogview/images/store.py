@@ -1,7 +1,8 @@
-"""Where the bytes of a picture stay: whole or absent, under a name of ours, never over another file.
+"""Where the bytes of an image are saved: whole or absent, under a name of ours, never over another file.
 
 On Linux the bytes go into a file without a name, which gets one only when it is whole: a process that is killed leaves
-nothing behind. On other systems a temporary file takes its place. To a remote folder they go in one request when all are there.
+nothing behind. On other systems, and where the file system has no such files, a temporary file takes its place. Where the file
+system has no hard links, the temporary file is renamed. To a remote folder the bytes go in one request when all are there.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
-import tempfile
+import sys
+import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError
-from langchain_cogview.images.formats import EXTENSIONS
+from langchain_cogview.images.formats import EXTENSIONS, inspect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +41,10 @@ _UNSAFE: Final = re.compile(r"[^0-9A-Za-z_-]")
 _DEVICE: Final = re.compile(r"(?i)con|prn|aux|nul|com\d|lpt\d")
 _MAX_NAME: Final = 64
 _NO_LIMIT: Final = Deadline(None)
-_IN_MEMORY_BYTES: Final = 1 << 20
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
+_COPY_BYTES: Final = 1 << 16
+_RENAME_NOREPLACE: Final = 1
+_AT_FDCWD: Final = -100
 
 
 def safe_name(text: str) -> str:
@@ -67,76 +72,113 @@ def picture_names(label: str, sha256: str, extension: str, *, moment: float | No
 
 
 class PictureFile:
-    """The bytes of one download: written into the folder at once, or kept aside where there is none on this machine.
+    """The bytes of one image on their way: written into the folder as they come, or kept in memory where that cannot be done.
+
+    Every method blocks; a caller on an event loop has a thread for them. One thread at a time is let in, so that a caller that
+    was cancelled can close a file which a thread is still writing.
 
     Args:
-        folder: Where the file will be; made when missing. A remote one gets it in `keep`. None: the bytes are read back by
-            the caller.
-        label: Stands in the name between time and hash, so that the file is found by it.
+        folder: Where the file will be; made when missing. A remote one gets it in `upload`. None: the bytes stay in memory.
+        label: Part of the name, between time and hash, by which the file is found.
 
     Attributes:
-        problem: Why the folder could not be used; the bytes are kept aside all the same.
+        problem: Why the folder could not be used; the bytes are in memory all the same.
+        size: Number of bytes so far.
     """
 
     def __init__(self, folder: Path | RemoteFolder | None, *, label: str = "") -> None:
         self.problem: str | None = None
         self.size = 0
-        self._label = label
+        self.remote = None if isinstance(folder, Path) else folder
         self._folder = folder if isinstance(folder, Path) else None
-        self._remote = None if isinstance(folder, Path) else folder
+        self._label = label
         self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = None  # opened with the first bytes
         self._temporary: Path | None = None
-        self.file: BinaryIO = self._opened()
+        self._is_closed = False
 
     def write(self, chunk: bytes) -> None:
-        """Append bytes; a full disk moves all of them aside."""
-        self.size += len(chunk)
-        self._hash.update(chunk)
-        rest = memoryview(chunk)
-        try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
-        except OSError as error:
-            self._move_aside(error, rest)
+        """Append bytes; those of a full disk move into memory. After `close` nothing is written.
+
+        Raises:
+            OSError: When the bytes that were written cannot be read back.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            file = self._opened()
+            self.size += len(chunk)
+            self._hash.update(chunk)
+            rest = memoryview(chunk)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                self._move_to_memory(error, rest)
 
     @property
     def sha256(self) -> str:
-        """Of the bytes, in hexadecimal."""
+        """SHA-256 of the bytes, in hexadecimal."""
         return self._hash.hexdigest()
 
+    def inspect(self) -> ImageInfo:
+        """Read type and dimensions from the bytes.
+
+        Raises:
+            ImageFormatError: They are not one whole image.
+            OSError: They cannot be read back.
+        """
+        with self._lock:
+            file = self._opened()
+            file.seek(0)
+            return inspect(file)
+
     def keep(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> Path | str | None:
-        """Let the file stay under a name made of time, label and hash.
+        """Give the file a name made of time, label and hash.
 
         Args:
-            info: Type of the picture; gives the ending.
+            info: Type of the image, which gives the ending.
             deadline: For an upload; a local file has its name at once.
 
         Returns:
-            The path of a local file, or the URI of a remote one; None where the bytes are aside only.
+            The path of a local file, or the URI of a remote one; None where the bytes are in memory only.
         """
-        with self._noting_problems():
-            if self._remote:
-                return self._remote.upload(self._names(info), self.read(), deadline)
-            return self._linked(info)
+        if self.remote:
+            with self._noting_problems():
+                return self.remote.upload(self._names(info), self.read(), deadline)
+            return None
+        with self._lock, self._noting_problems():
+            return self._named_file(info)
         return None
 
-    async def akeep(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> Path | str | None:
-        """The twin of `keep`, without blocking the event loop while it uploads."""
+    async def aupload(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> str | None:
+        """Async version of `keep` for a remote folder."""
+        if self.remote is None:
+            return None
         with self._noting_problems():
-            if self._remote:
-                return await self._remote.aupload(self._names(info), self.read(), deadline)
-            return self._linked(info)
+            return await self.remote.aupload(self._names(info), self.read(), deadline)
         return None
 
     def read(self) -> bytes:
         """All bytes."""
-        self.file.seek(0)
-        return self.file.read()
+        with self._lock:
+            file = self._opened()
+            if isinstance(file, io.BytesIO):
+                return file.getvalue()
+            file.seek(0)
+            return file.read()
 
     def close(self) -> None:
-        """Let go of the file; what has no name by now is gone."""
-        with contextlib.suppress(OSError):
-            self.file.close()
+        """Close the file; one that has no name of its own by now is gone."""
+        with self._lock:
+            self._is_closed = True
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
         if self._temporary:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
@@ -147,31 +189,36 @@ class PictureFile:
         try:
             yield
         except OSError as error:
-            self.problem = _reason(error)
+            self.problem = reason(error)
 
     def _names(self, info: ImageInfo) -> Iterator[str]:
         return picture_names(self._label, self.sha256, info.extension)
 
-    def _linked(self, info: ImageInfo) -> Path | None:
+    def _named_file(self, info: ImageInfo) -> Path | None:
         if self._folder is None or self.problem:
             return None
         for name in self._names(info):
             path = self._folder / name
             with contextlib.suppress(FileExistsError):
-                self._link(path)
+                self._give_name(path)
                 return path
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def _opened(self) -> BinaryIO:
+        if self._file is None:
+            self._file = self._new_file()
+        return self._file
+
+    def _new_file(self) -> BinaryIO:
         if self._folder is None:
-            return _aside()
+            return io.BytesIO()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._folder = self._folder.resolve(strict=True)
             return self._unnamed() or self._named()
         except (OSError, ValueError) as error:
-            self.problem = _reason(error)
-            return _aside()
+            self.problem = reason(error)
+            return io.BytesIO()
 
     def _unnamed(self) -> BinaryIO | None:
         flag = getattr(os, "O_TMPFILE", None)
@@ -188,6 +235,14 @@ class PictureFile:
         self._temporary, descriptor = _temporary_file(self._folder or Path())
         return os.fdopen(descriptor, "w+b", buffering=0)
 
+    def _give_name(self, path: Path) -> None:
+        try:
+            self._link(path)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here, in whatever words the file system says so
+            self._rename(path)
+
     def _link(self, path: Path) -> None:
         if self._temporary:
             os.link(self._temporary, path)
@@ -195,31 +250,98 @@ class PictureFile:
         # With a folder descriptor linkat follows the link in /proc; without one Python calls link, which does not.
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.link(f"/proc/self/fd/{self.file.fileno()}", path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.link(f"/proc/self/fd/{self._opened().fileno()}", path.name, src_dir_fd=folder, dst_dir_fd=folder)
         finally:
             os.close(folder)
 
-    def _move_aside(self, error: OSError, rest: memoryview) -> None:
-        if self.problem or self._folder is None:
-            raise error  # aside, too, there is no room
-        self.problem = _reason(error)
-        written, aside = self.file, _aside()
-        missing = self.size - len(rest)
+    def _rename(self, path: Path) -> None:
+        if self._temporary is None:
+            self._copy_to_temporary()
+        temporary = self._temporary or path
+        self._opened().close()  # Windows renames no open file
+        try:
+            rename_new(temporary, path)
+        except BaseException:
+            self._file = temporary.open("r+b", buffering=0)
+            raise
+        self._temporary = None
+
+    def _copy_to_temporary(self) -> None:
+        unnamed = self._opened()
+        unnamed.seek(0)
+        named = self._named()
+        try:
+            _copy(unnamed, named, self.size)
+        except BaseException:
+            named.close()
+            if self._temporary:
+                self._temporary.unlink()
+                self._temporary = None
+            raise
+        unnamed.close()
+        self._file = named
+
+    def _move_to_memory(self, error: OSError, rest: memoryview) -> None:
+        written = self._opened()
+        if isinstance(written, io.BytesIO):
+            raise error
+        self.problem = reason(error)
+        memory = io.BytesIO()
         written.seek(0)
-        while missing > 0 and (piece := written.read(min(missing, 1 << 16))):
-            aside.write(piece)
-            missing -= len(piece)
-        aside.write(rest)
-        self.close()
-        self.file = aside
+        _copy(written, memory, self.size - len(rest))
+        memory.write(rest)
+        self._close_file()
+        self._file = memory
 
 
-def _aside() -> BinaryIO:
-    return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES))
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    while size > 0 and (piece := source.read(min(size, _COPY_BYTES))):
+        size -= len(piece)
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[target.write(rest) :]
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason(error: OSError | ValueError) -> str:
+    """Why a file could not be written, in the words of the system."""
     return getattr(error, "strerror", None) or type(error).__name__
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file to a name that no file has, on any file system.
+
+    Linux does that in one step on most file systems. Elsewhere an empty file claims the name first, and the whole one replaces
+    it: a process that is killed in between leaves the empty file.
+
+    Raises:
+        FileExistsError: When the name is taken.
+        OSError: As the system says.
+    """
+    if _rename_at_once(source, target):
+        return
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        source.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.unlink()
+        raise
+
+
+def _rename_at_once(source: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        import ctypes  # noqa: PLC0415  for file systems without hard links alone
+
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (ImportError, OSError, AttributeError):
+        return False
+    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) == 0:
+        return True
+    if ctypes.get_errno() == errno.EEXIST:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    return False
 
 
 def _temporary_file(folder: Path) -> tuple[Path, int]:

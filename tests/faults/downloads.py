@@ -243,21 +243,91 @@ add("a 403 with a picture in it", sends(PICTURE, 403, PNG), within=0.5)
 add("a Retry-After of a day", sends(b"", 503, "Retry-After: 86400"), within=0.5, gets=(1, 3), timeout=SHORT)
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-# Redirects: never followed.
+# Redirects: three are followed, each to where a first link may lead too.
 
+
+def redirects(to: str, status: int = 302, *headers: str) -> Fault:
+    """A redirect; `ORIGIN` stands for the server, `CANARY` for another one, `PORT` for the server's port, `HERE` for the link itself."""
+
+    def fault(connection: Connection, request: Request) -> None:
+        server = connection.server
+        where = (
+            to.replace("ORIGIN", server.origin).replace("CANARY", server.canary.url).replace("PORT", str(server.port))
+        )
+        connection.reply(status, b"", f"Location: {where.replace('HERE', server.picture_url)}", *headers)
+
+    return fault
+
+
+for _status in (301, 302, 303, 307, 308):
+    add(
+        f"a {_status} to a good picture",
+        in_turn(redirects("ORIGIN/b", _status), good_picture),
+        whole=PICTURE,
+        gets=(2, 2),
+    )
 for _what, _where in (
-    ("to another host", lambda server: server.canary.url + "/x.png"),
-    ("to itself", lambda server: server.picture_url),
-    ("to a good picture beside it", lambda server: server.origin + "/other.png"),
-    ("to a file", lambda server: "file:///etc/passwd"),
-    ("to a metadata address", lambda server: "http://169.254.169.254/latest/meta-data/"),
-    ("to rubbish", lambda server: "http://[::bad"),
+    ("a path", "/other.png"),
+    ("a path beside it", "other.png?a=b#c"),
+    ("a host alone", "//127.0.0.1:PORT/other.png"),
+    ("a query alone", "?again=1"),
+    ("an address with blanks", "  /other one.png "),
 ):
+    add(f"a redirect to {_what}", in_turn(redirects(_where), good_picture), whole=PICTURE, gets=(2, 2))
+add(
+    "three redirects",
+    in_turn(*(redirects(f"/{number}") for number in range(3)), good_picture),
+    whole=PICTURE,
+    gets=(4, 4),
+)
+add("four redirects", in_turn(*(redirects(f"/{number}") for number in range(4)), good_picture), gets=(4, 4), within=0.5)
+add("redirects without end", lambda c, r: redirects(f"/{r.number}")(c, r), gets=(4, 4), within=0.5)
+add("redirects in a circle", in_turn(redirects("/b"), redirects("HERE"), good_picture), gets=(2, 2), within=0.5)
+add(
+    "a redirect to what is not there yet, then good",
+    in_turn(redirects("/b"), _NOT_YET, redirects("/c"), good_picture),
+    whole=PICTURE,
+    gets=(4, 4),
+    timeout=4.0,
+)
+add("a redirect to what has ended", in_turn(redirects("/b"), sends(b"", 403)), gets=(2, 2), within=0.5)
+add(
+    "a redirect with cookies",
+    in_turn(redirects("/b", 302, "Set-Cookie: session=1; Path=/"), good_picture),
+    whole=PICTURE,
+    gets=(2, 2),
+    cookie=True,
+)
 
-    def _redirect(connection: Connection, request: Request, where: Callable[[FaultServer], str] = _where) -> None:
-        connection.reply(302, b"", f"Location: {where(connection.server)}")
 
-    add(f"a redirect {_what}", _redirect, timeout=SHORT)
+def _redirect_without_end(connection: Connection, request: Request) -> None:
+    connection.send(b"HTTP/1.1 302 Found\r\nLocation: /b\r\n\r\n")
+    connection.flood(bytes(MEGABYTE))
+
+
+add("a redirect with a body without end", in_turn(_redirect_without_end, good_picture), whole=PICTURE, gets=(2, 2))
+for _what, _where in (
+    ("another host", "CANARY/x.png"),
+    ("another port by its host alone", "//127.0.0.1/x.png"),
+    ("itself", "HERE"),
+    ("a file", "file:///etc/passwd"),
+    ("inline data", "data:image/png;base64,iVBORw0KGgo="),
+    ("ftp", "ftp://127.0.0.1:PORT/x.png"),
+    ("a metadata address", "http://169.254.169.254/latest/meta-data/"),
+    ("a metadata address by https", "https://168.63.129.16/x.png"),
+    ("a private address", "https://10.0.0.1/x.png"),
+    ("a loopback address", "https://127.0.0.2/x.png"),
+    ("a public address by http", "http://93.184.216.34/x.png"),
+    ("a name that leads to a private address", "https://pictures.test/x.png"),
+    ("user and password", "http://user:pass@127.0.0.1:PORT/x.png"),
+    ("rubbish", "http://[::bad"),
+    ("nothing", ""),
+    ("an address of 10,000 characters", "/" + "x" * 10_000),
+):
+    add(f"a redirect to {_what}", redirects(_where), within=0.5, resolve=lambda _: ["10.0.0.7"])
+add("a redirect that says no address", sends(b"", 302), within=0.5)
+for _status in (300, 305, 306):
+    add(f"a {_status} with an address", redirects("/b", _status), within=0.5)
 add("a 304", sends(b"", 304), timeout=SHORT)
 add("a page that refreshes elsewhere", sends(b"", 200, "Refresh: 0; url=http://169.254.169.254/"), timeout=SHORT)
 

@@ -137,14 +137,19 @@ class Verdict:
 @contextlib.contextmanager
 def nothing_left(verdict: Verdict) -> Iterator[None]:
     """Notes threads and descriptors that outlive the run."""
-    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    threads, descriptors = _threads(), open_descriptors()
     yield
     end = time.monotonic() + 1
-    while time.monotonic() < end and (set(threading.enumerate()) - threads or open_descriptors() > descriptors):
+    while time.monotonic() < end and (_threads() - threads or open_descriptors() > descriptors):
         time.sleep(0.005)
-    left = set(threading.enumerate()) - threads
+    left = _threads() - threads
     verdict.expect(not left, f"threads left: {sorted(thread.name for thread in left)}")
     verdict.expect(open_descriptors() <= descriptors, f"descriptors left: {open_descriptors() - descriptors}")
+
+
+def _threads() -> set[threading.Thread]:
+    """Every thread but those of the pool for files, which are few and wait for the next file."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("cogview-io")}
 
 
 def open_descriptors() -> int:

@@ -25,6 +25,7 @@ LONG = {
     "reset once, then good",
     "half of it once, then good",
     "never there, with time for a few tries",
+    "a redirect to what is not there yet, then good",
     "chunks without end",
     "a name that leads elsewhere the second time, https://pictures.test:CANARY/x.png",
 }

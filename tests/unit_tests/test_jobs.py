@@ -889,7 +889,7 @@ class NoRoom:
         self.before: Callable[[], object] = bool
         aside.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(aside))
-        monkeypatch.setattr(store.PictureFile, "_linked", _no_room)
+        monkeypatch.setattr(store.PictureFile, "_named_file", _no_room)
         monkeypatch.setattr(job_lines, "write_whole", self.write)
 
     def write(self, path: Path, content: bytes) -> None:

@@ -180,7 +180,7 @@ async def kept(how, folder, content=b"bytes", seconds=30.0):
     file.write(content)
     with contextlib.closing(file):
         deadline = Deadline(seconds)
-        uri = await file.akeep(PNG, deadline) if how == "async" else await asyncio.to_thread(file.keep, PNG, deadline)
+        uri = await file.aupload(PNG, deadline) if how == "async" else await asyncio.to_thread(file.keep, PNG, deadline)
         return uri, file.problem, file.read()
 
 

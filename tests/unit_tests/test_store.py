@@ -1,10 +1,16 @@
 """Bytes stay whole, or aside; never half, never over another file."""
 
+import contextlib
 import errno
-import io
 import os
+import resource
+import signal
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 
 import pytest
 
@@ -14,30 +20,33 @@ from langchain_cogview.images.store import PictureFile, write_whole
 PNG = ImageInfo("image/png", ".png", 1, 1)
 
 
-class Full(io.FileIO):
-    """A disk with room for some bytes: takes a part of a write, then none."""
-
-    room = 100
-
-    def write(self, chunk):
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = super().write(chunk[: self.room])
-        self.room -= taken
-        return taken
+def _no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_moves_every_byte_aside(tmp_path):
-    kept = PictureFile(tmp_path)
-    kept.file.close()
-    kept.file = Full(tmp_path / "part", "w+b")
-    for piece in (b"a" * 70, b"b" * 70, b"c" * 70):
-        kept.write(piece)
-    assert kept.read() == b"a" * 70 + b"b" * 70 + b"c" * 70
-    assert kept.keep(PNG) is None
-    assert kept.problem == "No space left on device"
-    assert kept.size == 210
-    kept.close()
+def test_a_full_disk_moves_every_byte_into_memory(tmp_path):
+    with resource_limit(resource.RLIMIT_FSIZE, 100):
+        kept = PictureFile(tmp_path)
+        for piece in (b"a" * 70, b"b" * 70, b"c" * 70):
+            kept.write(piece)
+        assert kept.read() == b"a" * 70 + b"b" * 70 + b"c" * 70
+        assert kept.keep(PNG) is None
+        assert kept.problem == "File too large"
+        assert kept.size == 210
+        kept.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def resource_limit(which, value):
+    """A limit of this process, which the system answers with an error and not with a signal."""
+    before, handler = resource.getrlimit(which), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(which, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_the_same_bytes_at_the_same_moment_get_two_files(tmp_path):
@@ -95,15 +104,109 @@ def test_an_explicit_save_replaces_a_file_and_writes_to_a_device(tmp_path):
         write_whole(target / "below", b"x")
 
 
-async def test_a_local_file_is_kept_alike_in_an_event_loop(tmp_path):
-    before = threading.active_count()
-    kept = PictureFile(tmp_path)
-    kept.write(b"bytes")
-    path = await kept.akeep(PNG)
+@pytest.mark.parametrize("unnamed", [True, False], ids=["unnamed", "temporary"])
+@pytest.mark.parametrize("renames", [True, False], ids=["renameat2", "without"])
+@pytest.mark.parametrize("code", ["EPERM", "EOPNOTSUPP", "ENOSYS", "EXDEV", "EMLINK", "EACCES", "EINVAL", "ENOENT"])
+def test_without_hard_links_files_are_whole_and_never_over_another(tmp_path, monkeypatch, code, renames, unnamed):
+    _without_hard_links(monkeypatch, code, renames=renames, unnamed=unnamed)
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101T000000Z")
+    paths = []
+    for _ in range(3):
+        kept = PictureFile(tmp_path, label="label")
+        kept.write(b"same")
+        paths.append(kept.keep(PNG))
+        assert kept.problem is None
+        kept.close()
+    assert set(tmp_path.iterdir()) == set(paths)
+    assert [path.read_bytes() for path in paths] == [b"same"] * 3
+    paths[0].write_text("a letter")
+    kept = PictureFile(tmp_path, label="label")
+    kept.write(b"same")
+    assert kept.keep(PNG) not in paths
     kept.close()
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == b"bytes"
-    assert threading.active_count() == before
+    assert paths[0].read_text() == "a letter"
+    write_whole(tmp_path / "saved.png", b"saved")
+    assert (tmp_path / "saved.png").read_bytes() == b"saved"
+    assert not list(tmp_path.glob(".*"))
+
+
+def _without_hard_links(monkeypatch, code, *, renames=True, unnamed=True):
+    def link(*_, **__):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "link", link)
+    if not renames:
+        monkeypatch.setattr(sys, "platform", "freebsd")
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+
+
+@pytest.mark.parametrize("renames", [True, False], ids=["renameat2", "without"])
+def test_without_hard_links_two_threads_never_get_one_name(tmp_path, monkeypatch, renames):
+    _without_hard_links(monkeypatch, "EPERM", renames=renames)
+    start = threading.Barrier(8)
+    paths = []
+
+    def save():
+        kept = PictureFile(tmp_path)
+        kept.write(b"same")
+        start.wait(30)
+        paths.append(kept.keep(PNG))
+        kept.close()
+
+    threads = [threading.Thread(target=save) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 8
+    assert set(tmp_path.iterdir()) == set(paths)
+
+
+def test_a_disk_that_is_full_when_the_name_is_given_costs_no_byte(tmp_path, monkeypatch):
+    _without_hard_links(monkeypatch, "EPERM", renames=False)
+    monkeypatch.setattr("langchain_cogview.images.store.rename_new", _no_room)
+    for unnamed in (True, False):
+        if not unnamed:
+            monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+        kept = PictureFile(tmp_path)
+        kept.write(b"bytes")
+        assert kept.keep(PNG) is None
+        assert kept.problem == "No space left on device"
+        assert kept.read() == b"bytes"
+        kept.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_where_there_are_no_hard_links_leaves_whole_or_empty_files(tmp_path):
+    program = f"""
+        import errno, os, sys, signal, threading
+        from pathlib import Path
+        from langchain_cogview.images.formats import ImageInfo
+        from langchain_cogview.images.store import PictureFile
+        def link(*_, **__): raise OSError(errno.EPERM, "no")
+        os.link = link
+        del os.O_TMPFILE
+        sys.platform = "freebsd"
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        while True:
+            kept = PictureFile(Path({str(tmp_path)!r}))
+            kept.write(b"x" * 100_000)
+            kept.keep(ImageInfo("image/png", ".png", 1, 1))
+            kept.close()
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    sizes = {path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert 100_000 in sizes
+    assert sizes <= {0, 100_000}
+
+
+def test_a_file_that_was_closed_takes_nothing_more_and_opens_nothing(tmp_path):
+    kept = PictureFile(tmp_path / "below")
+    kept.close()
+    kept.write(b"late")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_when_every_name_is_taken_the_bytes_stay_aside(tmp_path, monkeypatch):
