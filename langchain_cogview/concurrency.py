@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,31 @@ async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if claim.acquire(blocking=False):
             return function(*args, **kwargs)
     return await done
+
+
+async def loaded(base_url: str) -> None:
+    """Have a thread load what the first call to a service needs: the HTTP stack, and the certificates for https.
+
+    Both take tens of milliseconds, in which the event loop would stand still.
+    """
+    scheme = base_url.partition(":")[0]
+    if scheme not in _LOADED:
+        await in_thread(_load, scheme)
+        _LOADED.add(scheme)
+
+
+def _load(scheme: str) -> None:
+    for name in ("langchain_cogview.drawing", *_MODULES.get(scheme, _HTTP_MODULES)):
+        importlib.import_module(name)
+    if scheme == "https":
+        environment = importlib.import_module("langchain_cogview.api.environment")
+        with contextlib.suppress(Exception):  # told by the call that needs them
+            environment.tls_context()
+
+
+_HTTP_MODULES: Final = ("anyio.streams.tls",)
+_MODULES: Final = {"sandbox": ("langchain_cogview.sandbox.transport",)}
+_LOADED: Final[set[str]] = set()
 
 
 @contextlib.asynccontextmanager

@@ -29,6 +29,7 @@ from langchain_cogview.batches import (
     traced_config,
 )
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
+from langchain_cogview.concurrency import loaded
 from langchain_cogview.errors import CogViewConfigurationError
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
@@ -422,6 +423,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
 
     async def asubmit(self, input: ImageInput, **kwargs: Any) -> ImageTask:  # noqa: A002
         """Async version of `submit`."""
+        await loaded(self._base_url)
         request, notes = self._request(input, kwargs)
         task_id, request_id = await self._call(checked_task(request), NOBODY).asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
@@ -496,6 +498,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
             made.append(await work(given, self._teller(run_manager, config)))
             return made[0]
 
+        await loaded(self._base_url)
         with live.call(config) as told:
             try:
                 await self._acall_with_config(run, given, config, run_type="llm")

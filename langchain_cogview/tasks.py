@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_cogview.catalog import model_info
+from langchain_cogview.concurrency import loaded
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, CogViewTaskFailedError
 from langchain_cogview.request import ImageRequest
@@ -102,6 +103,7 @@ class ImageTask:
 
     async def astatus(self) -> TaskStatus:
         """Ask once. The twin of `status`."""
+        await loaded(self.generator.service)
         try:
             return _status(await self.generator.tasks_client().astatus(self.id, Deadline(_STATUS_SECONDS)))
         except (CogViewTaskFailedError, CogViewContentFilterError):
