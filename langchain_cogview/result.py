@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from decimal import Decimal
 from itertools import count
@@ -207,18 +206,20 @@ class GeneratedImage(BaseModel):
         return target
 
     def to_pil(self) -> Any:
-        """The picture as a `PIL.Image.Image`, decoded.
+        """The image as a `PIL.Image.Image`, decoded.
 
         Raises:
             ImportError: When Pillow is not installed; names the extra that brings it.
+            CogViewStorageError: When it cannot be decoded, or would take more than 220 MB of memory: a WebP of more than 12
+                million pixels or a progressive JPEG of more than 22 million; PNG and ordinary JPEG pass up to 50 million.
         """
         try:
-            from PIL import Image  # noqa: PLC0415
+            import PIL.Image  # noqa: F401, PLC0415
         except ImportError:
             raise ImportError('to_pil needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
-        picture = Image.open(io.BytesIO(self.read()))
-        picture.load()
-        return picture
+        from langchain_cogview.images.previews import decoded  # noqa: PLC0415
+
+        return decoded(self.read())
 
     def show(self) -> None:
         """Show the picture: in a notebook as output, elsewhere with the system's viewer (needs Pillow)."""

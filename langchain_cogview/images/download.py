@@ -24,7 +24,7 @@ from langchain_cogview.addresses import ADDRESSES, AddressRefusedError
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
-from langchain_cogview.images.formats import ImageFormatError, ImageInfo, sniff
+from langchain_cogview.images.formats import ImageFormatError, ImageInfo, ImageRefusedError, sniff
 from langchain_cogview.images.links import ANY_PUBLIC_HOST, LinkRules, link_refused
 from langchain_cogview.images.store import PictureFile, reason
 
@@ -297,6 +297,8 @@ def _inspected(file: PictureFile, rest: bytes) -> ImageInfo:
     _write(file, rest)
     try:
         return file.inspect()
+    except ImageRefusedError as error:
+        raise CogViewDownloadError(f"The image is not accepted: {error}.", hint="Its URL is on the result.") from None
     except ImageFormatError as error:
         raise _not_yet(f"The link did not give a whole image: {error}.") from None
     except OSError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 if TYPE_CHECKING:
@@ -22,13 +22,20 @@ MAX_PIXELS: Final = 50_000_000
 MAX_PARTS: Final = 100_000
 """Chunks or segments above which a file is refused: a 32 MB file could hold millions, each costing time."""
 
+MAX_SCANS: Final = 64
+"""Scans above which a JPEG is refused: encoders write at most 20 or so, and each costs as much time as the whole image."""
+
 _WINDOW = 65_536
 EXTENSIONS: Final = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTHS: Final = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
+_PNG_OPAQUE: Final = frozenset({0, 2})
+
 _EOI, _SOS, _TEM = 0xD9, 0xDA, 0x01
 _MISPLACED: Final = frozenset({0, *range(0xD0, 0xD9)})  # RSTn outside of a scan, a second SOI
+_SEQUENTIAL: Final = frozenset({0xC0, 0xC1})
+_LOSSLESS: Final = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG and DAC
 _JPEG_MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _JPEG_FILL_END = re.compile(rb"[^\xff]", re.DOTALL)
@@ -36,6 +43,10 @@ _JPEG_FILL_END = re.compile(rb"[^\xff]", re.DOTALL)
 
 class ImageFormatError(ValueError):
     """The bytes are no whole PNG, JPEG or WebP picture; the text says in a few plain words why."""
+
+
+class ImageRefusedError(ImageFormatError):
+    """The image is larger, or made of more parts, than is accepted; fetching it again gives the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +58,25 @@ class ImageInfo:
         extension: `.png`, `.jpg` or `.webp`.
         width: In pixels.
         height: In pixels.
+        decoding_bytes: Memory that Pillow takes at most to decode it, measured for each kind of file.
+        preview_bytes: The same for making it smaller, where a JPEG can be decoded at a lower resolution.
     """
 
     mime_type: str
     extension: str
     width: int
     height: int
+    decoding_bytes: int = field(default=0, compare=False)
+    preview_bytes: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Width and height, and the memory for each pixel: to decode it, and to make it smaller."""
+
+    size: tuple[int, int]
+    decoding: float
+    preview: float
 
 
 def sniff(head: bytes) -> str | None:
@@ -83,8 +107,10 @@ def inspect(file: BinaryIO) -> ImageInfo:
     if mime_type is None:
         raise ImageFormatError("the file is not a PNG, JPEG or WebP picture")
     measure = {"image/png": _measure_png, "image/jpeg": _measure_jpeg, "image/webp": _measure_webp}[mime_type]
-    width, height = measure(window)
-    return ImageInfo(mime_type, EXTENSIONS[mime_type], width, height)
+    found = measure(window)
+    width, height = found.size
+    memory = (int(width * height * each) for each in (found.decoding, found.preview))
+    return ImageInfo(mime_type, EXTENSIONS[mime_type], width, height, *memory)
 
 
 class _Window:
@@ -135,7 +161,7 @@ def _checked(width: int, height: int) -> tuple[int, int]:
     if not width or not height:
         raise ImageFormatError("the picture has no pixels")
     if width * height > MAX_PIXELS:
-        raise ImageFormatError(f"the picture has {width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
+        raise ImageRefusedError(f"the picture has {width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
     return width, height
 
 
@@ -146,8 +172,9 @@ def _expect_end(window: _Window, end: int) -> None:
         raise ImageFormatError("there is something behind the picture's end")
 
 
-def _measure_png(window: _Window) -> tuple[int, int]:
+def _measure_png(window: _Window) -> _Measured:
     size: tuple[int, int] | None = None
+    colour = 0
     position, has_pixels = len(_PNG_MAGIC), False
     for _ in range(MAX_PARTS):
         head = window.take(position, 8)
@@ -163,15 +190,17 @@ def _measure_png(window: _Window) -> tuple[int, int]:
         if checksum != int.from_bytes(window.take(end, 4), "big"):
             raise ImageFormatError("the PNG picture is damaged: a checksum is wrong")
         if size is None:
-            size = _png_header(window.take(position + 8, length) if length == 13 else b"")  # noqa: PLR2004
+            header = window.take(position + 8, length) if length == 13 else b""  # noqa: PLR2004
+            size, colour = _png_header(header), header[9]
         has_pixels = has_pixels or (name == b"IDAT" and length > 0)
         position = end + 4
         if name == b"IEND":
             if length or not has_pixels:
                 raise ImageFormatError("the PNG picture is damaged: it ends before its pixels")
             _expect_end(window, position)
-            return size
-    raise ImageFormatError("the PNG picture has too many chunks")
+            # One byte for each of four channels; to make it smaller, a copy that is opaque or premultiplied.
+            return _Measured(size, 4, 6 if colour in _PNG_OPAQUE else 9)
+    raise ImageRefusedError("the PNG picture has too many chunks")
 
 
 def _png_header(header: bytes) -> tuple[int, int]:
@@ -180,19 +209,19 @@ def _png_header(header: bytes) -> tuple[int, int]:
     return _checked(int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big"))
 
 
-def _measure_jpeg(window: _Window) -> tuple[int, int]:  # noqa: C901  one branch for each kind of marker
+def _measure_jpeg(window: _Window) -> _Measured:  # noqa: C901  one branch for each kind of marker
     size: tuple[int, int] | None = None
-    position, has_scan = 2, False
+    position, scans, frame, components = 2, 0, 0, 0
     for _ in range(MAX_PARTS):
         if window.take(position, 1) != b"\xff":
             raise ImageFormatError("the JPEG picture is damaged: a marker is missing")
         position = window.find(_JPEG_FILL_END, position) + 1
         marker = window.take(position - 1, 1)[0]
         if marker == _EOI:
-            if not size or not has_scan:
+            if not size or not scans:
                 raise ImageFormatError("the JPEG picture is damaged: it ends before its pixels")
             _expect_end(window, position)
-            return size
+            return _jpeg_memory(size, frame, components, scans)
         if marker == _TEM:
             continue
         if marker in _MISPLACED:
@@ -201,18 +230,28 @@ def _measure_jpeg(window: _Window) -> tuple[int, int]:  # noqa: C901  one branch
         if length < 2 or (marker in _FRAMES and (size or length < 8)):  # noqa: PLR2004
             raise ImageFormatError("the JPEG picture is damaged: its header is wrong")
         if marker in _FRAMES:
-            frame = window.take(position + 3, 4)
-            size = _checked(int.from_bytes(frame[2:], "big"), int.from_bytes(frame[:2], "big"))
+            head = window.take(position + 3, 5)
+            size = _checked(int.from_bytes(head[2:4], "big"), int.from_bytes(head[:2], "big"))
+            frame, components = marker, head[4]
         position += length
         if marker == _SOS:
             if size is None:
                 raise ImageFormatError("the JPEG picture is damaged: its header is not before its pixels")
-            has_scan = True
+            scans += 1
+            if scans > MAX_SCANS:
+                raise ImageRefusedError(f"the JPEG picture has more than the {MAX_SCANS} scans allowed")
             position = window.find(_JPEG_MARKER_IN_SCAN, position)
-    raise ImageFormatError("the JPEG picture has too many segments")
+    raise ImageRefusedError("the JPEG picture has too many segments")
 
 
-def _measure_webp(window: _Window) -> tuple[int, int]:
+def _jpeg_memory(size: tuple[int, int], frame: int, components: int, scans: int) -> _Measured:
+    if frame in _SEQUENTIAL and scans == 1:
+        return _Measured(size, 4, 0.5)  # row by row, or an eighth of the width and height
+    coefficients = 2 * max(components, 1)  # of the whole image, whatever the resolution
+    return _Measured(size, 4 + coefficients, coefficients + (4 if frame in _LOSSLESS else 0.5))
+
+
+def _measure_webp(window: _Window) -> _Measured:
     riff = int.from_bytes(window.take(4, 4), "little")
     _expect_end(window, 8 + riff + riff % 2)
     size: tuple[int, int] | None = None
@@ -221,7 +260,7 @@ def _measure_webp(window: _Window) -> tuple[int, int]:
         if position == window.size:
             if size is None or not has_pixels:
                 raise ImageFormatError("the WebP picture is damaged: it has no pixels")
-            return size
+            return _Measured(size, 17, 17)  # four canvases of an animation, which every WebP is to Pillow
         head = window.take(position, 8)
         name, length = head[:4], int.from_bytes(head[4:], "little")
         position += 8
@@ -235,7 +274,7 @@ def _measure_webp(window: _Window) -> tuple[int, int]:
             raise ImageFormatError("the WebP picture is damaged: its header is not at its start")
         has_pixels = has_pixels or name in (b"VP8 ", b"VP8L", b"ANMF")
         position = end
-    raise ImageFormatError("the WebP picture has too many chunks")
+    raise ImageRefusedError("the WebP picture has too many chunks")
 
 
 def _webp_size(name: bytes, head: bytes) -> tuple[int, int]:

@@ -16,10 +16,13 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.images.formats import EXTENSIONS, sniff
+from langchain_cogview.errors import CogViewError, CogViewStorageError, printable
+from langchain_cogview.images.formats import ImageFormatError, inspect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from langchain_cogview.images.formats import ImageInfo
 
 PREVIEW_BYTES: Final = 40_000
 """Of one preview at most: with base64's third and its caption it stays under 60 kB."""
@@ -27,7 +30,13 @@ HELD_BYTES: Final = 32 << 20
 """Of all previews held; those not looked at for longest go first."""
 PILLOW_MISSING: Final = 'A preview needs Pillow: pip install "langchain-cogview[notebook]"'
 
+PREVIEW_MEMORY: Final = 160_000_000
+"""Bytes of memory that making a preview may take; an image that needs more has none."""
+DECODING_MEMORY: Final = 220_000_000
+"""Bytes of memory that decoding a whole image may take: enough for every PNG of 50 million pixels, and every usual JPEG."""
+
 _SIDE: Final = 768
+_FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _SMALLEST_SIDE: Final = 24
 _WEBP_BELOW: Final = 12_000  # JPEG's tables alone are 600 bytes; a large WebP takes a hundred times as long to make
 
@@ -72,31 +81,42 @@ def preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SIDE) ->
         side: Pixels of the longer side, at most, where it is made smaller.
 
     Returns:
-        None where it cannot be made: no picture, no Pillow, or no room.
+        None where it cannot be made: no picture, no Pillow, no room, or more than 160 MB of memory needed.
     """
-    mime_type = sniff(content[:32])
-    if mime_type in EXTENSIONS and len(content) <= limit:
-        return Preview(content, mime_type or "")
+    try:
+        info = inspect(io.BytesIO(content))
+    except ImageFormatError:
+        return None
+    if info.preview_bytes > PREVIEW_MEMORY:  # nor does a browser decode it
+        return None
+    if len(content) <= limit:
+        return Preview(content, info.mime_type)
     try:
         from PIL import Image, features  # noqa: PLC0415
     except ImportError:
         return None
     try:
         webp = limit < _WEBP_BELOW and features.check("webp")
-        return _shrunk(_opaque(Image, content), limit, side, "WEBP" if webp else "JPEG")
+        return _shrunk(_opaque(Image, content, side), limit, side, "WEBP" if webp else "JPEG")
     except Exception:  # whatever a foreign picture makes of the decoder, it is shown as text
         logger.debug("No preview could be made of a picture", exc_info=True)
         return None
 
 
-def _opaque(pillow: Any, content: bytes) -> Any:
-    picture = pillow.open(io.BytesIO(content))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = pillow.new("RGB", picture.size, "white")
-        ground.paste(picture, mask=picture.getchannel("A"))
-        return ground
-    return picture if picture.mode in {"L", "RGB"} else picture.convert("RGB")
+def _opaque(pillow: Any, content: bytes, side: int) -> Any:
+    """The image at about the size of its preview, before anything copies all of its pixels."""
+    image = pillow.open(io.BytesIO(content), formats=_FORMATS)
+    image.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at a lower resolution
+    if "transparency" in image.info and image.mode != "RGBA":
+        image = image.convert("RGBA")
+    elif image.mode not in {"L", "RGB", "RGBA"}:
+        image = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    image.thumbnail((2 * side, 2 * side), reducing_gap=2.0)
+    if image.mode != "RGBA":
+        return image
+    ground = pillow.new("RGB", image.size, "white")
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground
 
 
 def _shrunk(picture: Any, limit: int, side: int, form: str) -> Preview | None:
@@ -109,6 +129,37 @@ def _shrunk(picture: Any, limit: int, side: int, form: str) -> Preview | None:
         # Bytes go with the area; a picture made smaller has more detail for each pixel.
         side = int(max(picture.size) * min(0.9, 0.95 * math.sqrt(limit / out.tell())))
     return None
+
+
+def decoded(content: bytes) -> Any:
+    """An image as a `PIL.Image.Image`, decoded in at most 220 MB of memory.
+
+    Raises:
+        CogViewStorageError: When it would take more, or cannot be decoded.
+    """
+    from PIL import Image  # noqa: PLC0415
+
+    try:
+        _check_memory(inspect(io.BytesIO(content)))
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        image.load()
+    except CogViewError:
+        raise
+    except Exception as error:  # noqa: BLE001  Pillow raises what it likes of a foreign image
+        raise CogViewStorageError(
+            f"The image cannot be decoded: {printable(str(error), 120).rstrip('.')}.",
+            hint="image.read() gives its bytes.",
+        ) from None
+    return image
+
+
+def _check_memory(info: ImageInfo) -> None:
+    if info.decoding_bytes > DECODING_MEMORY:
+        raise CogViewStorageError(
+            f"The image is not decoded: its {info.width}x{info.height} pixels would take "
+            f"{info.decoding_bytes // 1_000_000} MB of memory, more than the {DECODING_MEMORY // 1_000_000} MB allowed.",
+            hint="image.read() gives its bytes for another decoder.",
+        )
 
 
 class HeldPreviews:
