@@ -263,7 +263,7 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         if _SERVICE & update.keys():
             return type(self)(**{**self.__dict__, **update})
         # The environment may have changed since: the copy has the service that this instance found.
-        found = {"api_key": self._key, "region": self._region, "base_url": self._base_url}
+        found = {"api_key": self._found_key(), "region": self._region, "base_url": self._base_url}
         copied = type(self)(**{**self.__dict__, **found, **update})
         return super(CogViewImageGenerator, copied).model_copy(update={name: getattr(self, name) for name in found})
 
@@ -584,12 +584,17 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
 
         return ImageCall(self._settings(), ((request, ()), *others), teller, self._cached(request))
 
+    def _found_key(self) -> SecretStr:
+        if self._key is not None:
+            return self._key
+        # It came through a pickle: the service is the same, the key is found where it arrived.
+        return SANDBOX_KEY if is_sandbox(self._base_url) else found_key(None, self._region, unpickled=True)
+
     def _settings(self) -> CallSettings:
         if self._made_settings is None:
             from langchain_cogview.drawing import CallSettings  # noqa: PLC0415  the HTTP stack
 
-            if self._key is None:  # came through pickle: the service is the same, the key is found where it arrived
-                self._key = SANDBOX_KEY if is_sandbox(self._base_url) else found_key(None, self._region)
+            self._key = self._found_key()
             service = Service(self._key, self._region, self._base_url)
             self._made_settings = CallSettings.of(service, self._folder, dict(self))
         return cast("CallSettings", self._made_settings)

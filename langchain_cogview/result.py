@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_serializer, model_validator
 
 from langchain_cogview.artifact import (
     ARTIFACT_TYPE,
@@ -124,6 +124,11 @@ class GeneratedImage(BaseModel):
 
     _content: bytes | None = PrivateAttr(default=None)
     _access: Any = PrivateAttr(default=None)
+
+    @field_serializer("path", "cost")
+    def _as_text(self, value: Path | Decimal | None) -> str | None:
+        # In Python mode too: servers such as LangServe write what `model_dump()` gives as JSON.
+        return None if value is None else str(value)
 
     def with_content(self, content: bytes | None, access: ImageAccess | None = None) -> Self:
         """The same image holding its bytes in memory, and where more may be read from; in no repr, JSON or trace."""
@@ -405,6 +410,10 @@ class ImageResult(BaseModel):
     currency: Text | None = None
     sandbox: bool = False
     warnings: tuple[Text, ...] = ()
+
+    @field_serializer("cost")
+    def _as_text(self, value: Decimal | None) -> str | None:
+        return None if value is None else str(value)
 
     @property
     def image(self) -> GeneratedImage:

@@ -137,8 +137,16 @@ def key_problem(key: SecretStr) -> str | None:
     return None
 
 
-def found_key(key: SecretStr | None, region: Region) -> SecretStr:
+def found_key(key: SecretStr | None, region: Region, *, unpickled: bool = False) -> SecretStr:
     """The key to use: the one given, else the platform's variable.
+
+    Args:
+        key: The one given.
+        region: The platform.
+        unpickled: Whether a generator that came from another process looks for its key.
+
+    Returns:
+        A key of the right form.
 
     Raises:
         CogViewConfigurationError: When there is none, or its form is wrong.
@@ -149,7 +157,7 @@ def found_key(key: SecretStr | None, region: Region) -> SecretStr:
         source = variable
         key = SecretStr(os.environ.get(variable, ""))
         if not key.get_secret_value():
-            message, hint = _missing(region)
+            message, hint = _left_behind(region) if unpickled else _missing(region)
             raise CogViewConfigurationError(message, hint=hint)
     problem = key_problem(key)
     if problem:
@@ -157,6 +165,14 @@ def found_key(key: SecretStr | None, region: Region) -> SecretStr:
             f"The API key in {source} {problem}.", hint="Copy it from the provider's console as it stands there."
         )
     return key
+
+
+def _left_behind(region: Region) -> tuple[str, str]:
+    variable = KEY_VARIABLES[region]
+    return (
+        f"There is no API key in this process: a pickled generator leaves its key behind, and {variable} is not set here.",
+        f"Set {variable} in the environment of both processes before they start, or make the generator in this process.",
+    )
 
 
 def _missing(region: Region) -> tuple[str, str]:
