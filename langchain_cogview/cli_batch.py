@@ -58,6 +58,9 @@ def batch(
     ] = False,
     unique: Annotated[bool, typer.Option("--unique", help="Draw lines that say the same only once.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that cannot be drawn.")] = False,
+    into_existing: Annotated[
+        bool, typer.Option("--into-existing", help="Begin the job in a folder with other files; none is written over.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count, price and check; send and write nothing. Needs no key.")
     ] = False,
@@ -85,7 +88,7 @@ def batch(
     settings |= {"model": model, "n": n, "timeout": timeout}
     job: dict[str, Any] = {"limit": limit, "budget": budget}
     job |= {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
-    job |= {"unique": unique, "format": form.value if form else None, **settings}
+    job |= {"into_existing": into_existing, "unique": unique, "format": form.value if form else None, **settings}
     if dry_run:
         finish(lambda: _plan(prompts, output, job, as_json=as_json, skip_bad=skip_bad))
     job |= {"skip_bad": skip_bad, "progress": False if no_progress else None}

@@ -38,6 +38,7 @@ _SHELL_WORDS: Final = (
     ("Pass prices={model: price}, or leave the budget out.", "Leave --budget out."),
     ("format=: '", "--format: '"),
     ("unless unique=True", "unless --unique is given"),
+    ("into_existing=True", "--into-existing"),
     ("retry_unknown=True", "--retry-unknown"),
     ("run the job again", "run the same command"),
     ("skip_bad=True", "--skip-bad"),

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from langchain_cogview.images.store import write_whole
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
 _STYLE: Final = """
 body{font:15px/1.4 system-ui,sans-serif;margin:1.5rem;background:#fff;color:#222}
@@ -25,6 +22,15 @@ overflow:hidden}
 small{color:#777}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}img{background:#333}.none{background:#3a2320;color:#f0b3a8}}
 """
+
+
+_START: Final = (
+    '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+)
+_HEAD: Final = f'{_START}<meta name="generator" content="langchain-cogview">\n'
+_FIRST_HEAD: Final = f"{_START}<title>CogView: "
+"""How pages began that have no generator's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +54,28 @@ class Tile:
     reason: str = ""
 
 
-def write_contact_sheet(path: Path, tiles: Iterable[Tile], *, title: str, facts: Iterable[str] = ()) -> None:
-    """Write the page, whole or not at all. All texts may be foreign: they are escaped, and no script is on it.
+def contact_sheet(tiles: Iterable[Tile], *, title: str, facts: Iterable[str] = ()) -> Iterator[bytes]:
+    """The page, piece by piece. All texts may be foreign: they are escaped, and no script is on it.
 
     Args:
-        path: The page; the tiles' files are found from its folder.
-        tiles: In the order of the page. Browsers load a picture when it comes into view.
+        tiles: In the order of the page, with files named from its folder. Browsers load a picture when it comes into view.
         title: Of the page.
         facts: Paragraphs above the pictures.
 
-    Raises:
-        OSError: As the system says.
+    Returns:
+        HTML in UTF-8.
     """
-    write_whole(path, b"".join(part.encode("utf-8", "replace") for part in _page(tiles, title, facts)))
+    return (part.encode("utf-8", "replace") for part in _page(tiles, title, facts))
+
+
+def is_contact_sheet(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (a few hundred are enough) is such a page, and may be replaced."""
+    return head.startswith((_HEAD.encode(), _FIRST_HEAD.encode()))
 
 
 def _page(tiles: Iterable[Tile], title: str, facts: Iterable[str]) -> Iterator[str]:
     heading = html.escape(title)
-    yield (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{heading}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{heading}</h1>\n"
-    )
+    yield (f"{_HEAD}<title>{heading}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{heading}</h1>\n")
     yield from (f"<p>{html.escape(fact)}</p>\n" for fact in facts)
     yield "<main>\n"
     yield from map(_figure, tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,19 @@ from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, printable
-from langchain_cogview.jobs.lock import FolderLock
-from langchain_cogview.jobs.manifest import compact, read_history, read_settings, write_settings
-from langchain_cogview.jobs.plan import JobPlan, checked_prompts, job_settings, refuse_other_settings
+from langchain_cogview.jobs.folder import JobFolder, spare_descriptors
+from langchain_cogview.jobs.manifest import (
+    ATTEMPTS,
+    MANIFEST,
+    RecordFile,
+    read_history,
+    read_settings,
+    refuse_foreign_folder,
+    write_settings,
+)
+from langchain_cogview.jobs.plan import JobPlan, checked_prompts, counted, job_settings, refuse_other_settings
 from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, reported
-from langchain_cogview.jobs.run import JobRun
+from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
 from langchain_cogview.jobs.survey import Purse, Survey
 from langchain_cogview.many import astream_tasks, stream_in_threads
 
@@ -49,6 +58,7 @@ def run_job(
     config: RunnableConfig | None = None,
     on_plan: Callable[[JobPlan], None] | None = None,
     stop: threading.Event | None = None,
+    into_existing: bool = False,
     **settings: Any,
 ) -> JobReport:
     """Draw every prompt of a file into a folder, each once, over as many runs as it takes.
@@ -60,7 +70,8 @@ def run_job(
 
     Args:
         prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or texts and dicts of arguments.
-        output_dir: A local folder, made when missing; one job at a time writes to it.
+        output_dir: A local folder, made when missing; one job at a time writes to it. A symbolic link is resolved once, at the
+            start. A folder that holds something else than a job is refused.
         generator: Makes the pictures; its `output_dir` is replaced. None: one is made of `settings`.
         limit: Draw at most so many prompts; None: all.
         budget: Stop before a picture whose list price would pass it, in the platform's currency; counts all runs in this
@@ -75,6 +86,7 @@ def run_job(
         config: LangChain's, for every call.
         on_plan: Called with what will be done, before anything is sent; what it raises ends the job.
         stop: Once it is set, nothing more is sent; what is under way ends, and the report tells what is left.
+        into_existing: Begin a job in a folder that holds other files. The job adds its files, and writes over none.
         **settings: Arguments of `CogViewImageGenerator`.
 
     Returns:
@@ -85,12 +97,17 @@ def run_job(
     Raises:
         CogViewInvalidRequestError: A line cannot be drawn, and `skip_bad` is not set; its notes say which.
         CogViewConfigurationError: A setting or the file is wrong, the folder's job was begun with other arguments, its manifest
-            is damaged, or another job is writing to it. Nothing was sent.
+            is damaged, another job is writing to it, or it holds something else than a job. Nothing was sent.
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
     job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
     with job.running(
-        limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
+        limit=limit,
+        budget=budget,
+        retry_failed=retry_failed,
+        retry_unknown=retry_unknown,
+        skip_bad=skip_bad,
+        into_existing=into_existing,
     ) as run:
         run.asked_to_stop = stop
         if on_plan:
@@ -120,6 +137,7 @@ async def arun_job(
     config: RunnableConfig | None = None,
     on_plan: Callable[[JobPlan], None] | None = None,
     stop: threading.Event | None = None,
+    into_existing: bool = False,
     **settings: Any,
 ) -> JobReport:
     """Draw every prompt of a file into a folder. The twin of `run_job`.
@@ -129,7 +147,12 @@ async def arun_job(
     """
     job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
     running = job.running(
-        limit=limit, budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown, skip_bad=skip_bad
+        limit=limit,
+        budget=budget,
+        retry_failed=retry_failed,
+        retry_unknown=retry_unknown,
+        skip_bad=skip_bad,
+        into_existing=into_existing,
     )
     async with entered_in_thread(running) as run:
         run.asked_to_stop = stop
@@ -155,6 +178,7 @@ def plan_job(
     retry_unknown: bool = False,
     unique: bool = False,
     format: PromptFormat | None = None,  # noqa: A002
+    into_existing: bool = False,
     **settings: Any,
 ) -> JobPlan:
     """What `run_job` would do with the same arguments: sends nothing, and changes no file.
@@ -165,8 +189,17 @@ def plan_job(
         CogViewConfigurationError: As `run_job`.
     """
     job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
-    survey, purse = job.surveyed(budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown)
-    return survey.plan(purse, limit=limit)
+    with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
+        job.begun(folder, into_existing=into_existing)
+        attempts, manifest = (files.enter_context(RecordFile(folder, name)) for name in (ATTEMPTS, MANIFEST))
+        survey = Survey(
+            job.prompts,
+            read_history(attempts, manifest),
+            folder,
+            retry_failed=retry_failed,
+            retry_unknown=retry_unknown,
+        )
+        return survey.plan(job.purse(survey, budget), limit=limit)
 
 
 class _Job:
@@ -195,19 +228,36 @@ class _Job:
         models = {item.model for item in self.prompts.items} or {self.generator.model}
         self.places = max(self.generator.places(model) for model in models)
 
-    def surveyed(self, *, budget: Any, retry_failed: bool, retry_unknown: bool) -> tuple[Survey, Purse]:
-        """What is left to do, and what may be spent on it."""
-        refuse_other_settings(self.folder, read_settings(self.folder), self.settings)
-        history = read_history(self.folder)
-        survey = Survey(self.prompts, history, self.folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
+    def begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
+        """Whether the folder's job was begun before.
+
+        Raises:
+            CogViewConfigurationError: It is another job's, or none's.
+        """
+        settings = read_settings(folder)
+        if settings is None:
+            refuse_foreign_folder(folder, into_existing=into_existing)
+        else:
+            refuse_other_settings(self.folder, settings, self.settings)
+        return settings is not None
+
+    def purse(self, survey: Survey, budget: Any) -> Purse:
+        """What may be spent."""
         purse = Purse(self.generator, budget, (item.model for item in self.prompts.items))
         for model in survey.spent_models():
             purse.spend(model)
-        return survey, purse
+        return purse
 
     @contextmanager
     def running(
-        self, *, limit: int | None, budget: Any, retry_failed: bool, retry_unknown: bool, skip_bad: bool
+        self,
+        *,
+        limit: int | None,
+        budget: Any,
+        retry_failed: bool,
+        retry_unknown: bool,
+        skip_bad: bool,
+        into_existing: bool,
     ) -> Iterator[JobRun]:
         """The job with its folder locked and what is free in it entered."""
         if limit is not None and (not isinstance(limit, int) or limit < 0):
@@ -215,17 +265,26 @@ class _Job:
         if not skip_bad:
             self.prompts.refuse_problems()
         Purse(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is made
-        with FolderLock(self.folder), contextlib.ExitStack() as stack:
-            begun = read_settings(self.folder)
-            refuse_other_settings(self.folder, begun, self.settings)
-            if read_history(self.folder).superseded:
-                compact(self.folder)
-            survey, purse = self.surveyed(budget=budget, retry_failed=retry_failed, retry_unknown=retry_unknown)
-            if begun is None:
-                write_settings(self.folder, self.settings)
+        with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
+            folder.lock()
+            begun = self.begun(folder, into_existing=into_existing)
+            attempts, manifest = (
+                stack.enter_context(RecordFile(folder, name, writable=True)) for name in (ATTEMPTS, MANIFEST)
+            )
+            history = read_history(attempts, manifest)
+            survey = Survey(self.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
+            purse = self.purse(survey, budget)
+            if not begun:
+                write_settings(folder, self.settings)
+            attempts.ready()
+            manifest.ready()
+            if history.superseded:
+                manifest.compact(history.finished)
+                history.superseded = 0
             self.skipped = sum(survey.work(item).made for item in self.prompts.items)
             self.plan = survey.plan(purse.copy(), limit=limit)
-            run = JobRun(self.folder, self.generator, survey, purse, limit=limit)
+            self._fit_open_files()
+            run = JobRun(folder, self.generator, survey, purse, attempts=attempts, manifest=manifest, limit=limit)
             stack.callback(run.close)
             run.enter_found()
             works = [survey.work(item) for item in self.prompts.items]
@@ -235,6 +294,24 @@ class _Job:
             except KeyboardInterrupt as interrupt:
                 interrupt.add_note(f"{INTERRUPTED} {UNDER_WAY}")
                 raise
+
+    def _fit_open_files(self) -> None:
+        """Have no more in flight than the process may open files for.
+
+        Raises:
+            CogViewConfigurationError: That is none.
+        """
+        spare = spare_descriptors()
+        if spare is None or spare >= self.places * FILES_PER_IMAGE:
+            return
+        self.places = spare // FILES_PER_IMAGE
+        if not self.places:
+            raise CogViewConfigurationError(
+                f"This process may open only {spare} further files, and an image takes {FILES_PER_IMAGE}; nothing was sent.",
+                hint="Raise the limit (ulimit -n), or close files.",
+            )
+        note = f"At most {counted(self.places, 'prompt')} at a time: this process may open only {spare} further files."
+        self.plan = replace(self.plan, notes=(*self.plan.notes, note))
 
     @contextmanager
     def watched(self, progress: bool | None, config: RunnableConfig | None) -> Iterator[RunnableConfig]:  # noqa: FBT001

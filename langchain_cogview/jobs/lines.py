@@ -29,10 +29,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pydantic import ValidationError
+
 from langchain_cogview.errors import CogViewDownloadError, CogViewError, printable
 from langchain_cogview.images.formats import ImageFormatError, inspect
 from langchain_cogview.images.store import picture_names, write_whole
-from langchain_cogview.jobs.manifest import synced, unwritable
+from langchain_cogview.jobs.folder import unwritable
 from langchain_cogview.jobs.plan import drawn_arguments
 from langchain_cogview.jobs.survey import kind_of
 from langchain_cogview.result import GeneratedImage, ImageFailure
@@ -40,6 +42,7 @@ from langchain_cogview.result import GeneratedImage, ImageFailure
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from langchain_cogview.jobs.folder import JobFolder
     from langchain_cogview.jobs.plan import PromptItem
     from langchain_cogview.jobs.survey import Found
     from langchain_cogview.request import ImageRequest
@@ -79,17 +82,16 @@ class Kept(NamedTuple):
     problem: Exception | None = None
 
 
-def keep(folder: Path, image: GeneratedImage) -> Kept:
+def keep(folder: JobFolder, image: GeneratedImage) -> Kept:
     """See that a picture that was made is safe: in the folder, else aside, else by its link."""
     try:
-        if image.path is not None and image.path.parent == folder:
-            synced(image.path)
+        if image.path is not None and image.path.parent == folder.path and is_in_folder(folder, image.path.name):
             return Kept(image_entry(image, image.path))
         content = _at_hand(image)
         if content is None:
             return Kept(lost_entry(image))
     except Exception as error:  # noqa: BLE001  told at the end; the other pictures are kept all the same
-        return Kept(None, unwritable(folder, error) if isinstance(error, OSError) else error)
+        return Kept(None, unwritable(folder.path, error) if isinstance(error, OSError) else error)
     try:
         return Kept(saved_entry(folder, image, content))
     except Exception as problem:  # noqa: BLE001  the same
@@ -102,6 +104,15 @@ def keep(folder: Path, image: GeneratedImage) -> Kept:
         link = f"; its link is {printable(image.url, MAX_URL)}" if image.url else ""
         problem.add_note(f"A picture that was paid for could be kept nowhere (request id {image.request_id}){link}")
         return Kept(lost_entry(image) if image.url else None, problem)
+
+
+def is_in_folder(folder: JobFolder, name: str) -> bool:
+    """Whether a file is durable in the folder itself, and not in another one that took its path."""
+    try:
+        folder.sync(name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _at_hand(image: GeneratedImage) -> bytes | None:
@@ -147,8 +158,11 @@ def linked_image(entry: Mapping[str, Any], prompt: str) -> GeneratedImage | None
     """The picture of a `lost_entry`; None of another one, and of one whose link has ended."""
     if not entry.get("url") or (entry["expires_at"] or now()) < now():
         return None
-    facts = {name: entry[name] for name in _LINK}
-    return GeneratedImage(id=entry["request_id"][:8], prompt=prompt, **facts)
+    facts = {name: entry[name] for name in _LINK if name in entry}
+    try:
+        return GeneratedImage(id=entry["request_id"][:8], prompt=prompt, **facts)
+    except ValidationError:  # a manifest that somebody else wrote
+        return None
 
 
 def failure_entry(failure: ImageFailure, model: str) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def prompt_line(
     }
 
 
-def saved_entry(folder: Path, image: GeneratedImage, content: bytes) -> dict[str, Any]:
+def saved_entry(folder: JobFolder, image: GeneratedImage, content: bytes) -> dict[str, Any]:
     """Write a picture's bytes into the folder, under the name that it has in every folder.
 
     Raises:
@@ -191,12 +205,10 @@ def saved_entry(folder: Path, image: GeneratedImage, content: bytes) -> dict[str
     """
     info = inspect(io.BytesIO(content))
     sha256 = hashlib.sha256(content).hexdigest()
-    path = folder / next(picture_names(image.request_id[:8], sha256, info.extension))
     try:
-        write_whole(path, content)
-        synced(path)
+        path = folder.path / folder.add(picture_names(image.request_id[:8], sha256, info.extension), content)
     except OSError as error:
-        raise unwritable(folder, error) from None
+        raise unwritable(folder.path, error) from None
     facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
     return image_entry(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
 

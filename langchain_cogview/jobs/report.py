@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.errors import Outcome, error_class
-from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
-from langchain_cogview.jobs.manifest import MANIFEST, compact, read_record, read_records, unwritable
+from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, Outcome, error_class
+from langchain_cogview.images.contact_sheet import Tile, contact_sheet, is_contact_sheet
+from langchain_cogview.jobs.folder import JobFolder
+from langchain_cogview.jobs.manifest import MANIFEST, RecordFile
 from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
 from langchain_cogview.jobs.survey import kind_of
 
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 
     from langchain_cogview.jobs.run import JobRun
 
-CONTACT_SHEET: Final = "index.html"
+CONTACT_SHEETS: Final = ("index.html", "contact-sheet.html", *(f"contact-sheet-{n}.html" for n in range(2, 100)))
+"""Names of the page with all pictures: the first one that is free, or that a job wrote."""
 INTERRUPTED: Final = "Interrupted; run the job again to continue."
 UNDER_WAY: Final = "A request that was under way may have been charged: the next run finds its picture, or lists it."
 
@@ -49,7 +53,8 @@ class JobReport:
         errors: Names of the classes of all errors that keep a prompt from being made, with their number.
         folder: Where the pictures are.
         manifest: One line of JSON for each finished prompt.
-        contact_sheet: A page with all pictures, for a browser.
+        contact_sheet: A page with all pictures, for a browser. It is `index.html`, unless another file has that name.
+        notes: What else to know.
     """
 
     made: int
@@ -71,10 +76,13 @@ class JobReport:
     folder: Path
     manifest: Path
     contact_sheet: Path | None
+    notes: tuple[str, ...] = ()
 
     def items(self) -> Iterator[dict[str, Any]]:
         """The manifest's lines, read as they are taken; `langchain_cogview.jobs.lines` says what stands in them."""
-        return (record.values for record in read_records(self.manifest))
+        with JobFolder(self.folder) as folder, RecordFile(folder, MANIFEST) as manifest:
+            for record in manifest.records():
+                yield record.values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -90,6 +98,7 @@ class JobReport:
             "total_cost": {currency: str(amount) for currency, amount in self.total_cost.items()},
             "errors": dict(self.errors),
             "stopped": stopped,
+            "notes": [*self.notes],
             "folder": str(self.folder),
             "manifest": str(self.manifest),
             "contact_sheet": self.contact_sheet and str(self.contact_sheet),
@@ -122,6 +131,7 @@ class JobReport:
         if self.stopped:
             lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
         lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
+        lines += self.notes
         if self.interrupted:
             lines.append(INTERRUPTED)
         return "\n".join(lines)
@@ -154,7 +164,7 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
         elif item.key not in survey.history.open:
             counts["left"] += 1
     counts["made"] -= skipped
-    total, sheet = _finish_folder(run)
+    total, sheet, notes = _finish_folder(run)
     return JobReport(
         **counts,
         skipped=skipped,
@@ -169,31 +179,52 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
         stopped=run.stopped,
         interrupted=run.asked_to_stop is not None and run.asked_to_stop.is_set(),
         errors=dict(names),
-        folder=run.folder,
-        manifest=run.folder / MANIFEST,
+        folder=run.folder.path,
+        manifest=run.manifest.path,
         contact_sheet=sheet,
+        notes=notes,
     )
 
 
-def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None]:
-    path, sheet = run.folder / MANIFEST, run.folder / CONTACT_SHEET
+def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[str, ...]]:
+    history, folder = run.survey.history, run.folder
     total: dict[str, Decimal] = {}
-    order: list[tuple[int, int]] = []
+    for finished in history.finished.values():
+        if finished.cost is not None and finished.currency:
+            total[finished.currency] = total.get(finished.currency, Decimal(0)) + Decimal(finished.cost)
     try:
-        if run.survey.history.superseded:
-            compact(run.folder)
-        for record in read_records(path):
-            values = record.values
-            order.append((values["line"], record.start))
-            if values["images"] and values["cost"] is not None and values["currency"]:
-                total[values["currency"]] = total.get(values["currency"], Decimal(0)) + Decimal(values["cost"])
-        tiles = (tile for _, start in sorted(order) for tile in _tiles(read_record(path, start)))
+        folder.check()
+        if history.superseded:
+            run.manifest.compact(history.finished)
+        name = _sheet_name(folder)
+        order = sorted(history.finished.values(), key=lambda each: (each.line, each.start))
+        tiles = (tile for each in order for tile in _tiles(run.manifest.read(each.start, each.size)))
         facts = (f"{counted(len(order), 'prompt')}, {money(total)}.",)
-        write_contact_sheet(sheet, tiles, title=f"CogView: {run.folder.name}", facts=facts)
-    except OSError as error:
-        run.stop(unwritable(run.folder, error))
-        return total, None
-    return total, sheet
+        folder.replace(name, contact_sheet(tiles, title=f"CogView: {folder.path.name}", facts=facts))
+    except (OSError, CogViewError) as error:
+        reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
+        run.stop(
+            CogViewStorageError(
+                f"The contact sheet could not be written. {reason}",
+                hint="All else is in the manifest; run the job again to write the page.",
+            )
+        )
+        return total, None, ()
+    first = CONTACT_SHEETS[0]
+    other = f"The folder has another {first}, which stays as it is: the contact sheet is {name}."
+    return total, folder.path / name, (other,) if name != first else ()
+
+
+def _sheet_name(folder: JobFolder) -> str:
+    """The first name for the page that is free, or that a job wrote."""
+    for name in CONTACT_SHEETS:
+        try:
+            head = folder.read(name, 1000)
+        except CogViewConfigurationError:  # a symbolic link, a folder, a pipe
+            continue
+        if head is None or is_contact_sheet(head):
+            return name
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def _tiles(line: dict[str, Any]) -> Iterator[Tile]:

@@ -26,8 +26,8 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.jobs.calls import STOPPING, Call, befalls_all, error_of, failures_of, is_the_prompts
+from langchain_cogview.jobs.folder import spare_descriptors, unwritable
 from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry
-from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecordFile, read_record, synced, unwritable
 from langchain_cogview.many import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageResult
@@ -36,17 +36,20 @@ from langchain_cogview.tasks import ImageTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from langchain_core.runnables import RunnableConfig
 
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.folder import JobFolder
+    from langchain_cogview.jobs.manifest import RecordFile
     from langchain_cogview.jobs.plan import PromptItem
     from langchain_cogview.jobs.survey import Purse, Survey, Work
     from langchain_cogview.result import GeneratedImage, ImageFailure
 
 MAX_NOT_RUN: Final = 5
 """Prompts in a row of which nothing ran (no network, service overloaded or unavailable), after which the job stops."""
+FILES_PER_IMAGE: Final = 4
+"""Open files that one image in flight takes: two connections, its file, and the folder while it gets its name."""
 _PROMPT_CHARACTERS: Final = 200
 _NO_LINE: Final[dict[str, Any]] = {"images": [], "failures": [], "given_up": [], "request_ids": [], "seconds": 0.0}
 
@@ -57,7 +60,9 @@ class JobRun:
     """A folder's job, while its lock is held.
 
     Args:
-        folder: Absolute.
+        folder: Locked.
+        attempts: Its file of what was sent, open for writing.
+        manifest: Its file of what is finished, open for writing.
         generator: Saves into the folder.
         survey: What is left.
         purse: What may be spent.
@@ -73,9 +78,18 @@ class JobRun:
     """
 
     def __init__(
-        self, folder: Path, generator: CogViewImageGenerator, survey: Survey, purse: Purse, *, limit: int | None
+        self,
+        folder: JobFolder,
+        generator: CogViewImageGenerator,
+        survey: Survey,
+        purse: Purse,
+        *,
+        attempts: RecordFile,
+        manifest: RecordFile,
+        limit: int | None,
     ) -> None:
         self.folder = folder
+        self.manifest = manifest
         self.generator = generator
         self.survey = survey
         self.stopped: Exception | None = None
@@ -91,14 +105,11 @@ class JobRun:
         self._lock = threading.RLock()
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
         self._base_url = generator.service
-        self._manifest = RecordFile(folder / MANIFEST)
-        self._attempts = RecordFile(folder / ATTEMPTS)
+        self._attempts = attempts
 
     def close(self) -> None:
         """End: what is still under way sends and writes nothing more."""
         self.stop(CogViewStoppedError())
-        self._manifest.close()
-        self._attempts.close()
 
     def stop(self, error: Exception) -> None:
         """Send nothing more; what is in flight may end."""
@@ -204,6 +215,13 @@ class JobRun:
         prompt = " ".join(str(item.said["prompt"]).split())[:_PROMPT_CHARACTERS]
         values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}
         try:
+            self.folder.check()
+            self.manifest.check()
+            if spare_descriptors() in range(FILES_PER_IMAGE):
+                raise CogViewStorageError(  # noqa: TRY301
+                    "This process may open no further files; nothing more was sent.",
+                    hint="Close files, or raise the limit (ulimit -n), then run the job again.",
+                )
             self.note({**values, "at": now()})
         except CogViewStorageError as error:
             self.stop(error)
@@ -225,7 +243,7 @@ class JobRun:
 
     def _links(self, work: Work) -> Iterator[tuple[Call, int, GeneratedImage]]:
         finished = self._work(work.item).finished
-        failures = read_record(self._manifest.path, finished.start)["failures"] if finished and finished.links else []
+        failures = self.manifest.read(finished.start, finished.size)["failures"] if finished and finished.links else []
         # From the last on: an entry that is taken out leaves the places of those before it as they are.
         for number, failure in reversed([*enumerate(failures)]):
             image = linked_image(failure, work.item.said["prompt"])
@@ -250,7 +268,7 @@ class JobRun:
         sandbox = self.survey.history.sandbox or is_sandbox(self._base_url)
         entries = []
         for found in call.work.found:
-            synced(found.path)
+            self.folder.sync(found.path.name)
             price = self.generator.price(found.attempt.model)
             entries.append(found_entry(found, price[0] if price else None, sandbox=sandbox))
         self._enter(call, entries, [], {*call.sent})
@@ -263,7 +281,7 @@ class JobRun:
         try:
             write(*arguments)
         except Exception as error:  # noqa: BLE001  told at the end
-            self._stop_unwritten(call, unwritable(self.folder, error) if isinstance(error, OSError) else error)
+            self._stop_unwritten(call, unwritable(self.folder.path, error) if isinstance(error, OSError) else error)
 
     def _stop_unwritten(self, call: Call, error: Exception) -> None:
         """Stop, and tell where the pictures are, here and at the end: of the first error and of all that follow."""
@@ -343,7 +361,9 @@ class JobRun:
             self._not_run = self._not_run + 1 if none_ran else 0
             stops = self._not_run >= MAX_NOT_RUN
         fatal = [each for each in failures if befalls_all(each, call.work.item)]
-        if isinstance(outcome, Exception) and not isinstance(outcome, CogViewError):
+        if isinstance(outcome, OSError):  # no further file can be opened, not even for a connection
+            self.stop(unwritable(self.folder.path, outcome))
+        elif isinstance(outcome, Exception) and not isinstance(outcome, CogViewError):
             self.stop(outcome)
         elif fatal or stops:
             first = [*fatal, *failures][0]
@@ -371,7 +391,7 @@ class JobRun:
             requests = [*self.survey.history.open.get(work.item.key, ())]
             price = self._purse.price(work.item.model)
         # No lock from here on: while the disk is waited for, others go on. Nobody else writes this prompt's line.
-        old = read_record(self._manifest.path, finished.start) if finished else _NO_LINE
+        old = self.manifest.read(finished.start, finished.size) if finished else _NO_LINE
         kept = [each for number, each in enumerate(old["failures"]) if number != without]
         given_up = list(old["given_up"])
         if call.draws and work.repeats_failed:
@@ -394,9 +414,9 @@ class JobRun:
             "seconds": round(old["seconds"] + call.seconds, 3),
             "finished": now(),
         }
-        start = self._manifest.append(values)
+        place = self.manifest.append(values)
         with self._lock:
-            self.survey.history.take(start, values)
+            self.survey.history.take(*place, values)
             self.made += len(images)
             for image in images:
                 self._count_cost(image["cost"], values["currency"])

@@ -8,18 +8,20 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_cogview.errors import CogViewConfigurationError, Scope, error_class, printable
+from langchain_cogview.images.download import MAX_PICTURE_BYTES
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import PICTURE_NAME
 from langchain_cogview.jobs.plan import JobPlan, PromptItem, PromptList, UnknownAttempt, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.folder import JobFolder
     from langchain_cogview.jobs.manifest import Attempt, Finished, History
 
 
@@ -93,7 +95,7 @@ class Survey:
     """
 
     def __init__(
-        self, prompts: PromptList, history: History, folder: Path, *, retry_failed: bool, retry_unknown: bool
+        self, prompts: PromptList, history: History, folder: JobFolder, *, retry_failed: bool, retry_unknown: bool
     ) -> None:
         self.prompts = prompts
         self.history = history
@@ -258,29 +260,29 @@ def _amount(budget: Any) -> Decimal:
     return amount
 
 
-def found_pictures(folder: Path, history: History) -> dict[str, Found]:
+def found_pictures(folder: JobFolder, history: History) -> dict[str, Found]:
     """By request id: whole pictures in the folder of requests without an end in the manifest."""
     wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
     found: dict[str, Found] = {}
-    if not wanted or not folder.is_dir():
-        return found
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            match = PICTURE_NAME.fullmatch(entry.name)
-            attempt = wanted.get(match["label"]) if match else None
-            if match and attempt and entry.name not in history.files and entry.is_file(follow_symlinks=False):
-                picture = _whole(Path(entry.path), match["start_of_hash"])
-                if picture:
-                    found[attempt.request_id] = Found(attempt, Path(entry.path), *picture)
+    for name in sorted(folder.names()) if wanted else ():
+        match = PICTURE_NAME.fullmatch(name)
+        attempt = wanted.get(match["label"]) if match else None
+        picture = (
+            _whole(folder, name, match["start_of_hash"]) if match and attempt and name not in history.files else None
+        )
+        if attempt and picture:
+            found[attempt.request_id] = Found(attempt, folder.path / name, *picture)
     return found
 
 
-def _whole(path: Path, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
+def _whole(folder: JobFolder, name: str, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if not sha256.startswith(start_of_hash):
+        with os.fdopen(folder.open(name), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > MAX_PICTURE_BYTES:
                 return None
-            return inspect(file), sha256, file.seek(0, os.SEEK_END)
-    except (OSError, ImageFormatError):
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return (inspect(file), sha256, size) if sha256.startswith(start_of_hash) else None
+    except (OSError, ImageFormatError, CogViewConfigurationError):
         return None

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
+from langchain_cogview.images.contact_sheet import Tile, contact_sheet
 
 VOID = {"meta", "img"}
 
@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 def page(tmp_path: Path, *tiles: Tile, title="A job", facts=()) -> Page:
     path = tmp_path / "index.html"
-    write_contact_sheet(path, tiles, title=title, facts=facts)
+    path.write_bytes(b"".join(contact_sheet(tiles, title=title, facts=facts)))
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -91,16 +91,5 @@ def test_many_thousand_pictures_make_a_page(tmp_path):
     assert len(page(tmp_path, *(Tile(f"p {n}", str(n), f"{n}.png", 1, 1) for n in range(5000))).all("img")) == 5000
 
 
-def test_nothing_is_fetched_from_elsewhere_and_no_page_is_left_half(tmp_path):
-    text = Path(page_path := tmp_path / "index.html")
-    write_contact_sheet(page_path, [Tile("a", file="a.png")], title="t")
-    assert "http" not in text.read_text()
-
-    def broken():
-        yield Tile("b")
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_contact_sheet(page_path, broken(), title="t")
-    assert "a.png" in text.read_text()
-    assert [each.name for each in tmp_path.iterdir()] == ["index.html"]
+def test_nothing_is_fetched_from_elsewhere():
+    assert b"http" not in b"".join(contact_sheet([Tile("a", file="a.png")], title="t"))

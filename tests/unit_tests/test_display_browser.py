@@ -8,7 +8,7 @@ import pytest
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, ContentFilter
 from langchain_cogview.galleries import compare, gallery
-from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
+from langchain_cogview.images.contact_sheet import Tile, contact_sheet
 from langchain_cogview.images.previews import HELD
 from tests.unit_tests.displayed import EVIL, PHOTO, image, result
 
@@ -91,7 +91,9 @@ def test_no_prompt_can_do_anything_in_a_saved_gallery(evil, tmp_path):
 def test_no_prompt_can_do_anything_in_a_contact_sheet(tmp_path):
     (tmp_path / "a.png").write_bytes(PHOTO)
     path = tmp_path / "index.html"
-    write_contact_sheet(path, [Tile(EVIL, EVIL, "a.png"), Tile(EVIL, EVIL, reason=EVIL)], title=TITLE, facts=[EVIL])
+    path.write_bytes(
+        b"".join(contact_sheet([Tile(EVIL, EVIL, "a.png"), Tile(EVIL, EVIL, reason=EVIL)], title=TITLE, facts=[EVIL]))
+    )
     assert f"<title>{TITLE}</title>" in opened(path, tmp_path / "profile")
 
 

@@ -19,7 +19,7 @@ from langchain_cogview import (
     ImageResult,
 )
 from langchain_cogview.galleries import Gallery, acompare, compare, gallery
-from langchain_cogview.images.contact_sheet import Tile, write_contact_sheet
+from langchain_cogview.images.contact_sheet import Tile, contact_sheet
 from langchain_cogview.images.previews import HELD
 from tests.unit_tests.displayed import EVIL, OF_A_PAGE, PHOTO, Seen, assert_harmless, image, photo, result
 
@@ -222,7 +222,7 @@ def test_a_page_that_cannot_be_written_is_our_error(tmp_path):
 
 def test_the_contact_sheet_of_a_job_is_harmless_too(tmp_path):
     tiles = [Tile(EVIL, EVIL, "javascript:alert(1)"), Tile(EVIL, EVIL, reason=EVIL)]
-    write_contact_sheet(tmp_path / "index.html", tiles, title=EVIL, facts=[EVIL])
+    (tmp_path / "index.html").write_bytes(b"".join(contact_sheet(tiles, title=EVIL, facts=[EVIL])))
     seen = Seen((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert not {tag for tag, _ in seen.tags} & {"script", "svg", "iframe"}
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]

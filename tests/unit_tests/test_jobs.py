@@ -31,6 +31,7 @@ from langchain_cogview.images import store
 from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
 from langchain_cogview.jobs import lines as job_lines
 from langchain_cogview.jobs.calls import Call
+from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.progress import ProgressCallbackHandler
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
@@ -353,8 +354,8 @@ def test_a_folder_that_another_job_is_writing_to_is_refused(run, out, sandbox):
 
 def test_a_folder_that_another_process_is_writing_to_is_refused(out, sandbox):
     code = (
-        "import sys; from pathlib import Path; from langchain_cogview.jobs.lock import FolderLock\n"
-        "with FolderLock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from langchain_cogview.jobs.folder import JobFolder\n"
+        "folder = JobFolder(Path(sys.argv[1]), create=True); folder.lock(); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -891,13 +892,20 @@ class NoRoom:
         monkeypatch.setattr("tempfile.tempdir", str(aside))
         monkeypatch.setattr(store.PictureFile, "_named_file", _no_room)
         monkeypatch.setattr(job_lines, "write_whole", self.write)
+        monkeypatch.setattr(JobFolder, "add", self.add)
 
     def write(self, path: Path, content: bytes) -> None:
-        if path.parent == self.out:
-            self.before()
-        if path.parent == self.out or not self.anywhere:
+        if not self.anywhere:
             _no_room()
         store.write_whole(path, content)
+
+    def add(self, names, content: bytes) -> str:
+        names = [*names]
+        if names == ["job.json"]:
+            (self.out / names[0]).write_bytes(content)
+            return names[0]
+        self.before()
+        return _no_room()
 
 
 @pytest.fixture
