@@ -56,7 +56,7 @@ RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 logger = logging.getLogger(__name__)
 
 
-class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
+class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[ImageInput, ImageResult]):
     """Pictures from Zhipu's CogView endpoint, as a Runnable.
 
     Setup:
@@ -165,11 +165,14 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
     _made_settings: Any = PrivateAttr(default=None)
 
     def __init__(self, *, name: str | None = None, **settings: Unpack[configuration.GeneratorSettings]) -> None:
-        values = cast("dict[str, Any]", settings)
-        # Wrapped before anything can raise, so that no traceback shows the key.
-        if isinstance(values.get("api_key"), str):
-            values["api_key"] = SecretStr(values["api_key"])
-        check_names(values, type(self).model_fields)
+        _, failure = configuration.attempt(self._construct, name, settings)
+        if failure is not None:
+            del self, name, settings
+            raise failure
+
+    def _construct(self, name: str | None, settings: Mapping[str, Any]) -> None:
+        check_names(settings, type(self).model_fields)
+        values = configuration.with_secret_key(settings)
         super().__init__(**values if name is None else {"name": name, **values})
 
     @field_validator("timeout")
@@ -260,6 +263,13 @@ class CogViewImageGenerator(RunnableSerializable[ImageInput, ImageResult]):
         """A copy; one with another key, region or base URL finds its service anew."""
         if not update:
             return super().model_copy(deep=deep)
+        copied, failure = configuration.attempt(self._copy, update)
+        if failure is not None:
+            del update
+            raise failure
+        return cast("Self", copied)
+
+    def _copy(self, update: Mapping[str, Any]) -> Self:
         if _SERVICE & update.keys():
             return type(self)(**{**self.__dict__, **update})
         # The environment may have changed since: the copy has the service that this instance found.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack
 
 from langchain_core.tools import BaseTool, ToolException
 from langchain_core.tools.base import ToolExceptionHandlerOutput
@@ -21,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    SecretStr,
     SkipValidation,
     ValidationError,
     WithJsonSchema,
@@ -31,7 +30,7 @@ from pydantic import (
 from langchain_cogview.budget import NO_LIMITS, Allowance, Limits
 from langchain_cogview.catalog import ModelInfo, is_unspecified, legal_size, model_info, parse_quality
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.configuration import GeneratorSettings
+from langchain_cogview.configuration import GeneratorSettings, SafeErrors, attempt
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import check_names, checked_prompt, describe_validation
@@ -107,7 +106,7 @@ class ToolSettings(GeneratorSettings, total=False):
     extras: dict[str, Any] | None
 
 
-class CogViewImageTool(BaseTool):
+class CogViewImageTool(SafeErrors, BaseTool):
     """Lets an agent make pictures with Zhipu's CogView endpoint.
 
     Setup:
@@ -176,11 +175,13 @@ class CogViewImageTool(BaseTool):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     def __init__(self, *, generator: CogViewImageGenerator | None = None, **settings: Unpack[ToolSettings]) -> None:
-        values = cast("dict[str, Any]", settings)
-        # Wrapped before anything can raise, so that no traceback shows the key.
-        if isinstance(values.get("api_key"), str):
-            values["api_key"] = SecretStr(values["api_key"])
-        own, others = self._sorted(values)
+        _, failure = attempt(self._construct, generator, settings)
+        if failure is not None:
+            del self, generator, settings
+            raise failure
+
+    def _construct(self, generator: CogViewImageGenerator | None, settings: Mapping[str, Any]) -> None:
+        own, others = self._sorted(settings)
         if generator is None:
             if others.get("download", True):
                 others.setdefault("output_dir", DEFAULT_OUTPUT_DIR)
@@ -199,7 +200,7 @@ class CogViewImageTool(BaseTool):
         self._limits()
 
     @classmethod
-    def _sorted(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _sorted(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         # `response_format` is LangChain's, but people mean that of other image APIs.
         own = {
             name

@@ -1,0 +1,277 @@
+"""The key is in no frame, chain or dump of an error, however a construction or a call fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import io
+import json
+import pickle
+import traceback
+import types
+import warnings
+
+import httpx
+import pytest
+import rich
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.runnables import ConfigurableField
+from pydantic import SecretStr
+from pydantic_core import PydanticSerializationError
+from rich.console import Console
+
+from langchain_cogview import CogViewImageGenerator, CogViewImageTool
+from langchain_cogview.sandbox import SandboxServer
+from tests.conftest import FAKE_KEY
+
+KEY = FAKE_KEY.replace(".0123456789abcdef", ".sECRETsECRET0123")
+SECRET = KEY.rpartition(".")[2]
+CALLERS = {__file__, contextlib.__file__}
+
+
+def reprs(value, depth=0):
+    """Representations of a value, and of what it holds."""
+    yield f"{value!r} {value!s}"
+    if depth > 4 or isinstance(value, (str, bytes, int, types.ModuleType, type, SecretStr, types.FunctionType)):
+        return
+    if isinstance(value, dict):
+        inner = [*value, *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = list(value)
+    elif isinstance(value, BaseException):
+        inner = [value.args, getattr(value, "__notes__", []), value.__dict__]
+    elif type(value).__module__.startswith(("langchain_cogview", "httpx", "httpcore", "h11")):
+        inner = list(getattr(value, "__dict__", {}).values())
+    else:
+        inner = []
+    for each in inner[:100]:
+        yield from reprs(each, depth + 1)
+
+
+def chain(error):
+    """An exception and all that it carries along."""
+    found, seen = [error], set()
+    while found:
+        each = found.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        found += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+        if hasattr(each, "errors") and callable(each.errors):
+            found += [entry["ctx"]["error"] for entry in each.errors() if "error" in entry.get("ctx", {})]
+
+
+def leaks(error):
+    """Where the key is to be seen in an exception."""
+    found = []
+    for each in chain(error):
+        shown = {"the exception": list(reprs(each))}
+        if hasattr(each, "errors") and callable(each.errors):
+            shown["errors()"] = [*reprs(each.errors()), each.json()]
+        for frame, line in traceback.walk_tb(each.__traceback__):
+            code = frame.f_code
+            if code.co_filename in CALLERS or "pluggy" in code.co_filename or "_pytest" in code.co_filename:
+                continue
+            for name, value in frame.f_locals.items():
+                shown[f"{name} of {code.co_filename.rpartition('/')[2]}:{code.co_name}:{line}"] = list(reprs(value))
+        with contextlib.suppress(Exception):
+            shown["its pickle"] = [repr(pickle.dumps(each))]
+        found += [place for place, texts in shown.items() if any(SECRET in text for text in texts)]
+    return found
+
+
+def assert_safe(call):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+    except BaseException as error:
+        assert not leaks(error), f"{leaks(error)} of {error!r}"
+        return error
+    return None
+
+
+WRONG = {
+    "a mistyped name": {"apikey": KEY},
+    "another provider's name": {"zhipuai_api_key": KEY},
+    "two wrong names": {"key": KEY, "token": KEY},
+    "bytes in quotes": {"api_key": f"'{KEY}'".encode()},
+    "a list": {"api_key": [KEY]},
+    "a dict": {"api_key": {"key": KEY}},
+    "blanks": {"api_key": f" {KEY}"},
+    "a line end": {"api_key": f"{KEY}\n"},
+    "quotes": {"api_key": f'"{KEY}"'},
+    "Bearer": {"api_key": f"Bearer {KEY}"},
+    "not ASCII": {"api_key": f"{KEY}é"},
+    "a wrong size": {"api_key": KEY, "size": "2000x7"},
+    "a wrong quality": {"api_key": KEY, "quality": "worst"},
+    "a wrong number": {"api_key": KEY, "n": "many"},
+    "a wrong timeout": {"api_key": KEY, "timeout": -1},
+    "a wrong client": {"api_key": KEY, "http_client": object()},
+    "a wrong cache": {"api_key": KEY, "cache": object()},
+    "a folder with a null": {"api_key": KEY, "output_dir": "\0"},
+    "an unknown protocol": {"api_key": KEY, "output_dir": "nothing://x"},
+    "a wrong region": {"api_key": KEY, "region": "mars"},
+    "region and host apart": {"api_key": KEY, "region": "china", "base_url": "https://api.z.ai"},
+    "a wrong host rule": {"api_key": KEY, "allowed_image_hosts": "https://*/x"},
+    "a wrong price": {"api_key": KEY, "prices": {"cogview-4": "1E+9999999"}},
+    "a key as region": {"region": KEY},
+    "a key as size": {"api_key": "a.b", "size": KEY},
+    "a key as timeout": {"timeout": KEY},
+    "a key as number": {"n": KEY, "max_retries": KEY},
+    "a key as client": {"http_client": KEY},
+    "a key in the query": {"api_key": "a.b", "base_url": f"https://gateway.example/?key={KEY}"},
+    "a key as login": {"api_key": "a.b", "base_url": f"https://{KEY}@gateway.example/"},
+    "a key as base URL": {"base_url": KEY.replace(".", "_")},
+    "a key as URL's port": {"api_key": "a.b", "base_url": f"https://gateway.example:{KEY}"},
+    "the coding plan": {"api_key": KEY, "base_url": "https://api.z.ai/api/coding/paas/v4"},
+    "plain http": {"api_key": KEY, "base_url": "http://api.z.ai/"},
+    "a sandbox and a client": {"api_key": KEY, "base_url": "sandbox:", "http_client": httpx.Client(headers={"x": KEY})},
+    "storage options": {"api_key": KEY, "storage_options": KEY},
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("make", [CogViewImageGenerator, CogViewImageTool])
+def test_no_construction_that_fails_shows_the_key(make, arguments):
+    assert assert_safe(lambda: make(**arguments)) is not None
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.dictionaries(
+        st.sampled_from([*CogViewImageGenerator.model_fields, *CogViewImageTool.model_fields, "apikey", KEY])
+        | st.text(max_size=8),
+        st.sampled_from(
+            [KEY, f"x{KEY}", [KEY], {KEY: KEY}, SecretStr(KEY), KEY.encode(), (KEY, 1), None, 0, -1, "x", {}]
+        ),
+        max_size=5,
+    ),
+    st.sampled_from([CogViewImageGenerator, CogViewImageTool]),
+    st.sampled_from(["call", "validate", "validate_json", "copy"]),
+)
+def test_no_arguments_let_a_construction_show_the_key(arguments, make, how):
+    if how == "call":
+        error = assert_safe(lambda: make(**arguments))
+    elif how == "validate":
+        error = assert_safe(lambda: make.model_validate(arguments))
+    elif how == "validate_json":
+        text = json.dumps(arguments, default=str)
+        error = assert_safe(lambda: make.model_validate_json(text))
+    else:
+        made = CogViewImageGenerator(base_url="sandbox:")
+        error = assert_safe(lambda: made.model_copy(update=arguments))
+    assert error is None or KEY not in str(error)
+
+
+@pytest.mark.parametrize("value", [f" {KEY}", f"{KEY} ", f'"{KEY}"', f"Bearer {KEY}", f"{KEY}\t{KEY}", f"{KEY}é"])
+@pytest.mark.parametrize("make", [CogViewImageGenerator, CogViewImageTool])
+def test_no_key_of_the_environment_that_is_wrong_is_shown(monkeypatch, make, value):
+    monkeypatch.setenv("ZHIPUAI_API_KEY", value)
+    assert assert_safe(make) is not None
+    monkeypatch.setenv("ZHIPUAI_API_KEY", "a.b")
+    monkeypatch.setenv("COGVIEW_BASE_URL", f"https://x:{value}@gateway.example/")
+    assert assert_safe(make) is not None
+
+
+WAYS = {
+    "both": lambda: CogViewImageTool(generator=CogViewImageGenerator(api_key=KEY), api_key=KEY),
+    "a class": lambda: CogViewImageTool(generator=CogViewImageGenerator, api_key=KEY),
+    "a key as generator": lambda: CogViewImageTool(generator=KEY),
+    "a bound key": lambda: CogViewImageTool(generator=CogViewImageGenerator(api_key=KEY).with_fallbacks([])),
+    "a copy of another key": lambda: CogViewImageGenerator(api_key="a.b").model_copy(update={"api_key": f"{KEY} "}),
+    "a copy of a wrong name": lambda: CogViewImageGenerator(api_key=KEY).model_copy(update={"apikey": KEY}),
+    "a copy of a wrong value": lambda: CogViewImageGenerator(api_key=KEY).model_copy(update={"n": KEY}),
+    "validation": lambda: CogViewImageGenerator.model_validate({"apikey": KEY}),
+    "validation of a text": lambda: CogViewImageGenerator.model_validate(KEY),
+    "validation of JSON": lambda: CogViewImageGenerator.model_validate_json(json.dumps({"api_key": KEY, "n": KEY})),
+    "validation of broken JSON": lambda: CogViewImageGenerator.model_validate_json(f'{{"api_key": "{KEY}'),
+    "positional": lambda: CogViewImageGenerator(KEY),
+    "pickling": lambda: pickle.dumps(CogViewImageGenerator(api_key=KEY, http_client=httpx.Client())),
+    "an attribute": lambda: setattr(CogViewImageGenerator(api_key=KEY), "api_key", "a.b"),
+    "a call without a key": lambda: pickle.loads(pickle.dumps(CogViewImageGenerator(api_key=KEY))).invoke("x"),
+    "a wrong argument of a call": lambda: CogViewImageGenerator(api_key=KEY).invoke({"prompt": "x", "size": "2000x7"}),
+    "an argument of a call": lambda: CogViewImageGenerator(api_key=KEY).invoke("x", sise="1"),
+    "a wrong task": lambda: CogViewImageGenerator(api_key=KEY).submit("x"),
+    "no image": lambda: CogViewImageTool(api_key=KEY).invoke({"prompt": ""}).no,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_no_other_way_to_fail_shows_the_key(way):
+    assert assert_safe(way) is not None
+
+
+@pytest.mark.parametrize("configurable", [{"key": f"{KEY}\n"}, {"key": KEY, "size": "2000x7"}, {"key": [KEY]}])
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "with_config"])
+def test_no_configured_key_is_shown_by_frames_of_ours(configurable, how):
+    chain = CogViewImageGenerator(api_key="a.b").configurable_fields(
+        api_key=ConfigurableField(id="key"), size=ConfigurableField(id="size")
+    )
+
+    def call():
+        if how == "with_config":
+            return chain.with_config(configurable=configurable).invoke("x")
+        config = {"configurable": configurable}
+        return chain.invoke("x", config) if how == "invoke" else asyncio.run(chain.ainvoke("x", config))
+
+    with pytest.raises(Exception) as caught:
+        call()
+    # LangChain's own frames hold the configuration that the caller passed.
+    assert not [place for place in leaks(caught.value) if "langchain_cogview" in place or " of " not in place]
+    assert not [place for place in leaks(caught.value) if any(ours in place for ours in ("generator.py", "request.py"))]
+
+
+def dumps_of(made):
+    """What people print of an object."""
+    file = io.StringIO()
+    console = Console(file=file, width=300)
+    console.print(made, made.model_dump(), vars(made), made.__pydantic_private__)
+    yield file.getvalue()
+    with warnings.catch_warnings(), contextlib.suppress(PydanticSerializationError):
+        warnings.simplefilter("ignore")
+        yield repr(made.dict())
+        yield made.json()
+    yield from (repr(made), str(made), repr(made.__getstate__()), repr(pickle.dumps(made)))
+    yield from reprs([vars(made), made.__pydantic_private__, made.model_dump()])
+
+
+@pytest.mark.parametrize("make", [CogViewImageGenerator, CogViewImageTool])
+def test_no_dump_of_an_object_shows_the_key(make, sandbox, tmp_path):
+    with SandboxServer(sandbox) as server:
+        made = make(api_key=KEY, base_url=server.base_url, output_dir=tmp_path)
+        for state in ("new", "used"):
+            copies = (made, copy.copy(made), copy.deepcopy(made), made.model_copy(), pickle.loads(pickle.dumps(made)))
+            for each in copies:
+                assert not [text for text in dumps_of(each) if SECRET in text], state
+            made.invoke("a kitten" if make is CogViewImageGenerator else {"prompt": "a kitten"})
+    file = io.StringIO()
+    rich.inspect(made, console=Console(file=file, width=300), all=True)
+    assert SECRET not in file.getvalue()
+    assert sandbox.requests
+
+
+def test_a_key_is_wrapped_also_where_nothing_is_validated():
+    made = CogViewImageGenerator.model_construct(api_key=KEY)
+    assert not [text for text in dumps_of(made) if SECRET in text]
+
+
+def test_no_traceback_of_rich_or_ipython_shows_the_key():
+    from IPython.core.ultratb import VerboseTB
+    from rich.traceback import Traceback
+
+    for arguments in WRONG.values():
+        try:
+            CogViewImageTool(**arguments)
+        except Exception as error:
+            # Of this frame only the arguments would be shown.
+            inner = error.with_traceback(error.__traceback__.tb_next)
+            file = io.StringIO()
+            Console(file=file, width=300).print(
+                Traceback.from_exception(type(inner), inner, inner.__traceback__, show_locals=True)
+            )
+            shown = file.getvalue() + VerboseTB().text(type(inner), inner, inner.__traceback__)
+            assert SECRET not in shown
