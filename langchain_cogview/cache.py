@@ -41,6 +41,7 @@ from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.images.download import Picture, expires_at
 from langchain_cogview.images.formats import EXTENSIONS
 from langchain_cogview.images.store import local_path, picture_names, write_whole
+from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.turns import TURNS, runs_event_loop
 
 if TYPE_CHECKING:
@@ -380,7 +381,9 @@ class CachedRequest:
             yield
         except CogViewError:  # of a link that was fetched again: there is no hit
             return
-        except Exception as error:  # noqa: BLE001  foreign caches raise what they like
+        except Exception as error:  # foreign caches raise what they like
+            if raised_by_signal(error):
+                raise
             reason = getattr(error, "strerror", None) or type(error).__name__
             note = f"The cache could not be {what}: {printable(str(reason), 80)}."
             if not self.notes and failing not in _FAILING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 
 from langchain_cogview.content_filter import ContentFilter, Stage, most_severe
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
@@ -214,7 +215,9 @@ def dispatch(name: str, payload: Any, config: RunnableConfig) -> None:
     """Send an event to the handlers of a run; whatever goes wrong is logged."""
     try:
         dispatch_custom_event(name, payload, config=config)
-    except Exception:  # a handler's fault must not cost a picture that was paid for
+    except Exception as error:  # a handler's fault must not cost a picture that was paid for
+        if raised_by_signal(error):
+            raise
         logger.warning("A callback handler failed on the event %s", name, exc_info=True)
 
 
@@ -222,5 +225,7 @@ async def adispatch(name: str, payload: Any, config: RunnableConfig) -> None:
     """The twin of `dispatch`."""
     try:
         await adispatch_custom_event(name, payload, config=config)
-    except Exception:  # a handler's fault must not cost a picture that was paid for
+    except Exception as error:  # a handler's fault must not cost a picture that was paid for
+        if raised_by_signal(error):
+            raise
         logger.warning("A callback handler failed on the event %s", name, exc_info=True)

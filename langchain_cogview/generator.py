@@ -37,6 +37,7 @@ from langchain_cogview.inputs import ImageInput, request_of
 from langchain_cogview.many import in_tasks, in_threads
 from langchain_cogview.request import ImageRequest, check_names
 from langchain_cogview.result import ImageResult
+from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.tasks import ImageTask, checked_task
 
 if TYPE_CHECKING:
@@ -491,7 +492,7 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
             try:
                 self._call_with_config(run, given, config, run_type="llm")
             except Exception as error:
-                if not made:
+                if not made or raised_by_signal(error):
                     raise
                 logger.warning(_HANDLER_FAILED, exc_info=error)
             remember(made[0].images)
@@ -513,7 +514,7 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
             try:
                 await self._acall_with_config(run, given, config, run_type="llm")
             except Exception as error:
-                if not made:
+                if not made or raised_by_signal(error):
                     raise
                 logger.warning(_HANDLER_FAILED, exc_info=error)
             await aremember(made[0].images)

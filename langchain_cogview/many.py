@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.stopping import STOPPED
+from langchain_cogview.stopping import STOPPED, raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
@@ -276,7 +276,9 @@ def or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a call gives, or the exception that it raises."""
     try:
         return call(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  recorded, so that the others go on
+    except Exception as error:  # recorded, so that the others go on
+        if raised_by_signal(error):
+            raise
         return error
 
 
@@ -284,5 +286,7 @@ async def aor_error(call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: A
     """The twin of `or_error`."""
     try:
         return await call(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  recorded, so that the others go on
+    except Exception as error:  # recorded, so that the others go on
+        if raised_by_signal(error):
+            raise
         return error

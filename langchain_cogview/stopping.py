@@ -1,10 +1,12 @@
-"""Cancel tokens: a caller who has gone, or who asks for an end, sends nothing more."""
+"""What ends work: cancel tokens, by which a caller who has gone, or asks for an end, sends nothing more; and signals."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
+import traceback
 import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _POLL_SECONDS: Final = 0.1
+_MARK: Final = "cogview_raised_by_signal"
 
 
 class Stop(threading.Event):
@@ -81,3 +84,27 @@ class Stop(threading.Event):
 
 NEVER: Final = Stop()
 STOPPED: Final[ContextVar[Stop]] = ContextVar("cogview_stopped", default=NEVER)
+
+
+def raised_by_signal(error: BaseException) -> BaseException | None:
+    """What a signal handler of this program raised, where an error is that, or was made from it.
+
+    Such a handler runs in the middle of anything, such as a socket operation. What it raises (Celery's `SoftTimeLimitExceeded`, a
+    `TimeoutError` of an alarm) is no fault of that operation, whatever its class, and belongs to the caller.
+
+    Returns:
+        The handler's exception; None where no handler raised one.
+    """
+    handlers = {signal.getsignal(each) for each in signal.valid_signals()}
+    # Python's own handler of Ctrl-C is not written in Python; nothing of ours takes its KeyboardInterrupt for a fault.
+    codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)} - {None}
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while codes and link is not None and link not in seen:
+        if hasattr(link, _MARK) or any(frame.f_code in codes for frame, _ in traceback.walk_tb(link.__traceback__)):
+            # Marked, because the frames are taken away from what passes through: they hold the request, and so the key.
+            setattr(link, _MARK, True)
+            return link
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return None

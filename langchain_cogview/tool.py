@@ -34,6 +34,7 @@ from langchain_cogview.configuration import GeneratorSettings, SafeErrors, attem
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import check_names, checked_prompt, describe_validation
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
@@ -347,7 +348,9 @@ def _saved(image: GeneratedImage) -> GeneratedImage:
         path = image.save(folder)
         note = f"The picture is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
         kept = {"path": path}
-    except Exception as error:  # noqa: BLE001  it is paid for: the artifact still has its link
+    except Exception as error:  # it is paid for: the artifact still has its link
+        if raised_by_signal(error):
+            raise
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         note = f"The picture could not be saved in a temporary folder: {printable(why)}. Only its link is left."
     return image.model_copy(update={**kept, "warnings": (*image.warnings, note)})

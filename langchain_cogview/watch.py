@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome
 from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT, Event, Teller, content_filter_event
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +104,8 @@ class CallWatch:
             try:
                 journal.submitted(self.request_id, task_id, self.model)
             except Exception as error:  # it is paid for: nothing may stop it now
+                if raised_by_signal(error):
+                    raise
                 logger.warning("The task %s could not be written down", task_id, exc_info=error)
 
     async def asubmitted(self, task_id: str) -> None:
@@ -112,6 +115,8 @@ class CallWatch:
             try:
                 await journal.asubmitted(self.request_id, task_id, self.model)
             except Exception as error:  # it is paid for: nothing may stop it now
+                if raised_by_signal(error):
+                    raise
                 logger.warning("The task %s could not be written down", task_id, exc_info=error)
 
     def processing(self, task_id: str) -> None:

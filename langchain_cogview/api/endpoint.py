@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 import httpx
 
-from langchain_cogview.api.network import UnaskedReplyError, original, raised_by_signal
+from langchain_cogview.api.network import UnaskedReplyError
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
 from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.deadline import DEADLINE
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewOutcomeUnknownError
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -228,8 +229,11 @@ class Endpoint:
         read: Reader[Any],
     ) -> _Received | BaseException:
         """What an exchange ends with that did not come to its end."""
-        if not isinstance(error, _OURS) or raised_by_signal(error):
-            error = original(error)
+        by_signal = raised_by_signal(error)
+        if by_signal or not isinstance(error, _OURS):
+            error = by_signal or error
+            if by_signal:
+                error.__context__ = None  # the connection's view of it, with frames that hold the request
             if call.body is not None and progress.sent:
                 sent = f"The request {call.body.get('request_id', '')} was sent before this"
                 error.add_note(f"{sent}: a picture may have been made and charged.")

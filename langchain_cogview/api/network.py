@@ -12,11 +12,9 @@ import ipaddress
 import queue
 import re
 import select
-import signal
 import socket
 import ssl
 import threading
-import traceback
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -26,10 +24,9 @@ import httpx
 
 from langchain_cogview.addresses import AddressRefusedError
 from langchain_cogview.deadline import Deadline
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from langchain_cogview.addresses import AddressCheck
 
 _FIRST_ADDRESSES_SECONDS: Final = 5.0
@@ -40,38 +37,6 @@ _SocketOptions = Iterable[Any] | None
 
 class UnaskedReplyError(httpcore.ConnectError, httpx.ConnectError):
     """When the other side sent something, or left, before the request: nothing of the request was sent."""
-
-
-# --- exceptions of signal handlers
-
-
-def raised_by_signal(error: BaseException) -> bool:
-    """Whether an error, or what it was made from, was raised by a signal handler of this program.
-
-    Such a handler runs in the middle of a socket operation. What it raises is no fault of the connection, even where it is of a
-    class that sockets use too, such as `TimeoutError`.
-    """
-    return any(_comes_from_handler(each) for each in _chain(error))
-
-
-def original(error: BaseException) -> BaseException:
-    """What a signal handler raised, which httpcore may have wrapped; else the error itself."""
-    return next((each for each in _chain(error) if _comes_from_handler(each)), error)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _comes_from_handler(error: BaseException) -> bool:
-    handlers = {signal.getsignal(each) for each in signal.valid_signals()}
-    codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)}
-    # Python's own handler of Ctrl-C has no code; it raises KeyboardInterrupt, which no connection does.
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 # --- names and addresses
@@ -316,7 +281,11 @@ class SyncStream(httpcore.NetworkStream):
         self.guard.expect_reply()
         for start in range(0, len(buffer), _WRITE_BYTES):
             left = self._backend.time_left(timeout, httpcore.WriteTimeout)
-            self._inner.write(buffer[start : start + _WRITE_BYTES], left)
+            try:
+                self._inner.write(buffer[start : start + _WRITE_BYTES], left)
+            except httpcore.WriteError as error:
+                # httpcore passes over this one, because a server may answer before it has read everything, and close.
+                raise raised_by_signal(error) or error from None
 
     def _input(self) -> bytes | None:
         """What has come, without waiting; None when nothing has, and nothing at the end."""

@@ -27,6 +27,7 @@ from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLErro
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, ImageRefusedError, sniff
 from langchain_cogview.images.links import ANY_PUBLIC_HOST, LinkRules, link_refused
 from langchain_cogview.images.store import PictureFile, reason
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -289,6 +290,8 @@ def _write(file: PictureFile, piece: bytes) -> None:
     try:
         file.write(piece)
     except OSError as error:
+        if raised_by_signal(error):
+            raise
         raise CogViewStorageError(f"The image's bytes could not be written: {reason(error)}.") from None
 
 
@@ -442,4 +445,4 @@ def _as_ours(download: _Download) -> Iterator[None]:
     try:
         yield
     except _TRANSPORT_ERRORS as error:
-        raise download.error(error) from None
+        raise raised_by_signal(error) or download.error(error) from None
