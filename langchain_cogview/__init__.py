@@ -11,8 +11,10 @@ if TYPE_CHECKING:
         AsyncContentFilterCallbackHandler,
         ContentFilterCallbackHandler,
         CostCallbackHandler,
+        ImageCallbackHandler,
         collect_content_filter_events,
         collect_image_costs,
+        collect_images,
     )
     from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.cost import ImageCosts
@@ -64,8 +66,10 @@ _ROOMS = {
         "AsyncContentFilterCallbackHandler",
         "ContentFilterCallbackHandler",
         "CostCallbackHandler",
+        "ImageCallbackHandler",
         "collect_content_filter_events",
         "collect_image_costs",
+        "collect_images",
     ),
     "content_filter": ("ContentFilter",),
     "cost": ("ImageCosts",),
@@ -149,6 +153,7 @@ __all__ = [
     "GeneratedEvent",
     "GeneratedImage",
     "ImageArtifact",
+    "ImageCallbackHandler",
     "ImageCosts",
     "ImageFailure",
     "ImageRequest",
@@ -166,6 +171,7 @@ __all__ = [
     "arun_job",
     "collect_content_filter_events",
     "collect_image_costs",
+    "collect_images",
     "compare",
     "gallery",
     "images_from_messages",

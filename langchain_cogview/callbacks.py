@@ -1,9 +1,10 @@
-"""Handlers and context managers over the events: what the content filter said, and what the pictures cost."""
+"""Handlers and context managers over the events: the images, what the content filter said, and what the images cost."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import threading
 from abc import ABC, abstractmethod
 from contextvars import ContextVar
@@ -12,14 +13,18 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
+from langchain_cogview.artifact import validated
 from langchain_cogview.cost import ImageCosts
+from langchain_cogview.errors import CogViewInvalidRequestError
 from langchain_cogview.events import (
     CONTENT_FILTER_EVENT,
     GENERATED_EVENT,
     PROGRESS_EVENT,
     RETRY_EVENT,
     ContentFilterEvent,
+    GeneratedPayload,
 )
+from langchain_cogview.result import GeneratedImage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 _EVENTS: Final = frozenset({CONTENT_FILTER_EVENT, GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT})
 _REMEMBERED: Final = 1024
+
+logger = logging.getLogger(__name__)
 
 
 class Deliveries:
@@ -179,6 +186,37 @@ class CostCallbackHandler(EventListener):
         self.costs.hear(name, event)
 
 
+class ImageCallbackHandler(EventListener):
+    """Collects the images of the runs that it is passed to, sync and async alike, those of sub-agents included.
+
+    Attributes:
+        images: The images so far, in the order in which they were made.
+
+    Example:
+        >>> handler = ImageCallbackHandler()
+        >>> supervisor.invoke({"messages": "draw a kitten"}, {"callbacks": [handler]})    # doctest: +SKIP
+        >>> handler.images[0].show()    # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[GeneratedImage] = []
+
+    def hear(self, name: str, event: Any) -> None:
+        """Collect the image of an event."""
+        self.images.extend(_images(name, event))
+
+
+def _images(name: str, event: Any) -> Iterator[GeneratedImage]:
+    if name != GENERATED_EVENT:
+        return
+    image = event.image if isinstance(event, GeneratedPayload) else None
+    try:
+        yield image or validated(GeneratedImage, event)
+    except CogViewInvalidRequestError as error:  # the event was sent by somebody else
+        logger.warning("An image was not collected. %s", error)
+
+
 class _Collector(EventListener):
     """What an open block hears, and the block around it."""
 
@@ -254,3 +292,23 @@ def collect_image_costs() -> Iterator[ImageCosts]:
     costs = ImageCosts()
     with _collecting(costs.hear):
         yield costs
+
+
+@contextlib.contextmanager
+def collect_images() -> Iterator[list[GeneratedImage]]:
+    """Collect the images of everything that runs inside the block, in LangChain's threads and in tasks too.
+
+    It finds images that are in no message of an agent's output: those of sub-agents, and those whose messages were summarised.
+    Blocks can be nested: an image goes to all that are open.
+
+    Yields:
+        The list that fills, in the order in which the images are made.
+
+    Example:
+        >>> with collect_images() as images:    # doctest: +SKIP
+        ...     supervisor.invoke({"messages": "draw a kitten"})
+        >>> images[0].show()    # doctest: +SKIP
+    """
+    images: list[GeneratedImage] = []
+    with _collecting(lambda name, event: images.extend(_images(name, event))):
+        yield images

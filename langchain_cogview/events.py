@@ -7,16 +7,20 @@ handler that raises is logged and never costs a picture.
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 
+from langchain_cogview.artifact import GeneratedImageArtifact
 from langchain_cogview.content_filter import ContentFilter, Stage, most_severe
 from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
+
+    from langchain_cogview.result import GeneratedImage
 
 CONTENT_FILTER_EVENT: Final = "cogview.content_filter"
 GENERATED_EVENT: Final = "cogview.generated"
@@ -64,31 +68,35 @@ class ContentFilterEvent(TypedDict):
     """Only with `include_prompt_in_events=True`."""
 
 
-class GeneratedEvent(TypedDict):
-    """Payload of `cogview.generated`: one for each picture, once it is safe. Plain JSON."""
+class GeneratedEvent(GeneratedImageArtifact):
+    """Payload of `cogview.generated`: one for each image, once it is safe. Plain JSON: all that an artifact says of an image."""
 
     version: int
     """1."""
-    id: str
-    """The picture's, as on the result."""
-    request_id: str
-    task_id: str | None
-    """Of the task endpoint."""
-    model: str
-    """Which model drew."""
-    size: str | None
-    path: str | None
-    uri: str | None
-    """Where it was saved: a local file, or elsewhere."""
-    cost: str | None
-    """A decimal number; "0" for a cached or sandbox picture; None where the price is unknown."""
-    currency: str | None
-    """ISO code."""
-    cached: bool
-    sandbox: bool
-    seconds: float
-    """From having a place in flight to being saved."""
     tool_call_id: str | None
+    """Of the tool call that asked for the image; None outside an agent."""
+
+
+class GeneratedPayload(dict[str, Any]):
+    """The payload of `cogview.generated` with the image itself, for handlers of this process.
+
+    It does not keep the image alive, and a copy or pickle of it is plain JSON.
+
+    Args:
+        image: The image.
+    """
+
+    def __init__(self, image: GeneratedImage) -> None:
+        super().__init__(image.model_dump(mode="json"))
+        self._image = weakref.ref(image)
+
+    @property
+    def image(self) -> GeneratedImage | None:
+        """The image, while its call is not over or somebody holds it."""
+        return self._image()
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 class ProgressEvent(TypedDict):
@@ -203,8 +211,10 @@ class Teller:
             await adispatch(name, self._whole(payload), self.config)
 
     def _whole(self, payload: Any) -> dict[str, Any]:
-        about = {"version": EVENT_VERSION, "tool_call_id": self.tool_call_id, "sandbox": self.sandbox}
-        return {**about, **payload}
+        whole: dict[str, Any] = payload  # made for this event alone
+        for name, value in (("version", EVENT_VERSION), ("tool_call_id", self.tool_call_id), ("sandbox", self.sandbox)):
+            whole.setdefault(name, value)
+        return whole
 
 
 NOBODY: Final = Teller(config={}, tool_call_id=None, sandbox=False, listening=False)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome
-from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT, Event, Teller, content_filter_event
+from langchain_cogview.events import (
+    GENERATED_EVENT,
+    PROGRESS_EVENT,
+    RETRY_EVENT,
+    Event,
+    GeneratedPayload,
+    Teller,
+    content_filter_event,
+)
 from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
@@ -151,7 +159,7 @@ class CallWatch:
         """The events of pictures that are safe."""
         if not self.teller.listening:
             return []
-        events: list[Event] = [(GENERATED_EVENT, self._generated(image)) for image in images]
+        events: list[Event] = [(GENERATED_EVENT, GeneratedPayload(image)) for image in images]
         if images and images[0].content_filter:
             events.append(self._filtered(images[0].content_filter, blocked=False))
         return events
@@ -186,22 +194,6 @@ class CallWatch:
             "is_retryable": error.is_retryable,
             "code": error.code,
             "status": error.status,
-        }
-
-    def _generated(self, image: GeneratedImage) -> dict[str, Any]:
-        return {
-            "id": image.id,
-            "request_id": image.request_id,
-            "task_id": image.task_id,
-            "model": image.model,
-            "size": image.size,
-            "path": str(image.path) if image.path else None,
-            "uri": image.uri,
-            "cost": None if image.cost is None else str(image.cost),
-            "currency": image.currency,
-            "cached": image.cached,
-            "sandbox": image.sandbox,
-            "seconds": round(self.deadline.elapsed, 3),
         }
 
     def _filtered(self, entries: tuple[ContentFilter, ...], *, blocked: bool) -> Event:
