@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         collect_images,
     )
     from langchain_cogview.content_filter import ContentFilter
-    from langchain_cogview.cost import ImageCosts
+    from langchain_cogview.cost import Budget, ImageCosts
     from langchain_cogview.errors import (
         RETRYABLE_ERRORS,
         CogViewAuthenticationError,
@@ -72,7 +72,7 @@ _ROOMS = {
         "collect_images",
     ),
     "content_filter": ("ContentFilter",),
-    "cost": ("ImageCosts",),
+    "cost": ("Budget", "ImageCosts"),
     "errors": (
         "CogViewAuthenticationError",
         "CogViewBalanceError",
@@ -120,6 +120,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "RETRYABLE_ERRORS",
     "AsyncContentFilterCallbackHandler",
+    "Budget",
     "CogViewAuthenticationError",
     "CogViewBalanceError",
     "CogViewBudgetError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, cast
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -14,7 +14,7 @@ from langchain_cogview.catalog import Quality, Region, model_warning
 from langchain_cogview.request import ImageRequest, describe_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from decimal import Decimal
     from pathlib import Path
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from langchain_core.caches import BaseCache
     from langchain_core.rate_limiters import BaseRateLimiter
 
-MAX_AMOUNT: Final = 10**9
-"""The largest price and the largest budget."""
-_DECIMALS = 12
-_DIGITS = 28
 _DAY = 86_400
 _USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 
@@ -143,22 +139,6 @@ def checked_seconds(value: float | timedelta | None) -> float | None:
     return seconds
 
 
-def checked_amount(value: Decimal) -> Decimal:
-    """An amount of money.
-
-    Returns:
-        The amount, as it is.
-
-    Raises:
-        ValueError: Negative, not finite, or beyond what a price can be.
-    """
-    if not value.is_finite() or not 0 <= value <= MAX_AMOUNT or (value and value.adjusted() < -_DECIMALS):
-        raise ValueError(f"An amount of money is 0 to {MAX_AMOUNT:,}, and if it is not 0, at least 1E-{_DECIMALS}.")
-    if len(value.as_tuple().digits) > _DIGITS:
-        raise ValueError(f"An amount of money has at most {_DIGITS} digits.")
-    return value
-
-
 def checked_client(value: Any, *, sync: bool) -> Any:
     """An injected HTTP client, as it is.
 
@@ -176,12 +156,14 @@ def checked_client(value: Any, *, sync: bool) -> Any:
     return value
 
 
-def check_hosts(hosts: Iterable[str]) -> None:
+def check_hosts(hosts: Sequence[str]) -> None:
     """Check the entries of `allowed_image_hosts`.
 
     Raises:
         ValueError: One is no host.
     """
+    if not hosts:
+        return
     from langchain_cogview.images.links import allowed_host  # noqa: PLC0415  it brings the HTTP stack
 
     for entry in hosts:

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
     from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.settings import Service
-    from langchain_cogview.cache import CachedRequest
+    from langchain_cogview.cache import CachedRequest, PictureCache
     from langchain_cogview.content_filter import ContentFilter
+    from langchain_cogview.cost import Reservation
     from langchain_cogview.events import Teller
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
@@ -52,6 +53,7 @@ ImageOutcome = list[GeneratedImage] | Exception
 
 _TURN_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
+_CACHE_SECONDS = 60.0
 _MOST_LOGGED_CHARACTERS = 1000
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class CallSettings:
         poll_interval: Seconds between two polls of a task.
         price: Of a model's picture: amount (None where unknown) and currency.
         include_prompt: Whether content filter events hold the prompt.
+        cache: Where images are looked up before they are paid for.
     """
 
     client: ImagesClient
@@ -99,14 +102,35 @@ class CallSettings:
     # Not compared, as functions never are equal: equal generators stay so once they were called.
     price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
+    cache: PictureCache | None = None
+
+    def cached(self, request: ImageRequest) -> CachedRequest | None:
+        """Where the images of a request are looked up before they are paid for; None without a cache."""
+        if self.cache is None:
+            return None
+        return self.cache.request(
+            request,
+            base_url=self.base_url,
+            download=self.download,
+            folder=self.folder,
+            allowed_hosts=self.allowed_hosts,
+            timeout=min(self.timeout or _CACHE_SECONDS, _CACHE_SECONDS),
+        )
 
     @classmethod
-    def of(cls, service: Service, folder: Path | RemoteFolder | None, settings: Mapping[str, Any]) -> CallSettings:
+    def of(
+        cls,
+        service: Service,
+        folder: Path | RemoteFolder | None,
+        cache: PictureCache | None,
+        settings: Mapping[str, Any],
+    ) -> CallSettings:
         """Take the settings from a generator.
 
         Args:
             service: Where requests go; the key is there.
             folder: What `output_dir` names.
+            cache: What `cache` names.
             settings: The generator's fields.
 
         Returns:
@@ -125,6 +149,7 @@ class CallSettings:
             client=client_of(service.base_url, key, **{name: settings[name] for name in for_client}),
             base_url=service.base_url,
             folder=folder,
+            cache=cache,
             allowed_hosts=settings["allowed_image_hosts"],
             price=partial(price_of, region=service.region, prices=settings["prices"]),
             include_prompt=settings["include_prompt_in_events"],
@@ -142,12 +167,14 @@ class ImageCall:
             to tell of it.
         teller: Sends the events.
         cache: Where the request's pictures are looked up first; None: each is paid.
+        reservation: Where each POST that may be charged is counted; None: nowhere.
     """
 
     settings: CallSettings
     requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...]
     teller: Teller
     cache: CachedRequest | None = None
+    reservation: Reservation | None = None
 
     @property
     def request(self) -> ImageRequest:
@@ -203,6 +230,7 @@ class ImageCall:
         try:
             drawn = self._drawn(watch)
         except Exception as error:  # noqa: BLE001
+            watch.failed(error)
             self.teller.tell(*watch.ended_with(error))
             return error
         return self._kept(drawn, watch)
@@ -212,6 +240,7 @@ class ImageCall:
         try:
             drawn = await self._adrawn(watch)
         except Exception as error:  # noqa: BLE001
+            watch.failed(error)
             await self.teller.atell(*watch.ended_with(error))
             return error
         return await self._akept(drawn, watch)
@@ -353,7 +382,13 @@ class ImageCall:
     def _watch(self, deadline: Deadline, request_id: str | None = None) -> CallWatch:
         prompt = self.request.prompt if self.settings.include_prompt else None
         return CallWatch(
-            self.teller, self.settings.price, prompt, deadline, request_id or str(uuid.uuid4()), self.request.model
+            self.teller,
+            self.settings.price,
+            prompt,
+            deadline,
+            request_id or str(uuid.uuid4()),
+            self.request.model,
+            self.reservation,
         )
 
     # --- the picture's bytes and record

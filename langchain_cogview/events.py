@@ -126,6 +126,8 @@ class ProgressEvent(TypedDict):
     """At `failed`: what the error concerns, such as `prompt` or `account`; None for an exception of another library."""
     is_retryable: bool | None
     """At `failed`: whether the same request may be sent again, and may then succeed."""
+    uncertain: int
+    """At `failed`: how many requests may have been charged, those that were sent again included."""
     cost: str | None
     """What the picture costs if it is made; None where the price is unknown."""
     currency: str | None

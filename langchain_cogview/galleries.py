@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.cost import Charges, Price
+from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, CogViewStorageError, printable
 from langchain_cogview.images.access import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.display import MANY_BYTES, failure_tile, with_files
@@ -326,21 +326,13 @@ def _tiles(number: int, item: Any) -> Iterator[Tile]:
 
 
 def _charges(results: Iterable[Any]) -> Charges:
-    amounts: dict[str, Any] = {}
-    count = unpriced = 0
+    charges = Charges()
     for result in results:
         images = result.images if isinstance(result, ImageResult) else result if isinstance(result, list) else [result]
         for image in images:
-            if not isinstance(image, GeneratedImage):
-                continue
-            price = Price.of(
-                {"cost": image.cost, "currency": image.currency, "sandbox": image.sandbox, "cached": image.cached}
-            )
-            count += 1
-            unpriced += price.amount is None
-            if price.amount and price.currency:
-                amounts[price.currency] = amounts.get(price.currency, 0) + price.amount
-    return Charges(count, amounts, unpriced)
+            if isinstance(image, GeneratedImage):
+                charges.add(Money.of_image(image))
+    return charges
 
 
 def _first(cells: Sequence[Sequence[Tile]], most: int) -> Iterator[list[Tile]]:

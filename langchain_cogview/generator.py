@@ -30,6 +30,7 @@ from langchain_cogview.batches import (
 )
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import loaded
+from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.errors import CogViewConfigurationError
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
@@ -41,13 +42,13 @@ from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.tasks import ImageTask, checked_task
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from langchain_cogview.api.tasks import TasksClient
-    from langchain_cogview.cache import CachedRequest
     from langchain_cogview.drawing import CallSettings, ImageCall
 
 REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 _FETCHING = 4
-_CACHE_SECONDS = 60.0
 _INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
 _SERVICE: Final = frozenset({"api_key", "region", "base_url"})
 
@@ -191,11 +192,6 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     def _one_is_a_list_too(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("prices")
-    @classmethod
-    def _prices_are_amounts(cls, value: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
-        return value and {model: configuration.checked_amount(amount) for model, amount in value.items()}
-
     @field_validator("output_dir", mode="before")
     @classmethod
     def _folder_is_one(cls, value: Any) -> Any:
@@ -207,8 +203,9 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
         defaults = {name: getattr(self, name) for name in REQUEST_DEFAULTS}
         for warning in configuration.checked_defaults(defaults, self.fallback_models):
             warnings.warn(warning, stacklevel=2)
-        if self.allowed_image_hosts:
-            configuration.check_hosts(self.allowed_image_hosts)
+        configuration.check_hosts(self.allowed_image_hosts or ())
+        for amount in (self.prices or {}).values():
+            checked_amount(amount)
         if not self.download and self.output_dir is not None:
             raise ValueError("output_dir needs the bytes: leave download=False out.")
         if self.use_tasks is True and not all(model_info(name).tasks for name in models):
@@ -292,24 +289,39 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
 
     # --- one request
 
-    def invoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
+    def invoke(
+        self,
+        input: ImageInput,  # noqa: A002
+        config: RunnableConfig | None = None,
+        *,
+        budget: Budget | Reservation | None = None,
+        **kwargs: Any,
+    ) -> ImageResult:
         """Make the pictures of one request.
 
         Args:
             input: A prompt, the arguments of `ImageRequest` as a dict or object, a prompt value, or messages.
             config: The `RunnableConfig` of this run.
+            budget: Counts each POST that may be charged, before it is sent, and refuses what it does not cover.
             **kwargs: Arguments of `ImageRequest`; what `input` says goes before them.
 
         Returns:
             The pictures, and what went wrong with others.
         """
         config = traced_config(config, self.model, input, kwargs)
-        return self._run(partial(self._draw, overrides=kwargs), input, config)
+        return self._run(partial(self._draw, overrides=kwargs, budget=budget), input, config)
 
-    async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
+    async def ainvoke(
+        self,
+        input: ImageInput,  # noqa: A002
+        config: RunnableConfig | None = None,
+        *,
+        budget: Budget | Reservation | None = None,
+        **kwargs: Any,
+    ) -> ImageResult:
         """Async version of `invoke`."""
         config = traced_config(config, self.model, input, kwargs)
-        return await self._arun(partial(self._adraw, overrides=kwargs), input, config)
+        return await self._arun(partial(self._adraw, overrides=kwargs, budget=budget), input, config)
 
     # --- many requests: each is a run of its own, by `invoke` or `ainvoke`
 
@@ -418,25 +430,28 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
 
     # --- tasks
 
-    def submit(self, input: ImageInput, **kwargs: Any) -> ImageTask:  # noqa: A002
+    def submit(self, input: ImageInput, *, budget: Budget | None = None, **kwargs: Any) -> ImageTask:  # noqa: A002
         """Give a request to the task endpoint and come back at once: the paid POST takes milliseconds.
 
         Args:
             input: As for `invoke`; with a model of the task endpoint, such as `glm-image`.
+            budget: As for `invoke`.
             **kwargs: As for `invoke`.
 
         Returns:
             The task; its `id` finds the picture again, in another process too.
         """
         request, notes = self._request(input, kwargs)
-        task_id, request_id = self._call(checked_task(request), NOBODY).submit()
+        with self._reserved(budget, checked_task(request)) as reservation:
+            task_id, request_id = self._call(request, NOBODY, (), reservation).submit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
-    async def asubmit(self, input: ImageInput, **kwargs: Any) -> ImageTask:  # noqa: A002
+    async def asubmit(self, input: ImageInput, *, budget: Budget | None = None, **kwargs: Any) -> ImageTask:  # noqa: A002
         """Async version of `submit`."""
         await loaded(self._base_url)
         request, notes = self._request(input, kwargs)
-        task_id, request_id = await self._call(checked_task(request), NOBODY).asubmit()
+        with self._reserved(budget, checked_task(request)) as reservation:
+            task_id, request_id = await self._call(request, NOBODY, (), reservation).asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
     def collect(self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None) -> ImageResult:
@@ -520,25 +535,30 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
             await aremember(made[0].images)
             return told(made[0])
 
-    def _draw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any]) -> ImageResult:
+    def _draw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
         request, notes = self._request(given, overrides)
-        call = self._call(request, teller, request.for_models(self.fallback_models))
-        tasks = [partial(call.draw, index) for index in range(request.n)]
-        return call.result(in_threads(tasks, self.places(request.model)), notes + call.notes)
+        with self._reserved(budget, request) as reservation:
+            call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
+            tasks = [partial(call.draw, index) for index in range(request.n)]
+            return call.result(in_threads(tasks, self.places(request.model)), notes + call.notes)
 
-    async def _adraw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any]) -> ImageResult:
+    async def _adraw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
         request, notes = self._request(given, overrides)
-        call = self._call(request, teller, request.for_models(self.fallback_models))
-        tasks = [partial(call.adraw, index) for index in range(request.n)]
-        return call.result(await in_tasks(tasks, self.places(request.model)), notes + call.notes)
+        with self._reserved(budget, request) as reservation:
+            call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
+            tasks = [partial(call.adraw, index) for index in range(request.n)]
+            return call.result(await in_tasks(tasks, self.places(request.model)), notes + call.notes)
 
-    def _collect(self, given: ImageInput, teller: Teller, *, task: ImageTask, seconds: float | None) -> ImageResult:
+    def _reserved(self, budget: Any, request: ImageRequest) -> AbstractContextManager[Reservation | None]:
+        # What a cache has is not sent: then each image is counted when it is.
+        price = Money(*price_of(request.model, self._region, self.prices))
+        return reserved(budget, price, request.n if self._cache is None else 0)
+
+    def _collect(self, given: Any, teller: Teller, *, task: ImageTask, seconds: float | None) -> ImageResult:
         call = self._call(checked_task(task.request), teller)
         return call.result([call.collect(task.id, task.request_id, seconds)], task.warnings)
 
-    async def _acollect(
-        self, given: ImageInput, teller: Teller, *, task: ImageTask, seconds: float | None
-    ) -> ImageResult:
+    async def _acollect(self, given: Any, teller: Teller, *, task: ImageTask, seconds: float | None) -> ImageResult:
         call = self._call(checked_task(task.request), teller)
         return call.result([await call.acollect(task.id, task.request_id, seconds)], task.warnings)
 
@@ -554,35 +574,14 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     # --- what calls are made with. The HTTP stack is loaded with the first call: a tool is made in milliseconds without it.
 
     def places(self, model: str | None = None) -> int:
-        """How many pictures are worked on at once: those in flight, and a few that are being fetched and saved, if they are.
-
-        Args:
-            model: None: the generator's.
-        """
+        """How many pictures of a model (None: the generator's) are worked on at once: in flight, or fetched and saved."""
         in_flight = self.max_concurrency or model_info(model or self.model).in_flight
         return in_flight + min(in_flight, _FETCHING) if self.download else in_flight
 
     def price(self, model: str | None = None) -> tuple[Decimal, str] | None:
-        """List price of one picture and its currency; None where unknown. Sandbox pictures cost nothing all the same.
-
-        Args:
-            model: None: the generator's.
-        """
+        """List price and currency of one picture of a model (None: the generator's), also in the sandbox; None: unknown."""
         amount, currency = price_of(model or self.model, self._region, self.prices)
         return None if amount is None else (amount, currency)
-
-    def _cached(self, request: ImageRequest) -> CachedRequest | None:
-        if self._cache is None:
-            return None
-        found: CachedRequest = self._cache.request(
-            request,
-            base_url=self._base_url,
-            download=self.download,
-            folder=self._folder,
-            allowed_hosts=self.allowed_image_hosts,
-            timeout=min(cast("float | None", self.timeout) or _CACHE_SECONDS, _CACHE_SECONDS),
-        )
-        return found
 
     def tasks_client(self) -> TasksClient:
         """The task endpoint of this service."""
@@ -590,16 +589,18 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
 
         return TasksClient(self._settings().client, self.poll_interval)
 
-    def _call(self, request: ImageRequest, teller: Teller, others: Iterable[Any] = ()) -> ImageCall:
+    def _call(
+        self, request: ImageRequest, teller: Teller, others: Iterable[Any] = (), reservation: Reservation | None = None
+    ) -> ImageCall:
         from langchain_cogview.drawing import ImageCall  # noqa: PLC0415  the HTTP stack
 
-        return ImageCall(self._settings(), ((request, ()), *others), teller, self._cached(request))
+        settings = self._settings()
+        return ImageCall(settings, ((request, ()), *others), teller, settings.cached(request), reservation)
 
     def _found_key(self) -> SecretStr:
-        if self._key is not None:
-            return self._key
-        # It came through a pickle: the service is the same, the key is found where it arrived.
-        return SANDBOX_KEY if is_sandbox(self._base_url) else found_key(None, self._region, unpickled=True)
+        # None came through a pickle: the service is the same, the key is found where it arrived.
+        sandbox = is_sandbox(self._base_url)
+        return self._key or (SANDBOX_KEY if sandbox else found_key(None, self._region, unpickled=True))
 
     def _settings(self) -> CallSettings:
         if self._made_settings is None:
@@ -607,5 +608,5 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
 
             self._key = self._found_key()
             service = Service(self._key, self._region, self._base_url)
-            self._made_settings = CallSettings.of(service, self._folder, dict(self))
+            self._made_settings = CallSettings.of(service, self._folder, self._cache, dict(self))
         return cast("CallSettings", self._made_settings)

@@ -14,10 +14,9 @@ import threading
 import time
 from collections import OrderedDict
 from contextvars import Context
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from langchain_cogview.cost import Charges
+from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewContentFilterError, CogViewOutcomeUnknownError, Outcome, Scope
 from langchain_cogview.images.previews import in_kernel
 
@@ -127,9 +126,7 @@ class Line:
         self._seconds = 0.0
         self._in_flight = 0
         self._counts = dict.fromkeys(("blocked", "failed", "of unknown outcome", "stopped"), 0)
-        self._pictures = 0
-        self._amounts: dict[str, Decimal] = {}
-        self._unpriced = 0
+        self._charges = Charges()
         self._sandbox = False
 
     def started(self) -> None:
@@ -155,13 +152,14 @@ class Line:
     def __str__(self) -> str:
         seconds = self._seconds + (self._clock() - self._since if self._in_flight else 0.0)
         parts = [f"{seconds:.0f} s" if self._in_flight else f"{seconds:.1f} s"]
-        if self._pictures:
-            parts.append(f"{self._pictures} picture{'' if self._pictures == 1 else 's'}")
+        count = self._charges.count
+        if count:
+            parts.append(f"{count} picture{'' if count == 1 else 's'}")
         parts += [f"{count} {what}" for what, count in self._counts.items() if count]
         if self._in_flight:
             parts.append(f"{self._in_flight} under way")
-        if self._pictures:
-            cost = str(Charges(self._pictures, self._amounts, self._unpriced))
+        if count:
+            cost = str(self._charges)
             parts.append(f"{'sandbox, ' if self._sandbox else ''}no cost" if cost == "nothing" else cost)
         return " · ".join(parts)
 
@@ -169,13 +167,9 @@ class Line:
         if isinstance(result, BaseException):
             self._counts[_word(result)] += 1
         elif result is not None:
-            self._pictures += len(result.images)
             for image in result.images:
                 self._sandbox = self._sandbox or image.sandbox
-                if image.cost is None and not image.sandbox:
-                    self._unpriced += 1
-                elif image.cost and image.currency:
-                    self._amounts[image.currency] = self._amounts.get(image.currency, Decimal(0)) + image.cost
+                self._charges.add(Money.of_image(image))
             for failure in result.failures:
                 self._counts[_word_of_record(failure)] += 1
 

@@ -12,6 +12,8 @@ from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack
 
+from langchain_core.runnables import RunnableBinding
+from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
 from langchain_core.tools import BaseTool, ToolException
 from langchain_core.tools.base import ToolExceptionHandlerOutput
 from pydantic import (
@@ -25,12 +27,13 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
     create_model,
+    field_validator,
 )
 
-from langchain_cogview.budget import NO_LIMITS, Allowance, Limits
-from langchain_cogview.catalog import ModelInfo, is_unspecified, legal_size, model_info, parse_quality
+from langchain_cogview.catalog import ModelInfo, currency_of, is_unspecified, legal_size, model_info, parse_quality
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.configuration import GeneratorSettings, SafeErrors, attempt
+from langchain_cogview.cost import Budget, Spending, checked_amount
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import check_names, checked_prompt, describe_validation
@@ -73,12 +76,21 @@ def _text_of_bad_arguments(error: Any) -> str:
     return printable(f"No image was made. Wrong arguments: {said}", MAX_MODEL_TEXT)
 
 
-def _refuse_other(generator: Any) -> None:
-    from langchain_core.runnables import RunnableWithFallbacks  # noqa: PLC0415
+def _resolved(generator: Any, bound: dict[str, Any]) -> Iterator[tuple[CogViewImageGenerator, dict[str, Any]]]:
+    """The generators behind what LangChain wrapped, each with the arguments that are bound to it.
 
-    # What LangChain binds or makes configurable has all of the generator's names, and is used. So have its fallbacks, but they
-    # pay again after an error that may have been charged, and at another price than the budget counts with.
-    if isinstance(generator, RunnableWithFallbacks) or not hasattr(generator, "fallback_models"):
+    Only what hands its arguments on is known to keep the budget, and only what sends once does not pay again.
+    """
+    if isinstance(generator, CogViewImageGenerator):
+        yield generator, bound
+    elif type(generator) is RunnableBinding:
+        yield from _resolved(generator.bound, {**generator.kwargs, **bound})
+    elif type(generator) is RunnableConfigurableFields:
+        yield from _resolved(generator.default, bound)
+    elif type(generator) is RunnableConfigurableAlternatives:
+        for each in (generator.default, *generator.alternatives.values()):
+            yield from _resolved(each, bound)
+    else:
         raise CogViewConfigurationError(
             f"generator= takes a CogViewImageGenerator; this is of type {type(generator).__name__}.",
             hint="Pass the generator itself: max_retries and fallback_models are its own.",
@@ -169,11 +181,16 @@ class CogViewImageTool(SafeErrors, BaseTool):
     on_failure: Literal["error", "continue"] = "error"
     shown_to_user: bool = False
     max_images: int | None = Field(default=None, ge=0)
-    budget: Decimal | None = Field(default=None, ge=0)
+    budget: Decimal | None = None
 
-    _allowance: Allowance = PrivateAttr(default_factory=Allowance)
+    _spending: Spending = PrivateAttr(default_factory=Spending)
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_an_amount(cls, value: Decimal | None) -> Decimal | None:
+        return None if value is None else checked_amount(value)
 
     def __init__(self, *, generator: CogViewImageGenerator | None = None, **settings: Unpack[ToolSettings]) -> None:
         _, failure = attempt(self._construct, generator, settings)
@@ -191,14 +208,13 @@ class CogViewImageTool(SafeErrors, BaseTool):
             raise CogViewConfigurationError(
                 f"{', '.join(sorted(others))} cannot be given beside generator=.", hint="Set it on the generator."
             )
-        else:
-            _refuse_other(generator)
+        generators = list(_resolved(generator, {}))
         if own.get("args_schema") is None:
             own["args_schema"] = arguments_schema(generator)
         if own.get("shown_to_user") is True:
             own.setdefault("description", TOOL_DESCRIPTION + SHOWN_TO_USER)
         super().__init__(generator=generator, **own)
-        self._limits()
+        self._refuse_unpriced(generators)
 
     @classmethod
     def _sorted(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -242,18 +258,16 @@ class CogViewImageTool(SafeErrors, BaseTool):
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        with self._failures(), self._allowance.taken(self.generator.n, self._limits()) as spending:
-            result = self.generator.invoke(given, _config())
-            spending.spent = _paid(result)
+        with self._failures():
+            result = self.generator.invoke(given, _config(), budget=self._budget())
         return self._answer(_saved_all_the_same(result) if any(map(_is_unsaved, result.images)) else result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         given = _given(prompt, size, quality)
-        with self._failures(), self._allowance.taken(self.generator.n, self._limits()) as spending:
-            result = await self.generator.ainvoke(given, _config())
-            spending.spent = _paid(result)
+        with self._failures():
+            result = await self.generator.ainvoke(given, _config(), budget=self._budget())
         return self._answer(
             await in_thread(_saved_all_the_same, result) if any(map(_is_unsaved, result.images)) else result
         )
@@ -267,20 +281,21 @@ class CogViewImageTool(SafeErrors, BaseTool):
                 raise
             raise _ErrorAsTextError(error.text_for_model) from error
 
-    def _limits(self) -> Limits:
-        if self.max_images is None and self.budget is None:
-            return NO_LIMITS
-        names = (self.generator.model, *self.generator.fallback_models)
-        prices = {name: self.generator.price(name) for name in names}
-        unknown = [name for name, price in prices.items() if price is None]
-        if self.budget is not None and unknown:
-            raise CogViewConfigurationError(
-                f"The price of {unknown[0]} is not known, so a budget cannot be kept.",
-                hint="Use max_images, or tell it: prices={...}.",
-            )
-        # The dearest of the models that may draw, so that the budget holds whichever does.
-        price, currency = max(filter(None, prices.values()), default=(Decimal(0), ""))
-        return Limits(self.max_images, self.budget, price, currency)
+    def _budget(self) -> Budget:
+        # The limits can be changed on the way; what was spent stays. The generator counts, where request and price are known.
+        return Budget(self.budget, max_images=self.max_images, owner="this tool", spending=self._spending)
+
+    def _refuse_unpriced(self, generators: list[tuple[CogViewImageGenerator, dict[str, Any]]]) -> None:
+        if self.budget is None:
+            return
+        self._spending.currency = currency_of(generators[0][0].platform)
+        for generator, bound in generators:
+            for model in (bound.get("model") or generator.model, *generator.fallback_models):
+                if generator.price(model) is None:
+                    raise CogViewConfigurationError(
+                        f"The price of {model} is not known, so a budget cannot be kept.",
+                        hint="Use max_images, or tell it: prices={...}.",
+                    )
 
     # --- what the model reads
 
@@ -314,11 +329,6 @@ def _signature(cls: type[CogViewImageTool]) -> inspect.Signature:
 
 
 CogViewImageTool.__signature__ = _signature(CogViewImageTool)
-
-
-def _paid(result: ImageResult) -> int:
-    unknown = sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
-    return sum(not image.cached for image in result.images) + unknown
 
 
 def _given(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
@@ -424,11 +434,12 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
     Returns:
         A class for `args_schema`.
     """
-    info = model_info(generator.model)
+    base, bound = next(_resolved(generator, {}))
+    info = model_info(bound.get("model") or base.model)
     limit = info.max_prompt_characters
-    sizes = _offered_sizes(info, generator.size)
+    sizes = _offered_sizes(info, bound.get("size") or base.size)
     qualities = info.qualities
-    quality = generator.quality or qualities[0]
+    quality = bound.get("quality") or base.quality or qualities[0]
     size_text = "Width x height in pixels."
     if sizes:
         size_text += f" {sizes[0]} unless the user wants another shape: wide for landscapes, tall for portraits."

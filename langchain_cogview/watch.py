@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from langchain_cogview.cost import Charge, Money, Reservation
 from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome
 from langchain_cogview.events import (
     GENERATED_EVENT,
@@ -34,7 +35,10 @@ class Journal(Protocol):
     """Writes down what is about to be paid, so that a process that dies leaves a trace of it."""
 
     def sending(self, request_id: str, model: str) -> None:
-        """Right before a request id's first paid POST to a model; what it raises stops the call, and nothing is sent."""
+        """Right before a POST that may be charged: the first to a model, and each after one that may have been charged.
+
+        What it raises stops the call, and nothing is sent.
+        """
 
     async def asending(self, request_id: str, model: str) -> None:
         """The twin of `sending`, without blocking the event loop."""
@@ -61,7 +65,9 @@ class CallWatch:
         deadline: Of the picture.
         request_id: Of the picture, on every attempt.
         model: Which is asked at the moment.
+        reservation: Where each POST that may be charged is counted; None: nowhere.
         sent: Whether a paid POST was about to be sent.
+        uncertain: How many POSTs may have been charged without an image, so far.
     """
 
     teller: Teller
@@ -70,30 +76,56 @@ class CallWatch:
     deadline: Deadline
     request_id: str
     model: str
+    reservation: Reservation | None = None
     sent: bool = False
+    uncertain: int = 0
+    _charge: Charge | None = None
+    _pending: bool = False
+    _noted: tuple[str, int] | None = None
 
     @property
     def label(self) -> str:
         """What the picture and its file are called: a journal, or the model that asked for it, finds them by it."""
         return self.request_id[:8]
 
-    def sending(self, *, task: bool) -> None:
-        """The client's word before the first attempt of a model."""
-        journal = JOURNAL.get()
+    def sending(self) -> None:
+        """The client's word right before each attempt; what it raises stops the call, and nothing is sent."""
+        self._commit()
+        journal = self._journal()
         if journal:
             journal.sending(self.request_id, self.model)
         first, self.sent = not self.sent, True
         if first and self.teller.listening:
             self.teller.tell(self._progress("sent"))
 
-    async def asending(self, *, task: bool) -> None:
-        """The twin of `sending`."""
-        journal = JOURNAL.get()
+    async def asending(self) -> None:
+        """Async version of `sending`."""
+        self._commit()
+        journal = self._journal()
         if journal:
             await journal.asending(self.request_id, self.model)
         first, self.sent = not self.sent, True
         if first and self.teller.listening:
             await self.teller.atell(self._progress("sent"))
+
+    def failed(self, error: BaseException) -> None:
+        """The client's word after an attempt that gave no image, and the end of a task that gave none."""
+        pending, self._pending = self._pending, False
+        if pending and isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN:
+            if self._charge is not None:
+                self._charge.release()
+        elif pending:
+            self.uncertain += 1
+
+    def _commit(self) -> None:
+        if self.reservation is not None:
+            self._charge = self.reservation.commit(Money(*self.price(self.model)))
+        self._pending = True
+
+    def _journal(self) -> Journal | None:
+        """The journal, where this POST may be charged besides those that it knows of."""
+        noted, self._noted = self._noted, (self.model, self.uncertain)
+        return None if noted == self._noted else JOURNAL.get()
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """The client's word before waiting to send again."""
@@ -149,6 +181,7 @@ class CallWatch:
             "scope": str(error.scope) if isinstance(error, CogViewError) else None,
             "is_retryable": isinstance(error, CogViewError) and error.is_retryable,
             "task_id": getattr(error, "task_id", None),
+            "uncertain": self.uncertain,
         }
         events = [self._progress("failed", **facts)]
         if isinstance(error, CogViewContentFilterError):
@@ -174,6 +207,7 @@ class CallWatch:
             "task_id": None,
             "error": None,
             "blocked": False,
+            "uncertain": 0,
             "outcome": None,
             "scope": None,
             "is_retryable": None,

@@ -50,11 +50,14 @@ class RateLimiter(Protocol):
 class Watch(Protocol):
     """Hears what a call does, while it does it."""
 
-    def sending(self, *, task: bool) -> None:
-        """Right before the first attempt is sent; what it raises stops the call."""
+    def sending(self) -> None:
+        """Right before each attempt is sent; what it raises stops the call."""
 
-    async def asending(self, *, task: bool) -> None:
-        """The twin of `sending`."""
+    async def asending(self) -> None:
+        """Async version of `sending`."""
+
+    def failed(self, error: BaseException) -> None:
+        """After each attempt that gave no reply that counts."""
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """Before waiting to send again."""
@@ -144,11 +147,11 @@ class ImagesClient:
             try:
                 place = self._placed(body, deadline, attempts)
                 try:
-                    if not attempts.made:
-                        watch.sending(task=route != ROUTE)
+                    watch.sending()
                     attempts.made += 1
                     return _warned(self.endpoint.exchange(call, deadline, read), attempts), place
                 except BaseException as error:
+                    watch.failed(error)
                     _ended(place, error, attempts)
                     raise
             except CogViewError as error:
@@ -169,11 +172,11 @@ class ImagesClient:
             try:
                 place = await self._aplaced(body, deadline, attempts)
                 try:
-                    if not attempts.made:
-                        await watch.asending(task=route != ROUTE)
+                    await watch.asending()
                     attempts.made += 1
                     return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), place
                 except BaseException as error:
+                    watch.failed(error)
                     _ended(place, error, attempts)
                     raise
             except CogViewError as error:

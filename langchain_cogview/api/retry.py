@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Final
 
 from langchain_cogview.errors import (
+    CogViewBudgetError,
     CogViewBusyError,
     CogViewConfigurationError,
     CogViewConnectionError,
@@ -29,7 +30,7 @@ from langchain_cogview.errors import (
 
 MAX_RETRY_AFTER: Final = 3600.0
 """Seconds; a service that asks for a longer wait is not waited for."""
-_NEVER_AGAIN: Final = (CogViewConfigurationError, CogViewStoppedError, CogViewTimeoutError)
+_NEVER_AGAIN: Final = (CogViewBudgetError, CogViewConfigurationError, CogViewStoppedError, CogViewTimeoutError)
 
 
 class Phase(StrEnum):

@@ -29,14 +29,16 @@ class Call:
     Attributes:
         work: What it is for.
         draws: Whether it pays; else it only asks for what was paid before.
-        reserved: How many pictures the purse has counted for it.
+        reserved: How many pictures the budget has counted for it.
         sent: The requests that were written down, by id, with the model asked.
+        repeated: The requests that were sent again though they may have been charged, one entry for each time.
     """
 
     def __init__(self, run: JobRun, work: Work, *, draws: bool = False, sent: dict[str, str] | None = None) -> None:
         self.work = work
         self.draws = draws
         self.sent = sent or {}
+        self.repeated: list[dict[str, str]] = []
         self.reserved = work.draw if draws else len(self.sent)
         self._run = run
         self._started = time.monotonic()
@@ -51,6 +53,8 @@ class Call:
         if not self.sent:
             self._started = time.monotonic()
         self._run.note_sending(self.work.item, request_id, model)
+        if self.sent.get(request_id) == model:
+            self.repeated.append({"request_id": request_id, "model": model})
         self.sent[request_id] = model
 
     async def asending(self, request_id: str, model: str) -> None:

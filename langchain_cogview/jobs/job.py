@@ -28,7 +28,7 @@ from langchain_cogview.jobs.manifest import (
 from langchain_cogview.jobs.plan import JobPlan, checked_prompts, counted, job_settings, refuse_other_settings
 from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, reported
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
-from langchain_cogview.jobs.survey import Purse, Survey
+from langchain_cogview.jobs.survey import Survey, job_budget, price_of
 from langchain_cogview.many import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from langchain_core.runnables import RunnableConfig
 
+    from langchain_cogview.cost import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 
@@ -199,7 +200,7 @@ def plan_job(
             retry_failed=retry_failed,
             retry_unknown=retry_unknown,
         )
-        return survey.plan(job.purse(survey, budget), limit=limit)
+        return survey.plan(job.generator, job.budget(survey, budget), limit=limit)
 
 
 class _Job:
@@ -241,12 +242,12 @@ class _Job:
             refuse_other_settings(self.folder, settings, self.settings)
         return settings is not None
 
-    def purse(self, survey: Survey, budget: Any) -> Purse:
-        """What may be spent."""
-        purse = Purse(self.generator, budget, (item.model for item in self.prompts.items))
+    def budget(self, survey: Survey, amount: Any) -> Budget:
+        """What may be spent, and what is spent of it."""
+        budget = job_budget(self.generator, amount, (item.model for item in self.prompts.items))
         for model in survey.spent_models():
-            purse.spend(model)
-        return purse
+            budget.commit(price_of(self.generator, model))
+        return budget
 
     @contextmanager
     def running(
@@ -264,7 +265,7 @@ class _Job:
             raise CogViewConfigurationError(f"limit is a number of prompts, 0 or more, not {limit!r:.40}.", hint="")
         if not skip_bad:
             self.prompts.refuse_problems()
-        Purse(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is made
+        job_budget(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is made
         with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
             folder.lock()
             begun = self.begun(folder, into_existing=into_existing)
@@ -273,7 +274,7 @@ class _Job:
             )
             history = read_history(attempts, manifest)
             survey = Survey(self.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
-            purse = self.purse(survey, budget)
+            left = self.budget(survey, budget)
             if not begun:
                 write_settings(folder, self.settings)
             attempts.ready()
@@ -282,9 +283,9 @@ class _Job:
                 manifest.compact(history.finished)
                 history.superseded = 0
             self.skipped = sum(survey.work(item).made for item in self.prompts.items)
-            self.plan = survey.plan(purse.copy(), limit=limit)
+            self.plan = survey.plan(self.generator, left.copy(), limit=limit)
             self._fit_open_files()
-            run = JobRun(folder, self.generator, survey, purse, attempts=attempts, manifest=manifest, limit=limit)
+            run = JobRun(folder, self.generator, survey, left, attempts=attempts, manifest=manifest, limit=limit)
             stack.callback(run.close)
             run.enter_found()
             works = [survey.work(item) for item in self.prompts.items]

@@ -490,6 +490,7 @@ class Attempt:
         model: Which model was asked; of a task, which one took it.
         prompt: Its beginning, in one line.
         task_id: Of the task endpoint, once the task was accepted.
+        posts: How often it was sent though it may have been charged.
     """
 
     request_id: str
@@ -498,6 +499,7 @@ class Attempt:
     model: str
     prompt: str
     task_id: str | None = None
+    posts: int = 1
 
 
 @dataclass(slots=True)
@@ -583,7 +585,10 @@ class History:
             attempt.model = values.get("model", attempt.model)  # a fallback model's task
         else:
             attempt = Attempt(request_id, key, values["line"], values["model"], values["prompt"])
-            self.open.setdefault(key, {})[request_id] = attempt
+            before = self.open.setdefault(key, {}).get(request_id)
+            if before and before.model == attempt.model:
+                attempt.posts = before.posts + 1
+            self.open[key][request_id] = attempt
 
     def settle(self, key: str, request_id: str) -> None:
         """A request has its end."""

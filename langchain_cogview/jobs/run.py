@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import (
+    CogViewBudgetError,
     CogViewContentFilterError,
     CogViewError,
     CogViewNotFoundError,
@@ -28,6 +29,7 @@ from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.jobs.calls import STOPPING, Call, befalls_all, error_of, failures_of, is_the_prompts
 from langchain_cogview.jobs.folder import spare_descriptors, unwritable
 from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry
+from langchain_cogview.jobs.survey import price_of
 from langchain_cogview.many import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageResult
@@ -39,11 +41,12 @@ if TYPE_CHECKING:
 
     from langchain_core.runnables import RunnableConfig
 
+    from langchain_cogview.cost import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.folder import JobFolder
     from langchain_cogview.jobs.manifest import RecordFile
     from langchain_cogview.jobs.plan import PromptItem
-    from langchain_cogview.jobs.survey import Purse, Survey, Work
+    from langchain_cogview.jobs.survey import Survey, Work
     from langchain_cogview.result import GeneratedImage, ImageFailure
 
 MAX_NOT_RUN: Final = 5
@@ -65,7 +68,7 @@ class JobRun:
         manifest: Its file of what is finished, open for writing.
         generator: Saves into the folder.
         survey: What is left.
-        purse: What may be spent.
+        budget: What may be spent.
         limit: How many prompts to draw; None: all.
 
     Attributes:
@@ -82,7 +85,7 @@ class JobRun:
         folder: JobFolder,
         generator: CogViewImageGenerator,
         survey: Survey,
-        purse: Purse,
+        budget: Budget,
         *,
         attempts: RecordFile,
         manifest: RecordFile,
@@ -98,7 +101,7 @@ class JobRun:
         self.errors: Counter[str] = Counter()
         self.made = self.unpriced = 0
         self.cost: dict[str, Decimal] = {}
-        self._purse = purse
+        self._budget = budget
         self._limit = limit
         self._next = self._started = self._not_run = 0
         self._given_back = False
@@ -147,10 +150,12 @@ class JobRun:
             if work.draw:
                 if self._limit is not None and self._started >= self._limit:
                     return
-                with self._lock:
-                    self.over_budget = not self._purse.take(work.item.model, work.draw)
-                if self.over_budget:
+                try:
+                    work.reservation = self._budget.reserve(price_of(self.generator, work.item.model), work.draw)
+                except CogViewBudgetError:
+                    self.over_budget = True
                     return
+                self.over_budget = False
                 self._started += 1
             self._next += 1
             if work.draw:
@@ -170,20 +175,26 @@ class JobRun:
 
     def draw(self, work: Work, config: RunnableConfig) -> None:
         """Draw the pictures of a prompt that are missing, and write down what became of them."""
-        if self.halts:
-            return
         call = Call(self, work, draws=True)
+        if self.halts:
+            self._give_back(call, 0)
+            return
         with call.journaled():
-            outcome = or_error(self.generator.invoke, {**work.item.said, "n": work.draw}, config)
+            outcome = or_error(
+                self.generator.invoke, {**work.item.said, "n": work.draw}, config, budget=work.reservation
+            )
         self._finish(call, outcome)
 
     async def adraw(self, work: Work, config: RunnableConfig) -> None:
         """The twin of `draw`."""
-        if self.halts:
-            return
         call = Call(self, work, draws=True)
+        if self.halts:
+            self._give_back(call, 0)
+            return
         with call.journaled():
-            outcome = await aor_error(self.generator.ainvoke, {**work.item.said, "n": work.draw}, config)
+            outcome = await aor_error(
+                self.generator.ainvoke, {**work.item.said, "n": work.draw}, config, budget=work.reservation
+            )
         await in_thread(self._finish, call, outcome)
 
     def collect(self, work: Work, config: RunnableConfig) -> None:
@@ -371,9 +382,15 @@ class JobRun:
             self.stop(outcome if type(outcome) is error_class(first.error) else error_of(first))
 
     def _give_back(self, call: Call, paid: int) -> None:
+        held = call.work.reservation
+        if held is not None:
+            held.release()
         with self._lock:
-            self._purse.spend(call.work.item.model, paid - call.reserved)
-            self._given_back = self._given_back or paid < call.reserved
+            if call.draws:
+                self._given_back = self._given_back or (held is not None and held.released > 0)
+            elif paid < call.reserved:  # a task that was counted as paid made no image
+                self._budget.release(price_of(self.generator, call.work.item.model), call.reserved - paid)
+                self._given_back = True
 
     def _enter(
         self,
@@ -389,7 +406,6 @@ class JobRun:
         with self._lock:
             finished = self.survey.history.finished.get(work.item.key)
             requests = [*self.survey.history.open.get(work.item.key, ())]
-            price = self._purse.price(work.item.model)
         # No lock from here on: while the disk is waited for, others go on. Nobody else writes this prompt's line.
         old = self.manifest.read(finished.start, finished.size) if finished else _NO_LINE
         kept = [each for number, each in enumerate(old["failures"]) if number != without]
@@ -399,6 +415,7 @@ class JobRun:
             kept = []
         if call.draws and work.repeats_unknown:
             given_up += [{"request_id": each.request_id, "model": each.model} for each in work.unknown]
+        given_up += call.repeated
         ids = dict.fromkeys([*old["request_ids"], *sorted(settled), *(each["request_id"] for each in given_up)])
         values = {
             **prompt_line(
@@ -406,7 +423,7 @@ class JobRun:
                 self._request(work.item),
                 [*old["images"], *images],
                 [*kept, *failures],
-                price[1] if price else None,
+                price_of(self.generator, work.item.model).currency,
                 unknown=any(each not in ids for each in requests),
             ),
             "given_up": given_up,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from langchain_cogview.errors import CogViewConfigurationError, Scope, error_class, printable
+from langchain_cogview.catalog import currency_of
+from langchain_cogview.cost import Budget, Charges, Money
+from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Scope, error_class, printable
 from langchain_cogview.images.download import MAX_PICTURE_BYTES
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import PICTURE_NAME
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from langchain_cogview.cost import Reservation
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.folder import JobFolder
     from langchain_cogview.jobs.manifest import Attempt, Finished, History
@@ -49,6 +50,7 @@ class Work:
         draw: How many pictures to draw.
         repeats_unknown: Whether `unknown` is given up and drawn anew.
         repeats_failed: Whether the failures so far are drawn anew.
+        reservation: What the budget holds for `draw`.
     """
 
     item: PromptItem
@@ -59,6 +61,7 @@ class Work:
     draw: int = 0
     repeats_unknown: bool = False
     repeats_failed: bool = False
+    reservation: Reservation | None = None
 
     def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
         """Find out how many pictures to draw."""
@@ -78,6 +81,14 @@ class Work:
     def free(self) -> bool:
         """Whether something can be had without paying."""
         return bool(self.found or self.running or (self.finished and self.finished.links and not self.made))
+
+
+def _reaches(budget: Budget, price: Money, count: int) -> bool:
+    try:
+        budget.reserve(price, count)
+    except CogViewBudgetError:
+        return False
+    return True
 
 
 class Survey:
@@ -118,7 +129,8 @@ class Survey:
         """The model of each picture that was paid, or may have been."""
         for finished in self.history.finished.values():
             yield from finished.spent
-        yield from (attempt.model for attempt in self.history.attempts())
+        for attempt in self.history.attempts():
+            yield from [attempt.model] * attempt.posts
 
     def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
         """The requests of this job's prompts of which nothing is known; `with_running`: those of tasks too."""
@@ -129,10 +141,10 @@ class Survey:
             for each in (*work.unknown, *(work.running if with_running else ()))
         )
 
-    def plan(self, purse: Purse, *, limit: int | None = None) -> JobPlan:
-        """Count everything; `purse` is used up as the job would use it."""
+    def plan(self, generator: CogViewImageGenerator, budget: Budget, *, limit: int | None = None) -> JobPlan:
+        """Count everything; `budget` is used up as the job would use it."""
         counts: Counter[str] = Counter()
-        cost: dict[str, Decimal] = {}
+        cost = Charges()
         for item in self.prompts.items:
             work = self.work(item)
             counts["recovered"] += len(work.found) + len(work.running)
@@ -140,16 +152,13 @@ class Survey:
             if work.draw:
                 if limit is not None and counts["prompts"] >= limit:
                     continue
-                if counts["over"] or not purse.take(item.model, work.draw):
+                price = price_of(generator, item.model)
+                if counts["over"] or not _reaches(budget, price, work.draw):
                     counts["over"] += 1
                     continue
                 counts["prompts"] += 1
                 counts["pictures"] += work.draw
-                price = purse.price(item.model)
-                if price is None:
-                    counts["unpriced"] += work.draw
-                else:
-                    cost[price[1]] = cost.get(price[1], Decimal(0)) + work.draw * price[0]
+                cost.add(price, work.draw)
             elif work.made or work.found or work.running:
                 counts["done"] += work.made
             elif not work.unknown:
@@ -162,9 +171,10 @@ class Survey:
             unique=self.prompts.unique,
             notes=(*self.prompts.notes, *self._notes(counts)),
             unknown=self.unknown(),
-            cost=cost,
+            cost=cost.amounts,
+            unpriced=cost.unpriced,
             **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
-            **{name: counts[name] for name in ("prompts", "pictures", "unpriced")},
+            **{name: counts[name] for name in ("prompts", "pictures")},
         )
 
     def _notes(self, counts: Counter[str]) -> Iterator[str]:
@@ -197,67 +207,34 @@ def kind_of(errors: Iterable[str]) -> str:
     return "blocked" if all(kind and kind.scope is Scope.PROMPT for kind in kinds) else "failed"
 
 
-class Purse:
-    """How much a job may still spend, counted in list prices; pictures of the sandbox count alike.
+def price_of(generator: CogViewImageGenerator, model: str) -> Money:
+    """The list price of one image of a model."""
+    return Money(*(generator.price(model) or (None, None)))
+
+
+def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[str] = ()) -> Budget:
+    """How much a job may spend, counted in list prices; images of the sandbox count alike.
 
     Args:
         generator: Knows the prices.
-        budget: In the platform's currency; None: no limit.
+        amount: In the platform's currency; None: no limit.
         models: All that may be asked, for which a budget needs the price.
 
+    Returns:
+        A budget of which nothing is spent.
+
     Raises:
-        CogViewConfigurationError: The budget is no amount, or a price is unknown.
+        CogViewConfigurationError: `amount` is no amount of money, or a price is unknown.
     """
-
-    def __init__(self, generator: CogViewImageGenerator, budget: Any, models: Iterable[str] = ()) -> None:
-        self._generator = generator
-        self._prices: dict[str, tuple[Decimal, str] | None] = {}
-        self._left = None if budget is None else _amount(budget)
-        unpriced = [model for model in dict.fromkeys(models) if self.price(model) is None] if budget is not None else []
-        if unpriced:
-            raise CogViewConfigurationError(
-                f"A budget needs the price of {printable(unpriced[0], 60)!r}, which is not known; nothing was sent.",
-                hint="Pass prices={model: price}, or leave the budget out.",
-            )
-
-    def price(self, model: str) -> tuple[Decimal, str] | None:
-        """Of one picture, with its currency; None where unknown. With fallback models that of the dearest."""
-        if model not in self._prices:
-            prices = [self._generator.price(each) for each in (model, *self._generator.fallback_models)]
-            known = [price for price in prices if price]
-            self._prices[model] = max(known) if len(known) == len(prices) else None
-        return self._prices[model]
-
-    def copy(self) -> Purse:
-        """One with the same money, to be spent apart."""
-        return copy.copy(self)
-
-    def spend(self, model: str, count: int = 1) -> None:
-        """Count pictures that were paid; a negative number gives back."""
-        price = self.price(model)
-        if self._left is not None and price is not None:
-            self._left -= count * price[0]
-
-    def take(self, model: str, count: int) -> bool:
-        """Count pictures that are about to be paid; False where the budget does not reach for all of them."""
-        price = self.price(model)
-        if self._left is not None and price is not None and count * price[0] > self._left:
-            return False
-        self.spend(model, count)
-        return True
-
-
-def _amount(budget: Any) -> Decimal:
-    try:
-        amount = Decimal(str(budget))
-    except InvalidOperation:
-        amount = Decimal(-1)
-    if not amount.is_finite() or amount < 0:
+    budget = Budget(amount, currency_of(generator.platform), owner="this job")
+    asked = dict.fromkeys((*models, *generator.fallback_models)) if budget.amount is not None else ()
+    unpriced = [model for model in asked if price_of(generator, model).amount is None]
+    if unpriced:
         raise CogViewConfigurationError(
-            f"A budget is an amount of money, 0 or more, not {printable(str(budget), 40)!r}.",
-            hint="Give it in the platform's currency, such as 2.5.",
+            f"A budget needs the price of {printable(unpriced[0], 60)!r}, which is not known; nothing was sent.",
+            hint="Pass prices={model: price}, or leave the budget out.",
         )
-    return amount
+    return budget
 
 
 def found_pictures(folder: JobFolder, history: History) -> dict[str, Found]:
