@@ -46,6 +46,9 @@ FAKE_DNS: Final = (
 """Ranges from which proxies with fake DNS answer every name; a connection to such an answer reaches the name's true host. No
 public or well-kept private network uses them."""
 
+SANDBOX_SERVERS: Final[set[tuple[str, int]]] = set()
+"""Host and port of each sandbox that this process serves at the moment."""
+
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
 _COMPATIBLE = ipaddress.IPv6Network("::/96")

@@ -178,6 +178,7 @@ def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
     endpoint = Endpoint(
         base_url=str(service.url),
         api_key=service.key or SecretStr("no key"),
+        account=service.base_url,
         send=sent,
         asend=asender(service.base_url),
     )

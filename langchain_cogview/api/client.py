@@ -279,6 +279,7 @@ def client_of(
     endpoint = Endpoint(
         base_url=SANDBOX_ENDPOINT if is_sandbox(base_url) else base_url,
         api_key=key,
+        account=base_url,
         send=sender(base_url, http_client),
         asend=asender(base_url, http_async_client),
     )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
+from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
 from langchain_cogview.api.network import UnaskedReplyError
 from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
 from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
+from langchain_cogview.api.settings import SANDBOX_KEY, is_sandbox
 from langchain_cogview.deadline import DEADLINE
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewOutcomeUnknownError
 from langchain_cogview.stopping import raised_by_signal
@@ -101,6 +105,29 @@ class Call:
     body: dict[str, Any] | None = None
 
 
+def is_free(base_url: str, key: SecretStr) -> bool:
+    """Whether a service may call its images placeholders of the sandbox, which cost nothing: a header alone is not believed.
+
+    Args:
+        base_url: The service's, as the user knows it.
+        key: The API key that is used.
+
+    Returns:
+        True for the sandbox in this process, for a sandbox that this process serves, and for a service of this machine that the
+        user marks as a sandbox by the key "sandbox".
+    """
+    if is_sandbox(base_url):
+        return True
+    parts = urlsplit(base_url)
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
+    try:
+        if not is_loopback(ipaddress.ip_address(host)):
+            return False
+    except ValueError:
+        return False
+    return (host, parts.port) in SANDBOX_SERVERS or key.get_secret_value() == SANDBOX_KEY.get_secret_value()
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """The endpoint at one base URL with one key.
@@ -108,12 +135,14 @@ class Endpoint:
     Args:
         base_url: Normal form, without a trailing slash.
         api_key: Goes into the `Authorization` header and nowhere else.
+        account: The base URL as the user knows it.
         send: Sends one sync request and gives the response with its body unread.
         asend: The same, async.
     """
 
     base_url: str
     api_key: SecretStr = field(repr=False)
+    account: str
     send: Callable[[httpx.Request], httpx.Response]
     asend: Callable[[httpx.Request], Awaitable[httpx.Response]]
 
@@ -216,7 +245,7 @@ class Endpoint:
                 status=response.status_code,
             )
         retry_after = parse_retry_after(response.headers.get("retry-after"))
-        sandbox = SANDBOX_HEADER in response.headers
+        sandbox = SANDBOX_HEADER in response.headers and is_free(self.account, self.api_key)
         return _Received(response.status_code, redactor(self.api_key).body(body), sandbox, retry_after)
 
     def _failed(  # noqa: PLR0917

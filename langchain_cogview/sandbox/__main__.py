@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"The port {port} cannot be had ({error}). Choose another with --port, or 0 for a free one.\n")
         return 1
     sys.stdout.write(
-        f"CogView sandbox at {server.base_url} until Ctrl-C. Give it as base_url, with any api_key, to "
-        "CogViewImageGenerator (langchain-cogview), ZhipuAiClient (zai-sdk) or OpenAI (openai).\n"
+        f"CogView sandbox at {server.base_url} until Ctrl-C. Give it as base_url, with any api_key, to ZhipuAiClient (zai-sdk) "
+        "or OpenAI (openai), and with api_key='sandbox' to CogViewImageGenerator (langchain-cogview).\n"
     )
     sys.stdout.flush()
     # Set here because a shell lets its background jobs ignore Ctrl-C.

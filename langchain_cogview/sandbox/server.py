@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
+from langchain_cogview.addresses import SANDBOX_SERVERS
 from langchain_cogview.sandbox.faults import error_body, to_json
 from langchain_cogview.sandbox.records import API_PREFIX, SandboxReply
 from langchain_cogview.sandbox.replies import json_reply, too_long
@@ -103,12 +104,14 @@ class SandboxServer:
             target=self._server.serve_forever, args=(0.05,), name="cogview-sandbox", daemon=True
         )
         self._thread.start()
+        SANDBOX_SERVERS.add((self._server.host, self._server.port))
         return self
 
     def close(self) -> None:
         """Close the port and every connection; harmless if that was done before."""
         server, thread, self._server, self._thread = self._server, self._thread, None, None
         if server is not None and thread is not None:
+            SANDBOX_SERVERS.discard((server.host, server.port))
             server.shutdown()
             thread.join()
             server.end_connections()
@@ -151,7 +154,7 @@ class _Server(ThreadingHTTPServer):
         self._open: set[socket.socket] = set()
         self._changed = threading.Condition()
         super().__init__(address, _Handler)
-        host, self.port = str(self.server_address[0]), int(self.server_address[1])
+        self.host, self.port = host, _ = str(self.server_address[0]), int(self.server_address[1])
         self.origin = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def server_bind(self) -> None:

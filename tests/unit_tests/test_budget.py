@@ -7,6 +7,7 @@ import asyncio
 import threading
 from decimal import Decimal
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,8 @@ from langchain_cogview import (
     run_job,
 )
 from langchain_cogview.cost import Charges, Money, checked_amount
+from langchain_cogview.sandbox.server import SandboxServer
+from tests.conftest import FAKE_KEY
 
 both = pytest.mark.parametrize("how", ["sync", "async"])
 
@@ -418,3 +421,45 @@ def test_the_event_of_a_failure_tells_how_many_requests_may_have_been_charged(sa
     with pytest.raises(CogViewError):
         generator.invoke("[[content-filter]]", {"callbacks": [sent]})
     assert sent.told == [1, 0]
+
+
+# --- what is free
+
+
+def posing(**settings):
+    """A generator of a service that calls its images placeholders."""
+    reply = httpx.Response(
+        200, json={"data": [{"url": "https://images.example/a.png"}]}, headers={"x-cogview-sandbox": "1"}
+    )
+    client = httpx.Client(transport=httpx.MockTransport(lambda request: reply))
+    return CogViewImageGenerator(**{"api_key": FAKE_KEY, "download": False, "http_client": client} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cost"),
+    [
+        ({}, "0.06"),
+        ({"api_key": "sandbox"}, "0.06"),
+        ({"base_url": "https://gateway.example/v1"}, "0.06"),
+        ({"base_url": "http://127.0.0.1:8765/api/paas/v4"}, "0.06"),
+        ({"base_url": "https://sandbox.invalid/api/paas/v4"}, "0.06"),
+        ({"base_url": "http://127.0.0.1.example:8765/api/paas/v4", "api_key": "sandbox"}, "0.06"),
+        ({"base_url": "http://127.0.0.1:8765/api/paas/v4", "api_key": "sandbox"}, "0"),
+        ({"base_url": "http://localhost:8765/api/paas/v4", "api_key": "sandbox"}, "0"),
+        ({"base_url": "http://[::1]:8765/api/paas/v4", "api_key": "sandbox"}, "0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The base URL")
+def test_a_service_that_calls_itself_a_sandbox_is_not_believed(settings, cost):
+    with collect_image_costs() as costs:
+        image = posing(**settings).invoke("x").images[0]
+    assert (str(image.cost), image.sandbox) == (cost, cost == "0")
+    assert costs.total("CNY") == Decimal(cost)
+
+
+def test_a_sandbox_that_this_process_serves_is_free_while_it_runs():
+    with SandboxServer() as server:
+        for base_url in (server.base_url, server.base_url.replace("127.0.0.1", "localhost")):
+            assert CogViewImageGenerator(base_url=base_url, api_key=FAKE_KEY).invoke("x").sandbox
+        url = server.base_url
+    assert not posing(base_url=url).invoke("x").sandbox
