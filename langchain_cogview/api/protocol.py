@@ -316,7 +316,7 @@ def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, 
         facts["hint"] = f"Check base_url. If it is right: {kind.default_hint[0].lower()}{kind.default_hint[1:]}"
     if kind is CogViewContentFilterError:
         return CogViewContentFilterError(content_filter=entries, **facts)
-    if issubclass(kind, CogViewAuthenticationError):
+    if 401 in (status, judged) or issubclass(kind, CogViewAuthenticationError):  # noqa: PLR2004
         # Its text often repeats the key, in whatever form.
         facts |= {"detail": None, "code": code if code and _CODE.fullmatch(code) else None}
     return kind(message, **facts)

@@ -246,6 +246,8 @@ def test_nothing_of_what_the_service_says_of_a_wrong_key_is_shown():
     assert error_of(401, '{"error":{"code":"TURkeGhPV1U9","message":"x"}}').code is None
     assert error_of(401, '{"error":{"code":"invalid_api_key","message":"x"}}').code == "invalid_api_key"
     assert error_of(401, "TURkeGhPV1U9").detail is None
+    for code in ("1214", "1302", "1234", "9999"):
+        assert error_of(401, json.dumps({"error": {"code": code, "message": "TURkeGhPV1U9"}})).detail is None
 
 
 def test_a_reply_of_a_megabyte_is_searched_in_time_and_memory():
