@@ -208,6 +208,7 @@ class ImagesClient:
             place.leave()
             raise
         deadline.start()
+        place.end_after(deadline.remaining())
         attempts.ticket = place.ticket
         return place
 
@@ -225,6 +226,7 @@ class ImagesClient:
             place.leave()
             raise
         deadline.start()
+        place.end_after(deadline.remaining())
         attempts.ticket = place.ticket
         return place
 

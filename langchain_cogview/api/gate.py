@@ -15,14 +15,17 @@ import heapq
 import math
 import os
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from langchain_cogview.deadline import Deadline
 
 MAX_GATES: Final = 1000
@@ -35,6 +38,10 @@ PROBE: Final = 10
 FEWEST_BEFORE_PROBE: Final = 30
 """Successes that such a step takes at least: where only one is accepted, one request in eleven would be refused."""
 _COMPACT_AT: Final = 64
+_LOOK_SECONDS: Final = 0.5
+"""Seconds between two looks of a waiting task at whether somebody holds a place for too long."""
+_PICK_UP_SECONDS: Final = 5.0
+"""Seconds that a place is kept for a waiting task whose event loop does not get to it."""
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -42,19 +49,29 @@ class Place:
     """One request's place in flight. The first of `done`, `refused` and `leave` ends it; the others then change nothing.
 
     A place that is dropped without an end (an interrupted thread, a coroutine that is never resumed) leaves by itself.
+    One that is held beyond its call's time limit (by an event loop that was abandoned in the middle) is free for others.
 
     Attributes:
         ticket: The place in the queue. Given to `take` again after a refusal, the call does not lose its turn.
     """
 
-    __slots__ = ("_cap", "_epoch", "_gate", "_over", "ticket")
+    __slots__ = ("__weakref__", "_cap", "_ends_at", "_epoch", "_gate", "_over", "ticket")
 
     def __init__(self, gate: Gate, cap: int, ticket: int, epoch: int) -> None:
         self._over = True  # until the gate has counted it
         self._gate = gate
         self._cap = cap
         self._epoch = epoch
+        self._ends_at = math.inf
         self.ticket: Final = ticket
+
+    def end_after(self, seconds: float | None) -> None:
+        """Say when its call is over at the latest: so many seconds from now, or never.
+
+        Args:
+            seconds: None for no limit.
+        """
+        self._gate._limit_time(self, seconds)
 
     def done(self) -> None:
         """End it: the service took the request and answered it. Raises the gate's limit, slowly."""
@@ -116,6 +133,10 @@ class Gate:
         self._successes = 0
         self._epoch += 1
         self._first_epoch = self._epoch
+        # Places with a time limit; with the event loop of one that was granted to a waiting task and not picked up yet.
+        self._timed: weakref.WeakKeyDictionary[Place, asyncio.AbstractEventLoop | None] = weakref.WeakKeyDictionary()
+        self._abandoned: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._look_at: float = math.inf
 
     @property
     def in_flight(self) -> int:
@@ -164,7 +185,7 @@ class Gate:
         waiter, granted = _ThreadWaiter(cap), False
         try:
             self._queue(waiter, ticket)
-            granted = waiter.wait(deadline, stopped)
+            granted = waiter.wait(deadline, stopped, self.reclaim)
         finally:
             if not granted:
                 self._post(waiter)
@@ -178,13 +199,55 @@ class Gate:
         waiter, granted = _TaskWaiter(cap), False
         try:
             self._queue(waiter, ticket)
-            granted = await waiter.wait(deadline)
+            granted = await waiter.wait(deadline, partial(self._look, waiter, ticket))
         finally:
             if not granted:
                 self._post(waiter)
+        if granted and waiter.place is not None:
+            waiter.place.end_after(None)  # it was picked up
         return waiter.place if granted else None
 
+    def _look(self, waiter: _Waiter, ticket: int | None) -> None:
+        self.reclaim()
+        if waiter.passed_over:
+            self._queue_again(waiter, ticket)
+
+    def reclaim(self) -> None:
+        """Free the places that are held beyond their call's time limit, and let those who wait have them."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        try:
+            with self._lock:
+                self._look_at = math.inf
+                for place, loop in list(self._timed.items()):
+                    if place._ends_at <= now:
+                        if loop is not None:
+                            self._abandoned.add(loop)
+                        self._end(place)
+                    else:
+                        self._look_at = min(self._look_at, place._ends_at)
+                self._read_mail()
+                self._grant()
+        finally:
+            if self._mail:
+                self._settle()
+
     # --- what takes the lock
+
+    def _limit_time(self, place: Place, seconds: float | None) -> None:
+        with self._lock:
+            self._set_limit(place, seconds)
+        if self._mail:
+            self._settle()
+
+    def _queue_again(self, waiter: _Waiter, ticket: int | None) -> None:
+        """Put a waiter that was passed over back into the queue."""
+        with self._lock:
+            again = waiter.passed_over and waiter.place is None
+            waiter.passed_over = False
+        if again:
+            self._queue(waiter, ticket)
 
     def _place_at_once(self, cap: int, ticket: int | None) -> Place | None:
         if cap < 1:
@@ -244,6 +307,14 @@ class Gate:
 
     # --- what is called with the lock held
 
+    def _set_limit(self, place: Place, seconds: float | None, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        place._ends_at = math.inf if seconds is None else time.monotonic() + seconds
+        if seconds is None:
+            self._timed.pop(place, None)
+        elif not place._over:
+            self._timed[place] = loop
+            self._look_at = min(self._look_at, place._ends_at)
+
     def _read_mail(self) -> None:
         while self._mail:
             ended, success = self._mail.popleft()
@@ -266,6 +337,7 @@ class Gate:
         fresh = not place._over and place._epoch >= self._first_epoch
         place._over = True
         self._in_flight -= fresh
+        self._timed.pop(place, None)
         return fresh
 
     def _withdraw(self, waiter: _Waiter) -> None:
@@ -300,8 +372,14 @@ class Gate:
             if not waiter.gone:
                 waiter.gone = True
                 self._waiting -= 1
+                if waiter.loop is not None and waiter.loop in self._abandoned and not waiter.loop.is_running():
+                    waiter.passed_over = True
+                    continue
                 waiter.place = self._placed(waiter.cap, ticket)
-                if not waiter.wake():
+                if waiter.wake():
+                    if waiter.loop:
+                        self._set_limit(waiter.place, _PICK_UP_SECONDS, waiter.loop)
+                else:
                     self._closed(waiter.place)
 
     def _learn_success(self, place: Place) -> None:
@@ -328,9 +406,13 @@ class Gate:
 class _Waiter(ABC):
     """Somebody who waits. `gone` says that it is not in the queue: not yet, granted, or withdrawn."""
 
+    loop: asyncio.AbstractEventLoop | None = None
+    """Of a task that waits."""
+
     def __init__(self, cap: int) -> None:
         self.cap = cap
         self.gone = True
+        self.passed_over = False
         self.place: Place | None = None
 
     @abstractmethod
@@ -348,19 +430,20 @@ class _ThreadWaiter(_Waiter):
         self._granted.release()
         return True
 
-    def wait(self, deadline: Deadline | None, stopped: threading.Event | None) -> bool:
-        """Whether the place came before the deadline passed or `stopped` was set."""
+    def wait(self, deadline: Deadline | None, stopped: threading.Event | None, look: Callable[[], None]) -> bool:
+        """Whether the place came before the deadline passed or `stopped` was set; calls `look` now and then."""
         while not (stopped and stopped.is_set()) and not (deadline and deadline.passed):
             left = deadline.remaining() if deadline else None
             if self._granted.acquire(timeout=POLL if left is None else min(left, POLL)):
                 return True
+            look()
         return False
 
 
 class _TaskWaiter(_Waiter):
     def __init__(self, cap: int) -> None:
         super().__init__(cap)
-        self._loop = asyncio.get_running_loop()
+        self.loop = self._loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[None] = self._loop.create_future()
 
     def wake(self) -> bool:
@@ -377,17 +460,28 @@ class _TaskWaiter(_Waiter):
         if not self._granted.done():
             self._granted.set_result(None)
 
-    async def wait(self, deadline: Deadline | None) -> bool:
-        """Whether the place came before the deadline passed."""
-        if deadline is None:  # as almost always: a wait with a limit takes four times as long
-            await self._granted
-            return True
-        while not deadline.passed:
-            # Not `wait_for`: it would cancel the future, on which a grant may be on its way.
-            await asyncio.wait([self._granted], timeout=deadline.remaining())
-            if self._granted.done():
+    async def wait(self, deadline: Deadline | None, look: Callable[[], None]) -> bool:
+        """Whether the place came before the deadline passed; calls `look` now and then."""
+        timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
+        try:
+            if deadline is None:  # as almost always: a wait with a limit takes four times as long
+                await self._granted
                 return True
-        return False
+            while not deadline.passed:
+                # Not `wait_for`: it would cancel the future, on which a grant may be on its way.
+                await asyncio.wait([self._granted], timeout=deadline.remaining())
+                if self._granted.done():
+                    return True
+            return False
+        finally:
+            (self._timer or timer).cancel()
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def _look(self, look: Callable[[], None]) -> None:
+        look()
+        if not self._granted.done():
+            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

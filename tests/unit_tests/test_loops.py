@@ -1,0 +1,172 @@
+"""Event loops of every kind: never closed, abandoned in the middle of a call, patched. None is kept alive, none blocks the others."""
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from langchain_cogview import CogViewImageGenerator
+from tests.conftest import FAKE_KEY
+from tests.faults.server import FaultServer
+from tests.faults.tokens import named_picture
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def generator_for(server, **settings):
+    return CogViewImageGenerator(
+        **{
+            "base_url": server.base_url,
+            "api_key": FAKE_KEY,
+            "timeout": 1,
+            "download": False,
+            "max_retries": 0,
+            **settings,
+        }
+    )
+
+
+def run_script(code, server, *options):
+    begin = f"""
+import asyncio, gc, resource, sys, weakref
+from langchain_cogview import CogViewImageGenerator
+generator = CogViewImageGenerator(base_url={server.base_url!r}, api_key={FAKE_KEY!r}, timeout=20, download=False)
+"""
+    return subprocess.run(
+        [sys.executable, *options, "-c", begin + textwrap.dedent(code)],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+
+
+def test_a_loop_for_each_request_that_is_never_closed_uses_up_no_files():
+    # A common recipe of Flask and Celery code. Python closes such loops when it collects them.
+    with FaultServer(named_picture) as server:
+        done = run_script(
+            """
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+            loops = []
+            for number in range(310):
+                loop = asyncio.new_event_loop()
+                loop.run_until_complete(generator.ainvoke(f"kitten {number}"))
+                loops.append(weakref.ref(loop))
+                del loop
+            gc.collect()
+            print(sum(loop() is not None for loop in loops))
+            """,
+            server, "-W", "ignore",
+        )  # fmt: skip
+        assert (done.stdout, done.stderr, server.posts) == ("0\n", "", 310)
+
+
+def test_connections_end_with_their_loop_without_a_warning():
+    with FaultServer(named_picture) as server:
+        done = run_script(
+            """
+            for number in range(3):
+                asyncio.run(generator.ainvoke(f"kitten {number}"))
+            with asyncio.Runner() as runner:
+                for number in range(3):
+                    runner.run(generator.ainvoke(f"kitten {number}"))
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(generator.ainvoke("a kitten"))
+            loop.close()
+            print("done")
+            """,
+            server, "-X", "dev", "-W", "error",
+        )  # fmt: skip
+        said = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]  # slow, in debug mode
+        assert (done.stdout, said, server.posts) == ("done\n", [], 7)
+
+
+@pytest.mark.parametrize("module", ["nest_asyncio", "nest_asyncio2"])
+def test_under_nest_asyncio_nothing_is_printed_at_exit(module):
+    pytest.importorskip(module)
+    with FaultServer(named_picture) as server:
+        done = run_script(
+            f"""
+            import {module}
+            {module}.apply()
+
+            async def main():
+                inner = asyncio.get_event_loop().run_until_complete(generator.ainvoke("inner"))
+                outer = await generator.ainvoke("outer")
+                return len(inner.images) + len(outer.images)
+
+            print(asyncio.run(main()))
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
+            print(loop.run_until_complete(main()))
+            """,
+            server,
+        )  # fmt: skip
+        assert (done.stdout, done.stderr, server.posts) == ("2\n2\n", "", 4)
+
+
+# Loops that were left in the middle of a call.
+
+
+@pytest.fixture
+def abandoned():
+    """Starts calls in a loop, and runs the loop no more once the first of them is sent."""
+    loops = []
+
+    def abandon(server, *calls):
+        loop = asyncio.new_event_loop()
+        loops.append(loop)
+
+        async def start():
+            tasks = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.to_thread(server.arrived.wait, 5)
+            return tasks
+
+        loops.append(loop.run_until_complete(start()))
+
+    yield abandon
+    loop, tasks = loops
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+def first_hangs(connection, request):
+    if request.json()["prompt"] == "left":
+        connection.hang()
+    else:
+        named_picture(connection, request)
+
+
+@pytest.mark.parametrize("how", ["sync", "async", "thread"])
+def test_a_call_in_an_abandoned_loop_holds_its_slot_no_longer_than_its_time_limit(how, abandoned):
+    with FaultServer(first_hangs) as server:
+        generator = generator_for(server, max_concurrency=1)
+        patient = generator_for(server, max_concurrency=1, timeout=60)
+        abandoned(server, generator.ainvoke("left"))
+        if how == "async":
+            results = asyncio.run(patient.abatch(["a", "b"]))
+        elif how == "sync":
+            results = patient.batch(["a", "b"])
+        else:
+            results = []
+            threads = [threading.Thread(target=lambda n=n: results.append(patient.invoke(n))) for n in "ab"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+        assert [len(result.images) for result in results] == [1, 1]
+        assert server.posts == 3
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_calls_that_wait_in_an_abandoned_loop_do_not_stand_in_the_way(how, abandoned):
+    with FaultServer(first_hangs) as server:
+        generator = generator_for(server, max_concurrency=1)
+        patient = generator_for(server, max_concurrency=1, timeout=60)
+        abandoned(server, generator.ainvoke("left"), *(generator.ainvoke(f"waits {n}") for n in range(4)))
+        result = asyncio.run(patient.ainvoke("a")) if how == "async" else patient.invoke("a")
+        assert len(result.images) == 1
