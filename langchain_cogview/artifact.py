@@ -53,6 +53,7 @@ Text = Annotated[str, AfterValidator(_text)]
 Number = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER)]
 Pixels = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER, allow_inf_nan=False)]
+Currency = Annotated[str, Field(pattern=r"^[A-Za-z]{0,12}$")]
 Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded)]
 Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc)]
 
@@ -167,7 +168,8 @@ def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
     try:
         return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
     except ValidationError as error:
-        where = ", ".join(".".join(map(str, item["loc"])) for item in error.errors(include_input=False)[:9])
+        errors = error.errors(include_url=False, include_context=False, include_input=False)[:9]
+        where = ", ".join(".".join(map(str, item["loc"])) for item in errors)
         raise CogViewInvalidRequestError(f"This artifact is damaged at {printable(where, 100)}.", hint="") from None
     except Exception as error:  # noqa: BLE001  a mapping or a value of a foreign class raises what it likes
         raise CogViewInvalidRequestError(f"This artifact cannot be read ({type(error).__name__}).", hint="") from None

@@ -148,7 +148,7 @@ class Gallery:
         parts = [f"{made:,} picture{'' if made == 1 else 's'}"]
         parts += [f"{count:,} {kind}" for kind in ("blocked", "failed") if (count := self._kinds.count(kind))]
         cost = str(self.charges)
-        return " · ".join(parts if cost == "nothing" else [*parts, cost])
+        return " · ".join(parts if cost == "nothing" else [*parts, printable(cost, 300)])
 
 
 def gallery(

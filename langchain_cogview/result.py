@@ -18,6 +18,7 @@ from langchain_cogview.artifact import (
     ARTIFACT_TYPE,
     ARTIFACT_VERSION,
     Amount,
+    Currency,
     ImageArtifact,
     Moment,
     Number,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _READ_SECONDS = 60.0
 _SHOWN = 50
+_ID_CHARACTERS = 512
 
 
 def _entries(value: Any) -> Any:
@@ -116,7 +118,7 @@ class GeneratedImage(BaseModel):
     prompt: Text
     task_id: Text | None = None
     cost: Amount | None = None
-    currency: Text | None = None
+    currency: Currency | None = None
     seconds: Seconds | None = None
     cached: bool = False
     sandbox: bool = False
@@ -370,8 +372,8 @@ class ImageFailure(BaseModel):
             hint=error.hint,
             code=error.code,
             status=error.status,
-            request_id=error.request_id,
-            task_id=error.task_id,
+            request_id=error.request_id and printable(error.request_id, _ID_CHARACTERS),
+            task_id=error.task_id and printable(error.task_id, _ID_CHARACTERS),
             outcome=error.outcome,
             scope=error.scope,
             is_retryable=error.is_retryable,
@@ -407,7 +409,7 @@ class ImageResult(BaseModel):
     size: Text | None = None
     quality: Text | None = None
     cost: Amount | None = None
-    currency: Text | None = None
+    currency: Currency | None = None
     sandbox: bool = False
     warnings: tuple[Text, ...] = ()
 

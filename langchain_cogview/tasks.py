@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import loaded
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, CogViewTaskFailedError
+from langchain_cogview.errors import (
+    CogViewContentFilterError,
+    CogViewInvalidRequestError,
+    CogViewTaskFailedError,
+    printable,
+)
 from langchain_cogview.request import ImageRequest
 
 if TYPE_CHECKING:
@@ -77,10 +82,14 @@ class ImageTask:
             **settings: Arguments of `CogViewImageGenerator`.
 
         Raises:
-            CogViewInvalidRequestError: The id is blank.
+            CogViewInvalidRequestError: The id is blank, or holds characters that no id has, such as `/`.
         """
-        if not isinstance(task_id, str) or not task_id.strip():
-            raise CogViewInvalidRequestError("A task's id is a text.", hint="Pass task.id or error.task_id.")
+        from langchain_cogview.api.protocol import is_task_id  # noqa: PLC0415
+        from langchain_cogview.api.tasks import BAD_TASK_ID  # noqa: PLC0415
+
+        task_id = task_id.strip() if isinstance(task_id, str) else ""
+        if not is_task_id(task_id):
+            raise CogViewInvalidRequestError(BAD_TASK_ID, hint="Pass task.id or error.task_id.")
         if generator is None:
             from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
@@ -88,7 +97,7 @@ class ImageTask:
         if model is None:
             model = generator.model if model_info(generator.model).tasks else TASK_MODEL
         request = ImageRequest(prompt=prompt, model=model)
-        return cls(task_id.strip(), generator=generator, request=request, request_id=task_id.strip())
+        return cls(task_id, generator=generator, request=request, request_id=task_id)
 
     def status(self) -> TaskStatus:
         """Ask once, which is free.
@@ -134,7 +143,7 @@ class ImageTask:
         return await self.generator.acollect(self, config, seconds=_seconds(timeout))
 
     def __repr__(self) -> str:
-        return f"ImageTask({self.id!r}, model={self.request.model!r})"
+        return f"ImageTask({printable(self.id, 64)!r}, model={self.request.model!r})"
 
 
 def _seconds(timeout: float | timedelta | None) -> float | None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MAX_REPLY_BYTES: Final = 1_000_000
 MAX_URL_CHARACTERS: Final = 8192
 MAX_ID_CHARACTERS: Final = 512
+_TASK_ID: Final = re.compile(r"(?!\.+$)[0-9A-Za-z._~:=+@|-]+")
 _CODE = re.compile(r"[0-9]{1,6}|[a-z]+(?:_[a-z]+)*")
 _MAX_NAMED_CHARACTERS: Final = 600
 _MESSAGES: Final = ("message", "msg", "detail", "error_msg", "error_message")
@@ -370,7 +371,12 @@ def _task_id(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
     text = value.strip() if isinstance(value, str) else str(value) if abs(value) < 10**MAX_ID_CHARACTERS else ""
-    return text if 0 < len(text) <= MAX_ID_CHARACTERS and text.isascii() and text.isprintable() else None
+    return text if is_task_id(text) else None
+
+
+def is_task_id(text: str) -> bool:
+    """Whether a text can be a task's id: a part of a URL's path that leads to no other route, however often it is decoded."""
+    return len(text) <= MAX_ID_CHARACTERS and _TASK_ID.fullmatch(text) is not None
 
 
 def _short(value: Any) -> str | None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from langchain_cogview.api.endpoint import Call
-from langchain_cogview.api.protocol import ImagesReply, TaskReply, read_submitted, read_task
+from langchain_cogview.api.protocol import ImagesReply, TaskReply, is_task_id, read_submitted, read_task
 from langchain_cogview.api.retry import MAX_RETRY_AFTER
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
+    CogViewInvalidRequestError,
     CogViewMalformedReplyError,
     CogViewNotFoundError,
     CogViewTaskFailedError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 TASK_ROUTE: Final = "/async/images/generations"
 RESULT_ROUTE: Final = "/async-result/"
+BAD_TASK_ID: Final = "A task's id is a text of letters, digits and . _ ~ : = + @ | - with at most 512 characters."
 _FIRST_POLL_SECONDS = 0.25
 _LAST_POLL_SECONDS = 1.0
 KNOWN_AFTER_SECONDS: Final = 10.0
@@ -211,6 +213,8 @@ class _Polls:
 
 
 def _poll(task_id: str) -> Call:
+    if not is_task_id(task_id):
+        raise CogViewInvalidRequestError(BAD_TASK_ID, hint="Pass task.id or error.task_id.")
     return Call("GET", RESULT_ROUTE + quote(task_id, safe=""))
 
 

@@ -15,6 +15,7 @@ from langchain_cogview import (
     CogViewNotFoundError,
     CogViewTaskFailedError,
     CogViewTaskUnfinishedError,
+    ImageRequest,
     ImageTask,
     Sandbox,
 )
@@ -187,6 +188,43 @@ def test_an_unknown_or_blank_id_is_told_as_such(generator):
         CogViewImageGenerator(base_url="sandbox:").submit("x")
     with pytest.raises(CogViewInvalidRequestError, match="one picture"):
         generator.submit("x", n=2)
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "..",
+        ".",
+        "...",
+        "../users",
+        "a/b",
+        "a\\b",
+        "%2e%2e",
+        "a?b",
+        "a#b",
+        "a b",
+        "\ud800",
+        "a\0",
+        "\n.",
+        "é",
+        "x" * 600,
+        None,
+        5,
+    ],
+)
+def test_an_id_that_leads_to_another_route_is_refused_before_anything_is_sent(generator, sandbox, evil):
+    with pytest.raises(CogViewInvalidRequestError, match="A task's id is"):
+        ImageTask.resume(evil, generator=generator)
+    if isinstance(evil, str):
+        task = ImageTask(
+            "known", generator=generator, request=ImageRequest(prompt="x", model="glm-image"), request_id="r"
+        )
+        task.id = evil
+        for use in (task.status, task.result, lambda: asyncio.run(task.astatus()), lambda: asyncio.run(task.aresult())):
+            with pytest.raises(CogViewInvalidRequestError, match="A task's id is"):
+                use()
+        repr(task).encode()
+    assert sandbox.requests == []
 
 
 def test_another_process_finishes_what_this_one_asked_for(tmp_path):
