@@ -18,6 +18,7 @@ from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info, price_of
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
@@ -30,7 +31,7 @@ from langchain_cogview.errors import (
     printable,
 )
 from langchain_cogview.images.access import ImageAccess
-from langchain_cogview.images.download import Picture, afetch, expires_at, fetch
+from langchain_cogview.images.download import Picture, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.links import LinkRules
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
 from langchain_cogview.watch import CallWatch
@@ -394,24 +395,34 @@ class ImageCall:
     # --- the picture's bytes and record
 
     def _kept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
-        _log_unasked(watch.request_id, drawn.reply)
-        with _told_when_lost(watch.request_id, *drawn.reply.urls):
-            images = [
-                self._image(drawn, watch, url, self._fetched(url, watch.deadline, watch.label))
-                for url in drawn.reply.urls
-            ]
-            self.teller.tell(*watch.made(images))
-        return images
+        reply = drawn.reply
+        _log_unasked(watch.request_id, reply)
+        with _told_when_lost(watch.request_id, *reply.urls):
+            outcome = None if reply.content is None else self._saved(reply.content, watch)
+            if reply.urls and not isinstance(outcome, Picture):
+                outcome = self._fetched(reply.urls[0], watch.deadline, watch.label)
+            image = self._image(drawn, watch, outcome)
+            self.teller.tell(*watch.made([image]))
+        return [image]
 
     async def _akept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
-        _log_unasked(watch.request_id, drawn.reply)
-        with _told_when_lost(watch.request_id, *drawn.reply.urls):
-            images = [
-                self._image(drawn, watch, url, await self._afetched(url, watch.deadline, watch.label))
-                for url in drawn.reply.urls
-            ]
-            await self.teller.atell(*watch.made(images))
-        return images
+        reply = drawn.reply
+        _log_unasked(watch.request_id, reply)
+        with _told_when_lost(watch.request_id, *reply.urls):
+            # The thread saves the bytes to their end also when the caller is cancelled: nobody could fetch them again.
+            outcome = None if reply.content is None else await in_thread(self._saved, reply.content, watch)
+            if reply.urls and not isinstance(outcome, Picture):
+                outcome = await self._afetched(reply.urls[0], watch.deadline, watch.label)
+            image = self._image(drawn, watch, outcome)
+            await self.teller.atell(*watch.made([image]))
+        return [image]
+
+    def _saved(self, content: bytes, watch: CallWatch) -> Picture | CogViewError:
+        """Save the bytes that a gateway put into its reply."""
+        try:
+            return save_content(content, deadline=watch.deadline, folder=self.settings.folder, label=watch.label)
+        except CogViewError as error:
+            return error
 
     def _fetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
         if not self.settings.download:
@@ -439,10 +450,9 @@ class ImageCall:
         rules = LinkRules(self.settings.base_url, self.settings.allowed_hosts)
         return {"deadline": deadline, "folder": self.settings.folder, "label": label, "rules": rules}
 
-    def _image(
-        self, drawn: Drawn, watch: CallWatch, url: str, picture: Picture | CogViewError | None
-    ) -> GeneratedImage:
+    def _image(self, drawn: Drawn, watch: CallWatch, picture: Picture | CogViewError | None) -> GeneratedImage:
         settings, request, reply = self.settings, drawn.request, drawn.reply
+        url = reply.urls[0] if reply.urls else None
         notes = [*drawn.notes, *reply.warnings]
         made: dict[str, Any] = {}
         content = None
@@ -464,11 +474,14 @@ class ImageCall:
                 )
         elif picture is not None:
             notes.append(f"{picture.message} {picture.hint}".strip())
+            if url is None:
+                content = reply.content
+                notes.append("What came is in memory: image.save(path) writes it as it is.")
         amount, currency = settings.price(request.model)
         return GeneratedImage(
-            id=watch.label if len(reply.urls) == 1 else uuid.uuid4().hex[:8],
+            id=watch.label,
             url=url,
-            expires_at=expires_at(url),
+            expires_at=expires_at(url) if url else None,
             content_filter=reply.content_filter,
             request_id=watch.request_id,
             response_id=reply.response_id,
@@ -500,7 +513,8 @@ def _told_when_lost(request_id: str, *urls: str | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        note = f"A picture was made and paid for (request id {request_id}): {' '.join(filter(None, urls))}"
+        where = " ".join(filter(None, urls)) or "its bytes came in the reply"
+        note = f"An image was made and paid for (request id {request_id}): {where}"
         logger.warning("The caller left before it had it. %s", note)
         error.add_note(note)
         raise

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
+from langchain_cogview.api.body import ReplyBody
 from langchain_cogview.api.network import UnaskedReplyError
-from langchain_cogview.api.protocol import MAX_REPLY_BYTES, decoded_body
+from langchain_cogview.api.protocol import Around
 from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.api.settings import SANDBOX_KEY, is_sandbox
@@ -40,7 +41,7 @@ _Reply_co = TypeVar("_Reply_co", covariant=True)
 class Reader(Protocol[_Reply_co]):
     """Reads a reply, or raises the `CogViewError` that it is."""
 
-    def __call__(self, status: int, body: bytes, *, sandbox: bool = False) -> _Reply_co:
+    def __call__(self, status: int, body: bytes, around: Around = ...) -> _Reply_co:
         """Pure: no I/O."""
         ...
 
@@ -82,12 +83,17 @@ class _Reading:
 
     def __init__(self) -> None:
         self.response: httpx.Response | None = None
-        self.content = bytearray()
+        self._body: ReplyBody | None = None
+
+    @property
+    def body(self) -> ReplyBody:
+        if self._body is None:
+            self._body = ReplyBody(self.response.headers.get("content-encoding", "") if self.response else "")
+        return self._body
 
     def add(self, chunk: bytes) -> bool:
         """Take a part of the body; False when it is larger than a reply may be."""
-        self.content += chunk
-        return len(self.content) <= MAX_REPLY_BYTES
+        return self.body.add(chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +233,14 @@ class Endpoint:
         }
 
     def _received(self, reading: _Reading, call: Call) -> _Received | CogViewError:
-        response, content = reading.response, bytes(reading.content)
+        response = reading.response
         if response is None:
             return transport_error(Fault.BROKEN, Phase.SENT)
-        body = None
-        if len(content) <= MAX_REPLY_BYTES:
-            body = decoded_body(content, response.headers.get("content-encoding", ""))
+        body = reading.body.json()
         if body is None:
             return CogViewMalformedReplyError(
-                "The service's reply is larger than 1 MB or compressed in a way that was not asked for; "
-                "a picture may have been made and charged.",
+                "The service's reply is larger than 1 MB (beside 32 MiB of image data) or compressed in a way that was not asked "
+                "for; an image may have been made and charged.",
                 status=response.status_code,
             )
         if _answers_another(call, body):
@@ -246,7 +250,8 @@ class Endpoint:
             )
         retry_after = parse_retry_after(response.headers.get("retry-after"))
         sandbox = SANDBOX_HEADER in response.headers and is_free(self.account, self.api_key)
-        return _Received(response.status_code, redactor(self.api_key).body(body), sandbox, retry_after)
+        around = Around(self.base_url, reading.body.images, sandbox)
+        return _Received(response.status_code, redactor(self.api_key).body(body), around, retry_after)
 
     def _failed(  # noqa: PLR0917
         self,
@@ -271,11 +276,11 @@ class Endpoint:
 
     def _salvaged(self, reading: _Reading, call: Call, read: Reader[Any]) -> _Received | None:
         """A reply whose end was lost, when the picture's link is in what came: it is paid for."""
-        received = self._received(reading, call) if reading.content else None
+        received = self._received(reading, call) if reading.body.has_content else None
         if not isinstance(received, _Received):
             return None
         try:
-            read(received.status, received.body)
+            read(received.status, received.body, received.around)
         except CogViewError:
             return None
         return received
@@ -305,7 +310,7 @@ class _Received(NamedTuple):
 
     status: int
     body: bytes
-    sandbox: bool
+    around: Around
     retry_after: float | None
 
 
@@ -319,7 +324,7 @@ def _judged(received: _Received | BaseException, read: Reader[ReplyT]) -> ReplyT
     if isinstance(received, BaseException):
         raise received.with_traceback(None)
     try:
-        return read(received.status, received.body, sandbox=received.sandbox)
+        return read(received.status, received.body, received.around)
     except CogViewError as error:
         error.retry_after = received.retry_after
         raise

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
+from langchain_cogview.api.body import DATA_FIELDS, image_data
 from langchain_cogview.content_filter import ContentFilter, read_entries
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
@@ -35,12 +35,13 @@ from langchain_cogview.errors import (
 if TYPE_CHECKING:
     from langchain_cogview.request import ImageRequest
 
-MAX_REPLY_BYTES: Final = 1_000_000
 MAX_URL_CHARACTERS: Final = 8192
 MAX_ID_CHARACTERS: Final = 512
 _TASK_ID: Final = re.compile(r"(?!\.+$)[0-9A-Za-z._~:=+@|-]+")
 _CODE = re.compile(r"[0-9]{1,6}|[a-z]+(?:_[a-z]+)*")
 _MAX_NAMED_CHARACTERS: Final = 600
+_RELATIVE: Final = re.compile(r"\.{0,2}/|[\w.~%-]+(/[\w.~%-]+)*\.(png|jpe?g|webp)(\?.*)?\Z", re.IGNORECASE | re.ASCII)
+"""An address without scheme and host, and no sentence."""
 _MESSAGES: Final = ("message", "msg", "detail", "error_msg", "error_message")
 """Where services and gateways put the text of an error."""
 
@@ -75,7 +76,8 @@ class ImagesReply:
     """A success.
 
     Attributes:
-        urls: Where the image is. More addresses than the one image that was asked for are in `unasked_urls`.
+        urls: Where the image is; empty where the reply held only its bytes. The addresses of images that were not asked for are
+            in `unasked_urls`.
         content_filter: What the filter said of a picture that was made all the same.
         created: Unix seconds of the request.
         response_id: The service's own id of the reply.
@@ -83,6 +85,7 @@ class ImagesReply:
         sandbox: Whether the sandbox made it.
         warnings: What was odd in the reply.
         unasked_urls: Addresses of further images, at most 63: a request asks for one image.
+        content: The image's bytes, where a gateway put them into the reply.
     """
 
     urls: tuple[str, ...]
@@ -93,6 +96,25 @@ class ImagesReply:
     sandbox: bool = False
     warnings: tuple[str, ...] = ()
     unasked_urls: tuple[str, ...] = ()
+    content: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What came with the JSON of a reply.
+
+    Attributes:
+        base_url: What was asked; relative addresses are under it.
+        images: The image data that `ReplyBody` took out of the JSON.
+        sandbox: Whether the sandbox answered.
+    """
+
+    base_url: str = ""
+    images: tuple[bytes | None, ...] = field(default=(), repr=False)
+    sandbox: bool = False
+
+
+_NOTHING: Final = Around()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,28 +146,7 @@ def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def decoded_body(raw: bytes, encoding: str) -> bytes | None:
-    """Undo a Content-Encoding, within the bound of a reply.
-
-    Returns:
-        None for an encoding other than gzip and deflate, broken data, or more than 1 MB.
-    """
-    name = encoding.strip().lower()
-    if name in {"", "identity"}:
-        return raw
-    if name not in {"gzip", "x-gzip", "deflate"}:
-        return None
-    for window in (47, -15):  # gzip or zlib by their heads, then the headless deflate that some servers send
-        decoder = zlib.decompressobj(window)
-        try:
-            body = decoder.decompress(raw, MAX_REPLY_BYTES + 1)
-        except zlib.error:
-            continue
-        return body if len(body) <= MAX_REPLY_BYTES and decoder.eof else None
-    return None
-
-
-def read_reply(status: int, body: bytes, *, sandbox: bool = False) -> ImagesReply:
+def read_reply(status: int, body: bytes, around: Around = _NOTHING) -> ImagesReply:
     """Read one reply, whatever it is.
 
     Raises:
@@ -153,13 +154,13 @@ def read_reply(status: int, body: bytes, *, sandbox: bool = False) -> ImagesRepl
     """
     fields, entries, failure = _fields(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
-        pictures = _pictures(fields, "data", entries, failure, sandbox=sandbox)
+        pictures = _pictures(fields, "data", entries, failure, around)
         if pictures:
             return pictures
     raise _error(status, failure, entries, body)
 
 
-def read_task(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
+def read_task(status: int, body: bytes, around: Around = _NOTHING) -> TaskReply:
     """Read one reply of the task endpoint, to the POST or to a poll.
 
     Raises:
@@ -168,7 +169,7 @@ def read_task(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
     fields, entries, failure = _fields(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
         task_id = _task_id(fields.get("id"))
-        pictures = _pictures(fields, "image_result", entries, failure, sandbox=sandbox)
+        pictures = _pictures(fields, "image_result", entries, failure, around)
         if pictures:
             return TaskReply(task_id, pictures)
         said = fields.get("task_status")
@@ -184,7 +185,7 @@ def read_task(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
     raise _error(status, failure, entries, body)
 
 
-def read_submitted(status: int, body: bytes, *, sandbox: bool = False) -> TaskReply:
+def read_submitted(status: int, body: bytes, around: Around = _NOTHING) -> TaskReply:
     """Read the reply to a task's POST: with an id and no error the task is accepted, whatever else is missing.
 
     Raises:
@@ -193,7 +194,7 @@ def read_submitted(status: int, body: bytes, *, sandbox: bool = False) -> TaskRe
     fields, _, failure = _fields(status, body)
     task_id = _task_id(fields.get("id"))
     try:
-        return read_task(status, body, sandbox=sandbox)
+        return read_task(status, body, around)
     except CogViewError as error:
         error.task_id = task_id
         unsure = type(error) in {CogViewMalformedReplyError, CogViewOutcomeUnknownError}
@@ -210,29 +211,31 @@ def _fields(status: int, body: bytes) -> tuple[dict[str, Any], tuple[ContentFilt
 
 
 def _pictures(
-    fields: dict[str, Any], name: str, entries: tuple[ContentFilter, ...], failure: _Failure | None, *, sandbox: bool
+    fields: dict[str, Any], name: str, entries: tuple[ContentFilter, ...], failure: _Failure | None, around: Around
 ) -> ImagesReply | None:
-    urls, bad = _urls(fields.get(name))
-    if not urls:
+    images, unusable = _images(fields.get(name), around)
+    if not images:
         return None
-    warnings = ["The reply held an unusable entry beside the picture."] if bad else []
+    warnings = ["The reply held an unusable entry beside the image."] if unusable else []
     if failure and not failure.is_text_alone:
-        warnings.append(f"The reply held an error beside the picture (code {failure.code or 'none'}).")
-    asked, unasked = urls[:1], urls[1:]
-    if unasked:
-        warnings.append(_about_unasked(unasked))
+        warnings.append(f"The reply held an error beside the image (code {failure.code or 'none'}).")
+    asked, *others = images
+    unasked = tuple(image.url for image in others if image.url)
+    if others:
+        warnings.append(_about_unasked(len(others), unasked))
     return ImagesReply(
-        asked,
+        (asked.url,) if asked.url else (),
         entries,
         _seconds(fields.get("created")),
         _short(fields.get("id")),
-        sandbox=sandbox,
+        sandbox=around.sandbox,
         warnings=tuple(warnings),
         unasked_urls=unasked,
+        content=asked.content,
     )
 
 
-def _about_unasked(urls: tuple[str, ...]) -> str:
+def _about_unasked(count: int, urls: tuple[str, ...]) -> str:
     """Name the images that nobody asked for in one bounded line; the log holds all of their addresses."""
     named: list[str] = []
     for url in urls:
@@ -241,8 +244,8 @@ def _about_unasked(urls: tuple[str, ...]) -> str:
         named.append(url)
     rest = len(urls) - len(named)
     where = ", ".join([*named, *([f"{rest} in the log"] if rest else [])])
-    plural = "s that were" if len(urls) > 1 else " that was"
-    return f"The reply held {len(urls)} more image{plural} not asked for and not fetched: {where}."
+    plural = "s that were" if count > 1 else " that was"
+    return f"The reply held {count} more image{plural} not asked for and not fetched{f': {where}' if where else ''}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,20 +341,38 @@ def _judged_by_status(status: int, *, reports_error: bool) -> tuple[type[CogView
     return (CogViewOutcomeUnknownError if status >= 500 else CogViewMalformedReplyError), None  # noqa: PLR2004
 
 
-def _urls(data: Any) -> tuple[tuple[str, ...], int]:
+@dataclass(frozen=True, slots=True)
+class _Image:
+    url: str | None
+    content: bytes | None
+
+
+def _images(data: Any, around: Around) -> tuple[list[_Image], int]:
+    """The images of a reply, each once, and how many entries hold none."""
     items = data if isinstance(data, list) else [data]
-    read = [_url(item.get("url")) if isinstance(item, dict) else None for item in items[:64]]
-    found = tuple(dict.fromkeys(url for url in read if url))
-    return found, sum(url is None for url in read)
+    read = [_image(item, around) if isinstance(item, dict) else None for item in items[:64]]
+    found = dict.fromkeys(image for image in read if image)
+    return list(found), sum(image is None for image in read)
 
 
-def _url(value: Any) -> str | None:
+def _image(item: dict[str, Any], around: Around) -> _Image | None:
+    url = _url(item.get("url"), around.base_url)
+    content = next((data for name in DATA_FIELDS if (data := image_data(item.get(name), around.images))), None)
+    link = item.get("url")
+    if url is None and content is None and isinstance(link, str) and link[:64].lstrip()[:5].lower() == "data:":
+        content = image_data(link, around.images)
+    return _Image(url, content) if url or content else None
+
+
+def _url(value: Any, base_url: str) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_URL_CHARACTERS:
         return None
     url = value.strip().replace(" ", "%20")
     if not url.isprintable():
         return None
     try:
+        if base_url.startswith("http") and _RELATIVE.match(url):
+            url = urljoin(f"{base_url}/", url)
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
         url.encode()

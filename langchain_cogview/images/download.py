@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import io
 import ssl
 import time
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from langchain_cogview.addresses import ADDRESSES, AddressRefusedError
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
-from langchain_cogview.images.formats import ImageFormatError, ImageInfo, ImageRefusedError, sniff
+from langchain_cogview.images.formats import ImageFormatError, ImageInfo, ImageRefusedError, inspect, sniff
 from langchain_cogview.images.links import ANY_PUBLIC_HOST, LinkRules, link_refused
 from langchain_cogview.images.store import PictureFile, reason
 from langchain_cogview.stopping import raised_by_signal
@@ -286,7 +288,7 @@ class _Download:
 # --- saving: blocks, so that async callers have a thread for each of these
 
 
-def _write(file: PictureFile, piece: bytes) -> None:
+def _write(file: PictureFile, piece: bytes | memoryview) -> None:
     try:
         file.write(piece)
     except OSError as error:
@@ -331,6 +333,39 @@ async def _asave(file: PictureFile, rest: bytes, deadline: Deadline) -> Picture:
         return await in_thread(_save, file, rest, deadline)
     info = await in_thread(_inspected, file, rest)
     return _saved(info, file, await file.aupload(info, deadline))
+
+
+def save_content(
+    content: bytes, *, deadline: Deadline, folder: Path | RemoteFolder | None = None, label: str = ""
+) -> Picture:
+    """Check and save an image whose bytes came in the reply itself. Blocks.
+
+    Args:
+        content: The bytes.
+        deadline: For an upload.
+        folder: Where the file goes; None keeps the bytes in memory.
+        label: Part of the file's name.
+
+    Returns:
+        The image, and where its bytes are.
+
+    Raises:
+        CogViewDownloadError: The bytes are not one whole image.
+    """
+    try:
+        info = inspect(io.BytesIO(content))
+    except ImageFormatError as error:
+        raise CogViewDownloadError(f"The reply did not hold a whole image: {error}.", hint="") from None
+    if folder is None:
+        return Picture(info, len(content), hashlib.sha256(content).hexdigest(), content=content)
+    file = PictureFile(folder, label=label)
+    with contextlib.closing(file):
+        whole = memoryview(content)
+        for start in range(0, len(content), _PIECE_BYTES):
+            _write(file, whole[start : start + _PIECE_BYTES])
+        kept = file.keep(info, deadline)
+    path, uri = (None, kept) if isinstance(kept, str) else (kept, None)
+    return Picture(info, file.size, file.sha256, path, uri, None if kept else content, file.problem)
 
 
 # --- the download, twice

@@ -98,7 +98,7 @@ class PictureFile:
         self._temporary: Path | None = None
         self._is_closed = False
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Append bytes; those of a full disk move into memory. After `close` nothing is written.
 
         Raises:

@@ -185,7 +185,7 @@ for _what, _odd in (
     ("a list of numbers", [1, 2]),
     ("a list of lists", [[[]]]),
     ("a list of an empty object", [{}]),
-    ("a list with base64 alone", [{"b64_json": "iVBORw0KGgo="}]),
+    ("a list with base64 that is none", [{"b64_json": "!!!"}]),
 ):
     add(f"data that is {_what}", says({"created": 1, "data": _odd}), MALFORMED)
 add("data that is missing", says({"created": 1, "id": "x"}), MALFORMED)
@@ -204,9 +204,9 @@ for _what, _odd in (
     ("empty", ""),
     ("blank", "  \t"),
     ("a javascript address", "javascript:alert(1)"),
-    ("inline data", "data:image/png;base64,iVBORw0KGgo="),
+    ("inline data that is none", "data:image/png;base64,!!!"),
+    ("inline text", "data:text/html,<html>"),
     ("a sentence", "See your inbox."),
-    ("relative", "/picture.png"),
     ("without a host", "https:///picture.png"),
     ("a scheme alone", "https://"),
     ("with a port that is none", "https://pictures.invalid:99999999/x.png"),

@@ -183,6 +183,7 @@ def test_answers_of_a_fake_dns_are_fetched_from_and_the_same_addresses_in_a_link
         assert not allows(LinkRules(), "https://mfile.z.ai/x.png", address), address
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(METADATA_ADDRESSES, key=str)))
 def test_no_rule_allows_a_metadata_address_unless_it_names_it(address):
     forms = [address, *map(ipaddress.ip_address, wrapped(int(address)) if address.version == 4 else [])]
@@ -258,6 +259,7 @@ def test_an_entry_that_is_no_host_is_refused_when_the_generator_is_made(entry, w
         assert len(str(caught.value)) < 500
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_entry_is_a_host_or_refused_in_our_words(entry):
     try:
