@@ -23,10 +23,12 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     SkipValidation,
     ValidationError,
     WithJsonSchema,
     create_model,
+    field_serializer,
     field_validator,
 )
 
@@ -176,7 +178,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
     handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
     handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
     # An instance is used as it is: validating it again would warn again. What LangChain binds has another class.
-    generator: Annotated[CogViewImageGenerator, SkipValidation]
+    generator: Annotated[CogViewImageGenerator, SkipValidation] = Field(repr=False)
     content_format: Literal["text", "image_url"] = "text"
     on_failure: Literal["error", "continue"] = "error"
     shown_to_user: bool = False
@@ -197,6 +199,11 @@ class CogViewImageTool(SafeErrors, BaseTool):
         if failure is not None:
             del self, generator, settings
             raise failure
+
+    @field_serializer("generator", mode="wrap")
+    def _dumped_generator(self, generator: Any, dump: SerializerFunctionWrapHandler) -> Any:
+        # What LangChain binds holds its arguments and configuration as they are, and the key may be among them.
+        return dump(generator) if isinstance(generator, CogViewImageGenerator) else type(generator).__name__
 
     def _construct(self, generator: CogViewImageGenerator | None, settings: Mapping[str, Any]) -> None:
         own, others = self._sorted(settings)

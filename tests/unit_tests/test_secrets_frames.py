@@ -268,6 +268,22 @@ def test_no_dump_of_an_object_shows_the_key(make, sandbox, tmp_path):
     assert sandbox.requests
 
 
+@pytest.mark.parametrize("how", ["configured", "bound"])
+def test_no_dump_of_a_tool_shows_a_key_that_its_generator_was_configured_with(how):
+    generator = CogViewImageGenerator(api_key="a.b").configurable_fields(api_key=ConfigurableField(id="api_key"))
+    if how == "configured":
+        made = CogViewImageTool(generator=generator.with_config(configurable={"api_key": KEY}))
+    else:
+        made = CogViewImageTool(generator=generator.bind(api_key=KEY))
+    file = io.StringIO()
+    Console(file=file, width=300).print(made, made.model_dump())
+    with warnings.catch_warnings(), contextlib.suppress(PydanticSerializationError):
+        warnings.simplefilter("ignore")
+        file.write(repr(made.dict()))
+        file.write(made.model_dump_json())
+    assert SECRET not in f"{file.getvalue()} {made!r} {made} {made.model_dump()}"
+
+
 def test_a_key_is_wrapped_also_where_nothing_is_validated():
     made = CogViewImageGenerator.model_construct(api_key=KEY)
     assert not [text for text in dumps_of(made) if SECRET in text]
