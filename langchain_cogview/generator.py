@@ -36,7 +36,7 @@ from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
 from langchain_cogview.inputs import ImageInput, request_of
 from langchain_cogview.many import in_tasks, in_threads
-from langchain_cogview.request import ImageRequest, check_names
+from langchain_cogview.request import ImageRequest, check_names, specified
 from langchain_cogview.result import ImageResult
 from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.tasks import ImageTask, checked_task
@@ -191,6 +191,11 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     @classmethod
     def _one_is_a_list_too(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("size", "quality", mode="before")
+    @classmethod
+    def _unspecified_is_none(cls, value: Any, info: ValidationInfo) -> Any:
+        return specified(value, quality=info.field_name == "quality")
 
     @field_validator("output_dir", mode="before")
     @classmethod

@@ -80,6 +80,23 @@ def describe_validation(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
+def specified(value: Any, *, quality: bool) -> Any:
+    """A size or a quality as it was meant, before it is validated.
+
+    Args:
+        value: What somebody gave.
+        quality: Whether it is a quality, whose words in other image APIs are known.
+
+    Returns:
+        None for `""`, `"auto"` and their like; `standard` or `hd` for a word for one; else the value.
+    """
+    if not isinstance(value, str):
+        return value
+    if is_unspecified(value):
+        return None
+    return parse_quality(value) or value if quality else value
+
+
 def checked_prompt(prompt: str, info: ModelInfo | None = None) -> str:
     """Check that a prompt can be sent.
 
@@ -149,11 +166,7 @@ class ImageRequest(BaseModel):
     @field_validator("size", "quality", mode="before")
     @classmethod
     def _unspecified_is_none(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, str):
-            return value
-        if is_unspecified(value):
-            return None
-        return parse_quality(value) or value if info.field_name == "quality" else value
+        return specified(value, quality=info.field_name == "quality")
 
     @field_validator("prompt")
     @classmethod

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack, get_args
 
 from langchain_core.runnables import RunnableBinding
 from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
@@ -32,13 +32,13 @@ from pydantic import (
     field_validator,
 )
 
-from langchain_cogview.catalog import ModelInfo, currency_of, is_unspecified, legal_size, model_info, parse_quality
+from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.configuration import GeneratorSettings, SafeErrors, attempt
 from langchain_cogview.cost import Budget, Spending, checked_amount
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.request import check_names, checked_prompt, describe_validation
+from langchain_cogview.request import check_names, checked_prompt, describe_validation, specified
 from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
@@ -481,19 +481,14 @@ def _sendable(info: ModelInfo, prompt: str) -> str:
 
 
 def _size_of(info: ModelInfo, size: Any) -> Any:
-    if not isinstance(size, str):
-        return size
-    return None if is_unspecified(size) else legal_size(info, size)
+    size = specified(size, quality=False)
+    return legal_size(info, size) if isinstance(size, str) else size
 
 
 def _quality_of(info: ModelInfo, quality: Any) -> Any:
-    if not isinstance(quality, str):
-        return quality
-    if is_unspecified(quality):
-        return None
-    known = parse_quality(quality)
+    quality = specified(quality, quality=True)
     # A word for a quality that the model does not have becomes the one that it has.
-    return info.qualities[0] if known and known not in info.qualities else known or quality
+    return info.qualities[0] if quality in get_args(Quality) and quality not in info.qualities else quality
 
 
 def _json_schema(*values: str) -> WithJsonSchema:

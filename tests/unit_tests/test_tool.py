@@ -222,6 +222,13 @@ QUALITIES = {
 }
 
 
+@pytest.mark.parametrize("said", [each for each in UNSPECIFIED if each is not None])
+def test_an_author_may_say_auto_too(said):
+    tool = CogViewImageTool(base_url="sandbox:", size=said, quality=said)
+    assert (tool.generator.size, tool.generator.quality) == (None, None)
+    assert CogViewImageGenerator(base_url="sandbox:", quality="High").quality == "hd"
+
+
 @both
 def test_what_models_send_for_an_argument_that_they_leave_out_costs_no_turn(sandbox, tmp_path, how):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, size="1344x768", quality="hd")
