@@ -14,8 +14,19 @@ from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.shell import EXIT_CODES, exit_code, finish, hint_of, json_text, say, write, write_bytes
-from langchain_cogview.terminal import open_file, path_on, picture_on, terminal_of
+from langchain_cogview.shell import (
+    EXIT_CODES,
+    exit_code,
+    finish,
+    hint_of,
+    json_text,
+    say,
+    shows_on_terminal,
+    write,
+    write_bytes,
+)
+from langchain_cogview.terminal import Terminal, open_file, path_on, picture_on, terminal_of
+from langchain_cogview.text import visible
 
 try:
     import typer
@@ -25,6 +36,8 @@ except ImportError:
     TyperGroup = object  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from langchain_cogview.result import GeneratedImage
 
 TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip install "langchain-cogview[cli]"'
@@ -52,6 +65,16 @@ class DrawByDefault(TyperGroup):
             args = ["draw", *args]
         return super().parse_args(ctx, args)
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Arguments that are wrong are named without their control characters."""
+        with _clean_usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Those of a command, too."""
+        with _clean_usage_errors():
+            return super().invoke(ctx)
+
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """The first word is a command, an option of the group, or one of `draw`, which may be left out."""
         draw = self.commands["draw"]
@@ -66,6 +89,17 @@ class DrawByDefault(TyperGroup):
         page = copy.copy(self)
         page.params = [*self.commands["draw"].params, *self.params]
         super(DrawByDefault, page).format_help(ctx, formatter)
+
+
+@contextlib.contextmanager
+def _clean_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if hasattr(error, "format_message") and isinstance(message, str):
+            error.message = visible(message)  # type: ignore[attr-defined]
+        raise
 
 
 def application() -> typer.Typer:
@@ -196,7 +230,7 @@ def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Sho
             say("" if any(codes) else f"The picture was made and is kept in {path}")
             codes.append(6)
         elif path and not shown.as_json:
-            codes.append(write(_on_terminal(image, path, show=shown.show)))
+            codes.append(_shown_path(image, path, show=shown.show))
         if path and shown.open_saved and (problem := open_file(path)):
             say(f"Warning: {path} could not be opened: {problem}.")
         say(*(f"Content filter: {entry}" for entry in image.content_filter))
@@ -218,15 +252,15 @@ def _bytes_written(image: GeneratedImage) -> bool:
     return content is not None and write_bytes(content)
 
 
-def _on_terminal(image: GeneratedImage, path: Path, *, show: bool) -> str:
-    """The path, and before it the picture, as far as the terminal behind the standard output can show them."""
-    terminal = terminal_of(os.environ, is_terminal=sys.stdout is not None and sys.stdout.isatty())
+def _shown_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
+    """Write the path, and before it the picture, as far as the terminal behind the standard output can show them."""
+    terminal = terminal_of(os.environ, is_terminal=shows_on_terminal())
     content = image.at_hand() if show and image.width and image.height else None
     picture = ""
     if content is not None:
         size = (image.width or 1, image.height or 1)
         picture = picture_on(terminal, content, size, shutil.get_terminal_size())
-    return picture + path_on(terminal, path)
+    return write(picture + path_on(terminal, path), sequences=terminal is not Terminal.PLAIN)
 
 
 def _target(output: str | None) -> Path | None:

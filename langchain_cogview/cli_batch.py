@@ -15,6 +15,7 @@ import typer
 
 from langchain_cogview.catalog import DEFAULT_MODEL
 from langchain_cogview.shell import exit_code, finish, in_shell_words, json_text, say, write
+from langchain_cogview.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,7 @@ def batch(
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
     if Path(output).is_file():
-        raise typer.BadParameter(f"--output is the folder of the job; {output} is a file.")
+        raise typer.BadParameter(f"--output is the folder of the job; {printable(output)} is a file.")
     given: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
     given |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -133,7 +134,7 @@ def _not_made(report: JobReport) -> Iterator[str]:
     for line in nsmallest(_SHOWN, lines, key=lambda line: int(line["line"])):
         prompt = " ".join(line["arguments"]["prompt"].split())
         prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[: _PROMPT_CHARACTERS - 1]}…"
-        yield f"Line {line['line']} was not made: {prompt!r}. {line['failures'][0]['message']}"
+        yield f"Line {line['line']} was not made: {prompt!r}. {printable(line['failures'][0]['message'], 500)}"
     more = report.blocked + report.failed - _SHOWN
     if more > 0:
         yield f"{more:,} more were not made; the manifest says why."

@@ -48,6 +48,8 @@ from langchain_core.exceptions import (
 )
 from langchain_core.tools import ToolException
 
+from langchain_cogview.text import printable as printable  # noqa: PLC0414  it is imported from here
+
 if TYPE_CHECKING:
     from langchain_cogview.content_filter import ContentFilter
 
@@ -56,7 +58,6 @@ try:
 except ImportError:  # since langchain-core 1.8
     ModelRefusalError = ModelInvalidRequestError  # type: ignore[assignment,misc,unused-ignore]
 
-MAX_SERVER_TEXT: Final = 200
 MAX_MODEL_TEXT: Final = 500
 
 
@@ -88,15 +89,6 @@ class Scope(StrEnum):
     """Every request from here: a setting, a limit that the application set, or the disk."""
     CANCELLED = "cancelled"
     """Nothing is wrong: the caller stopped the work."""
-
-
-def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
-    """Foreign text made safe to show: one line, printable, at most `limit` characters."""
-    text = text[: limit * 8]
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " for c in text)
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 _FINAL_ADVICE: Final = "This is final: do not call this tool again. Tell the user."

@@ -16,6 +16,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.stopping import STOPPED, raised_by_signal
+from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
@@ -269,7 +270,7 @@ def _told_untaken(result: Any) -> None:
     if result is not None and not isinstance(result, BaseException):
         images = result if isinstance(result, list) else getattr(result, "images", ())
         places = [f"request id {image.request_id}: {image.path or image.uri or image.url}" for image in images]
-        logger.warning("The caller left; a result was not taken: %r %s", result, "; ".join(places))
+        logger.warning("The caller left; a result was not taken: %r %s", result, visible("; ".join(places)))
 
 
 def or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -78,7 +78,7 @@ class Finding:
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" ({self.seconds:.2f} s)"
-        return f"- [{self.state}] {self.name}: {self.text}{took}" + (f" {self.hint}" if self.hint else "")
+        return printable(f"- [{self.state}] {self.name}: {self.text}{took} {self.hint}", 2000)
 
 
 class Service(NamedTuple):

@@ -13,6 +13,7 @@ from langchain_cogview import errors
 from langchain_cogview.callbacks import EventListener
 from langchain_cogview.cost import ImageCosts
 from langchain_cogview.events import PROGRESS_EVENT, RETRY_EVENT
+from langchain_cogview.text import printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -209,7 +210,7 @@ class ProgressCallbackHandler(EventListener):
                 self._bar = self._opened()
             # A total that turns out too low grows: tqdm would drop it.
             self._bar.total = None if self._total is None else max(self._total, self.ended)
-            self._bar.set_postfix_str(self._facts(), refresh=False)
+            self._bar.set_postfix_str(printable(self._facts()), refresh=False)
             drawn = self._bar.update(self.ended - self._bar.n)
         except (OSError, ValueError):  # the terminal is gone
             self._bar = self._tqdm = None
@@ -220,7 +221,7 @@ class ProgressCallbackHandler(EventListener):
     def _opened(self) -> Any:
         kernel = _in_kernel()
         return self._tqdm(
-            desc=f"{self._label} " if self._label else "",
+            desc=f"{printable(self._label, 60)} " if self._label else "",
             total=self._total,
             initial=self.skipped,
             file=_CellOutput() if kernel else sys.stderr,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from langchain_cogview.text import visible
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 EXIT_CODES: Final = {
     0: "made",
@@ -87,6 +90,27 @@ def hint_of(kind: type[BaseException] | None, hint: str) -> str:
     return next((hints[each] for each in getattr(kind, "__mro__", ()) if each in hints), hint)
 
 
+class _SayHandler(logging.Handler):
+    """Writes what the package logs as a line of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, without its traceback."""
+        say(f"Warning: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _logs_said() -> Iterator[None]:
+    logger, handler = logging.getLogger("langchain_cogview"), _SayHandler(logging.WARNING)
+    before = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
 def finish(work: Callable[[], int]) -> NoReturn:
     """End a command with the exit code of its work, or of the error that it raised, which is told."""
     import typer  # noqa: PLC0415  so that a command can say what to install where it is missing
@@ -95,7 +119,7 @@ def finish(work: Callable[[], int]) -> NoReturn:
     from langchain_cogview.errors import CogViewError  # noqa: PLC0415
     from langchain_cogview.request import describe_validation  # noqa: PLC0415
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _logs_said():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
         try:
@@ -116,14 +140,28 @@ def finish(work: Callable[[], int]) -> NoReturn:
     raise typer.Exit(code)
 
 
+def shows_on_terminal() -> bool:
+    """Whether the standard output is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def json_text(value: Any) -> str:
-    """JSON that the standard output can take."""
-    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout or sys.stdout.encoding.lower() != "utf-8")
+    """JSON that the standard output can take; for a terminal in printable ASCII."""
+    terminal = shows_on_terminal()
+    ascii_only = terminal or not sys.stdout or sys.stdout.encoding.lower() != "utf-8"
+    text = json.dumps(value, indent=2, ensure_ascii=ascii_only)
+    text = text.replace("\x7f", "\\u007f") if terminal else text
     return text.encode("utf-8", "backslashreplace").decode()  # a path's byte that is no letter: JSON writes it alike
 
 
-def write(text: str) -> int:
-    """Write to the standard output; 1 where nobody takes it."""
+def write(text: str, *, sequences: bool = False) -> int:
+    """Write to the standard output; 1 where nobody takes it.
+
+    Args:
+        text: On a terminal, what is not printable in it is replaced. Elsewhere a program reads it as it is.
+        sequences: It holds escape sequences of ours, and is clean otherwise.
+    """
+    text = text if sequences or not shows_on_terminal() else visible(text)
     try:
         if sys.stdout:
             sys.stdout.write(f"{text}\n")
@@ -157,7 +195,7 @@ def say(*lines: str | None) -> None:
     """Write lines to the error output, in a shell's words where they name Python's arguments."""
     for line in filter(None, lines if sys.stderr else ()):
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"{in_shell_words(line)}\n")
+            sys.stderr.write(f"{visible(in_shell_words(line))}\n")
             sys.stderr.flush()
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from langchain_cogview.images.formats import sniff
+from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,11 +130,11 @@ def _as_png(content: bytes) -> bytes:
 def path_on(terminal: Terminal, path: Path) -> str:
     """A path as the terminal shows it: a link to the file where it can, its plain text where it cannot.
 
-    On a terminal, control characters of a file's name are shown as question marks.
+    In a link, characters of a file's name that are not printable are shown as question marks.
     """
     if terminal is Terminal.PLAIN:
         return str(path)
-    shown = "".join("?" if c < " " or "\x7f" <= c <= "\x9f" else c for c in str(path))
+    shown = visible(str(path)).replace("\n", "?")
     # With the host, so that a terminal on another one does not take it for a file of its own.
     host = quote(socket.gethostname(), safe="")
     url = path.absolute().as_uri().replace("file://", f"file://{host}", 1)

@@ -15,6 +15,7 @@ from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 from langchain_cogview.jobs.prompts import PromptFormat, PromptSource, read_prompts
 from langchain_cogview.request import ImageRequest, describe_validation
+from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,7 +41,7 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"Line {self.line}: {self.text}"
+        return f"Line {self.line}: {printable(self.text, 1000)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class UnknownAttempt:
     request_id: str
 
     def __str__(self) -> str:
-        return f"Line {self.line}: request id {self.request_id}: {self.prompt}"
+        return f"Line {self.line}: request id {self.request_id}: {printable(self.prompt)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,14 @@ class JobPlan:
             if count
         ]
         found += f"; {', '.join(old)} before" if old else ""
-        return "\n".join(
-            (
-                f"{found}.",
-                *listed("Cannot be drawn", self.problems),
-                *self.warnings(),
-                f"To draw: {counted(self.prompts, 'prompt')}, {self._amount()}.",
+        return visible(
+            "\n".join(
+                (
+                    f"{found}.",
+                    *listed("Cannot be drawn", self.problems),
+                    *self.warnings(),
+                    f"To draw: {counted(self.prompts, 'prompt')}, {self._amount()}.",
+                )
             )
         )
 

@@ -16,6 +16,7 @@ from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.jobs.manifest import MANIFEST, RecordFile
 from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
 from langchain_cogview.jobs.survey import kind_of
+from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -134,7 +135,7 @@ class JobReport:
         lines += self.notes
         if self.interrupted:
             lines.append(INTERRUPTED)
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
 
 def _not_run(name: str) -> bool:

@@ -35,6 +35,7 @@ from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageResult
 from langchain_cogview.stopping import STOPPED
 from langchain_cogview.tasks import ImageTask
+from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -305,7 +306,9 @@ class JobRun:
                     self.stopped.add_note(note)
         if notes or not closed:
             told = " ".join((str(error), *notes))
-            logger.warning("Line %s: what became of it could not be written down. %s", call.work.item.number, told)
+            logger.warning(
+                "Line %s: what became of it could not be written down. %s", call.work.item.number, visible(told)
+            )
 
     def _judge(self, call: Call, outcome: Any) -> None:
         """Write down what became of a call that paid."""
