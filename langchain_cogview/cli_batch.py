@@ -47,18 +47,20 @@ def batch(
     model: Annotated[str, typer.Option(help="Where a line says none.")] = DEFAULT_MODEL,
     n: Annotated[int, typer.Option("--n", help="Pictures for each prompt that says no number.")] = 1,
     user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="Draw at most so many of the prompts that are left.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="Generate at most so many of the prompts that are left.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Stop before list prices pass it: all runs in the folder, in the key's currency.")
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Draw what failed or was blocked again.")
+        bool, typer.Option("--retry-failed", help="Generate again what failed or was blocked.")
     ] = False,
     retry_unknown: Annotated[
-        bool, typer.Option("--retry-unknown", help="Draw what may have been charged again: can pay twice.")
+        bool, typer.Option("--retry-unknown", help="Generate again what may have been charged: can pay twice.")
     ] = False,
-    unique: Annotated[bool, typer.Option("--unique", help="Draw lines that say the same only once.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that cannot be drawn.")] = False,
+    unique: Annotated[bool, typer.Option("--unique", help="Generate equal lines only once.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip lines that are not valid.")] = False,
     into_existing: Annotated[
         bool, typer.Option("--into-existing", help="Begin the job in a folder with other files; none is written over.")
     ] = False,

@@ -81,7 +81,7 @@ def run_job(
         retry_unknown: Draw again what may have been charged, and tasks that do not end within the generator's `timeout`: that
             can pay twice.
         unique: Draw lines that say the same once, not each.
-        skip_bad: Leave lines out that cannot be drawn, in place of refusing all.
+        skip_bad: Skip lines that are not valid, in place of refusing all.
         format: Of the file: `txt`, `csv`, `tsv` or `jsonl`. None: as its ending says.
         progress: Show a bar. None: where somebody sees it.
         config: LangChain's, for every call.
@@ -96,7 +96,7 @@ def run_job(
         and the others go on. What did not run is left for the next run.
 
     Raises:
-        CogViewInvalidRequestError: A line cannot be drawn, and `skip_bad` is not set; its notes say which.
+        CogViewInvalidRequestError: A line is not valid, and `skip_bad` is not set; its notes say which.
         CogViewConfigurationError: A setting or the file is wrong, the folder's job was begun with other arguments, its manifest
             is damaged, another job is writing to it, or it holds something else than a job. Nothing was sent.
         CogViewStorageError: The folder cannot be written. Nothing was sent.
@@ -184,7 +184,7 @@ def plan_job(
 ) -> JobPlan:
     """What `run_job` would do with the same arguments: sends nothing, and changes no file.
 
-    Lines that cannot be drawn are told in the plan rather than raised.
+    Lines that are not valid are reported in the plan, not raised.
 
     Raises:
         CogViewConfigurationError: As `run_job`.

@@ -30,7 +30,7 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a line cannot be drawn.
+    """Why a line is not valid.
 
     Attributes:
         line: Its number.
@@ -69,7 +69,7 @@ class JobPlan:
     Attributes:
         lines: Lines with a prompt, good or not.
         blank: Lines without anything.
-        problems: What cannot be drawn, by line number.
+        problems: Lines that are not valid, by number.
         duplicates: Numbers of the lines that say the same as one before them.
         unique: Whether those are left out.
         notes: What else to know.
@@ -111,7 +111,7 @@ class JobPlan:
 
     def __str__(self) -> str:
         found = f"{counted(self.lines, 'line')} with a prompt"
-        found += f", {counted(self.blank, 'blank line')} passed over" if self.blank else ""
+        found += f", {counted(self.blank, 'blank line')} skipped" if self.blank else ""
         old = [
             f"{count} {word}"
             for count, word in ((self.done, "done"), (self.blocked, "blocked"), (self.failed, "failed"))
@@ -122,9 +122,9 @@ class JobPlan:
             "\n".join(
                 (
                     f"{found}.",
-                    *listed("Cannot be drawn", self.problems),
+                    *listed("Not valid", self.problems),
                     *self.warnings(),
-                    f"To draw: {counted(self.prompts, 'prompt')}, {self._amount()}.",
+                    f"To generate: {counted(self.prompts, 'prompt')}, {self._amount()}.",
                 )
             )
         )
@@ -139,10 +139,12 @@ class JobPlan:
             shown = ", ".join(map(str, self.duplicates[:_SHOWN])) + (", ..." if len(self.duplicates) > _SHOWN else "")
             lines.append(
                 f"{counted(len(self.duplicates), 'duplicate line')} (the same as one before): {shown}. "
-                + ("They are left out." if self.unique else "Each is drawn and paid for, unless unique=True.")
+                + ("They are left out." if self.unique else "Each is generated and paid for, unless unique=True.")
             )
         if self.recovered:
-            lines.append(f"{counted(self.recovered, 'picture')} paid for before can be had without paying again.")
+            lines.append(
+                f"{counted(self.recovered, 'picture')} paid for before will be recovered without paying again."
+            )
         if self.unknown:
             lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
         return lines
@@ -201,7 +203,7 @@ class PromptList:
         items: Those that can be drawn, in their order.
         lines: Lines with a prompt, good or not.
         blank: Lines without anything.
-        problems: Of the lines that cannot be drawn.
+        problems: Of the lines that are not valid.
         duplicates: Numbers of lines that say the same as one before.
         unique: Whether those are left out.
         notes: What else to know.
@@ -216,16 +218,17 @@ class PromptList:
     notes: list[str] = field(default_factory=list)
 
     def refuse_problems(self) -> None:
-        """Raise where a line cannot be drawn.
+        """Raise where a line is not valid.
 
         Raises:
             CogViewInvalidRequestError: With every such line, the first twenty by what is wrong with them.
         """
         if not self.problems:
             return
-        bad = f"{counted(len(self.problems), 'line')} of {self.lines:,} cannot be drawn; nothing was sent."
-        error = CogViewInvalidRequestError(bad, hint="Mend them, or leave them out with skip_bad=True.")
-        for line in listed("Cannot be drawn", self.problems)[1:]:
+        verb = "is" if len(self.problems) == 1 else "are"
+        bad = f"{counted(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
+        error = CogViewInvalidRequestError(bad, hint="Fix them, or leave them out with skip_bad=True.")
+        for line in listed("Not valid", self.problems)[1:]:
             error.add_note(line.strip())
         raise error
 

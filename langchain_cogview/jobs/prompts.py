@@ -102,7 +102,7 @@ class PromptFile:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            return Line(number, problem=f"It is no JSON: {error.msg} at character {error.colno}.")
+            return Line(number, problem=f"Not valid JSON: {error.msg} at character {error.colno}.")
         except (ValueError, RecursionError):
             return Line(number, problem="Its JSON is nested too deep, or holds a number that is too long.")
         return self._of_value(number, value)
@@ -225,7 +225,7 @@ class PromptFile:
                 continue
             close = unknown_argument(name, _ARGUMENTS) if name in NOT_TAKEN else ""
             self.notes.append(
-                f"The {kind} {printable(name, 60)!r} is no argument; it goes into the manifest as it is. {close}".strip()
+                f"The {kind} {printable(name, 60)!r} is not an argument; it goes into the manifest as it is. {close}".strip()
             )
 
 
@@ -297,7 +297,7 @@ def _opened(source: str | Path) -> Iterator[BinaryIO]:
 
 
 def _line_problem(text: str, file: TextIO) -> str | None:
-    """What is wrong with a line as it stands; of one that is too long the rest is passed over."""
+    """What is wrong with a line as it stands; the rest of one that is too long is skipped."""
     if len(text.rstrip("\r\n")) > MAX_LINE:
         while text and not text.endswith(("\n", "\r")):
             text = file.readline(MAX_LINE)

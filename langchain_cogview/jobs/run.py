@@ -137,7 +137,7 @@ class JobRun:
     # --- what is next
 
     def free(self) -> Iterator[Work]:
-        """What can be had without paying: tasks of the service, and links that may still live."""
+        """Work that costs nothing: tasks of the service, and links that may still be valid."""
         for item in self.survey.prompts.items:
             work = self._work(item)
             if work.free and not self.halts:

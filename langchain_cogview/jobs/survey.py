@@ -79,7 +79,7 @@ class Work:
 
     @property
     def free(self) -> bool:
-        """Whether something can be had without paying."""
+        """Whether something is left that costs nothing."""
         return bool(self.found or self.running or (self.finished and self.finished.links and not self.made))
 
 
@@ -184,7 +184,7 @@ class Survey:
         if counts["running"] and self._retry["retry_unknown"]:
             yield (
                 f"{counted(counts['running'], 'picture')} under way at the service will be asked for; what has not ended "
-                "by the time limit of a call is drawn and paid for again."
+                "by the time limit of a call is generated and paid for again."
             )
         keys = {item.key for item in self.prompts.items}
         gone = sum(attempt.key not in keys for attempt in self.history.attempts())

@@ -217,7 +217,7 @@ BAD = ["a cat", {"prompt": "x", "size": "1000x1000"}, " ", {"prompt": "x", "n": 
 def test_a_line_that_cannot_be_drawn_refuses_the_job_with_every_number(run, out, sandbox):
     with pytest.raises(CogViewInvalidRequestError) as caught:
         run(BAD)
-    assert caught.value.message == "4 lines of 5 cannot be drawn; nothing was sent."
+    assert caught.value.message == "4 lines of 5 are not valid; nothing was sent."
     told = "\n".join(caught.value.__notes__)
     for start in ("Line 2: size: The size '1000x1000'", "Line 4: n: ", "Line 5: The key 'prompt'", "Line 6: A prompt"):
         assert start in told
@@ -256,7 +256,7 @@ def test_a_plan_counts_and_prices_and_changes_nothing(out, sandbox):
     plan = plan_job(prompts, out, base_url=sandbox.base_url)
     assert (plan.prompts, plan.pictures, plan.unpriced) == (4, 6, 1)
     assert plan.cost == {"CNY": Decimal("0.34")}
-    assert str(plan).endswith("To draw: 4 prompts, 6 pictures, 0.34 CNY and 1 picture of unknown price.")
+    assert str(plan).endswith("To generate: 4 prompts, 6 pictures, 0.34 CNY and 1 picture of unknown price.")
     assert any("'new' is not known" in note for note in plan.notes)
     json.dumps(plan.to_dict())
     assert not out.exists()

@@ -44,12 +44,12 @@ def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_
     result = batch()
     assert (result.exit_code, Path(result.stdout.strip())) == (3, folder / "out" / "index.html")
     plan, to_draw, blocked, summary = result.stderr.splitlines()
-    assert plan == "3 lines with a prompt, 1 blank line passed over."
-    assert to_draw == "To draw: 3 prompts, 3 pictures, 0.18 CNY."
+    assert plan == "3 lines with a prompt, 1 blank line skipped."
+    assert to_draw == "To generate: 3 prompts, 3 pictures, 0.18 CNY."
     assert blocked.startswith("Line 4 was not made: 'x [[content-filter]]'. The content filter blocked the prompt")
     assert summary.startswith("2 prompts made, 1 blocked; 0 CNY in ")
     assert len(manifest(folder)) == 3
-    assert {each.suffix for each in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html", ""}
+    assert {each.suffix for each in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html"}
 
 
 def test_all_made_is_0_and_again_says_that_it_was_done(batch, folder, sandbox):
@@ -57,7 +57,7 @@ def test_all_made_is_0_and_again_says_that_it_was_done(batch, folder, sandbox):
     assert batch().exit_code == 0
     again = batch()
     assert again.exit_code == 0
-    assert "2 lines with a prompt; 2 done before.\nTo draw: 0 prompts" in again.stderr
+    assert "2 lines with a prompt; 2 done before.\nTo generate: 0 prompts" in again.stderr
     assert "0 prompts made, 2 made before; no cost" in again.stderr
     assert sandbox.pictures_made == 2
 
@@ -78,7 +78,7 @@ def test_a_dry_run_needs_no_key_sends_nothing_and_creates_nothing(folder):
     result = cogview("batch", "p.txt", "-o", "out", "--dry-run")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
-        "3 lines with a prompt, 1 blank line passed over.\nTo draw: 3 prompts, 3 pictures, 0.18 CNY.\n"
+        "3 lines with a prompt, 1 blank line skipped.\nTo generate: 3 prompts, 3 pictures, 0.18 CNY.\n"
     )
     abroad = cogview("batch", "p.txt", "-o", "out", "--dry-run", "--region", "international", "--model", "glm-image")
     assert abroad.stdout.endswith("3 pictures, 0.045 USD.\n")
@@ -99,18 +99,18 @@ def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
     result = cogview("batch", "p.csv", "-o", "out", "--dry-run")
     told = result.stdout.splitlines()
     assert result.exit_code == 2
-    assert told[0] == "6 lines with a prompt, 1 blank line passed over."
-    assert told[1] == "Cannot be drawn (4):"
+    assert told[0] == "6 lines with a prompt, 1 blank line skipped."
+    assert told[1] == "Not valid (4):"
     assert [line.split(":")[0] for line in told[2:6]] == ["  Line 2", "  Line 4", "  Line 7", "  Line 8"]
     assert "the nearest legal size is 992x992" in told[2]
     assert "It is not UTF-8" in told[3]
     assert "The prompt is blank" in told[4]
     assert "never closed" in told[5]
-    assert told[6] == "The column 'mood' is no argument; it goes into the manifest as it is."
+    assert told[6] == "The column 'mood' is not an argument; it goes into the manifest as it is."
     assert told[7].endswith(
-        "1 duplicate line (the same as one before): 6. Each is drawn and paid for, unless --unique is given."
+        "1 duplicate line (the same as one before): 6. Each is generated and paid for, unless --unique is given."
     )
-    assert told[8] == "To draw: 2 prompts, 2 pictures, 0.12 CNY."
+    assert told[8] == "To generate: 2 prompts, 2 pictures, 0.12 CNY."
     as_json = cogview("batch", "p.csv", "-o", "out", "--dry-run", "--json", "--skip-bad")
     plan = json.loads(as_json.stdout)
     assert as_json.exit_code == 0
@@ -130,8 +130,8 @@ def test_bad_lines_refuse_the_job_and_skip_bad_leaves_them_out(batch, folder, sa
     refused = batch(file="p.jsonl")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr.splitlines() == [
-        "Error: 2 lines of 3 cannot be drawn; nothing was sent.",
-        "Mend them, or leave them out with --skip-bad.",
+        "Error: 2 lines of 3 are not valid; nothing was sent.",
+        "Fix them, or leave them out with --skip-bad.",
         "Line 2: n: Input should be greater than or equal to 1",
         "Line 3: A prompt is a text or an object with the key 'prompt', not a list.",
     ]

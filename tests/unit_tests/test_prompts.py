@@ -132,7 +132,7 @@ def test_a_csv_file_has_arguments_beside_the_prompt_and_other_columns_are_carrie
     assert (second.number, second.arguments["prompt"], second.extra) == (3, 'a "quoted"\ndog ', {})
     assert (third.number, third.arguments) == (6, {"prompt": "a hare"})
     assert file.blank == 1
-    assert [note.partition(" is no argument")[0] for note in file.notes] == [
+    assert [note.partition(" is not an argument")[0] for note in file.notes] == [
         "The column 'Category'",
         "The column 'seed'",
     ]
@@ -214,13 +214,13 @@ def test_json_lines_are_texts_or_objects(written):
         (4, {"prompt": 7}, {}),
     ]
     assert file.blank == 1
-    assert file.notes == ["The key 'id' is no argument; it goes into the manifest as it is."]
+    assert file.notes == ["The key 'id' is not an argument; it goes into the manifest as it is."]
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "It is no JSON: "),
+        ("{", "Not valid JSON: "),
         ("[]", "not a list"),
         ("7", "not a number"),
         ("true", "not true or false"),
@@ -264,7 +264,7 @@ def test_a_dash_is_the_standard_input_and_leaves_it_open(monkeypatch):
     assert not given.closed
     given.seek(0)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given, "ascii"))
-    assert said("-", format="jsonl")[0][1].startswith("It is no JSON")
+    assert said("-", format="jsonl")[0][1].startswith("Not valid JSON")
 
 
 def test_the_format_can_be_said(written):
