@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,11 @@ class Terminal(io.StringIO):
 def on_terminal(*arguments: str, stdin: str = "") -> tuple[str, str, object]:
     """What the command shows on a terminal, and its exit code."""
     out, err, code = Terminal(), Terminal(), None
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.chdir(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
         patch.setenv("TERM", "dumb")
         patch.setenv("NO_COLOR", "1")
         patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "replace"))))
