@@ -17,7 +17,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from langchain_cogview.cost import Charges, Money
-from langchain_cogview.errors import CogViewContentFilterError, CogViewOutcomeUnknownError, Outcome, Scope
+from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewOutcomeUnknownError, Outcome, Scope
 from langchain_cogview.images.previews import in_kernel
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ def _word(error: BaseException) -> str:
         return "blocked"
     if isinstance(error, CogViewOutcomeUnknownError):
         return "of unknown outcome"
-    return "failed" if isinstance(error, Exception) else "stopped"
+    stopped = not isinstance(error, Exception) or (isinstance(error, CogViewError) and error.scope is Scope.CANCELLED)
+    return "stopped" if stopped else "failed"
 
 
 def _word_of_record(failure: ImageFailure) -> str:

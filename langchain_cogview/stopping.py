@@ -34,6 +34,11 @@ class Stop(threading.Event):
         self._children: weakref.WeakSet[Stop] = weakref.WeakSet()
         self._changing = threading.Lock()
 
+    @property
+    def has_questions(self) -> bool:
+        """Whether it can be set without a call of `set`, so that it has to be asked again and again."""
+        return bool(self._questions)
+
     def set(self) -> None:
         """The caller has gone: cancel this work and its children."""
         with self._changing:

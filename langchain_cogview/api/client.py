@@ -215,12 +215,15 @@ class ImagesClient:
     async def _aplaced(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Place:
         gate, cap = self._gate(body["model"])
         again = deadline if deadline.started else None
-        place = await gate.atake(cap, deadline=again, ticket=attempts.ticket)
+        stopped = STOPPED.get()
+        place = await gate.atake(
+            cap, deadline=again, stopped=stopped if stopped.has_questions else None, ticket=attempts.ticket
+        )
         if place is None:
-            raise _no_place(deadline)
+            raise _no_place(deadline, stopped=stopped.is_set())
         try:
             await self._await_leave(deadline)
-            _go_on(STOPPED.get())
+            _go_on(stopped)
             _in_time(deadline)
         except BaseException:
             place.leave()

@@ -191,15 +191,22 @@ class Gate:
                 self._post(waiter)
         return waiter.place if granted else None
 
-    async def atake(self, cap: int, *, deadline: Deadline | None = None, ticket: int | None = None) -> Place | None:
-        """Wait for a place. The twin of `take`; a call that is cancelled leaves the queue."""
+    async def atake(
+        self,
+        cap: int,
+        *,
+        deadline: Deadline | None = None,
+        stopped: threading.Event | None = None,
+        ticket: int | None = None,
+    ) -> Place | None:
+        """Async version of `take`; a call that is cancelled leaves the queue."""
         place = self._place_at_once(cap, ticket)
         if place is not None:
             return place
         waiter, granted = _TaskWaiter(cap), False
         try:
             self._queue(waiter, ticket)
-            granted = await waiter.wait(deadline, partial(self._look, waiter, ticket))
+            granted = await waiter.wait(deadline, partial(self._look, waiter, ticket), stopped)
         finally:
             if not granted:
                 self._post(waiter)
@@ -460,16 +467,17 @@ class _TaskWaiter(_Waiter):
         if not self._granted.done():
             self._granted.set_result(None)
 
-    async def wait(self, deadline: Deadline | None, look: Callable[[], None]) -> bool:
-        """Whether the place came before the deadline passed; calls `look` now and then."""
+    async def wait(self, deadline: Deadline | None, look: Callable[[], None], stopped: threading.Event | None) -> bool:
+        """Whether the place came before the deadline passed or `stopped` was set; calls `look` now and then."""
         timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
         try:
-            if deadline is None:  # as almost always: a wait with a limit takes four times as long
+            if deadline is None and stopped is None:  # as almost always: a wait with a limit takes four times as long
                 await self._granted
                 return True
-            while not deadline.passed:
+            while not (stopped and stopped.is_set()) and not (deadline and deadline.passed):
+                left = [] if deadline is None or (rest := deadline.remaining()) is None else [rest]
                 # Not `wait_for`: it would cancel the future, on which a grant may be on its way.
-                await asyncio.wait([self._granted], timeout=deadline.remaining())
+                await asyncio.wait([self._granted], timeout=min([*left, POLL] if stopped else left, default=None))
                 if self._granted.done():
                     return True
             return False

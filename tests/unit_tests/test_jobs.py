@@ -1021,6 +1021,31 @@ def test_a_job_that_is_asked_to_stop_ends_at_once_and_counts_nothing_as_failed(r
     assert (again.made, again.interrupted, sorted(paid(sandbox))) == (3, False, prompts)
 
 
+def test_a_job_that_waits_for_a_slot_of_another_ends_at_once_when_it_is_asked_to_stop(run, sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=1, **SMALL)
+    stop, over = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        task = asyncio.create_task(generator.ainvoke("x [[slow:60]]"))
+        await asyncio.to_thread(over.wait)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    holder = threading.Thread(target=asyncio.run, args=(hold(),))
+    holder.start()
+    while sandbox.in_flight < 1:
+        time.sleep(0.005)
+    try:
+        report = run(
+            ["a cat"], max_concurrency=1, stop=stop, on_plan=lambda plan: threading.Timer(0.2, stop.set).start()
+        )
+        assert (sandbox.in_flight, sent(sandbox)) == (1, ["x [[slow:60]]"])
+    finally:
+        over.set()
+        holder.join()
+    assert (report.interrupted, report.left, report.failed, report.unknown) == (True, 1, 0, ())
+
+
 def test_ctrl_c_in_a_script_leaves_a_job_that_goes_on_and_says_how(out, sandbox):
     prompts = ["a cat", "a dog [[slow:60]]"]
 

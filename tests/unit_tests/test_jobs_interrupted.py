@@ -29,7 +29,6 @@ cell = f"report = run_job({prompts}, {out!r}, base_url={base_url!r}, size='640x5
 shell.run_cell(cell)                     # interrupted
 assert "report" not in shell.user_ns
 shell.run_cell(cell)                     # at once, while the requests of the first run are under way
-print(len(shell.user_ns["report"].unknown), flush=True)
 while len(list(Path(out).glob("*.png"))) < 5:
     time.sleep(0.05)
 shell.run_cell(cell)
@@ -71,7 +70,7 @@ def interrupted(tmp_path):
 def test_a_cell_that_is_interrupted_is_run_again_and_pays_for_nothing_twice(interrupted):
     run, sandbox = interrupted
     stdout, stderr = run(IN_A_NOTEBOOK)
-    assert stdout.splitlines()[-2:] == ["2", "0 0"], (stdout, stderr)
+    assert stdout.splitlines()[-1] == "0 0", (stdout, stderr)
     assert "KeyboardInterrupt" in stdout
     assert sorted(entry.prompt[0] for entry in sandbox.ledger) == ["a", "b", "c", "d", "e"]
 

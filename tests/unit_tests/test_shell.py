@@ -75,7 +75,7 @@ OPTIONS = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=HOSTILE, option=OPTIONS, command=st.sampled_from(["draw", "batch", "doctor", "schema", ""]), data=st.data())
 def test_no_argument_reaches_the_terminal_as_it_is(folder, text, option, command, data):
     text = text.replace("\0", "")
@@ -91,7 +91,7 @@ def test_no_argument_reaches_the_terminal_as_it_is(folder, text, option, command
     folder.mkdir()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=HOSTILE,
     column=HOSTILE,
