@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import zlib
 from collections.abc import Callable
 from typing import Final
 
+from tests.faults import pictures
 from tests.faults.reply_table import (
     AT_ONCE,
     AUTHENTICATION,
@@ -32,7 +34,7 @@ from tests.faults.reply_table import (
     says,
     sends,
 )
-from tests.faults.server import Connection, Fault, Request
+from tests.faults.server import PICTURE, Connection, Fault, Request
 
 # Bodies that are no JSON, or no JSON of any use.
 
@@ -195,6 +197,7 @@ add("data that is an object with an address", says({"data": {"url": "PICTURE"}})
 add("data with null before the picture", says({"data": [None, {"url": "PICTURE"}]}), RESULT)
 add("data with two pictures", says({"data": [{"url": "PICTURE"}, {"url": "PICTURE?2"}]}), RESULT)
 add("data with 8,000 pictures", says({"data": [{"url": f"PICTURE?{n}"} for n in range(8000)]}), RESULT)
+add("a relative address", says({"data": [{"url": "/other.png"}]}), RESULT, download=True)
 for _what, _odd in (
     ("null", None),
     ("a number", 17),
@@ -236,6 +239,43 @@ add(
     download=True,
     timeout=SHORT,
 )
+# Images that gateways put into the reply itself.
+
+_DATA: Final = base64.b64encode(PICTURE).decode()
+_LARGE: Final = base64.b64encode(pictures.png(724, 724, noise="reply")).decode()
+for _what, _item in (
+    ("in base64", {"b64_json": _DATA}),
+    ("of 1.5 MB in base64", {"b64_json": _LARGE}),
+    ("of 1.5 MB as a data URL", {"url": f"data:image/png;base64,{_LARGE}"}),
+    ("in base64 beside an address", {"b64_json": _DATA, "url": "PICTURE"}),
+    ("in base64 that is cut, beside an address", {"b64_json": _LARGE[:-100], "url": "PICTURE"}),
+    ("in base64 that is none, beside an address", {"b64_json": "!!!", "url": "PICTURE"}),
+    ("in base64 beside an odd address", {"b64_json": _DATA, "url": "javascript:alert(1)"}),
+    ("in base64 that is cut", {"b64_json": _LARGE[:-100]}),
+    ("in base64 that is a page", {"b64_json": base64.b64encode(_PAGE).decode()}),
+):
+    add(f"an image {_what}", says({"created": 1, "data": [_item]}), RESULT, download=True)
+add("an image in base64 and an error object", says({"data": [{"b64_json": _DATA}], **error("1302")}), RESULT, *UNSURE)
+add("three images in base64", says({"data": [{"b64_json": _DATA}] * 2 + [{"b64_json": _LARGE}]}), RESULT, download=True)
+add(
+    "an image in base64 that breaks off",
+    raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n", f'{{"data":[{{"b64_json":"{_LARGE}'.encode()),
+    *UNSURE,
+)
+add(
+    "an image in base64 in gzip",
+    sends(gzip.compress(json.dumps({"data": [{"b64_json": _LARGE}]}).encode()), 200, "Content-Encoding: gzip"),
+    RESULT,
+    download=True,
+)
+
+
+@reply_fault("base64 without end", MALFORMED, timeout=20.0)
+def _(connection: Connection, request: Request) -> None:
+    connection.send(b'HTTP/1.1 200 OK\r\n\r\n{"data":[{"b64_json":"')
+    connection.flood(b"A" * 2**20)
+
+
 for _what, _odd in (
     ("a string", "1760335349"),
     ("a word", "yesterday"),
