@@ -20,7 +20,7 @@
     │   ├── CogViewMalformedReplyError           the reply could not be understood
     │   └── CogViewTaskUnfinishedError           a task was accepted but has not ended; it can be resumed
     ├── CogViewTaskFailedError                   a task ended without a picture
-    ├── CogViewDownloadError                     the picture's bytes could not be had; its URL may still be good
+    ├── CogViewDownloadError                     the image's bytes could not be fetched; its URL may still work
     │   └── CogViewExpiredURLError               the link has ended
     └── CogViewStorageError                      the bytes could not be written, or are no longer there
 
@@ -403,7 +403,7 @@ class CogViewTaskFailedError(CogViewError, ToolException, RuntimeError):
 
 
 class CogViewDownloadError(CogViewError, RuntimeError):
-    """When the bytes of a picture that was made could not be had. Fetching is free and may be repeated.
+    """When the bytes of an image that was made could not be fetched. Fetching is free and may be repeated.
 
     Attributes:
         transient: Whether a later try may do better.
