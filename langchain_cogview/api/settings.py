@@ -5,6 +5,7 @@ No function here raises while it holds a key in plain text, so that no traceback
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import SplitResult, urlsplit
@@ -36,6 +37,7 @@ _CONSOLES: Final[dict[Region, str]] = {
     "international": "https://z.ai (manage API keys)",
 }
 _ROUTES = ("/async/images/generations", "/images/generations", "/chat/completions", "/async-result")
+_warned_hosts: Final[set[str]] = set()
 _HOSTS: Final[dict[str, Region]] = {"open.bigmodel.cn": "china", "api.z.ai": "international"}
 
 
@@ -75,9 +77,13 @@ def normal_base_url(text: str) -> str:
     path = parts.path.rstrip("/")
     for route in _ROUTES:
         path = path.removesuffix(route)
-    if parts.hostname in _HOSTS:
+    if _host(parts) in _HOSTS:
         path = _known_path(parts, path)
     return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
+
+
+def _host(parts: SplitResult) -> str:
+    return (parts.hostname or "").rstrip(".")  # with and without the dot of the root it is the same host
 
 
 def _parts(url: str) -> SplitResult | None:
@@ -98,9 +104,26 @@ def _known_path(parts: SplitResult, path: str) -> str:
     if "/coding/" in f"{path}/":
         raise CogViewConfigurationError(
             "The base URL is the coding plan's, which does not cover images.",
-            hint=f"Use {BASE_URLS[_HOSTS[str(parts.hostname)]]} with an ordinary API key.",
+            hint=f"Use {BASE_URLS[_HOSTS[_host(parts)]]} with an ordinary API key.",
         )
     return "/api/paas/v4" if path in {"", "/api", "/api/paas"} else path
+
+
+def plain_text_doubt(base_url: str) -> str | None:
+    """What to say, once for each host, of a base URL that sends the key over the network in plain text."""
+    parts = urlsplit(base_url)
+    host = _host(parts)
+    if parts.scheme != "http" or _is_loopback(host) or host in _warned_hosts:
+        return None
+    _warned_hosts.add(host)
+    return f"The base URL is http: the key goes over the network to {host} in plain text. Use https if the gateway offers it."
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def both_keys_are_set() -> bool:
@@ -110,8 +133,8 @@ def both_keys_are_set() -> bool:
 
 def region_of(base_url: str | None, region: Region | None) -> Region:
     """The platform: what was said, else what the base URL's host tells, else the one whose key is set, else China."""
-    host = urlsplit(base_url).hostname if base_url and not is_sandbox(base_url) else None
-    told = _HOSTS.get(host or "")
+    host = _host(urlsplit(base_url)) if base_url and not is_sandbox(base_url) else ""
+    told = _HOSTS.get(host)
     if region and told and region != told:
         raise CogViewConfigurationError(
             f"region={region!r} does not go with the base URL {base_url}, which is {told}.",
@@ -225,6 +248,9 @@ def service_doubts(service: Service, models: Iterable[str], *, chosen: bool) -> 
     """
     if is_sandbox(service.base_url):
         return
+    plain_text = plain_text_doubt(service.base_url)
+    if plain_text:
+        yield plain_text
     if not (chosen or environment(BASE_URL_VARIABLE)) and both_keys_are_set():
         yield "ZHIPUAI_API_KEY and ZAI_API_KEY are both set: the first is used, with region='china'. Pass region= to choose."
     for name in models:

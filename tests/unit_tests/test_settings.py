@@ -1,6 +1,8 @@
 """Where the service is and with what key; wrong settings are told before any request, never with the key."""
 
 import traceback
+import uuid
+import warnings
 
 import pytest
 
@@ -169,6 +171,42 @@ def test_an_unknown_model_warns_when_the_generator_is_made():
 )
 def test_slips_in_the_base_url_are_explained(base_url, text):
     with pytest.raises(CogViewConfigurationError, match=text):
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    ["http://open.bigmodel.cn", "http://OPEN.BIGMODEL.CN:80/x", "http://open.bigmodel.cn./", "http://api.z.ai./v4"],
+)
+def test_plain_http_to_the_providers_own_hosts_is_refused(base_url):
+    with pytest.raises(CogViewConfigurationError, match="plain text"):
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)
+
+
+def test_plain_http_to_another_host_is_warned_of_once():
+    base_url = f"http://gateway-{uuid.uuid4().hex}"
+    with pytest.warns(UserWarning, match=r"goes over the network to gateway-\w+ in plain text"):
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in ("", "/v1", ":8080/v2"):
+            CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url + path)
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "http://127.0.0.1:9",
+        "http://[::1]:9",
+        "http://localhost",
+        "http://api.localhost:8080",
+        "https://gateway",
+        "sandbox:",
+    ],
+)
+def test_what_stays_on_this_machine_or_is_encrypted_is_not_warned_of(base_url):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)
 
 
