@@ -6,13 +6,14 @@ because a front end shows one representation only, and the caption belongs to it
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.content_filter import most_severe
 from langchain_cogview.errors import Scope, printable
-from langchain_cogview.images.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, made_from
+from langchain_cogview.images.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, made_from
 from langchain_cogview.images.tiles import Room, Tile, fitted, json_bytes, page_of
 
 if TYPE_CHECKING:
@@ -169,12 +170,15 @@ def _output(tiles: Sequence[Tile], text: str, limit: int) -> dict[str, Any]:
 
 def show(image: Shown, to_pil: Callable[[], Any]) -> None:
     """Show a picture: in a notebook as output, elsewhere with the system's viewer."""
-    if not in_kernel():
-        to_pil().show()
-        return
-    from IPython.display import display  # noqa: PLC0415
+    if in_marimo():
+        marimo = sys.modules["marimo"]
+        marimo.output.append(marimo.Html(bundle(image, image.read())["text/html"]))
+    elif in_kernel():
+        from IPython.display import display  # noqa: PLC0415
 
-    display(bundle(image, image.read()), raw=True)  # type: ignore[no-untyped-call,unused-ignore]
+        display(bundle(image, image.read()), raw=True)  # type: ignore[no-untyped-call,unused-ignore]
+    else:
+        to_pil().show()
 
 
 # --- tiles

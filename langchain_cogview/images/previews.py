@@ -1,7 +1,7 @@
 """Small pictures to look at: made where a picture's bytes are at hand, and held in memory for a notebook's outputs.
 
-What a notebook shows may neither read a file nor fetch. So inside a Jupyter kernel a preview is made when a picture is made, and
-found again by the picture's hash: by its result, its artifact, or a gallery of either. Elsewhere nothing is made or loaded.
+What a notebook shows may neither read a file nor fetch. So inside a notebook (Jupyter, marimo) a preview is made when an image is
+made, and found again by the image's hash: by its result, its artifact, or a gallery of either. Elsewhere none is made.
 """
 
 from __future__ import annotations
@@ -70,6 +70,25 @@ def in_kernel() -> bool:
     """Whether this is a Jupyter kernel. Where IPython is not loaded it is none; it is not loaded to find out."""
     ask = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return ask is not None and getattr(ask(), "kernel", None) is not None
+
+
+def in_notebook() -> bool:
+    """Whether this process shows its results in a notebook of Jupyter or marimo."""
+    return in_kernel() or in_marimo()
+
+
+def in_marimo() -> bool:
+    """Whether this is a marimo notebook. Where marimo is not loaded it is not; it is not loaded to find out."""
+    ask = getattr(sys.modules.get("marimo"), "running_in_notebook", None)
+    if ask is not None and ask():
+        _Marimo.seen = True
+    return _Marimo.seen
+
+
+class _Marimo:
+    """marimo knows its notebook in the cell's own thread alone; what a cell starts in other threads belongs to it, too."""
+
+    seen = False
 
 
 def preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SIDE) -> Preview | None:
@@ -222,17 +241,17 @@ def made_from(content: bytes | None, sha256: str | None) -> Preview | None:
 
 
 def remember(images: Iterable[Previewable]) -> None:
-    """Make and hold previews of pictures that were just made, from memory or their files; in a Jupyter kernel only.
+    """Make and hold previews of pictures that were just made, from memory or their files; in a notebook only.
 
     Costs some 30 ms for each picture. Whatever goes wrong is logged: it must not cost a picture that was paid for.
     """
-    if in_kernel():
+    if in_notebook():
         _remember(images)
 
 
 async def aremember(images: Iterable[Previewable]) -> None:
     """Async version of `remember`."""
-    if in_kernel():
+    if in_notebook():
         await in_thread(_remember, images)
 
 
