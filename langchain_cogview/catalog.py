@@ -70,6 +70,11 @@ def currency_of(region: Region) -> str:
     return "CNY" if region == "china" else "USD"
 
 
+def money_text(amount: Decimal, currency: str | None) -> str:
+    """An amount of money as people read it, such as `0.06 CNY`."""
+    return f"{amount:f} {currency or ''}".rstrip()
+
+
 class SizeRule(NamedTuple):
     """Which custom sizes a model takes: each side in pixels, and the product of both."""
 

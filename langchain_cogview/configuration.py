@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from langchain_cogview.catalog import Quality, Region, model_warning
+from langchain_cogview.catalog import Quality, Region, model_info, model_warning
+from langchain_cogview.cost import checked_amount
 from langchain_cogview.request import ImageRequest, describe_validation
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from langchain_core.caches import BaseCache
     from langchain_core.rate_limiters import BaseRateLimiter
 
+REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
+"""The arguments of a request that a generator has defaults for."""
 _DAY = 86_400
 _USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 
@@ -188,23 +191,34 @@ def checked_folder(value: Any) -> Any:
     return value
 
 
-def checked_defaults(defaults: Mapping[str, Any], fallback_models: Sequence[str]) -> Iterator[str]:
-    """Check what every request of a generator says.
+def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Check the settings of a generator that depend on each other or on tables.
+
+    Args:
+        settings: By the name of the field, each of the right type.
 
     Returns:
         Warnings about its models.
 
     Raises:
-        ValueError: A default is illegal.
+        ValueError: A setting is illegal, or does not go with another.
     """
     problem = None
     try:
-        request = ImageRequest(prompt="-", **defaults)
+        request = ImageRequest(prompt="-", **{name: settings[name] for name in REQUEST_DEFAULTS})
     except ValidationError as error:
         problem = describe_validation(error)
     if problem:
         raise ValueError(problem)
-    return filter(None, (*request.warnings, *map(model_warning, fallback_models)))
+    check_hosts(settings["allowed_image_hosts"] or ())
+    for amount in (settings["prices"] or {}).values():
+        checked_amount(amount)
+    if not settings["download"] and settings["output_dir"] is not None:
+        raise ValueError("output_dir needs the bytes: leave download=False out.")
+    models = (settings["model"], *settings["fallback_models"])
+    if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
+        raise ValueError("use_tasks=True needs a model of the task endpoint, such as 'glm-image'.")
+    return filter(None, (*request.warnings, *map(model_warning, settings["fallback_models"])))
 
 
 def found_folder(output_dir: Path | str | None, storage_options: Mapping[str, Any] | None) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.catalog import PRICES_AS_OF
+from langchain_cogview.catalog import PRICES_AS_OF, money_text
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Outcome, printable
 from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 
@@ -83,7 +83,7 @@ class Money:
         return cls.of({name: getattr(image, name) for name in facts})
 
     def __str__(self) -> str:
-        return "unknown price" if self.amount is None else f"{self.amount:f} {self.currency or ''}".rstrip()
+        return "unknown price" if self.amount is None else money_text(self.amount, self.currency)
 
 
 @dataclass(slots=True)

@@ -30,8 +30,7 @@ from langchain_cogview.batches import (
 )
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import loaded
-from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
-from langchain_cogview.errors import CogViewConfigurationError
+from langchain_cogview.cost import Budget, Money, Reservation, reserved
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
 from langchain_cogview.inputs import ImageInput, request_of
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from langchain_cogview.api.tasks import TasksClient
     from langchain_cogview.drawing import CallSettings, ImageCall
 
-REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 _FETCHING = 4
 _INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
 _SERVICE: Final = frozenset({"api_key", "region", "base_url"})
@@ -204,31 +202,18 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
-        models = (self.model, *self.fallback_models)
-        defaults = {name: getattr(self, name) for name in REQUEST_DEFAULTS}
-        for warning in configuration.checked_defaults(defaults, self.fallback_models):
+        for warning in configuration.checked_settings(dict(self)):
             warnings.warn(warning, stacklevel=2)
-        configuration.check_hosts(self.allowed_image_hosts or ())
-        for amount in (self.prices or {}).values():
-            checked_amount(amount)
-        if not self.download and self.output_dir is not None:
-            raise ValueError("output_dir needs the bytes: leave download=False out.")
-        if self.use_tasks is True and not all(model_info(name).tasks for name in models):
-            raise ValueError("use_tasks=True needs a model of the task endpoint, such as 'glm-image'.")
         self._folder = configuration.found_folder(self.output_dir, self.storage_options)
         if self.cache is not None:
             from langchain_cogview.cache import picture_cache  # noqa: PLC0415  it brings the HTTP stack
 
             self._cache = picture_cache(self.cache)
-        service = find_service(self.api_key, self.region, self.base_url)
+        injected = self.http_client is not None or self.http_async_client is not None
+        service = find_service(self.api_key, self.region, self.base_url, injected=injected)
         self._key, self._region, self._base_url = service
-        if is_sandbox(self._base_url) and (self.http_client is not None or self.http_async_client is not None):
-            raise CogViewConfigurationError(
-                "The sandbox in this process is not reached by an HTTP client.",
-                hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
-            )
         chosen = bool(self.api_key or self.region or self.base_url)
-        for warning in service_doubts(service, models, chosen=chosen):
+        for warning in service_doubts(service, (self.model, *self.fallback_models), chosen=chosen):
             warnings.warn(warning, stacklevel=2)
         return self
 
@@ -570,7 +555,7 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     # --- pure decisions
 
     def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
-        return request_of(given, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
+        return request_of(given, {name: getattr(self, name) for name in configuration.REQUEST_DEFAULTS} | overrides)
 
     def _teller(self, run_manager: RunManager, config: RunnableConfig) -> Teller:
         metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)

@@ -225,7 +225,9 @@ class Service(NamedTuple):
     base_url: str
 
 
-def find_service(api_key: SecretStr | None, region: Region | None, base_url: str | None) -> Service:
+def find_service(
+    api_key: SecretStr | None, region: Region | None, base_url: str | None, *, injected: bool = False
+) -> Service:
     """Complete what was given from the environment.
 
     Raises:
@@ -234,6 +236,11 @@ def find_service(api_key: SecretStr | None, region: Region | None, base_url: str
     base_url = environment(BASE_URL_VARIABLE) if base_url is None else base_url
     found = region_of(None if base_url is None else normal_base_url(base_url), region)
     url = normal_base_url(BASE_URLS[found] if base_url is None else base_url)
+    if injected and is_sandbox(url):
+        raise CogViewConfigurationError(
+            "The sandbox in this process is not reached by an HTTP client.",
+            hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
+        )
     key = SANDBOX_KEY if is_sandbox(url) else found_key(api_key, found)
     return Service(key, found, url)
 

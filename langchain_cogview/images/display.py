@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from langchain_cogview.catalog import money_text
 from langchain_cogview.content_filter import most_severe
 from langchain_cogview.errors import Scope, printable
 from langchain_cogview.images.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, made_from
@@ -273,7 +274,7 @@ def cost_text(image: Shown) -> str:
         return "sandbox, no cost"
     if image.cost is None:
         return "price unknown"
-    return f"{image.cost:f} {image.currency or ''}".strip() if image.cost else "no cost"
+    return money_text(image.cost, image.currency) if image.cost else "no cost"
 
 
 def _where(image: Shown, content: bytes | None) -> str:

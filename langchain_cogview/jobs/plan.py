@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from langchain_cogview.api.settings import is_sandbox
+from langchain_cogview.catalog import money_text
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 from langchain_cogview.jobs.prompts import PromptFormat, PromptSource, read_prompts
 from langchain_cogview.request import ImageRequest, describe_validation
@@ -162,7 +163,7 @@ def counted(count: int, what: str) -> str:
 
 def money(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
     """`0.06 CNY`; what has no price is told beside."""
-    known = [f"{amount.normalize():f} {currency}" for currency, amount in cost.items()]
+    known = [money_text(amount, currency) for currency, amount in cost.items()]
     unknown = [f"{counted(unpriced, 'picture')} of unknown price"] if unpriced else []
     return " and ".join(known + unknown) or "no cost"
 

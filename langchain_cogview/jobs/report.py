@@ -7,9 +7,9 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, Outcome, error_class
 from langchain_cogview.images.contact_sheet import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.jobs.folder import JobFolder
@@ -20,6 +20,7 @@ from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from decimal import Decimal
     from pathlib import Path
 
     from langchain_cogview.jobs.run import JobRun
@@ -172,8 +173,8 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
         unknown=survey.unknown(with_running=True),
         bad=len(survey.prompts.problems),
         pictures=run.made,
-        cost=run.cost,
-        unpriced=run.unpriced,
+        cost=run.charges.amounts,
+        unpriced=run.charges.unpriced,
         total_cost=total,
         seconds=round(time.monotonic() - started, 3),
         over_budget=run.over_budget,
@@ -189,10 +190,9 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
 
 def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[str, ...]]:
     history, folder = run.survey.history, run.folder
-    total: dict[str, Decimal] = {}
+    total = Charges()
     for finished in history.finished.values():
-        if finished.cost is not None and finished.currency:
-            total[finished.currency] = total.get(finished.currency, Decimal(0)) + Decimal(finished.cost)
+        total.add(Money.of({"cost": finished.cost, "currency": finished.currency}))
     try:
         folder.check()
         if history.superseded:
@@ -200,7 +200,7 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
         name = _sheet_name(folder)
         order = sorted(history.finished.values(), key=lambda each: (each.line, each.start))
         tiles = (tile for each in order for tile in _tiles(run.manifest.read(each.start, each.size)))
-        facts = (f"{counted(len(order), 'prompt')}, {money(total)}.",)
+        facts = (f"{counted(len(order), 'prompt')}, {money(total.amounts)}.",)
         folder.replace(name, contact_sheet(tiles, title=f"CogView: {folder.path.name}", facts=facts))
     except (OSError, CogViewError) as error:
         reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
@@ -210,10 +210,10 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
                 hint="All else is in the manifest; run the job again to write the page.",
             )
         )
-        return total, None, ()
+        return total.amounts, None, ()
     first = CONTACT_SHEETS[0]
     other = f"The folder has another {first}, which stays as it is: the contact sheet is {name}."
-    return total, folder.path / name, (other,) if name != first else ()
+    return total.amounts, folder.path / name, (other,) if name != first else ()
 
 
 def _sheet_name(folder: JobFolder) -> str:

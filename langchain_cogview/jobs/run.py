@@ -6,12 +6,12 @@ import logging
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.concurrency import in_thread
+from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewBudgetError,
     CogViewContentFilterError,
@@ -77,8 +77,7 @@ class JobRun:
         over_budget: Whether a prompt was left because of the budget.
         errors: Names of the classes of errors that are not in the manifest, counted.
         made: Pictures that were made or recovered.
-        cost: Of those, by currency.
-        unpriced: How many of them have no known price.
+        charges: What those cost.
     """
 
     def __init__(
@@ -100,8 +99,8 @@ class JobRun:
         self.asked_to_stop: threading.Event | None = None
         self.over_budget = False
         self.errors: Counter[str] = Counter()
-        self.made = self.unpriced = 0
-        self.cost: dict[str, Decimal] = {}
+        self.made = 0
+        self.charges = Charges()
         self._budget = budget
         self._limit = limit
         self._next = self._started = self._not_run = 0
@@ -439,10 +438,4 @@ class JobRun:
             self.survey.history.take(*place, values)
             self.made += len(images)
             for image in images:
-                self._count_cost(image["cost"], values["currency"])
-
-    def _count_cost(self, cost: str | None, currency: str | None) -> None:
-        if cost is None or currency is None:
-            self.unpriced += 1
-        else:
-            self.cost[currency] = self.cost.get(currency, Decimal(0)) + Decimal(cost)
+                self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))

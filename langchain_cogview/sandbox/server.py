@@ -154,7 +154,8 @@ class _Server(ThreadingHTTPServer):
         self._open: set[socket.socket] = set()
         self._changed = threading.Condition()
         super().__init__(address, _Handler)
-        self.host, self.port = host, _ = str(self.server_address[0]), int(self.server_address[1])
+        host, self.port = str(self.server_address[0]), int(self.server_address[1])
+        self.host = host
         self.origin = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def server_bind(self) -> None:

@@ -149,7 +149,7 @@ def test_an_argument_that_does_not_exist_gets_an_answer_without_its_value(make, 
         {"download": False, "output_dir": "x"},
         {"n": 0},
         {"user_id": "12345"},
-        {"quality": "best"},
+        {"quality": "sepia"},
         {"size": "1x1"},
     ],
 )
