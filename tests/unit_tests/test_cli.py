@@ -630,7 +630,7 @@ def test_every_error_has_its_exit_code():
     ("arguments", "words"),
     [
         (("--size", "1000x1000"), "size: The size '1000x1000' is not legal for cogview-4-250304"),
-        (("--quality", "best"), "quality: Input should be 'standard' or 'hd'"),
+        (("--quality", "purple"), "quality: Input should be 'standard' or 'hd'"),
         (("--model", "glm-image", "--quality", "standard"), "glm-image knows only quality 'hd'."),
         (("--n", "0"), "n: Input should be greater than or equal to 1"),
         (("--n", "two"), "Invalid value for '--n'"),
