@@ -103,7 +103,7 @@ def _load(scheme: str) -> None:
 
 
 _HTTP_MODULES: Final = ("anyio.streams.tls",)
-_MODULES: Final = {"sandbox": ("langchain_cogview.sandbox.transport",)}
+_MODULES: Final = {"sandbox": ("langchain_cogview.sandbox.service",)}
 _LOADED: Final[set[str]] = set()
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from langchain_cogview.sandbox.transport import SandboxTransport
+    from langchain_cogview.sandbox.service import SandboxTransport
 
 KEEPALIVE_SECONDS: Final = 30.0
 """How long a connection may be idle and be used again; after that nobody knows what became of it."""
@@ -442,8 +442,7 @@ def asender(
 
 
 def _sandbox(base_url: str | None) -> SandboxTransport:
-    from langchain_cogview.sandbox.service import sandbox_at  # noqa: PLC0415
-    from langchain_cogview.sandbox.transport import SandboxTransport  # noqa: PLC0415
+    from langchain_cogview.sandbox.service import SandboxTransport, sandbox_at  # noqa: PLC0415
 
     try:
         return SandboxTransport(sandbox_at(base_url or "sandbox:"))

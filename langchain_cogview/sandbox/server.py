@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from langchain_cogview.addresses import SANDBOX_SERVERS
-from langchain_cogview.sandbox.faults import error_body, to_json
-from langchain_cogview.sandbox.records import API_PREFIX, SandboxReply
-from langchain_cogview.sandbox.replies import json_reply, too_long
+from langchain_cogview.sandbox.faults import SandboxReply, error_body, json_reply, to_json, too_long
 from langchain_cogview.sandbox.service import MAX_BODY, Sandbox
+from langchain_cogview.sandbox.state import API_PREFIX
 
 if TYPE_CHECKING:
     from types import TracebackType

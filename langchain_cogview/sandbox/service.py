@@ -6,6 +6,7 @@ words in the prompt (the table is in `faults.py`) or from the outside, with `San
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import re
@@ -18,34 +19,50 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import httpx
+
 from langchain_cogview.catalog import find_model
-from langchain_cogview.sandbox.faults import Fault, error_body, faults_of, make_fault, to_json
-from langchain_cogview.sandbox.ledger import ROUTE as PICTURE_ROUTE
-from langchain_cogview.sandbox.ledger import Ledger
-from langchain_cogview.sandbox.limits import Account, Limit, Places, account_of, allowed, read_limit
-from langchain_cogview.sandbox.order import Order, OrderRefusedError, read_body, read_order
-from langchain_cogview.sandbox.picture import draw_seed, seed_of
-from langchain_cogview.sandbox.records import (
-    API_PREFIX,
-    History,
-    SandboxPicture,
-    SandboxReply,
-    SandboxRequest,
-    request_size,
-)
-from langchain_cogview.sandbox.replies import (
+from langchain_cogview.sandbox.faults import (
     NO_AUTHORIZATION,
     NO_TASK,
     WRONG_ROUTE,
+    Fault,
+    SandboxReply,
+    error_body,
+    faults_of,
     filter_entries,
     json_reply,
+    make_fault,
     png_reply,
     refused,
     success,
+    to_json,
     too_long,
 )
-from langchain_cogview.sandbox.tasks import ROUTE as TASK_ROUTE
-from langchain_cogview.sandbox.tasks import Task, Tasks, asked_for
+from langchain_cogview.sandbox.picture import draw_seed, seed_of
+from langchain_cogview.sandbox.state import (
+    API_PREFIX,
+    PICTURE_ROUTE,
+    TASK_ROUTE,
+    Account,
+    History,
+    Ledger,
+    Limit,
+    Order,
+    OrderRefusedError,
+    Places,
+    SandboxPicture,
+    SandboxRequest,
+    Task,
+    Tasks,
+    account_of,
+    allowed,
+    asked_for,
+    read_body,
+    read_limit,
+    read_order,
+    request_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -435,3 +452,52 @@ def _unregister(sandbox: Sandbox) -> None:
     with _registry_lock:
         if _registry.get(sandbox.name) is sandbox:
             del _registry[sandbox.name]
+
+
+class SandboxTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """Carries the requests of an `httpx.Client` or `httpx.AsyncClient` to a sandbox, whatever host they name.
+
+    A reply that is later than the client's read timeout becomes `httpx.ReadTimeout`, as over a wire; by then the
+    sandbox has made, and counted, its picture.
+
+    Example:
+        >>> client = httpx.Client(transport=SandboxTransport(Sandbox()))
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer, after the reply's delay."""
+        body = request.read()
+        with self.sandbox.admit(request.method, _path(request), request.headers, body) as reply:
+            wait = _wait(request, reply)
+            if wait:
+                time.sleep(wait)
+        return _response(request, reply, wait)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer, after the reply's delay."""
+        body = await request.aread()
+        with self.sandbox.admit(request.method, _path(request), request.headers, body) as reply:
+            wait = _wait(request, reply)
+            if wait:
+                await asyncio.sleep(wait)
+        return _response(request, reply, wait)
+
+
+def _path(request: httpx.Request) -> str:
+    return request.url.raw_path.decode("ascii")
+
+
+def _wait(request: httpx.Request, reply: SandboxReply) -> float:
+    read = request.extensions.get("timeout", {}).get("read")
+    return reply.delay if read is None else min(reply.delay, read)
+
+
+def _response(request: httpx.Request, reply: SandboxReply, waited: float) -> httpx.Response:
+    if waited < reply.delay:
+        raise httpx.ReadTimeout("The sandbox took longer than the read timeout.", request=request)
+    headers = {**reply.headers, "content-length": str(len(reply.body))}
+    # As a stream and not as content, which httpx would read at once: then nobody could iterate over the raw bytes.
+    return httpx.Response(reply.status, headers=headers, stream=httpx.ByteStream(reply.body), request=request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pathlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,12 @@ from hypothesis import strategies as st
 
 from langchain_cogview.catalog import MODELS
 from langchain_cogview.images.formats import inspect
-from langchain_cogview.sandbox import Sandbox, SandboxServer, tasks
-from langchain_cogview.sandbox.ledger import LINK_LIFETIME
-from langchain_cogview.sandbox.transport import SandboxTransport
+from langchain_cogview.sandbox import Sandbox, SandboxServer
+from langchain_cogview.sandbox import state as sandbox_state
+from langchain_cogview.sandbox.service import SandboxTransport
+from langchain_cogview.sandbox.state import LINK_LIFETIME
+from tests.conftest import FIXTURES
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 BASE = "/api/paas/v4"
@@ -348,7 +348,7 @@ def test_reset_forgets_tasks_and_gives_their_places_back(sandbox):
 
 
 def test_tasks_are_forgotten_before_they_fill_the_memory(monkeypatch, clock):
-    monkeypatch.setattr(tasks, "MAX_TASKS", 3)
+    monkeypatch.setattr(sandbox_state, "MAX_TASKS", 3)
     sandbox = Sandbox(latency=10, clock=clock)
     ids = [submit(sandbox) for _ in range(3)]
     poll(sandbox, ids[0])

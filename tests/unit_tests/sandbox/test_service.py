@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import io
 import json
-import pathlib
 import signal
 import socket
 import subprocess
@@ -26,13 +25,12 @@ from PIL import Image
 
 from langchain_cogview.catalog import MODELS
 from langchain_cogview.images.formats import inspect
-from langchain_cogview.sandbox import Sandbox, SandboxServer, faults, ledger, service
+from langchain_cogview.sandbox import Sandbox, SandboxServer, faults, service, state
 from langchain_cogview.sandbox.__main__ import main
 from langchain_cogview.sandbox.picture import draw
-from langchain_cogview.sandbox.service import sandbox_at
-from langchain_cogview.sandbox.transport import SandboxTransport
+from langchain_cogview.sandbox.service import SandboxTransport, sandbox_at
+from tests.conftest import FIXTURES
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 ROUTE = "/api/paas/v4/images/generations"
@@ -307,7 +305,7 @@ def test_a_link_with_a_changed_query_is_no_good(sandbox):
 def test_a_link_ends(sandbox, monkeypatch):
     reply = post(sandbox)
     now = time.time()
-    monkeypatch.setattr(ledger.time, "time", lambda: now + ledger.LINK_LIFETIME + 2)
+    monkeypatch.setattr(state.time, "time", lambda: now + state.LINK_LIFETIME + 2)
     assert get(sandbox, reply).status == 403
 
 
@@ -551,7 +549,7 @@ def test_it_remembers_what_it_was_sent_but_not_the_key(sandbox):
 
 def test_its_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(service, "MAX_REQUESTS", 5)
-    monkeypatch.setattr(ledger, "MAX_PICTURES", 3)
+    monkeypatch.setattr(state, "MAX_PICTURES", 3)
     sandbox = Sandbox()
     replies = [post(sandbox, f"kitten {i} [[rate-limit:0]]") for i in range(8)]
     assert [get(sandbox, reply).status for reply in replies] == [404] * 5 + [200] * 3
@@ -575,7 +573,7 @@ def test_its_memory_is_bounded(monkeypatch):
 )
 def test_large_requests_are_forgotten_before_they_fill_the_memory(monkeypatch, fields):
     monkeypatch.setattr(service, "MAX_REQUESTS_BYTES", 1 << 20)
-    monkeypatch.setattr(ledger, "MAX_LEDGER_BYTES", 1 << 18)
+    monkeypatch.setattr(state, "MAX_LEDGER_BYTES", 1 << 18)
     sandbox = Sandbox()
     tracemalloc.start()
     try:
