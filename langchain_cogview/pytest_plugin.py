@@ -21,14 +21,14 @@ _KEYS = ("ZHIPUAI_API_KEY", "ZAI_API_KEY")
 def cogview_sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     """A sandbox of this test's own, which every generator and tool uses that names no `base_url`.
 
-    It counts requests (`requests`, `ledger`, `pictures_made`), scripts replies (`fail_next`), and has limits (`in_flight_limit`,
+    It counts requests (`requests`, `ledger`, `images_made`), scripts replies (`fail_next`), and has limits (`in_flight_limit`,
     `latency`). The keys are out of the environment while the test runs, so that nothing can be paid by mistake.
 
     Example:
         >>> def test_the_third_picture_is_blocked(cogview_sandbox):
         ...     cogview_sandbox.fail_next("content-filter", after=2)
         ...     run_my_agent()
-        ...     assert cogview_sandbox.pictures_made == 2
+        ...     assert cogview_sandbox.images_made == 2
     """
     from langchain_cogview.sandbox import Sandbox  # noqa: PLC0415
 

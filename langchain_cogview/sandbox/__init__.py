@@ -2,6 +2,6 @@
 
 from langchain_cogview.sandbox.server import SandboxServer
 from langchain_cogview.sandbox.service import Sandbox
-from langchain_cogview.sandbox.state import SandboxPicture, SandboxRequest
+from langchain_cogview.sandbox.state import SandboxImage, SandboxRequest
 
-__all__ = ["Sandbox", "SandboxPicture", "SandboxRequest", "SandboxServer"]
+__all__ = ["Sandbox", "SandboxImage", "SandboxRequest", "SandboxServer"]

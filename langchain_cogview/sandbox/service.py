@@ -42,7 +42,7 @@ from langchain_cogview.sandbox.faults import (
 from langchain_cogview.sandbox.picture import draw_seed, seed_of
 from langchain_cogview.sandbox.state import (
     API_PREFIX,
-    PICTURE_ROUTE,
+    FILE_ROUTE,
     TASK_ROUTE,
     Account,
     History,
@@ -51,7 +51,7 @@ from langchain_cogview.sandbox.state import (
     Order,
     OrderRefusedError,
     Places,
-    SandboxPicture,
+    SandboxImage,
     SandboxRequest,
     Task,
     Tasks,
@@ -99,7 +99,7 @@ class Sandbox:
         ...     sandbox.fail_next("rate-limit", retry_after=0)
         ...     generator = CogViewImageGenerator(base_url=sandbox.base_url, api_key="any")
         ...     generator.invoke("a kitten")
-        ...     assert sandbox.pictures_made == 1
+        ...     assert sandbox.images_made == 1
 
     Args:
         latency: Seconds that each picture takes. A task's POST is answered at once, and the task takes them.
@@ -158,13 +158,13 @@ class Sandbox:
             return list(self._downloads)
 
     @property
-    def ledger(self) -> list[SandboxPicture]:
+    def ledger(self) -> list[SandboxImage]:
         """The pictures that the real service would have made and charged; the last 100,000 (or 64 MiB), oldest first."""
         with self._lock:
             return list(self._ledger.entries)
 
     @property
-    def pictures_made(self) -> int:
+    def images_made(self) -> int:
         """How many pictures the real service would have made and charged."""
         return self._ledger.made
 
@@ -225,7 +225,7 @@ class Sandbox:
         _unregister(self)
 
     def __repr__(self) -> str:
-        return f"Sandbox({self.base_url!r}, pictures_made={self.pictures_made})"
+        return f"Sandbox({self.base_url!r}, images_made={self.images_made})"
 
     @contextmanager
     def admit(
@@ -281,7 +281,7 @@ class Sandbox:
                 return self._generate(request, key, origin, task=route == TASK_ROUTE, limited=limited)
         if method == "GET" and asked_for(path):
             return self._poll(SandboxRequest(method, path, seen), key, origin), None
-        if method in ("GET", "HEAD") and path.startswith(PICTURE_ROUTE):
+        if method in ("GET", "HEAD") and path.startswith(FILE_ROUTE):
             return self._download(SandboxRequest(method, path, seen)), None
         return json_reply(200, WRONG_ROUTE), None
 

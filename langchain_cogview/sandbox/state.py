@@ -76,7 +76,7 @@ class SandboxRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class SandboxPicture:
+class SandboxImage:
     """A picture that the real service would have made and charged.
 
     Attributes:
@@ -129,7 +129,7 @@ def request_size(request: SandboxRequest, body: bytes) -> int:
     return _REQUEST_BYTES + sum(map(sys.getsizeof, texts)) + 4 * len(body) + _JSON_VALUE_BYTES * values
 
 
-def image_size(image: SandboxPicture) -> int:
+def image_size(image: SandboxImage) -> int:
     """Memory that an entry of the ledger takes."""
     return _IMAGE_BYTES + sys.getsizeof(image.prompt) + sys.getsizeof(image.request_id)
 
@@ -283,7 +283,7 @@ def allowed(limit: Limit, model: str) -> float:
     return float("inf") if number is None else number
 
 
-PICTURE_ROUTE: Final = "/pictures/"
+FILE_ROUTE: Final = "/files/"
 LINK_LIFETIME: Final = 86_400
 """Seconds for which a picture's link is good."""
 MAX_PICTURES: Final = 100_000
@@ -321,7 +321,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.made = 0
-        self.entries: History[SandboxPicture] = History(MAX_PICTURES, MAX_LEDGER_BYTES)
+        self.entries: History[SandboxImage] = History(MAX_PICTURES, MAX_LEDGER_BYTES)
         self._links: OrderedDict[str, PictureLink] = OrderedDict()
 
     def charge(
@@ -345,7 +345,7 @@ class Ledger:
         if len(self._links) > MAX_PICTURES:
             self._links.popitem(last=False)
         self.made += 1
-        made = SandboxPicture(
+        made = SandboxImage(
             prompt=order.prompt,
             model=order.model.name,
             size=f"{order.width}x{order.height}",
@@ -354,12 +354,12 @@ class Ledger:
             charged_at=now,
         )
         self.entries.append(made, image_size(made))
-        return f"{PICTURE_ROUTE}{identity}.png?Expires={expires}"
+        return f"{FILE_ROUTE}{identity}.png?Expires={expires}"
 
     def fetch(self, path: str) -> PictureLink | SandboxReply:
         """The picture behind a path and query, or the reply that it is not to be had."""
         route, _, query = path.partition("?")
-        identity = route.removeprefix(PICTURE_ROUTE).removesuffix(".png")
+        identity = route.removeprefix(FILE_ROUTE).removesuffix(".png")
         link = self._links.get(identity)
         if link is None:
             return json_reply(404, NO_FILE)

@@ -96,7 +96,7 @@ def test_a_bound_model_counts_at_its_own_price(sandbox, tmp_path, how):
     free = CogViewImageGenerator(model="cogview-3-flash", base_url=sandbox.base_url, output_dir=tmp_path)
     tool = CogViewImageTool(generator=free.bind(model="glm-image"), budget=Decimal("0.25"))
     assert [run(tool, how, prompt="x").status for _ in range(3)] == ["success", "success", "error"]
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_a_price_cannot_be_bound(sandbox, tmp_path):
@@ -172,9 +172,9 @@ def test_a_fallback_model_counts_at_its_own_price(sandbox, tmp_path, how):
     assert "nothing was sent" in run(tool, how, prompt="x").content
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, budget=Decimal("0.07"), **dear)
     sandbox.fail_next("busy")
-    before = sandbox.pictures_made
+    before = sandbox.images_made
     assert "does not cover" in run(tool, how, prompt="x").content
-    assert sandbox.pictures_made == before
+    assert sandbox.images_made == before
 
 
 @both
@@ -247,7 +247,7 @@ def test_one_budget_holds_for_many_threads_and_tasks_and_generators():
         asyncio.run(generators[3].abatch([f"q{number}" for number in range(10)], return_exceptions=True, budget=budget))
         for thread in threads:
             thread.join()
-        assert sandbox.pictures_made == len(posts(sandbox)) == budget.images == 5
+        assert sandbox.images_made == len(posts(sandbox)) == budget.images == 5
         assert str(budget.spent) == "0.30 CNY"
 
 

@@ -84,7 +84,7 @@ class Room:
 
     @property
     def paid(self):
-        return self.sandbox.pictures_made
+        return self.sandbox.images_made
 
     def of(self, prompt, **arguments):
         return self.cache.request(
@@ -247,7 +247,7 @@ def test_a_hit_is_not_stored_again(sandbox):
 def test_a_link_that_ends_after_it_was_stored_is_not_asked(sandbox):
     room = Room(sandbox, InMemoryCache())
     made = room.generator.invoke("a kitten").images[0]
-    room.of("a kitten").store(0, made.model_copy(update={"url": "https://sandbox.invalid/pictures/a.png?Expires=1"}))
+    room.of("a kitten").store(0, made.model_copy(update={"url": "https://sandbox.invalid/files/a.png?Expires=1"}))
     asked = []
     assert room.of("a kitten").lookup(0, asked.append) is None
     assert asked == []
@@ -551,7 +551,7 @@ def test_a_directory_outlives_link_and_file(sandbox, tmp_path):
     in_memory = Room(sandbox, tmp_path / "cache").image("a kitten")
     assert in_memory.path.is_relative_to(tmp_path / "cache" / "pictures")
     assert in_memory.path.read_bytes() == in_memory.read() == content
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 def test_equal_pictures_are_stored_once(sandbox, tmp_path):
@@ -856,7 +856,7 @@ def test_threads_that_hit_at_once_share_one_file(sandbox, tmp_path):
         thread.join()
     assert files(tmp_path / "out") == list({image.path for image in found})
     assert len(found) == 8
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 @HOWS
@@ -928,7 +928,7 @@ def test_the_same_request_is_paid_once(sandbox, tmp_path, how, where):
     assert (first.cached, second.cached, third.cached) == (False, True, False)
     assert [image.cached for image in third.images] == [True, False]
     assert (second.cost, second.sha256, second.path) == (0, first.sha256, first.path)
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 @pytest.mark.parametrize("how", ["batch", "abatch"])
@@ -938,7 +938,7 @@ def test_equal_requests_under_way_at_once_are_paid_once(sandbox, tmp_path, how):
     prompts = ["a fox", "a hare"] * 5
     results = generator.batch(prompts) if how == "batch" else asyncio.run(generator.abatch(prompts))
     assert [result.prompt for result in results] == prompts
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_a_cached_picture_counts_for_no_budget_and_tells_that_it_is_there(sandbox, tmp_path):

@@ -400,7 +400,7 @@ def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch)
     result = drawn("a cat", "-o", "cat.png")
     assert (result.exit_code, result.stdout, len(disk.asked)) == (6, "", 3)
     assert "The picture was made, but no file holds it. Its link (until " in result.stderr
-    assert "https://sandbox.invalid/pictures/" in result.stderr
+    assert "https://sandbox.invalid/files/" in result.stderr
 
 
 # --- the picture's bytes on the standard output
@@ -456,7 +456,7 @@ def test_a_pipe_that_is_closed_early_keeps_the_picture_too(tmp_path):
 def test_bytes_that_cannot_be_fetched_are_6_and_the_link_is_told(tmp_path):
     done = command("a cat [[expired-url]]", "-o", "-", "--sandbox", folder=tmp_path)
     assert (done.returncode, done.stdout) == (6, "")
-    assert "https://sandbox.invalid/pictures/" in done.stderr
+    assert "https://sandbox.invalid/files/" in done.stderr
 
 
 # --- the system's viewer
@@ -572,12 +572,12 @@ def test_nobody_at_the_address_is_5_and_shows_no_key(folder, monkeypatch):
 def test_a_picture_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folder):
     result = drawn("a cat [[expired-url]]", "-o", "cat.png")
     assert (result.exit_code, result.stdout) == (6, "")
-    assert "https://sandbox.invalid/pictures/" in result.stderr
+    assert "https://sandbox.invalid/files/" in result.stderr
     assert "Warning: The picture's link has expired or is refused" in result.stderr
     as_json = drawn("a cat [[expired-url]]", "-o", "cat.png", "--json")
     (image,) = json.loads(as_json.stdout)["images"]
     assert (as_json.exit_code, image["path"]) == (6, None)
-    assert image["url"].startswith("https://sandbox.invalid/pictures/")
+    assert image["url"].startswith("https://sandbox.invalid/files/")
     assert not Path("cat.png").exists()
 
 

@@ -60,7 +60,7 @@ def test_each_step_is_told_with_its_time_and_no_picture_is_made(server, sandbox,
     assert timed == {"look-up", "connect", "HTTP answer", "probe"}
     (request,) = sandbox.requests
     assert request.body == {"model": "cogview-doctor-probe"}
-    assert (sandbox.pictures_made, sandbox.downloads) == (0, [])
+    assert (sandbox.images_made, sandbox.downloads) == (0, [])
 
 
 def test_no_reason_alone_is_relied_on_for_the_refusal(sandbox):
@@ -68,7 +68,7 @@ def test_no_reason_alone_is_relied_on_for_the_refusal(sandbox):
     for half in ({"model": "cogview-4-250304"}, {"model": "cogview-doctor-probe", "prompt": "a cat"}):
         reply = sandbox.reply("POST", "/api/paas/v4/images/generations", headers, json.dumps(half).encode())
         assert reply.status == 400
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 def test_the_sandbox_needs_nothing():

@@ -26,7 +26,7 @@ def test_a_batch_ends_with_every_result(sandbox, download):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, download=download, max_concurrency=3)
     prompts = [f"picture {number}" for number in range(12)]
     assert [result.prompt for result in run_eagerly(generator.abatch(prompts))] == prompts
-    assert sandbox.pictures_made == 12
+    assert sandbox.images_made == 12
 
 
 def test_a_stream_over_hundreds_of_slots_ends_with_every_result(sandbox):
@@ -36,7 +36,7 @@ def test_a_stream_over_hundreds_of_slots_ends_with_every_result(sandbox):
         return sorted([number async for number, _ in generator.astream_many(f"{n}" for n in range(1000))])
 
     assert run_eagerly(numbers()) == [*range(1000)]
-    assert sandbox.pictures_made == 1000
+    assert sandbox.images_made == 1000
 
 
 def test_a_job_ends_with_every_picture(sandbox, tmp_path):

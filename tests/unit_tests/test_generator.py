@@ -259,7 +259,7 @@ def test_what_did_not_run_is_not_sent_again_when_the_answer_would_come_too_late(
     with pytest.raises(CogViewRateLimitError):
         generator.invoke("x") if how == "sync" else asyncio.run(generator.ainvoke("x"))
     assert len(sandbox.requests) == 1
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 def test_a_picture_that_is_not_there_yet_is_waited_for(generator, sandbox):
@@ -487,7 +487,7 @@ async def test_who_leaves_after_the_payment_is_told_where_the_picture_is(generat
     with pytest.raises(asyncio.CancelledError):
         await task
     assert sandbox.requests[0].request_id in caplog.text
-    assert "https://sandbox.invalid/pictures/" in caplog.text
+    assert "https://sandbox.invalid/files/" in caplog.text
 
 
 def test_a_setting_is_changed_by_a_copy_that_finds_its_own_service(sandbox):

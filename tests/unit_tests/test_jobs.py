@@ -130,7 +130,7 @@ def test_what_is_in_the_manifest_is_not_sent_again_though_the_file_has_grown_and
     assert sorted(sent(sandbox)) == ["a cat", "a dog", "a hare"]
     assert (again.made, again.skipped) == (1, 2)
     assert run(["a cat"]).skipped == 1
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
 
 
 def test_lines_that_say_the_same_are_drawn_each_and_told_by_number(run, out, sandbox):
@@ -141,7 +141,7 @@ def test_lines_that_say_the_same_are_drawn_each_and_told_by_number(run, out, san
     assert run(prompts).made == 4
     assert len(lines(out)) == len([*out.glob(PICTURES)]) == 4
     assert run(prompts).skipped == 4
-    assert sandbox.pictures_made == 4
+    assert sandbox.images_made == 4
 
 
 def test_unique_draws_them_once(run, out, sandbox):
@@ -169,7 +169,7 @@ def test_a_cached_picture_is_copied_into_the_folder_and_costs_nothing(run, out, 
     (image,) = line["images"]
     assert (image["cached"], line["cost"], line["request_ids"]) == (True, "0", [])
     assert (out / image["file"]).stat().st_size == image["size_bytes"]
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def test_handlers_hear_of_every_picture(run, sandbox):
@@ -287,7 +287,7 @@ def test_a_folder_of_other_arguments_is_refused_with_what_differs(run, out, sand
         with pytest.raises(CogViewConfigurationError) as caught:
             attempt(["a cat"], **other)
         assert words in caught.value.message
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def test_no_key_and_no_path_of_the_service_is_in_the_folder(tmp_path, out):
@@ -379,7 +379,7 @@ def test_a_picture_whose_line_was_not_written_is_entered_without_paying(run, out
     assert (plan.recovered, plan.pictures, plan.done) == (2, 0, 1)
     report = run(["a cat", "a dog", "a hare"])
     assert (report.made, report.skipped, report.pictures) == (2, 1, 2)
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
     assert len(lines(out)) == 3
     assert {path.name for path in out.glob(PICTURES)} == files
     for line in lines(out):
@@ -395,7 +395,7 @@ def test_a_manifest_cut_in_the_middle_of_a_line_is_read_up_to_there(run, out, sa
         report = run(["a cat", "a dog"])
         assert report.made + report.skipped == 2
         assert len(lines(out)) == 2
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_attempts_cut_in_the_middle_of_a_line_were_not_sent(run, out, sandbox):
@@ -417,7 +417,7 @@ def test_a_damaged_line_in_the_middle_refuses_the_job_by_its_number(out, sandbox
     (out / name).write_bytes(b"".join([first, damage, *rest]))
     with pytest.raises(CogViewConfigurationError, match=f"Line 2 of .*{name} is damaged"):
         again()
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
 
 
 def test_a_request_without_an_end_is_listed_and_repeated_only_when_asked_for(run, out, sandbox):
@@ -429,7 +429,7 @@ def test_a_request_without_an_end_is_listed_and_repeated_only_when_asked_for(run
     assert [(each.line, each.prompt, each.request_id) for each in report.unknown] == [(1, "a cat", lost)]
     assert (report.made, report.skipped, report.left, report.failed) == (0, 1, 0, 0)
     assert lost in str(report)
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
     repeated = run(prompts, retry_unknown=True)
     assert (repeated.made, repeated.unknown) == (1, ())
     (line,) = [line for line in lines(out) if line["arguments"]["prompt"] == "a cat"]
@@ -483,10 +483,10 @@ def test_a_task_that_the_service_is_making_is_had_without_paying(run, out, sandb
     )
     report = run(["a cat", "a dog", "a hare"], **big)
     assert (report.made, report.skipped, [each.line for each in report.unknown]) == (1, 2 - 1, [2])
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
     assert (len(lines(out)), len([*out.glob(PICTURES)])) == (2, 2)
     assert run(["a cat", "a dog", "a hare"], retry_unknown=True, **big).made == 1
-    assert sandbox.pictures_made == 4
+    assert sandbox.images_made == 4
 
 
 def _key(folder, prompt):
@@ -500,7 +500,7 @@ def test_a_task_of_a_fallback_model_is_had_without_paying(run, out, sandbox):
     lose(out, "a cat")
     assert [each["model"] for each in attempts(out)] == ["cogview-4-250304", "glm-image", "glm-image"]
     assert run(["a cat"], **settings).made == 1
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
     ((image,),) = [line["images"] for line in lines(out)]
     assert image["model"] == "glm-image"
 
@@ -569,7 +569,7 @@ def test_what_did_not_run_is_left_for_the_next_run(run, out, sandbox, fault):
     assert f"Did not run, and is left for the next run: {name} (1)." in str(report)
     assert len(lines(out)) == 1
     assert run(["a cat", "a dog"]).made == 1
-    assert (sandbox.pictures_made, len(lines(out))) == (2, 2)
+    assert (sandbox.images_made, len(lines(out))) == (2, 2)
 
 
 def test_of_several_pictures_the_one_that_did_not_run_is_drawn_by_the_next_run(run, out, sandbox):
@@ -579,7 +579,7 @@ def test_of_several_pictures_the_one_that_did_not_run_is_drawn_by_the_next_run(r
     assert [line["status"] for line in lines(out)] == ["left"]
     assert run([{"prompt": "a cat", "n": 2}]).made == 1
     assert [line["status"] for line in lines(out)] == ["made"]
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_several_prompts_in_a_row_that_did_not_run_stop_the_job(run, out, sandbox):
@@ -602,7 +602,7 @@ def test_of_several_pictures_none_of_which_was_made_each_has_its_own_end(run, ou
     (line,) = lines(out)
     assert (line["status"], [each["error"] for each in line["failures"]]) == ("blocked", ["CogViewContentFilterError"])
     assert run(prompts).pictures == 1  # the one that did not run
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
     assert run(prompts, retry_failed=True).made == 1
 
 
@@ -652,7 +652,7 @@ def test_of_several_pictures_those_that_are_missing_are_drawn(run, out, sandbox)
     assert run([{"prompt": "a cat", "n": 3}], retry_failed=True).made == 1
     (line,) = lines(out)
     assert (len(line["images"]), line["failures"], line["status"]) == (3, [], "made")
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
     assert len([*out.glob(PICTURES)]) == 3
 
 
@@ -662,7 +662,7 @@ def test_of_several_pictures_the_one_of_unknown_outcome_is_listed(run, out, sand
     (line,) = lines(out)
     assert (len(report.unknown), line["status"], len(line["images"])) == (1, "unknown", 2)
     assert run([{"prompt": "a cat", "n": 3}]).made == 0
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
     assert run([{"prompt": "a cat", "n": 3}], retry_unknown=True).made == 1
     (line,) = lines(out)
     assert (len(line["images"]), len(line["given_up"]), line["status"]) == (3, 1, "made")
@@ -684,7 +684,7 @@ def test_a_killed_call_for_several_keeps_what_is_there(run, out, sandbox):
     report = run([{"prompt": "a cat", "n": 3}])
     assert (report.pictures, len(report.unknown)) == (2, 1)
     assert run([{"prompt": "a cat", "n": 3}], retry_unknown=True).made == 1
-    assert sandbox.pictures_made == 4
+    assert sandbox.images_made == 4
 
 
 @pytest.mark.parametrize(
@@ -765,20 +765,20 @@ def test_a_picture_whose_bytes_could_not_be_had_is_fetched_later_for_nothing(run
     (line,) = lines(out)
     (failure,) = line["failures"]
     assert (line["status"], failure["error"]) == ("failed", "CogViewDownloadError")
-    assert failure["url"].startswith("https://sandbox.invalid/pictures/")
+    assert failure["url"].startswith("https://sandbox.invalid/files/")
     assert run(prompts).made == 1
     (line,) = lines(out)
     assert (line["status"], line["failures"], len(line["images"])) == ("made", [], 1)
     assert (out / line["images"][0]["file"]).stat().st_size == line["images"][0]["size_bytes"]
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def test_one_whose_link_has_ended_is_paid_again_only_when_asked_for(run, out, sandbox):
     assert run(["a cat [[expired-url]]"]).failed == 1
     assert run(["a cat [[expired-url]]"]).failed == 1
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
     assert run(["a cat [[expired-url]]"], retry_failed=True).failed == 1
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
     (line,) = lines(out)
     assert (len(line["failures"]), len(line["given_up"])) == (1, 1)
 
@@ -788,7 +788,7 @@ def test_one_whose_link_has_ended_is_paid_again_only_when_asked_for(run, out, sa
 
 def test_limit_draws_at_most_so_many(run, sandbox):
     prompts = [f"prompt {number}" for number in range(6)]
-    assert (run(prompts, limit=0).left, sandbox.pictures_made) == (6, 0)
+    assert (run(prompts, limit=0).left, sandbox.images_made) == (6, 0)
     first = run(prompts, limit=4)
     assert (first.made, first.left, first.over_budget) == (4, 2, False)
     assert sent(sandbox) == prompts[:4] or sorted(sent(sandbox)) == prompts[:4]
@@ -816,7 +816,7 @@ def test_what_was_blocked_leaves_its_money_for_others(run, sandbox):
     prompts = ["a [[content-filter]]", "b [[content-filter]]", "c", "d", "e"]
     report = run(prompts, budget="0.12")
     assert (report.made, report.blocked, report.left) == (2, 2, 1)
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_what_may_have_been_charged_counts(run, sandbox):
@@ -875,11 +875,11 @@ def test_a_picture_whose_line_cannot_be_written_is_found_when_there_is_room(run,
     report = run(["before", *(f"prompt {number}" for number in range(40))])
     assert isinstance(report.stopped, CogViewStorageError)
     assert len(lines(out)) == 1  # and nothing half
-    made = sandbox.pictures_made
+    made = sandbox.images_made
     assert made < 30
     disk.full = False
     assert run(["before", *(f"prompt {number}" for number in range(40))]).made == 40
-    assert sandbox.pictures_made == 41
+    assert sandbox.images_made == 41
 
 
 class NoRoom:
@@ -929,7 +929,7 @@ def test_pictures_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  
     for path in kept:
         path.rename(out / path.name)
     assert run(["a cat"], n=n).made == 1
-    assert sandbox.pictures_made == n
+    assert sandbox.images_made == n
 
 
 def test_pictures_of_several_prompts_that_have_no_room_are_all_told(run, out, sandbox, no_room):
@@ -948,10 +948,10 @@ def test_a_picture_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_
     assert isinstance(report.stopped, CogViewStorageError)
     for told in (str(report), caplog.text):
         assert "could be kept nowhere" in told
-        assert "https://sandbox.invalid/pictures/" in told
+        assert "https://sandbox.invalid/files/" in told
     monkeypatch.undo()
     assert run(["a cat"]).made == 1
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def _no_room(*arguments):
@@ -1103,9 +1103,9 @@ def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, san
         if file.path.name == "manifest.jsonl" and not writing.is_set():
             writing.set()
             end = time.monotonic() + 10
-            while sandbox.pictures_made < 2 and time.monotonic() < end:
+            while sandbox.images_made < 2 and time.monotonic() < end:
                 time.sleep(0.005)
-            made.append(sandbox.pictures_made)
+            made.append(sandbox.images_made)
         write(file, content)
 
     monkeypatch.setattr(manifest.RecordFile, "_write", slow)

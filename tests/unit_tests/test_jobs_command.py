@@ -59,7 +59,7 @@ def test_all_made_is_0_and_again_says_that_it_was_done(batch, folder, sandbox):
     assert again.exit_code == 0
     assert "2 lines with a prompt; 2 done before.\nTo generate: 0 prompts" in again.stderr
     assert "0 prompts made, 2 made before; no cost" in again.stderr
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_json_is_the_only_thing_on_stdout(batch, folder):
@@ -186,10 +186,10 @@ def test_a_dash_reads_the_prompts_from_stdin(batch, folder):
 
 def test_limit_and_budget_leave_the_rest(batch, folder, sandbox):
     limited = batch("--limit", "1")
-    assert (limited.exit_code, sandbox.pictures_made) == (0, 1)
+    assert (limited.exit_code, sandbox.images_made) == (0, 1)
     assert "1 prompt made, 2 left" in limited.stderr
     bounded = batch("--budget", "0.06")
-    assert (bounded.exit_code, sandbox.pictures_made) == (2, 1)
+    assert (bounded.exit_code, sandbox.images_made) == (2, 1)
     assert "The budget does not reach for the next prompt." in bounded.stderr
     assert batch("--budget", "nothing").exit_code == 2
     assert batch("--limit", "-1").exit_code == 2
@@ -219,7 +219,7 @@ def test_what_may_have_been_charged_is_7_and_is_listed_and_repeated_when_asked_f
     assert f"  Line 1: request id {request_id}: a cat" in result.stderr
     assert batch("--limit", "0").exit_code == 7
     assert batch("--limit", "1", "--retry-unknown").exit_code == 0
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 @pytest.mark.parametrize(("fault", "code"), [("auth", 4), ("balance", 4)])
@@ -377,7 +377,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
             before,
             [3],
         )
-        assert sandbox.pictures_made == 4
+        assert sandbox.images_made == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -393,11 +393,11 @@ def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(fold
         assert process.returncode == 130, stderr
         assert stdout == f"{folder / 'out' / 'index.html'}\n"
         made = len((folder / "out" / "manifest.jsonl").read_text().splitlines())
-        assert made == sandbox.pictures_made == len(sandbox.requests)
+        assert made == sandbox.images_made == len(sandbox.requests)
         assert f"{made} prompts made" in stderr
         again = json.loads(command(*arguments, "--json", folder=folder, env=with_a_key()).stdout)
         assert (again["made"], again["skipped"], again["unknown"]) == (12 - made, made, [])
-        assert sandbox.pictures_made == 12
+        assert sandbox.images_made == 12
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -41,7 +41,7 @@ class KilledJob:
     def killed_at(self, pictures: int, jitter: float) -> None:
         """Kill it shortly after the account was charged for so many pictures."""
         with self.started() as process:
-            while self.sandbox.pictures_made < pictures and process.poll() is None:
+            while self.sandbox.images_made < pictures and process.poll() is None:
                 time.sleep(IDLE)
             assert process.poll() is None, process.stderr.read()
             time.sleep(jitter)

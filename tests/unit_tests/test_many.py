@@ -34,7 +34,7 @@ def test_every_prompt_gets_a_file_of_its_own_that_decodes(sandbox, tmp_path, how
     assert [result.prompt for result in results] == given
     paths = {result.path for result in results}
     hashes = {result.sha256 for result in results}
-    assert len(paths) == len(hashes) == len(given) == sandbox.pictures_made
+    assert len(paths) == len(hashes) == len(given) == sandbox.images_made
     assert set(tmp_path.iterdir()) == paths
     for path in paths:
         with Image.open(path) as picture:

@@ -154,7 +154,7 @@ def test_with_a_key_it_asks_the_service_and_pays_for_as_many_pictures_as_it_says
         notebook = renew.executed(path, str(tmp_path), ZHIPUAI_API_KEY="k" * 32, COGVIEW_BASE_URL=service.base_url)
         assert outputs(notebook)[0].text == f"Pictures come from {service.base_url}: each is paid for.\n"
         said = re.search(r"pay for (\w+) pictures", notebook.cells[0].source)[1]
-        assert sandbox.pictures_made == {"three": 3, "five": 5, "seven": 7, "twelve": 12, "seventeen": 17}[said]
+        assert sandbox.images_made == {"three": 3, "five": 5, "seven": 7, "twelve": 12, "seventeen": 17}[said]
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
 
 

@@ -153,7 +153,7 @@ def test_a_failure_of_somebody_elses_making_is_counted_once(sandbox, how):
         handler.count_failure(result)
     assert told == 6
     assert handler.failed == 8
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 def test_what_is_remembered_of_failures_is_bounded():

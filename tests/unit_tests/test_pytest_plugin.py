@@ -19,7 +19,7 @@ def test_replies_are_scripted_and_requests_counted(cogview_sandbox):
         generator.invoke("three")
     generator.invoke("four")
     assert [request.prompt for request in cogview_sandbox.requests] == ["one", "two", "three", "four"]
-    assert cogview_sandbox.pictures_made == 3
+    assert cogview_sandbox.images_made == 3
 
 
 def test_each_test_has_its_own(cogview_sandbox, tmp_path):

@@ -213,7 +213,7 @@ def test_an_account_of_five_never_sees_a_sixth_request_whichever_way_they_come(w
             for thread in threads:
                 thread.join(60)
             assert not failed
-        assert sandbox.pictures_made == 24
+        assert sandbox.images_made == 24
         assert len(sandbox.requests) == 24
 
 
@@ -259,7 +259,7 @@ def test_a_refused_call_goes_again_and_keeps_its_turn():
         generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=8)
         results = generator.batch([f"picture {n}" for n in range(20)], return_exceptions=True)
         assert not [each for each in results if isinstance(each, Exception)]
-        assert sandbox.pictures_made == 20
+        assert sandbox.images_made == 20
 
 
 def test_a_run_id_is_the_first_ones_alone(generator):

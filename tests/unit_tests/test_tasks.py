@@ -66,7 +66,7 @@ def test_a_task_that_fails_is_an_error_of_its_own_and_no_picture_is_charged(gene
         invoked(generator, how, "[[task-fail]]")
     assert caught.value.task_id
     assert caught.value.request_id == sandbox.requests[0].request_id
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 @both
@@ -86,7 +86,7 @@ def test_a_task_that_takes_too_long_can_be_resumed_without_paying_again(generato
     assert error.task_id in str(error)
     result = result_of(ImageTask.resume(error.task_id, generator=generator, prompt="a kitten"), how)
     assert result.prompt == "a kitten"
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
     assert len(sandbox.requests) == 1
 
 
@@ -171,7 +171,7 @@ def test_submit_gives_a_task_at_once_whose_status_and_result_can_be_asked_for(ge
     assert (result.width, result.height, result.prompt) == (1728, 960, given["prompt"])
     assert result.image.request_id == sandbox.requests[0].request_id
     assert result_of(task, how).sha256 == result.sha256
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def test_a_failed_task_says_so_when_asked(generator):
@@ -245,7 +245,7 @@ def test_another_process_finishes_what_this_one_asked_for(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert (tmp_path / done.stdout.strip()).stat().st_size > 1000
-        assert server.sandbox.pictures_made == 1
+        assert server.sandbox.images_made == 1
 
 
 async def test_who_leaves_a_task_that_was_submitted_is_told_its_id(generator, sandbox, caplog):

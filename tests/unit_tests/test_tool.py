@@ -411,14 +411,14 @@ def test_the_limit_holds_across_threads_and_tasks(tmp_path):
     with Sandbox(latency=0.01) as slow:
         tool = CogViewImageTool(base_url=slow.base_url, output_dir=tmp_path, max_images=5)
         tool.batch([call(prompt=f"p{i}") for i in range(20)])
-        assert slow.pictures_made == 5
+        assert slow.images_made == 5
         tool = CogViewImageTool(base_url=slow.base_url, output_dir=tmp_path, max_images=5)
 
         async def many():
             return await asyncio.gather(*(tool.ainvoke(call(prompt=f"p{i}")) for i in range(20)))
 
         messages = asyncio.run(many())
-        assert slow.pictures_made == 10
+        assert slow.images_made == 10
         assert sum(message.status == "success" for message in messages) == 5
 
 

@@ -83,7 +83,7 @@ def test_programs_and_pages_of_this_machine_are_served(server, client, host, ori
     assert client.post(ROUTE, json=BODY, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", [ROUTE, "/api/paas/v4/async/images/generations", "/sandbox/reset", "/", "/pictures/x"])
+@pytest.mark.parametrize("path", [ROUTE, "/api/paas/v4/async/images/generations", "/sandbox/reset", "/", "/files/x"])
 @pytest.mark.parametrize(
     "host",
     [
@@ -110,7 +110,7 @@ def test_a_page_whose_name_was_made_to_resolve_here_is_refused(server, client, s
     reply = client.post(path, json=BODY, headers={"host": host.format(port=port(server))})
     assert (reply.status_code, reply.json()["error"]["code"]) == (403, "1220")
     assert server.origin in reply.json()["error"]["message"]
-    assert sandbox.pictures_made == 1, "nothing was made, nothing was forgotten"
+    assert sandbox.images_made == 1, "nothing was made, nothing was forgotten"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_page_whose_name_was_made_to_resolve_here_is_refused(server, client, s
 def test_a_page_of_another_host_is_refused(client, sandbox, origin, path):
     sandbox.reply("POST", ROUTE, {"authorization": "Bearer x"}, json.dumps(BODY).encode())
     assert client.post(path, json=BODY, headers={"origin": origin}).status_code == 403
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 @pytest.mark.parametrize("twice", ["Host", "Origin"])
@@ -151,7 +151,7 @@ def test_another_spelling_of_the_path_is_another_path(server, sandbox, path):
     body = json.dumps(BODY).encode()
     status, reply, _ = answer(server, head(server, f"Content-Length: {len(body)}", path=path), body)
     assert (status, json.loads(reply)) == (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 # Reset
@@ -170,7 +170,7 @@ def test_a_post_resets_the_sandbox(client, sandbox):
     assert len(sandbox.ledger) == 2
     reply = client.post("/sandbox/reset")
     assert (reply.status_code, reply.json()) == (200, {"success": True})
-    assert (sandbox.in_flight, sandbox.ledger, sandbox.requests, sandbox.pictures_made) == (0, [], [], 0)
+    assert (sandbox.in_flight, sandbox.ledger, sandbox.requests, sandbox.images_made) == (0, [], [], 0)
     assert client.get(f"/api/paas/v4/async-result/{identity}").status_code == 404
     assert client.post(ROUTE, json=prompt).status_code == 429
 
@@ -313,7 +313,7 @@ def test_a_slow_picture_ends_with_its_client(server, sandbox):
     for client in clients:
         client.close()
     until(lambda: sandbox.in_flight == 0 and threading.active_count() <= before)
-    assert sandbox.pictures_made == 20, "the service charges for what nobody waits for"
+    assert sandbox.images_made == 20, "the service charges for what nobody waits for"
 
 
 def test_a_pipelined_request_waits_for_the_slow_one_before_it(server, sandbox):

@@ -208,7 +208,7 @@ def test_unknown_fields_and_nulls_are_ignored(sandbox):
 )
 def test_a_wrong_argument_gets_the_services_code(sandbox, fields, code):
     assert error_of(post(sandbox, **fields)) == (400, code)
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 def test_the_longest_prompt_is_taken(sandbox):
@@ -227,7 +227,7 @@ def test_a_body_that_is_no_json_object_is_refused(sandbox, body):
 @settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(["GET", "POST", "post", "PUT", ""]),
-    st.sampled_from(["", ROUTE, "/pictures/", "//["]),
+    st.sampled_from(["", ROUTE, "/files/", "//["]),
     st.text(max_size=20),
     st.binary(max_size=50),
 )
@@ -264,7 +264,7 @@ def test_a_refused_argument_has_the_recorded_code():
         ("POST", "/api/paas/v4/async/chat/completions"),
         ("GET", ROUTE),
         ("GET", "/"),
-        ("PUT", "/pictures/x.png"),
+        ("PUT", "/files/x.png"),
         *(
             ("POST", f"{prefix}{route}")
             for prefix in (
@@ -288,11 +288,11 @@ def test_a_refused_argument_has_the_recorded_code():
 def test_a_wrong_route_answers_200_with_the_recorded_body(sandbox, method, route):
     reply = sandbox.reply(method, route, AUTHORIZED, json.dumps(BODY).encode())
     assert (reply.status, json.loads(reply.body)) == (200, recorded("seen-200-wrong-route"))
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 def test_an_unknown_picture_is_the_recorded_404(sandbox):
-    reply = sandbox.reply("GET", f"/pictures/{'0' * 32}.png?Expires=99999999999", {})
+    reply = sandbox.reply("GET", f"/files/{'0' * 32}.png?Expires=99999999999", {})
     assert (reply.status, json.loads(reply.body)) == (404, recorded("seen-404-cdn-not-yet"))
 
 
@@ -332,7 +332,7 @@ def test_a_refusal_has_the_recorded_shape(sandbox, trigger, status, fixture):
     assert error_of(reply) == (status, expected["error"]["code"])
     body = json.loads(reply.body)
     assert {**body, "error": None} == {**expected, "error": None}
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_trigger_counts_the_attempts_of_one_prompt(sandbox, trigger, expected)
     assert statuses(sandbox, f"{trigger} one", request_id="one") == expected
     two = f"{trigger} two"
     assert [post(sandbox, two, request_id=f"attempt {n}").status for n in range(4)] == expected, "whatever its id"
-    assert sandbox.pictures_made == 3 * expected.count(200)
+    assert sandbox.images_made == 3 * expected.count(200)
 
 
 @pytest.mark.parametrize("trigger", ["rate-limit:2", "busy:2", "unavailable:2", "server-error:2"])
@@ -403,7 +403,7 @@ def test_a_flagged_picture_is_made(sandbox, trigger, level):
     assert body["content_filter"] == [{"role": "assistant", "level": level}]
     assert set(recorded("doc-success-with-content-filter")) <= set(body)
     assert get(sandbox, reply).status == 200
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def test_a_prompt_asks_for_two_minutes_at_most(sandbox):
@@ -441,7 +441,7 @@ def test_a_malformed_reply_is_charged(sandbox):
     assert reply.status == 200
     with pytest.raises(ValueError):
         json.loads(reply.body)
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_fail_next_hits_the_next_posts_in_order(sandbox):
     assert json.loads(third.body)["contentFilter"] == [{"level": 1, "role": "assistant"}]
     assert (fourth.status, fourth.body) == (502, b"<html>")
     assert fifth.status == 200
-    assert (len(sandbox.requests), sandbox.pictures_made) == (5, 1)
+    assert (len(sandbox.requests), sandbox.images_made) == (5, 1)
 
 
 def test_fail_next_can_spoil_a_success(sandbox):
@@ -500,7 +500,7 @@ def test_fail_next_can_spoil_a_success(sandbox):
     assert [get(sandbox, late).status for _ in range(2)] == [404, 200]
     assert get(sandbox, expired).status == 403
     assert not malformed.body.endswith(b"}")
-    assert sandbox.pictures_made == 5
+    assert sandbox.images_made == 5
 
 
 def test_fail_next_hits_a_post_without_key_too_but_no_wrong_route(sandbox):
@@ -543,7 +543,7 @@ def test_it_remembers_what_it_was_sent_but_not_the_key(sandbox):
         "x-trace": "1",
     }
     (download,) = sandbox.downloads
-    assert download.path.startswith("/pictures/") and download.prompt is None
+    assert download.path.startswith("/files/") and download.prompt is None
     assert KEY not in repr((sandbox, sandbox.requests, vars(sandbox)))
 
 
@@ -556,7 +556,7 @@ def test_its_memory_is_bounded(monkeypatch):
     assert [request.prompt[:8] for request in sandbox.requests] == [f"kitten {i}" for i in range(3, 8)]
     assert len(sandbox.downloads) == len(sandbox._attempts) == 5
     assert [picture.prompt[:8] for picture in sandbox.ledger] == [f"kitten {i}" for i in range(5, 8)]
-    assert sandbox.pictures_made == 8
+    assert sandbox.images_made == 8
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_large_requests_are_forgotten_before_they_fill_the_memory(monkeypatch, f
         assert tracemalloc.get_traced_memory()[0] < 1.4 * 2**20
     finally:
         tracemalloc.stop()
-    assert sandbox.pictures_made == 40
+    assert sandbox.images_made == 40
     assert sandbox.ledger[-1].request_id == sandbox.requests[-1].request_id == "39"
 
 
@@ -593,7 +593,7 @@ def test_heads_are_forgotten_before_they_fill_the_memory(monkeypatch, sandbox):
     monkeypatch.setattr(service, "MAX_REQUESTS_BYTES", 1 << 20)
     sandbox.reset()
     for n in range(30):
-        for path in (f"/api/paas/v4/async-result/{n}", f"/pictures/{n}.png"):
+        for path in (f"/api/paas/v4/async-result/{n}", f"/files/{n}.png"):
             sandbox.reply("GET", path, {**AUTHORIZED, "x-large": f"{n}" * 50_000})
             sandbox.reply("GET", f"{path}?{'x' * 50_000}", AUTHORIZED)
     for kept in (sandbox.polls, sandbox.downloads):
@@ -605,14 +605,14 @@ def test_a_request_that_is_too_long_is_refused_and_not_kept(sandbox):
     reply = post(sandbox, "x" * 1_000_001)
     assert error_of(reply) == (413, "1210")
     assert error_of(post(sandbox, request_id="x" * 129)) == (400, "1210")
-    assert (sandbox.pictures_made, len(sandbox.requests)) == (0, 1)
+    assert (sandbox.images_made, len(sandbox.requests)) == (0, 1)
 
 
 def test_reset_forgets_everything(sandbox):
     reply = post(sandbox, "[[rate-limit:1]]") and post(sandbox)
     sandbox.fail_next("busy")
     sandbox.reset()
-    assert (sandbox.requests, sandbox.downloads, sandbox.ledger, sandbox.pictures_made) == ([], [], [], 0)
+    assert (sandbox.requests, sandbox.downloads, sandbox.ledger, sandbox.images_made) == ([], [], [], 0)
     assert get(sandbox, reply).status == 404
     assert post(sandbox).status == 200
     assert post(sandbox, "[[rate-limit:1]]").status == 429
@@ -622,7 +622,7 @@ def test_many_threads_keep_the_ledger_right(sandbox):
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda i: post(sandbox, f"kitten {i}", size="512x512"), range(400)))
         assert {reply.status for reply in pool.map(lambda reply: get(sandbox, reply), replies[:50])} == {200}
-    assert sandbox.pictures_made == len(sandbox.requests) == 400
+    assert sandbox.images_made == len(sandbox.requests) == 400
     assert len({json.loads(reply.body)["id"] for reply in replies}) == 400
 
 
@@ -651,7 +651,7 @@ def test_the_with_block_ends_a_sandbox():
         assert sandbox_at("sandbox:block") is sandbox
     with pytest.raises(LookupError):
         sandbox_at("sandbox:block")
-    assert sandbox.pictures_made == 0
+    assert sandbox.images_made == 0
     assert Sandbox(name="block") is not sandbox
 
 
@@ -687,13 +687,13 @@ def test_one_more_than_the_limit_in_flight_is_refused():
         with sandbox.admit("POST", ROUTE, AUTHORIZED, body) as third:
             assert sandbox.in_flight == 2
             assert error_of(third) == (429, "1302")
-        with sandbox.admit("GET", "/pictures/x.png", {}) as download:
+        with sandbox.admit("GET", "/files/x.png", {}) as download:
             assert download.status == 404, "a download takes no place"
     assert first.status == second.status == 200
     with sandbox.admit("POST", ROUTE, AUTHORIZED, body) as later:
         assert later.status == 200
     assert sandbox.in_flight == 0
-    assert sandbox.pictures_made == 3
+    assert sandbox.images_made == 3
 
 
 def test_a_place_in_flight_is_given_back_after_an_error():
@@ -750,7 +750,7 @@ def test_a_reply_later_than_the_read_timeout_is_a_read_timeout(sandbox, calls):
             timeout=timeout,
         )
     assert time.monotonic() - start < 10
-    assert (sandbox.pictures_made, sandbox.in_flight) == (1, 0)
+    assert (sandbox.images_made, sandbox.in_flight) == (1, 0)
 
 
 @both
@@ -804,7 +804,7 @@ def test_zai_sdk_gets_its_picture(server, sandbox, name):
     zai = pytest.importorskip("zai")
     with getattr(zai, name)(api_key=KEY, base_url=server.base_url, http_client=httpx.Client(trust_env=False)) as client:
         reply = client.images.generations(model="cogview-4-250304", prompt="a kitten", size="1344x768")
-    assert reply.data[0].url.startswith(server.origin + "/pictures/")
+    assert reply.data[0].url.startswith(server.origin + "/files/")
     assert loaded(reply.data[0].url).size == (1344, 768)
     assert KEY not in repr(sandbox.requests)
 
@@ -817,7 +817,7 @@ def test_openai_gets_its_picture(server, sandbox):
         with pytest.raises(openai.BadRequestError) as raised:
             client.images.generate(model="cogview-4-250304", prompt="[[content-filter]]")
     assert raised.value.code == "1301"
-    assert sandbox.pictures_made == 1
+    assert sandbox.images_made == 1
 
 
 def test_one_connection_serves_many_requests(server):
@@ -825,7 +825,7 @@ def test_one_connection_serves_many_requests(server):
     used = set()
     for method, path, body in [
         ("POST", ROUTE, json.dumps(BODY)),
-        ("HEAD", "/pictures/x.png", None),
+        ("HEAD", "/files/x.png", None),
         ("GET", "/", None),
         ("POST", ROUTE, "["),
     ] * 3:

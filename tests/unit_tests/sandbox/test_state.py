@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from langchain_cogview.sandbox import Sandbox, SandboxPicture, service
+from langchain_cogview.sandbox import Sandbox, SandboxImage, service
 from langchain_cogview.sandbox.__main__ import main
 
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
@@ -47,11 +47,11 @@ def test_the_ledger_lists_what_was_charged(sandbox):
     status(sandbox, "two", model="GLM-Image")
     status(sandbox, "three", model="glm-image", route="/api/paas/v4/async/images/generations")
     one, two, three = sandbox.ledger
-    assert one == SandboxPicture("one", "cogview-4-250304", "864x1152", "mine", None, one.charged_at)
+    assert one == SandboxImage("one", "cogview-4-250304", "864x1152", "mine", None, one.charged_at)
     assert (two.prompt, two.model, two.size, two.task_id) == ("two", "glm-image", "1280x1280", None)
     assert three.prompt == "three" and three.task_id == three.request_id
     assert before <= one.charged_at <= two.charged_at <= three.charged_at <= time.time()
-    assert len({picture.request_id for picture in sandbox.ledger}) == sandbox.pictures_made == 3
+    assert len({picture.request_id for picture in sandbox.ledger}) == sandbox.images_made == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.prompt = "other"
 
@@ -194,7 +194,7 @@ def test_of_those_at_the_same_moment_as_many_are_served_as_are_allowed():
         with ThreadPoolExecutor(callers) as pool:
             statuses = list(pool.map(call, range(callers)))
         assert sorted(statuses) == [200] * limit + [429] * (callers - limit)
-        assert (sandbox.in_flight, sandbox.pictures_made) == (0, limit)
+        assert (sandbox.in_flight, sandbox.images_made) == (0, limit)
 
 
 def test_what_is_refused_takes_nobodys_place():

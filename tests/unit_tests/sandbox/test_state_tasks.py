@@ -103,7 +103,7 @@ def test_a_task_goes_from_its_post_to_its_picture(sandbox, clock):
     done = json.loads(poll(sandbox, submitted["id"], origin="http://127.0.0.1:1").body)
     assert set(done) == set(recorded("doc-task-success"))
     assert (done["model"], done["request_id"], done["task_status"]) == ("glm-image", "mine", "SUCCESS")
-    assert done["image_result"][0]["url"].startswith("http://127.0.0.1:1/pictures/")
+    assert done["image_result"][0]["url"].startswith("http://127.0.0.1:1/files/")
     info = inspect(io.BytesIO(fetch(sandbox, done).body))
     assert (info.width, info.height) == (1568, 1056)
     assert state(sandbox, submitted["id"])["task_status"] == "SUCCESS", "asked again, it is told again"
@@ -121,7 +121,7 @@ def test_a_task_that_fails_makes_and_charges_nothing(sandbox, clock):
     told = state(sandbox, identity)
     assert set(told) == set(recorded("doc-task-fail"))
     assert told == {"model": "glm-image", "request_id": "mine", "task_status": "FAIL"}
-    assert (sandbox.pictures_made, sandbox.ledger) == (0, [])
+    assert (sandbox.images_made, sandbox.ledger) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_malformed_reply_leaves_a_charged_task_behind(sandbox):
 )
 def test_what_is_refused_is_refused_at_the_post(sandbox, trigger, expected):
     assert code_of(post(sandbox, trigger)) == expected
-    assert (sandbox.pictures_made, sandbox.in_flight) == (0, 0)
+    assert (sandbox.images_made, sandbox.in_flight) == (0, 0)
 
 
 def test_attempts_are_counted_over_both_endpoints(sandbox):
@@ -247,7 +247,7 @@ def test_only_models_with_tasks_are_taken(sandbox, model):
         assert reply.status == 200
     else:
         assert code_of(reply) == (400, "1222")
-        assert (sandbox.pictures_made, sandbox.in_flight) == (0, 0)
+        assert (sandbox.images_made, sandbox.in_flight) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_task_takes_one_place_until_it_ends(clock):
     assert sandbox.in_flight == 0, "nobody needs to ask for the result"
     with admit(sandbox) as second:
         assert second.status == 200
-    assert sandbox.pictures_made == 2
+    assert sandbox.images_made == 2
 
 
 def test_a_picture_under_way_leaves_a_task_no_place(clock):
@@ -399,7 +399,7 @@ def test_many_threads_never_hold_more_tasks_than_the_limit(clock):
     with ThreadPoolExecutor(12) as pool:
         statuses = list(pool.map(call, range(12)))
     assert sorted(statuses) == [200] * 3 + [429] * 9
-    assert sandbox.in_flight == sandbox.pictures_made == 3
+    assert sandbox.in_flight == sandbox.images_made == 3
 
 
 # Under real clients
@@ -458,7 +458,7 @@ def test_zai_sdk_gets_the_picture_of_its_task(sandbox, clock, name):
         clock.now += 10
         told = client.images.retrieve_images_result(submitted.id)
         assert (told.task_status, told.request_id) == ("SUCCESS", submitted.request_id)
-        assert told.image_result[0].url.startswith(server.origin + "/pictures/")
+        assert told.image_result[0].url.startswith(server.origin + "/files/")
         with httpx.Client(trust_env=False) as browser:
             info = inspect(io.BytesIO(browser.get(told.image_result[0].url).content))
         assert (info.width, info.height) == (1056, 1568)
