@@ -37,8 +37,8 @@ from langchain_cogview.cache_entries import (
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
-from langchain_cogview.images.access import ImageAccess
-from langchain_cogview.images.download import Picture, expires_at
+from langchain_cogview.images.access import ImageAccess, read_regular_file
+from langchain_cogview.images.download import MAX_PICTURE_BYTES, Picture, expires_at
 from langchain_cogview.images.formats import EXTENSIONS
 from langchain_cogview.images.store import local_path, picture_names, write_whole
 from langchain_cogview.stopping import raised_by_signal
@@ -465,8 +465,9 @@ def _save(folder: Path, names: list[str], content: bytes) -> Path:
         if not path.exists():
             write_whole(path, content)
             return path
-        if path.is_file() and path.read_bytes() == content:  # another thread or process was faster
-            return path
+        with contextlib.suppress(OSError):
+            if read_regular_file(path, MAX_PICTURE_BYTES) == content:  # another thread or process was faster
+                return path
     raise FileExistsError(errno.EEXIST, "every name is taken")
 
 

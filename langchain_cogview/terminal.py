@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from langchain_cogview.images.formats import sniff
+from langchain_cogview.images.previews import decoded
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -117,11 +118,8 @@ def _as_png(content: bytes) -> bytes:
     if sniff(content[:32]) == "image/png":
         return content
     try:
-        from PIL import Image  # noqa: PLC0415
-
         out = io.BytesIO()
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.save(out, "PNG", compress_level=1)
+        decoded(content).save(out, "PNG", compress_level=1)
         return out.getvalue()
     except Exception:  # noqa: BLE001  no Pillow, or a picture that it does not read: the link stands in
         return b""
