@@ -411,9 +411,13 @@ def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
         text += " It is a sandbox placeholder, not a real picture."
     if len(fetched) < count:
         missing = "It" if count == 1 else f"{count - len(fetched)} of them"
-        text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
+        if all(image.url or image.mime_type for image in result.images):
+            text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
+        else:
+            text += f" {missing} did not arrive as a whole image, and may have been charged. Tell the user."
     elif any(image.path is None and image.uri is None for image in result.images):
-        text += " It is not saved as a file; the application has its link."
+        has = "link" if all(image.url for image in result.images) else "bytes"
+        text += f" It is not saved as a file; the application has its {has}."
     it = "it" if count == 1 else "them"
     if shown_to_user and len(fetched) == count:
         advice = f"The user already sees {it}. Do not write a link, and do not call this tool again unless asked."

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import gzip
 import json
 import threading
@@ -276,6 +277,31 @@ async def test_a_caller_that_leaves_while_the_bytes_of_a_reply_are_saved_finds_t
             await asyncio.sleep(0.01)
     (path,) = tmp_path.iterdir()
     assert path.read_bytes() == LARGE
+
+
+def test_a_tool_says_of_an_image_in_a_reply_what_is_true(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with FaultServer() as server:
+        for content, words in (
+            (LARGE, "saved as"),
+            (LARGE[:-9], "did not arrive as a whole image"),
+        ):
+            server.api = says({"data": [{"b64_json": b64(content)}]})
+            tool = CogViewImageTool(base_url=server.base_url, api_key=FAKE_KEY, output_dir=tmp_path / "file" / "x")
+            text = tool.invoke({"prompt": "x"})
+            assert words in str(text)
+            assert "a link" not in str(text).replace("make up a link", "")
+
+
+def test_a_job_works_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*_, **__):
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(store.os, "link", link)
+    with FaultServer() as server:
+        report = run_job(["one", "two"], tmp_path / "job", base_url=server.base_url, api_key=FAKE_KEY)
+    assert report.made == 2
+    assert [path.read_bytes() for path in (tmp_path / "job").glob("*.png")] == [PICTURE] * 2
 
 
 def test_a_batch_a_tool_and_a_job_take_images_from_replies(tmp_path):
