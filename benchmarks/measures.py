@@ -242,7 +242,7 @@ def _sleeping_runs(client: str, places: int) -> tuple[Callable[[int], Coroutine[
 
     if client == "langchain_abatch":
         return langchain_abatch, places
-    return astream_many if client.startswith("our_astream_many") else abatch, generator.places()
+    return astream_many if client.startswith("our_astream_many") else abatch, generator.max_workers()
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Generator(Protocol):
         """Async version of `invoke`."""
         ...
 
-    def places(self, model: str | None = None) -> int:
+    def max_workers(self, model: str | None = None) -> int:
         """How many images are worked on at once."""
         ...
 
@@ -162,7 +162,7 @@ def _count(generator: Generator, inputs: Any) -> int | None:
 
 
 def _workers(generator: Generator, config: RunnableConfig) -> int:
-    return min(generator.places(), config.get("max_concurrency") or generator.places())
+    return min(generator.max_workers(), config.get("max_concurrency") or generator.max_workers())
 
 
 def stream(
@@ -234,7 +234,7 @@ def batch_of(
         str(each.get("model") or generator.model) if isinstance(each, dict) else generator.model
         for each in (*inputs, overrides)
     }
-    workers = max(map(generator.places, models))
+    workers = max(map(generator.max_workers, models))
     return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1
 
 

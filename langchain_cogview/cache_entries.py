@@ -69,8 +69,8 @@ class CacheKey:
             "base_url": base_url,
             "index": index,
             "model": request.model,
-            "quality": request.drawn_quality,
-            "size": request.drawn_size,
+            "quality": request.resolved_quality,
+            "size": request.resolved_size,
             "watermark_enabled": request.watermark_enabled,
         }
         told = json.dumps(decides, sort_keys=True, separators=(",", ":"))

@@ -218,12 +218,12 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
         return self
 
     @property
-    def platform(self) -> Region:
+    def resolved_region(self) -> Region:
         """The platform in use, as found from arguments and environment."""
         return self._region
 
     @property
-    def service(self) -> str:
+    def resolved_base_url(self) -> str:
         """The base URL in use, as found from arguments and environment."""
         return self._base_url
 
@@ -325,8 +325,8 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     ) -> Iterator[tuple[int, ImageResult | Exception]]:
         """Make the pictures of any number of requests; gives them as they finish.
 
-        Inputs are taken as places get free, and at most twice `places()` results wait for you: an endless iterator is fine. An
-        iterator that you leave stops the work; what is under way is logged when it ends.
+        An input is taken when a worker is free, and at most twice `max_workers()` results wait for you, so an endless iterator
+        is fine. An iterator that you leave stops the work; what is under way is logged when it ends.
 
         Args:
             inputs: As for `invoke`; taken from one thread at a time.
@@ -530,14 +530,14 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
         with self._reserved(budget, request) as reservation:
             call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.draw, index) for index in range(request.n)]
-            return call.result(in_threads(tasks, self.places(request.model)), notes + call.notes)
+            return call.result(in_threads(tasks, self.max_workers(request.model)), notes + call.notes)
 
     async def _adraw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
         request, notes = self._request(given, overrides)
         with self._reserved(budget, request) as reservation:
             call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.adraw, index) for index in range(request.n)]
-            return call.result(await in_tasks(tasks, self.places(request.model)), notes + call.notes)
+            return call.result(await in_tasks(tasks, self.max_workers(request.model)), notes + call.notes)
 
     def _reserved(self, budget: Any, request: ImageRequest) -> AbstractContextManager[Reservation | None]:
         # What a cache has is not sent: then each image is counted when it is.
@@ -563,7 +563,7 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
 
     # --- what calls are made with. The HTTP stack is loaded with the first call: a tool is made in milliseconds without it.
 
-    def places(self, model: str | None = None) -> int:
+    def max_workers(self, model: str | None = None) -> int:
         """How many pictures of a model (None: the generator's) are worked on at once: in flight, or fetched and saved."""
         in_flight = self.max_concurrency or model_info(model or self.model).in_flight
         return in_flight + min(in_flight, _FETCHING) if self.download else in_flight

@@ -200,12 +200,12 @@ class ImageRequest(BaseModel):
         return self
 
     @property
-    def drawn_size(self) -> str | None:
+    def resolved_size(self) -> str | None:
         """The size that will be drawn: the one asked for, else the model's default; None where unknown."""
         return self.size or model_info(self.model).default_size
 
     @property
-    def drawn_quality(self) -> Quality:
+    def resolved_quality(self) -> Quality:
         """The quality that will be drawn: the one asked for, else the model's default."""
         return self.quality or model_info(self.model).qualities[0]
 

@@ -112,7 +112,7 @@ class ImageTask:
 
     async def astatus(self) -> TaskStatus:
         """Ask once. The twin of `status`."""
-        await loaded(self.generator.service)
+        await loaded(self.generator.resolved_base_url)
         try:
             return _status(await self.generator.tasks_client().astatus(self.id, Deadline(_STATUS_SECONDS)))
         except (CogViewTaskFailedError, CogViewContentFilterError):

@@ -295,7 +295,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
     def _refuse_unpriced(self, generators: list[tuple[CogViewImageGenerator, dict[str, Any]]]) -> None:
         if self.budget is None:
             return
-        self._spending.currency = currency_of(generators[0][0].platform)
+        self._spending.currency = currency_of(generators[0][0].resolved_region)
         for generator, bound in generators:
             for model in (bound.get("model") or generator.model, *generator.fallback_models):
                 if generator.price(model) is None:

@@ -227,7 +227,7 @@ class _Job:
         defaults = {name: value for name, value in self.settings.items() if name != "service"}
         self.prompts = checked_prompts(prompts, defaults, format=format, unique=unique)
         models = {item.model for item in self.prompts.items} or {self.generator.model}
-        self.places = max(self.generator.places(model) for model in models)
+        self.places = max(self.generator.max_workers(model) for model in models)
 
     def begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
         """Whether the folder's job was begun before.

@@ -280,12 +280,12 @@ def _digest(request: ImageRequest) -> str:
 
 def drawn_arguments(request: ImageRequest) -> dict[str, Any]:
     """All arguments, with the model's defaults where none was said."""
-    return request.model_dump() | {"size": request.drawn_size, "quality": request.drawn_quality}
+    return request.model_dump() | {"size": request.resolved_size, "quality": request.resolved_quality}
 
 
 def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
     """What holds for every prompt of a job: another value is another job."""
-    base_url = generator.service
+    base_url = generator.resolved_base_url
     parts = urlsplit(base_url)
     service = "sandbox" if is_sandbox(base_url) else f"{parts.scheme}://{parts.netloc}"
     return {**{name: getattr(generator, name) for name in SETTINGS}, "service": service}

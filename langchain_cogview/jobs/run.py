@@ -107,7 +107,7 @@ class JobRun:
         self._given_back = False
         self._lock = threading.RLock()
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
-        self._base_url = generator.service
+        self._base_url = generator.resolved_base_url
         self._attempts = attempts
 
     def close(self) -> None:

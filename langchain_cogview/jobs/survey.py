@@ -226,7 +226,7 @@ def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[s
     Raises:
         CogViewConfigurationError: `amount` is no amount of money, or a price is unknown.
     """
-    budget = Budget(amount, currency_of(generator.platform), owner="this job")
+    budget = Budget(amount, currency_of(generator.resolved_region), owner="this job")
     asked = dict.fromkeys((*models, *generator.fallback_models)) if budget.amount is not None else ()
     unpriced = [model for model in asked if price_of(generator, model).amount is None]
     if unpriced:

@@ -14,7 +14,7 @@ def test_sizes_are_turned_into_legal_ones_of_the_model():
     assert ImageRequest(prompt="x", size="16:9").size == "1344x768"
     assert ImageRequest(prompt="x", size="16:9", model="glm-image").size == "1728x960"
     assert ImageRequest(prompt="x", size="2048×2048", model="GLM-Image").size == "2048x2048"
-    assert ImageRequest(prompt="x").drawn_size == "1024x1024"
+    assert ImageRequest(prompt="x").resolved_size == "1024x1024"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_an_endless_iterator_is_taken_only_as_far_as_it_is_used(sandbox, how):
     else:
         found = asyncio.run(first_five())
     assert len(found) == 5
-    assert len(taken) <= 5 + 2 * generator.places() + 1
+    assert len(taken) <= 5 + 2 * generator.max_workers() + 1
 
 
 async def test_an_async_iterable_is_taken_too(generator):
