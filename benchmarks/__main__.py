@@ -97,7 +97,11 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 def in_bulk(rounds: int, *, quick: bool) -> None:
     """Many in flight: share of the ideal time, and new connections per call."""
-    points = [(4, 0.05, 2, 2)] if quick else [(16, 0.05, 10, 3), (64, 0.05, 6, 3), (256, 0.05, 4, 3), (256, 1.0, 1, 1)]
+    points = (
+        [(4, 0.05, 2, 2)]
+        if quick
+        else [(16, 0.05, 10, 3), (64, 0.05, 6, 3), (256, 0.05, 4, 3), (200, 1.0, 2, 1), (200, 5.0, 2, 1)]
+    )
     names = [
         "our_abatch", "our_astream_many", "httpx_async", "hand_tool_async", "zai_sync", "openai_async", "aiohttp_async",
         "bare_asyncio",

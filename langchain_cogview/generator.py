@@ -97,8 +97,8 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
             and service together. None: the catalog's figure for the model. It is lowered by itself while the service
             refuses (code 1302), and raised again. A task holds its place until it ends, one that was submitted does not.
         rate_limiter: A LangChain rate limiter, asked before every attempt.
-        http_client: Used for sync API requests as it is, and never closed; `timeout` is then looked at between its socket
-            operations. Pictures are fetched by connections of our own.
+        http_client: An `httpx.Client` or `httpx2.Client`, used for sync API requests as it is, and never closed; `timeout` is
+            then looked at between its socket operations. Pictures are fetched by connections of our own.
         http_async_client: The same for async ones.
         fallback_models: Asked in this order when the model before is busy, over its limit or unavailable after all attempts,
             that is, did not run. Never after a block or an unknown outcome.

@@ -17,7 +17,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import httpcore
 import httpx
@@ -52,8 +52,7 @@ def literal_address(host: str) -> str | None:
 
 
 def _look_up(host: str, port: int) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return list(dict.fromkeys(str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
 
 
 def _look_up_in_thread(host: str, port: int, deliver: Callable[[list[str] | Exception], None]) -> None:
@@ -87,8 +86,7 @@ def check_literal(host: str, check: AddressCheck | None) -> None:
     Raises:
         AddressRefusedError: When the check refuses the address.
     """
-    literal = literal_address(host)
-    if literal:
+    if literal := literal_address(host):
         _allowed(host, [literal], check, literal=True)
 
 
@@ -99,8 +97,7 @@ def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline
         httpcore.ConnectError: When there is none; `AddressRefusedError` when the check refused them all.
         httpcore.ConnectTimeout: When the look-up takes longer than the deadline.
     """
-    literal = literal_address(host)
-    if literal:
+    if literal := literal_address(host):
         return _allowed(host, [literal], check, literal=True)
     answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
     _look_up_in_thread(host, port, answers.put)
@@ -113,8 +110,7 @@ def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline
 
 async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str]:
     """Async version of `resolve`; the caller's `asyncio.timeout` bounds it."""
-    literal = literal_address(host)
-    if literal:
+    if literal := literal_address(host):
         return _allowed(host, [literal], check, literal=True)
     loop = asyncio.get_running_loop()
     future: asyncio.Future[list[str] | Exception] = loop.create_future()
@@ -294,14 +290,13 @@ class SyncStream(httpcore.NetworkStream):
                 return self._inner.read(1, timeout=0)
             if not self._inner.get_extra_info("is_readable"):
                 return None
-            came: bytes = self._inner.get_extra_info("socket").recv(1, socket.MSG_PEEK)
+            return bytes(self._inner.get_extra_info("socket").recv(1, socket.MSG_PEEK))
         except httpcore.ReadTimeout:
             return None
         except httpcore.ReadError as error:
             return None if isinstance(error.__cause__, BlockingIOError | ssl.SSLWantReadError) else b""
         except OSError:
             return b""
-        return came
 
     def close(self) -> None:
         """Close it; a second time changes nothing."""
@@ -369,22 +364,10 @@ class SyncBackend(httpcore.NetworkBackend):
 # not asyncio's transports: these hold their event loop, warn when they outlive it, and cannot be closed without it.
 
 
-class _Channel(Protocol):
-    async def receive(self) -> bytes: ...
-
-    async def send(self, data: bytes) -> None: ...
-
-    def receive_now(self) -> bytes | None:
-        """What has come, without waiting; None when nothing has, and nothing at the end."""
-
-    def close(self) -> None: ...
-
-    def get_extra_info(self, info: str) -> Any: ...
-
-
 class _SocketChannel:
     def __init__(self, sock: socket.socket, open_sockets: set[socket.socket]) -> None:
         self._socket, self._open = sock, open_sockets
+        open_sockets.add(sock)
 
     async def receive(self) -> bytes:
         return await asyncio.get_running_loop().sock_recv(self._socket, _READ_BYTES)
@@ -393,6 +376,7 @@ class _SocketChannel:
         await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
     def receive_now(self) -> bytes | None:
+        """What has come, without waiting; None when nothing has, and nothing at the end."""
         try:
             return self._socket.recv(_READ_BYTES)
         except BlockingIOError:
@@ -407,10 +391,6 @@ class _SocketChannel:
     def get_extra_info(self, info: str) -> Any:
         if info == "is_readable":
             return _is_readable(self._socket)
-        if info == "client_addr":
-            return self._socket.getsockname()
-        if info == "server_addr":
-            return self._socket.getpeername()
         return self._socket if info == "socket" else None
 
 
@@ -432,10 +412,9 @@ class _TLSChannel:
 
     async def receive(self) -> bytes:
         try:
-            data: bytes = await self._run(lambda: self._tls.read(_READ_BYTES))
+            return bytes(await self._run(lambda: self._tls.read(_READ_BYTES)))
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             return b""
-        return data
 
     async def send(self, data: bytes) -> None:
         await self._run(lambda: self._tls.write(data))
@@ -492,6 +471,9 @@ def _is_readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
+
+
+_Channel = _SocketChannel | _TLSChannel
 
 
 class AsyncStream(httpcore.AsyncNetworkStream):
@@ -609,7 +591,6 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
     async def _connected(self, address: str, port: int) -> _SocketChannel:
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
         channel = _SocketChannel(sock, self._open)
-        self._open.add(sock)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -618,7 +599,3 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
             channel.close()
             raise
         return channel
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        await asyncio.sleep(seconds)
