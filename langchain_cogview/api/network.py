@@ -141,8 +141,7 @@ class ReplyGuard:
     """Received bytes on their way to httpcore, which are handed over in pieces that bound what a reply can do.
 
     - The head of a reply comes alone, is at most 100 kB, and has no run of 256 blanks: h11 takes a time that grows with the
-      square of such a run, half a minute for 64 kB. Between the chunks of a body, where the same holds, long runs come in small
-      pieces.
+      square of such a run, half a minute for 64 kB. In a body, where the same holds between chunks, they come in small pieces.
     - The last byte that is there comes alone. httpcore asks for it only when the reply needs it, so that a connection with
       something behind its reply is known: it would answer the next request with it.
     - A body in a multitude of tiny chunks is refused.

@@ -1,9 +1,13 @@
 """What a signal handler raises in the middle of a call belongs to the caller, with a note that says what may have been paid."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 from langchain_core.rate_limiters import BaseRateLimiter
@@ -11,6 +15,8 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool
 from tests.conftest import FAKE_KEY
 from tests.faults.server import FaultServer
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 class SoftTimeLimitError(Exception):
@@ -116,3 +122,62 @@ def test_what_a_traceback_shows_of_it_holds_no_key(raised):
     ]
     assert FAKE_KEY not in repr([frame.f_locals for frame in frames])
     assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage", ["reply", "download"])
+def test_celerys_soft_time_limit_ends_a_task_and_the_note_says_what_may_have_been_paid(stage, tmp_path):
+    pytest.importorskip("celery")
+    script = tmp_path / "work.py"
+    script.write_text(CELERY_WORKER)
+    fault = (signals_nobody, None) if stage == "reply" else (None, signals_nobody)
+    with FaultServer(*fault) as server:
+        done = subprocess.run(
+            [sys.executable, str(script), server.base_url, str(tmp_path)],
+            cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+            check=False, timeout=90, start_new_session=True,
+        )  # fmt: skip
+        told = json.loads((tmp_path / "told.json").read_text()) if (tmp_path / "told.json").exists() else done.stderr
+        assert told["error"] == "SoftTimeLimitExceeded"
+        assert server.posts == 1
+        assert server.requests[0].json()["request_id"] in told["notes"]
+        assert ("may have been made and charged" if stage == "reply" else server.picture_url) in told["notes"]
+
+
+def signals_nobody(connection, request):
+    connection.hang()
+
+
+CELERY_WORKER = """
+import json, os, signal, sys, threading
+from pathlib import Path
+from celery import Celery
+from langchain_cogview import CogViewImageGenerator
+
+base_url, folder = sys.argv[1], Path(sys.argv[2])
+for name in ("in", "kept"):
+    (folder / name).mkdir(exist_ok=True)
+app = Celery("work", broker="filesystem://", broker_transport_options={
+    "data_folder_in": str(folder / "in"), "data_folder_out": str(folder / "in"), "processed_folder": str(folder / "kept"),
+    "control_folder": str(folder / "kept"),
+})
+
+@app.task(name="draw", soft_time_limit=2, time_limit=30)
+def draw():
+    told = {}
+    try:
+        CogViewImageGenerator(base_url=base_url, api_key="any", timeout=60).invoke("a kitten")
+    except BaseException as error:
+        told = {"error": type(error).__name__, "notes": " ".join(getattr(error, "__notes__", []))}
+    (folder / "told.part").write_text(json.dumps(told))
+    (folder / "told.part").rename(folder / "told.json")
+
+def stop():
+    while not (folder / "told.json").exists():
+        threading.Event().wait(0.1)
+    os.killpg(0, signal.SIGKILL)  # the session is the worker's own
+
+draw.apply_async()
+threading.Thread(target=stop, daemon=True).start()
+app.worker_main(["worker", "--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "ERROR"])
+"""
