@@ -18,7 +18,7 @@ from langchain_cogview.request import ImageRequest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from langchain_cogview.inputs import ImageInput
+    from langchain_cogview.request import ImageInput
     from langchain_cogview.result import ImageResult
 
 

@@ -17,7 +17,8 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 
-from langchain_cogview import configuration, live
+from langchain_cogview import live
+from langchain_cogview.api.redaction import SafeErrors, attempt, with_secret_key
 from langchain_cogview.api.settings import SANDBOX_KEY, Service, find_service, found_key, is_sandbox, service_doubts
 from langchain_cogview.batches import (
     aas_completed,
@@ -30,12 +31,21 @@ from langchain_cogview.batches import (
 )
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import loaded
-from langchain_cogview.cost import Budget, Money, Reservation, reserved
+from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
-from langchain_cogview.inputs import ImageInput, request_of
 from langchain_cogview.many import in_tasks, in_threads
-from langchain_cogview.request import ImageRequest, check_names, specified
+from langchain_cogview.request import (
+    REQUEST_DEFAULTS,
+    GeneratorSettings,
+    ImageInput,
+    ImageRequest,
+    check_names,
+    checked_seconds,
+    checked_settings,
+    request_of,
+    specified,
+)
 from langchain_cogview.result import ImageResult
 from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.tasks import ImageTask, checked_task
@@ -56,7 +66,7 @@ RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 logger = logging.getLogger(__name__)
 
 
-class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[ImageInput, ImageResult]):
+class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageResult]):
     """Pictures from Zhipu's CogView endpoint, as a Runnable.
 
     Setup:
@@ -164,26 +174,47 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     _cache: Any = PrivateAttr(default=None)
     _made_settings: Any = PrivateAttr(default=None)
 
-    def __init__(self, *, name: str | None = None, **settings: Unpack[configuration.GeneratorSettings]) -> None:
-        _, failure = configuration.attempt(self._construct, name, settings)
+    def __init__(self, *, name: str | None = None, **settings: Unpack[GeneratorSettings]) -> None:
+        _, failure = attempt(self._construct, name, settings)
         if failure is not None:
             del self, name, settings
             raise failure
 
     def _construct(self, name: str | None, settings: Mapping[str, Any]) -> None:
         check_names(settings, type(self).model_fields)
-        values = configuration.with_secret_key(settings)
+        values = with_secret_key(settings)
         super().__init__(**values if name is None else {"name": name, **values})
 
     @field_validator("timeout")
     @classmethod
     def _timeout_is_a_time(cls, value: float | timedelta | None) -> float | None:
-        return configuration.checked_seconds(value)
+        return checked_seconds(value)
 
     @field_validator("http_client", "http_async_client")
     @classmethod
     def _client_is_one(cls, value: Any, info: ValidationInfo) -> Any:
-        return configuration.checked_client(value, sync=info.field_name == "http_client")
+        if value is None:
+            return None
+        from langchain_cogview.api.transport import checked_client  # noqa: PLC0415  the HTTP stack
+
+        return checked_client(value, sync=info.field_name == "http_client")
+
+    @field_validator("prices")
+    @classmethod
+    def _prices_are_amounts(cls, value: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
+        for amount in (value or {}).values():
+            checked_amount(amount)
+        return value
+
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _hosts_are_hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value:
+            from langchain_cogview.images.links import allowed_host  # noqa: PLC0415  the HTTP stack
+
+            for entry in value:
+                allowed_host(entry)
+        return value
 
     @field_validator("allowed_image_hosts", "fallback_models", mode="before")
     @classmethod
@@ -198,13 +229,21 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     @field_validator("output_dir", mode="before")
     @classmethod
     def _folder_is_one(cls, value: Any) -> Any:
-        return configuration.checked_folder(value)
+        if value is None:
+            return None
+        from langchain_cogview.images.store import checked_folder  # noqa: PLC0415  what images need
+
+        return checked_folder(value)
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
-        for warning in configuration.checked_settings(dict(self)):
+        for warning in checked_settings(dict(self)):
             warnings.warn(warning, stacklevel=2)
-        self._folder = configuration.found_folder(self.output_dir, self.storage_options)
+        self._folder = self.output_dir
+        if isinstance(self.output_dir, str):
+            from langchain_cogview.images.remote import remote_folder  # noqa: PLC0415  an extra
+
+            self._folder = remote_folder(self.output_dir, self.storage_options or {})
         if self.cache is not None:
             from langchain_cogview.cache import picture_cache  # noqa: PLC0415  it brings the HTTP stack
 
@@ -251,7 +290,7 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
         """A copy; one with another key, region or base URL finds its service anew."""
         if not update:
             return super().model_copy(deep=deep)
-        copied, failure = configuration.attempt(self._copy, update)
+        copied, failure = attempt(self._copy, update)
         if failure is not None:
             del update
             raise failure
@@ -555,7 +594,7 @@ class CogViewImageGenerator(configuration.SafeErrors, RunnableSerializable[Image
     # --- pure decisions
 
     def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
-        return request_of(given, {name: getattr(self, name) for name in configuration.REQUEST_DEFAULTS} | overrides)
+        return request_of(given, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
 
     def _teller(self, run_manager: RunManager, config: RunnableConfig) -> Teller:
         metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)

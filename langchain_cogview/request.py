@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, Final, Self
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from langchain_core.messages import BaseMessage
+from langchain_core.prompt_values import ChatPromptValue, PromptValue
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from langchain_cogview.catalog import (
     DEFAULT_MODEL,
     ModelInfo,
     Quality,
+    Region,
     is_unspecified,
     legal_size,
     model_info,
@@ -21,9 +34,18 @@ from langchain_cogview.catalog import (
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from decimal import Decimal
+    from pathlib import Path
+
+    import httpx
+    from langchain_core.caches import BaseCache
+    from langchain_core.rate_limiters import BaseRateLimiter
 
 MAX_PICTURES: Final = 100
+REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
+"""The arguments of a request that a generator has defaults for."""
+_DAY = 86_400
 
 NOT_TAKEN: Final[dict[str, str]] = {
     "seed": "The endpoint takes no seed: the same prompt gives another picture each time. Keep what you like with output_dir.",
@@ -260,3 +282,136 @@ def checked_request(values: dict[str, Any]) -> ImageRequest:
     except ValidationError as error:
         problem = describe_validation(error)
     raise CogViewInvalidRequestError(f"Nothing was sent: {problem}", hint="")
+
+
+ImageInput = str | dict[str, Any] | ImageRequest | PromptValue | BaseMessage | list[BaseMessage]
+"""A prompt, the arguments of `ImageRequest`, or messages, whose text is the prompt."""
+
+
+def arguments_of(given: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The arguments that an input says, and what was left out of it."""
+    if isinstance(given, ImageRequest):
+        return {name: getattr(given, name) for name in given.model_fields_set}, ()
+    if isinstance(given, dict):
+        if "prompt" not in given or isinstance(given["prompt"], str):
+            return dict(given), ()
+        text, notes = _text(given["prompt"])
+        return {**given, "prompt": text}, notes
+    text, notes = _text(given)
+    return {"prompt": text}, notes
+
+
+def _text(given: Any) -> tuple[str, tuple[str, ...]]:
+    if isinstance(given, str):
+        return given, ()
+    if isinstance(given, PromptValue) and not isinstance(given, ChatPromptValue):
+        return given.to_string(), ()
+    messages = given.to_messages() if isinstance(given, PromptValue) else given
+    if isinstance(messages, BaseMessage):
+        return str(messages.text), ()
+    if isinstance(messages, list | tuple) and messages and all(isinstance(each, BaseMessage) for each in messages):
+        left_out = len(messages) - 1
+        note = (
+            f"Only the text of the last message is the prompt; {left_out} before it were left out." if left_out else ""
+        )
+        return str(messages[-1].text), (note,) if note else ()
+    raise CogViewInvalidRequestError(
+        f"Nothing was sent: a prompt cannot be made of {type(given).__name__}.",
+        hint="Pass a string, a dict with the key 'prompt', an ImageRequest, a prompt value, or messages.",
+    )
+
+
+def request_of(given: Any, defaults: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
+    """The request that an input makes.
+
+    Args:
+        given: An `ImageInput`.
+        defaults: Arguments that hold where the input names none.
+
+    Returns:
+        The request, and warnings about it.
+
+    Raises:
+        CogViewInvalidRequestError: An argument is illegal; nothing has been sent.
+    """
+    arguments, notes = arguments_of(given)
+    values = defaults | arguments
+    if "prompt" not in values:
+        raise CogViewInvalidRequestError(
+            "Nothing was sent: there is no prompt.", hint="Pass a string, or a dict with the key 'prompt'."
+        )
+    request = checked_request(values)
+    return request, request.warnings + notes
+
+
+class GeneratorSettings(TypedDict, total=False):
+    """The arguments of `CogViewImageGenerator`; its docstring says what each of them does."""
+
+    model: str
+    api_key: SecretStr | str | None
+    region: Region | None
+    base_url: str | None
+    size: str | None
+    quality: Quality | None
+    n: int
+    user_id: str | None
+    watermark_enabled: bool | None
+    timeout: float | timedelta | None
+    max_retries: int
+    retry_unknown: bool
+    max_concurrency: int | None
+    rate_limiter: BaseRateLimiter | None
+    http_client: httpx.Client | Any
+    http_async_client: httpx.AsyncClient | Any
+    fallback_models: str | Sequence[str]
+    use_tasks: Literal["auto"] | bool
+    poll_interval: float
+    prices: Mapping[str, Decimal | float | str] | None
+    download: bool
+    output_dir: Path | str | None
+    storage_options: Mapping[str, Any] | None
+    cache: BaseCache | Path | str | None
+    allowed_image_hosts: str | Sequence[str] | None
+    include_prompt_in_events: bool
+
+
+def checked_seconds(value: float | timedelta | None) -> float | None:
+    """A time limit in seconds.
+
+    Returns:
+        Seconds; None for no limit.
+
+    Raises:
+        ValueError: Not more than 0, or more than a day.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if seconds is not None and not 0 < seconds <= _DAY:
+        raise ValueError("The time limit is in seconds: more than 0, at most 86,400 (a day), or None for none.")
+    return seconds
+
+
+def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Check the settings of a generator that depend on each other or on tables.
+
+    Args:
+        settings: By the name of the field, each of the right type.
+
+    Returns:
+        Warnings about its models.
+
+    Raises:
+        ValueError: A setting is illegal, or does not go with another.
+    """
+    problem = None
+    try:
+        request = ImageRequest(prompt="-", **{name: settings[name] for name in REQUEST_DEFAULTS})
+    except ValidationError as error:
+        problem = describe_validation(error)
+    if problem:
+        raise ValueError(problem)
+    if not settings["download"] and settings["output_dir"] is not None:
+        raise ValueError("output_dir needs the bytes: leave download=False out.")
+    models = (settings["model"], *settings["fallback_models"])
+    if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
+        raise ValueError("use_tasks=True needs a model of the task endpoint, such as 'glm-image'.")
+    return filter(None, (*request.warnings, *map(model_warning, settings["fallback_models"])))

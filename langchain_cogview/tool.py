@@ -32,13 +32,13 @@ from pydantic import (
     field_validator,
 )
 
+from langchain_cogview.api.redaction import SafeErrors, attempt
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.configuration import GeneratorSettings, SafeErrors, attempt
 from langchain_cogview.cost import Budget, Spending, checked_amount
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.request import check_names, checked_prompt, describe_validation, specified
+from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
 from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:

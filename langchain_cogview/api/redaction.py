@@ -10,14 +10,15 @@ import base64
 import json
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from langchain_cogview.api.settings import SANDBOX_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from pydantic import SecretStr
+    from collections.abc import Callable, Iterator, Mapping
 
 REDACTED: Final = "[key]"
 
@@ -37,6 +38,7 @@ _ESCAPE = re.compile(
     re.IGNORECASE,
 )
 _ESCAPE_SIGNS = (b"\\", b"%", b"&#", b"0x")
+_USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 _BASES = (16, 16, 16, 16, 16, 16, 10, 8)
 
 
@@ -197,3 +199,70 @@ def _unescaped(text: str) -> str:
 def _character(match: re.Match[str]) -> str:
     number = int(match[match.lastindex or 0], _BASES[(match.lastindex or 1) - 1])
     return chr(number) if number <= 0x10FFFF else match[0]  # noqa: PLR2004
+
+
+class SafeErrors(BaseModel):
+    """A model whose errors of construction do not hold what it was constructed of, for the key is among it."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Construct an instance from a dict."""
+        made, failure = attempt(super().model_validate, obj, **options)
+        if failure is not None:
+            del obj, options
+            raise failure
+        return cast("Self", made)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Construct an instance from JSON."""
+        made, failure = attempt(super().model_validate_json, json_data, **options)
+        if failure is not None:
+            del json_data, options
+            raise failure
+        return cast("Self", made)
+
+    @classmethod
+    def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:  # type: ignore[override]
+        """Construct an instance without validation; a key is wrapped all the same."""
+        return super().model_construct(_fields_set, **with_secret_key(values))
+
+
+def with_secret_key(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the key in a `SecretStr`."""
+    key = values.get("api_key")
+    return {**values, "api_key": SecretStr(key)} if isinstance(key, str) else dict(values)
+
+
+def attempt(make: Callable[..., Any], *args: Any, **values: Any) -> tuple[Any, Exception | None]:
+    """Call a constructor, and return its error in place of raising it.
+
+    The frames of the error, its causes and the input that pydantic keeps with it may show the key: they are taken off it. The
+    caller raises it, after it has deleted its own variables that hold arguments.
+    """
+    try:
+        return make(*args, **values), None
+    except ValidationError as error:
+        return None, _without_input(error)
+    except Exception as error:  # noqa: BLE001
+        error.args = tuple(map(_without_key, error.args))
+        vars(error).update({name: _without_key(value) for name, value in vars(error).items()})
+        error.__cause__ = error.__context__ = None
+        return None, error.with_traceback(None)
+
+
+def _without_input(error: ValidationError) -> ValidationError:
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError(cast("Any", item["type"]), cast("Any", _without_key(item["msg"]))),
+            loc=tuple(map(_without_key, item["loc"])),
+            input=None,
+        )
+        for item in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    return ValidationError.from_exception_data(error.title, details, hide_input=True)
+
+
+def _without_key(value: Any) -> Any:
+    """A text without keys of the usual form: what was passed under a wrong name is not known to be a key."""
+    return _USUAL_KEY.sub("[key]", value) if isinstance(value, str) else value

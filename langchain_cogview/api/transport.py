@@ -469,6 +469,21 @@ def is_client(value: object, *, is_async: bool) -> bool:
     )
 
 
+def checked_client(value: Any, *, sync: bool) -> Any:
+    """An injected HTTP client, as it is.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value is None:
+        return None
+    if not is_client(value, is_async=not sync):
+        kind = "Client" if sync else "AsyncClient"
+        name = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+        raise ValueError(f"It takes an httpx.{kind} or httpx2.{kind}; this is of type {name}.")
+    return value
+
+
 def _rebuilt(client: Any, request: httpx.Request) -> Any:
     """The request as the client itself makes it: of its own library's class, with its own headers and parameters added."""
     return client.build_request(

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError
@@ -369,6 +369,22 @@ def local_path(path: str | os.PathLike[str], argument: str) -> Path:
             f"{argument} begins with '~', but that home folder is not known here.",
             hint="Set the environment variable HOME, or pass an absolute path.",
         ) from None
+
+
+def checked_folder(value: Any) -> Any:
+    """A folder or a URL.
+
+    Raises:
+        ValueError: It is neither.
+        CogViewConfigurationError: It begins with `~`, and there is no such home folder.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("output_dir takes a folder, such as 'pictures', or a URL, such as 's3://bucket/pictures'.")
+    if "\0" in str(value):
+        raise ValueError("output_dir holds a null character.")
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and "://" not in value):
+        return local_path(value, "output_dir")
+    return value
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ from langchain_core.runnables import RunnableSerializable
 from langchain_core.tools import BaseTool
 
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool
-from langchain_cogview.configuration import GeneratorSettings
+from langchain_cogview.request import GeneratorSettings
 from langchain_cogview.tool import ToolSettings
 
 TYPED = Path(__file__).with_name("typed.py")
