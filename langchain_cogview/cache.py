@@ -37,10 +37,10 @@ from langchain_cogview.cache_entries import (
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
-from langchain_cogview.images.access import ImageAccess, read_regular_file
-from langchain_cogview.images.download import MAX_PICTURE_BYTES, Picture, expires_at
-from langchain_cogview.images.formats import EXTENSIONS
-from langchain_cogview.images.store import local_path, picture_names, write_whole
+from langchain_cogview.images.download import Picture, expires_at
+from langchain_cogview.images.formats import EXTENSIONS, MAX_PICTURE_BYTES
+from langchain_cogview.images.remote import ImageAccess
+from langchain_cogview.images.store import local_path, picture_names, read_regular_file, write_whole
 from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.turns import TURNS, runs_event_loop
 

@@ -20,10 +20,8 @@ from langchain_core.caches import BaseCache
 from langchain_core.outputs import Generation
 
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.images.access import read_regular_file
-from langchain_cogview.images.download import MAX_PICTURE_BYTES
-from langchain_cogview.images.formats import EXTENSIONS, sniff
-from langchain_cogview.images.store import write_whole
+from langchain_cogview.images.formats import EXTENSIONS, MAX_PICTURE_BYTES, sniff
+from langchain_cogview.images.store import read_regular_file, write_whole
 from langchain_cogview.result import GeneratedImage
 
 if TYPE_CHECKING:

@@ -94,7 +94,7 @@ async def loaded(base_url: str) -> None:
 
 
 def _load(scheme: str) -> None:
-    for name in ("langchain_cogview.drawing", *_MODULES.get(scheme, _HTTP_MODULES)):
+    for name in ("langchain_cogview.generation", *_MODULES.get(scheme, _HTTP_MODULES)):
         importlib.import_module(name)
     if scheme == "https":
         environment = importlib.import_module("langchain_cogview.api.environment")

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from langchain_cogview.api.tasks import TasksClient
-    from langchain_cogview.drawing import CallSettings, ImageCall
+    from langchain_cogview.generation import CallSettings, ImageCall
 
 _FETCHING = 4
 _INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
@@ -210,7 +210,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
     @classmethod
     def _hosts_are_hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value:
-            from langchain_cogview.images.links import allowed_host  # noqa: PLC0415  the HTTP stack
+            from langchain_cogview.addresses import allowed_host  # noqa: PLC0415  the HTTP stack
 
             for entry in value:
                 allowed_host(entry)
@@ -621,7 +621,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
     def _call(
         self, request: ImageRequest, teller: Teller, others: Iterable[Any] = (), reservation: Reservation | None = None
     ) -> ImageCall:
-        from langchain_cogview.drawing import ImageCall  # noqa: PLC0415  the HTTP stack
+        from langchain_cogview.generation import ImageCall  # noqa: PLC0415  the HTTP stack
 
         settings = self._settings()
         return ImageCall(settings, ((request, ()), *others), teller, settings.cached(request), reservation)
@@ -633,7 +633,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
 
     def _settings(self) -> CallSettings:
         if self._made_settings is None:
-            from langchain_cogview.drawing import CallSettings  # noqa: PLC0415  the HTTP stack
+            from langchain_cogview.generation import CallSettings  # noqa: PLC0415  the HTTP stack
 
             self._key = self._found_key()
             service = Service(self._key, self._region, self._base_url)

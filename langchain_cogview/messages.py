@@ -13,7 +13,7 @@ from langchain_core.messages import BaseMessage
 
 from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, validated
 from langchain_cogview.errors import CogViewInvalidRequestError, printable
-from langchain_cogview.images.access import ImageAccess, image_access
+from langchain_cogview.images.remote import ImageAccess, image_access
 from langchain_cogview.result import GeneratedImage, ImageResult
 
 if TYPE_CHECKING:

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from datetime import datetime
 
-    from langchain_cogview.images.access import ImageAccess
     from langchain_cogview.images.download import Picture
+    from langchain_cogview.images.remote import ImageAccess
 
 _READ_SECONDS = 60.0
 _SHOWN = 50
@@ -245,7 +245,7 @@ class GeneratedImage(BaseModel):
         return self._reading().read_file(self.path, **self._recorded())
 
     def _reading(self) -> ImageAccess:
-        from langchain_cogview.images.access import ANY_FILE  # noqa: PLC0415
+        from langchain_cogview.images.remote import ANY_FILE  # noqa: PLC0415
 
         access: ImageAccess | None = self._access
         return access or ANY_FILE
@@ -262,7 +262,7 @@ class GeneratedImage(BaseModel):
         return self._reading().base_url or ("sandbox:" if self.sandbox else None)
 
     def _rules(self, base_url: str | None) -> Any:
-        from langchain_cogview.images.links import LinkRules  # noqa: PLC0415
+        from langchain_cogview.addresses import LinkRules  # noqa: PLC0415
 
         return LinkRules(base_url, self._reading().allowed_hosts)
 
@@ -563,7 +563,7 @@ class ImageResult(BaseModel):
             CogViewInvalidRequestError: When it is not an artifact, is damaged, or is of a later version.
             CogViewConfigurationError: When `storage` does not name remote folders.
         """
-        from langchain_cogview.images.access import image_access  # noqa: PLC0415
+        from langchain_cogview.images.remote import image_access  # noqa: PLC0415
 
         access = image_access(
             within=within,

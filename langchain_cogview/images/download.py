@@ -22,12 +22,18 @@ from urllib.parse import parse_qsl, urljoin, urlsplit
 import httpcore
 import httpx
 
-from langchain_cogview.addresses import ADDRESSES, AddressRefusedError
+from langchain_cogview.addresses import ADDRESSES, ANY_PUBLIC_HOST, AddressRefusedError, LinkRules, link_refused
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
-from langchain_cogview.images.formats import ImageFormatError, ImageInfo, ImageRefusedError, inspect, sniff
-from langchain_cogview.images.links import ANY_PUBLIC_HOST, LinkRules, link_refused
+from langchain_cogview.images.formats import (
+    MAX_PICTURE_BYTES,
+    ImageFormatError,
+    ImageInfo,
+    ImageRefusedError,
+    inspect,
+    sniff,
+)
 from langchain_cogview.images.store import PictureFile, reason
 from langchain_cogview.stopping import raised_by_signal
 
@@ -38,7 +44,6 @@ if TYPE_CHECKING:
     from langchain_cogview.images.remote import RemoteFolder
 
 
-MAX_PICTURE_BYTES: Final = 32 * 2**20
 MAX_REDIRECTS: Final = 3
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)
 """Seconds before the second, third, ... GET."""

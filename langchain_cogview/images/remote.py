@@ -16,15 +16,16 @@ import os
 import re
 import threading
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.images.download import MAX_PICTURE_BYTES
+from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
+from langchain_cogview.images.formats import MAX_PICTURE_BYTES
+from langchain_cogview.images.store import checked, read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +43,7 @@ _OWN_OPTIONS: Final = frozenset({"asynchronous", "loop"})
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)  # one letter alone is a Windows drive
 _NO_URL_NOR_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\](?!/)|[^/\\]{2,}://")  # Path("s3://b") is "s3:/b"
 _PASSWORD = re.compile(r"(?!arn:)[^/@]*:(?!\d+/)[^@]*@")  # a secret may hold slashes; a port holds digits alone
+_SEGMENTS: Final = re.compile(r"[/\\]")
 _CLAIMED: Final[dict[str, object]] = {}
 
 
@@ -127,6 +129,161 @@ async def aread_uri(
     deadline = Deadline(seconds)
     with _unreadable():
         return await _awaited(_reading(uri, options, deadline), deadline)
+
+
+# --- what may be read
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAccess:
+    """What may be opened to read an image that is not in memory.
+
+    Attributes:
+        base_url: The service's base URL; decides which links are the service's own. None: not known.
+        allowed_hosts: The only hosts that a link is fetched from; None: any public one.
+        storage: The remote folders from which a URI is read, each with its options; none: no URI is read.
+        within: The only folder from which files are read; None: any folder.
+    """
+
+    base_url: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
+    storage: tuple[RemoteFolder, ...] = ()
+    within: Path | None = None
+
+    @classmethod
+    def of_generator(
+        cls, base_url: str | None, allowed_hosts: tuple[str, ...] | None, folder: Path | RemoteFolder | None
+    ) -> ImageAccess:
+        """The access of a generator's images: URIs in the bucket of its own remote folder, with that folder's options."""
+        storage = (_bucket(folder),) if isinstance(folder, RemoteFolder) else ()
+        return cls(base_url, allowed_hosts, storage)
+
+    def without_options(self) -> ImageAccess:
+        """The same without storage options, which may hold secrets."""
+        return replace(self, storage=tuple(RemoteFolder(folder.url) for folder in self.storage))
+
+    def read_file(self, path: Path, *, size_bytes: int | None = None, sha256: str | None = None) -> bytes:
+        """The bytes of a saved image.
+
+        Args:
+            path: A regular file; a symbolic link at its end is not followed.
+            size_bytes: Their number, where it is recorded.
+            sha256: Their hash, where it is recorded.
+
+        Raises:
+            CogViewStorageError: When it cannot be read, lies outside of `within`, or is not the image that is recorded.
+        """
+        try:
+            content = read_regular_file(path, MAX_PICTURE_BYTES, within=self.within)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise CogViewStorageError(
+                f"The saved file {printable(path.name, 120)} cannot be read: {printable(reason, 80)}.",
+                hint="If it was moved, open it where it is now; while the link lives, the URL still gives it.",
+            ) from None
+        return checked(content, f"The saved file {printable(path.name, 120)}", size_bytes=size_bytes, sha256=sha256)
+
+    def read_uri(
+        self,
+        uri: str,
+        *,
+        size_bytes: int | None = None,
+        sha256: str | None = None,
+        seconds: float | None = READ_SECONDS,
+    ) -> bytes:
+        """The bytes of an image that was saved elsewhere.
+
+        Args:
+            uri: As the image holds it.
+            size_bytes: Their number, where it is recorded.
+            sha256: Their hash, where it is recorded.
+            seconds: The time limit; None: no limit of ours.
+
+        Raises:
+            CogViewStorageError: When it lies outside of `storage`, cannot be read, or is not the image that is recorded.
+        """
+        content = read_uri(uri, self._options(uri), seconds=seconds)
+        return checked(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
+
+    async def aread_uri(
+        self,
+        uri: str,
+        *,
+        size_bytes: int | None = None,
+        sha256: str | None = None,
+        seconds: float | None = READ_SECONDS,
+    ) -> bytes:
+        """Async version of `read_uri`."""
+        content = await aread_uri(uri, self._options(uri), seconds=seconds)
+        return checked(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
+
+    def covers(self, uri: str) -> bool:
+        """Whether a URI lies in one of the remote folders."""
+        return any(_holds(folder, uri) for folder in self.storage)
+
+    def _options(self, uri: str) -> Mapping[str, Any]:
+        for folder in self.storage:
+            if _holds(folder, uri):
+                return folder.options
+        raise CogViewStorageError(
+            f"The image at {printable(uri, 120)} is not read: its URI is in none of the allowed folders.",
+            hint='Name the folder where the image is loaded, such as images_from_messages(..., storage="s3://bucket").',
+        )
+
+
+ANY_FILE: Final = ImageAccess()
+"""Any file of this machine and any public link, but no URI."""
+
+
+def image_access(
+    *,
+    within: str | os.PathLike[str] | None = None,
+    storage: str | Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    allowed_image_hosts: str | Iterable[str] | None = None,
+) -> ImageAccess:
+    """What the reading side allows for images that come back from storage.
+
+    Args:
+        within: The only folder from which files are read.
+        storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`.
+        storage_options: fsspec's options for these folders; they go nowhere else.
+        allowed_image_hosts: The only hosts from which links are fetched, as on `CogViewImageGenerator`.
+
+    Raises:
+        CogViewConfigurationError: When a URL is not one of a remote folder, or options are given without one.
+    """
+    urls = [storage] if isinstance(storage, str) else list(storage or ())
+    if storage_options and not urls:
+        raise CogViewConfigurationError(
+            "storage_options were given without storage.", hint='Pass storage="s3://bucket", which they are for.'
+        )
+    folders = [remote_folder(url, storage_options) for url in urls if _is_remote(url)]
+    hosts = (allowed_image_hosts,) if isinstance(allowed_image_hosts, str) else allowed_image_hosts
+    return ImageAccess(
+        allowed_hosts=None if hosts is None else tuple(hosts),
+        storage=tuple(folder for folder in folders if isinstance(folder, RemoteFolder)),
+        within=None if within is None else Path(within).expanduser(),
+    )
+
+
+def _is_remote(url: str) -> bool:
+    if isinstance(remote_folder(url), Path):
+        raise CogViewConfigurationError(
+            "storage names a folder of this machine.", hint="Pass a folder of this machine as within=."
+        )
+    return True
+
+
+def _bucket(folder: RemoteFolder) -> RemoteFolder:
+    protocol, _, rest = folder.url.partition("://")
+    return RemoteFolder(f"{protocol}://{rest.partition('/')[0]}", folder.options)
+
+
+def _holds(folder: RemoteFolder, uri: str) -> bool:
+    if "::" in uri or not uri.isprintable() or ".." in _SEGMENTS.split(unquote(uri)):
+        return False
+    return uri.startswith(f"{folder.url.rstrip('/')}/")
 
 
 # --- what a URL may be

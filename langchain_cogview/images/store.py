@@ -14,6 +14,7 @@ import io
 import os
 import re
 import secrets
+import stat
 import sys
 import threading
 import time
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from langchain_cogview.deadline import Deadline
-from langchain_cogview.errors import CogViewConfigurationError
-from langchain_cogview.images.formats import EXTENSIONS, inspect
+from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
+from langchain_cogview.images.formats import EXTENSIONS, ImageFormatError, inspect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,11 @@ _MAX_NAME: Final = 64
 _NO_LIMIT: Final = Deadline(None)
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
 _COPY_BYTES: Final = 1 << 16
+_NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
+_OPEN: Final = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")
+)
+_FOLDER: Final = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _RENAME_NOREPLACE: Final = 1
 _AT_FDCWD: Final = -100
 
@@ -406,3 +412,82 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+# --- reading
+
+
+def checked(content: bytes, name: str, *, size_bytes: int | None, sha256: str | None) -> bytes:
+    """The bytes, once they are found to be an image, and the recorded one where size and hash are recorded.
+
+    Args:
+        content: What was read.
+        name: What it is called in an error.
+        size_bytes: The recorded number of bytes.
+        sha256: The recorded hash, in hexadecimal.
+
+    Raises:
+        CogViewStorageError: When they are not.
+    """
+    hint = (
+        "Something else was written there, or the record is wrong; while the link lives, the URL still gives the image."
+    )
+    try:
+        inspect(io.BytesIO(content))
+    except ImageFormatError as error:
+        raise CogViewStorageError(f"{name} is not an image: {error}.", hint=hint) from None
+    same_size = size_bytes is None or size_bytes == len(content)
+    if not same_size or (sha256 is not None and hashlib.sha256(content).hexdigest() != sha256.lower()):
+        raise CogViewStorageError(f"{name} is not the image that is recorded.", hint=hint)
+    return content
+
+
+def read_regular_file(path: Path, limit: int, *, within: Path | None = None) -> bytes:
+    """The bytes of a regular file. A link at its end is not followed, and a pipe or device is not waited for.
+
+    Args:
+        path: The file.
+        limit: The largest number of bytes.
+        within: The only folder that it may lie in, with symbolic links of its folders resolved; None: any.
+
+    Raises:
+        OSError: When it cannot be opened or is none; `strerror` says why.
+        ValueError: The path is not one.
+    """
+    descriptor = _opened(path, within)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        content = None
+        if status.st_size <= limit:
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                content = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if content is None or len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit // 2**20} MiB")
+    return content
+
+
+def _opened(path: Path, within: Path | None) -> int:
+    if not _NO_FOLLOW and path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if within is None:
+        return os.open(path, _OPEN)
+    root = within.resolve()
+    place = path.parent.resolve() / path.name
+    if not place.is_relative_to(root) or place == root:
+        raise PermissionError(errno.EACCES, "it is outside the folder that images are read from")
+    if os.open not in os.supports_dir_fd:
+        return os.open(place, _OPEN)
+    # From folder to folder, so that none of them can become a link meanwhile.
+    folder = os.open(root, _FOLDER)
+    try:
+        for name in place.relative_to(root).parts[:-1]:
+            below = os.open(name, _FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        return os.open(place.name, _OPEN, dir_fd=folder)
+    finally:
+        os.close(folder)

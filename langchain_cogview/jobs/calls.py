@@ -6,10 +6,10 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from langchain_cogview.call_events import JOURNAL
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewError, Outcome, Scope, error_class
 from langchain_cogview.result import ImageFailure, ImageResult
-from langchain_cogview.watch import JOURNAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,7 +25,7 @@ from langchain_cogview.errors import (
     Scope,
     error_class,
 )
-from langchain_cogview.images.access import ImageAccess
+from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.jobs.calls import STOPPING, Call, befalls_all, error_of, failures_of, is_the_prompts
 from langchain_cogview.jobs.folder import spare_descriptors, unwritable
 from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_cogview.catalog import currency_of
 from langchain_cogview.cost import Budget, Charges, Money
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Scope, error_class, printable
-from langchain_cogview.images.download import MAX_PICTURE_BYTES
-from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
+from langchain_cogview.images.formats import MAX_PICTURE_BYTES, ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import PICTURE_NAME
 from langchain_cogview.jobs.plan import JobPlan, PromptItem, PromptList, UnknownAttempt, counted
 

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from langchain_cogview import CogViewDownloadError, CogViewImageGenerator
-from langchain_cogview.addresses import METADATA_ADDRESSES, is_host, is_public
+from langchain_cogview.addresses import METADATA_ADDRESSES, LinkRules, is_host, is_public
 from langchain_cogview.api.transport import SHARED
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.images.download import fetch
-from langchain_cogview.images.links import LinkRules
 
 LOOPBACK = 0x7F000001
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4"]  # fmt: skip

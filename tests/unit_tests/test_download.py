@@ -12,11 +12,10 @@ import pytest
 import trustme
 
 from langchain_cogview import CogViewDownloadError, CogViewImageGenerator
-from langchain_cogview.addresses import AddressRefusedError
+from langchain_cogview.addresses import AddressRefusedError, LinkRules
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.images import download, store
 from langchain_cogview.images.download import afetch, fetch
-from langchain_cogview.images.links import LinkRules
 from tests.conftest import FAKE_KEY
 from tests.faults.pictures import png
 from tests.faults.reply_table import says

@@ -23,12 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from langchain_cogview.addresses import LinkRules
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.images.download import MAX_PICTURE_BYTES, afetch, fetch
-from langchain_cogview.images.formats import ImageInfo
-from langchain_cogview.images.links import LinkRules
+from langchain_cogview.images.download import afetch, fetch
+from langchain_cogview.images.formats import MAX_PICTURE_BYTES, ImageInfo
 from langchain_cogview.images.remote import RemoteFolder, aread_uri, read_uri, remote_folder
 from langchain_cogview.images.store import PictureFile
 from tests.faults.server import PICTURE, FaultServer, good_picture

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import SecretStr
 
+from langchain_cogview.addresses import LinkRules
 from langchain_cogview.api.client import client_of
 from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.call_events import CallWatch
 from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
@@ -30,11 +32,9 @@ from langchain_cogview.errors import (
     Outcome,
     printable,
 )
-from langchain_cogview.images.access import ImageAccess
 from langchain_cogview.images.download import Picture, afetch, expires_at, fetch, save_content
-from langchain_cogview.images.links import LinkRules
+from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
-from langchain_cogview.watch import CallWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
