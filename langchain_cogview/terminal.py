@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from langchain_cogview.images.formats import sniff
-from langchain_cogview.images.previews import decoded
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -118,6 +117,8 @@ def _as_png(content: bytes) -> bytes:
     if sniff(content[:32]) == "image/png":
         return content
     try:
+        from langchain_cogview.images.previews import decoded  # noqa: PLC0415
+
         out = io.BytesIO()
         decoded(content).save(out, "PNG", compress_level=1)
         return out.getvalue()
