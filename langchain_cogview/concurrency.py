@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_THREADS: Final = 32
+MAX_THREADS: Final = 128
+"""More than images are in flight as a rule: a folder that hangs, such as a dead network mount, holds up no other."""
 
 
 def _new_pool() -> ThreadPoolExecutor:

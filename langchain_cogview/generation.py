@@ -35,6 +35,7 @@ from langchain_cogview.errors import (
 from langchain_cogview.images.download import Picture, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
+from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -439,6 +440,13 @@ class ImageCall:
             return await afetch(asender(self.settings.base_url), url, **self._way(deadline, label))
         except CogViewError as error:
             return error
+        except Exception as error:
+            if raised_by_signal(error):
+                raise
+            # Such as a server's protection of its event loop against blocking calls: a thread has none, and fetching is free.
+            told = f"{type(error).__name__}: {printable(str(error), 100)}"
+            logger.warning("An image could not be fetched on the event loop (%s); a thread fetches it.", told)
+            return await in_thread(self._fetched, url, deadline, label)
 
     def _refetched(self, url: str) -> Picture | CogViewError | None:
         return self._fetched(url, Deadline(_REFETCH_SECONDS), "")

@@ -15,6 +15,17 @@ VARIABLES = (
     *(f"{name}{suffix}" for name in ("HTTP", "HTTPS", "ALL", "NO") for suffix in ("_PROXY",)),
 )  # fmt: skip
 FIXTURES = Path(__file__).parent / "fixtures"
+SYNC_CALLS = {
+    "langchain_cogview/generator.py": {"invoke", "batch", "collect", "submit"},
+    "langchain_cogview/batches.py": {"stream", "as_completed"},
+    "langchain_cogview/tool.py": {"_run"},
+    "langchain_cogview/result.py": {"read", "save", "to_pil"},
+    "langchain_cogview/galleries.py": {"gallery", "save"},
+    "langchain_cogview/jobs/job.py": {"run_job", "plan_job"},
+    # In callbacks of tests:
+    "tests/unit_tests/test_jobs.py": {"lines"},
+    "tests/unit_tests/test_transport.py": {"wait_a_moment"},
+}
 FAKE_KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 
 
@@ -24,6 +35,26 @@ def _bare_environment(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         return
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_blocks_an_event_loop():
+    """A file, socket or sleep that this package waits for in a thread with a running event loop raises `BlockingError`.
+
+    That is what `langgraph dev` and other servers do. What is allowed: the sync methods, whose callers block by their own choice.
+    """
+    from blockbuster import BlockBuster
+
+    blockbuster = BlockBuster(scanned_modules="langchain_cogview")
+    for name in [name for name in blockbuster.functions if "Lock" in name]:
+        # It sees no `with lock:`, and every lock of every thread would be slower and answer to an interrupt in another way.
+        del blockbuster.functions[name]
+    for function in blockbuster.functions.values():
+        for path, names in SYNC_CALLS.items():
+            function.can_block_in(path, names)
+    blockbuster.activate()
+    yield
+    blockbuster.deactivate()
 
 
 @pytest.fixture
