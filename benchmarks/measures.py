@@ -220,7 +220,7 @@ def _sleeping_runs(client: str, places: int) -> tuple[Callable[[int], Coroutine[
         return result
 
     class Sleeping(CogViewImageGenerator):
-        _adraw = sleep
+        _agenerate = sleep
 
     generator = Sleeping(base_url="sandbox:", download=False, max_concurrency=places)
     config: Any = {"callbacks": [AsyncCallbackHandler()]} if client.endswith("_heard") else None

@@ -37,10 +37,10 @@ from langchain_cogview.cache_entries import (
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
-from langchain_cogview.images.download import Picture, expires_at
-from langchain_cogview.images.formats import EXTENSIONS, MAX_PICTURE_BYTES
+from langchain_cogview.images.download import DownloadedImage, expires_at
+from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.images.store import local_path, picture_names, read_regular_file, write_whole
+from langchain_cogview.images.store import image_names, local_path, read_regular_file, write_whole
 from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.turns import TURNS, runs_event_loop
 
@@ -69,7 +69,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter alone is a Windows
 logger = logging.getLogger(__name__)
 
 
-def picture_cache(given: BaseCache | str | Path) -> PictureCache:
+def image_cache(given: BaseCache | str | Path) -> ImageCache:
     """The cache that was asked for with `cache=`.
 
     Args:
@@ -79,9 +79,9 @@ def picture_cache(given: BaseCache | str | Path) -> PictureCache:
         CogViewConfigurationError: When it is neither.
     """
     if isinstance(given, BaseCache):
-        return PictureCache(LangChainEntries(given))
+        return ImageCache(LangChainEntries(given))
     if isinstance(given, str | Path):
-        return PictureCache(DirectoryEntries(_directory(str(given))))
+        return ImageCache(DirectoryEntries(_directory(str(given))))
     shown = f"={given}" if given is None or isinstance(given, bool) else f" of type {type(given).__name__}"
     raise CogViewConfigurationError(
         f"cache{shown} is neither a LangChain cache nor a directory.",
@@ -121,7 +121,7 @@ def _is_file(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureCache:
+class ImageCache:
     """The cache of a generator. Settings alone: threads, event loops and generators can share it.
 
     Attributes:
@@ -186,7 +186,9 @@ class CachedRequest:
         """The twin of `turn`."""
         return TURNS.aturn((self.entries.place, self._key(index).digest), seconds)
 
-    def lookup(self, index: int, refetch: Callable[[str], Picture | CogViewError | None]) -> GeneratedImage | None:
+    def lookup(
+        self, index: int, refetch: Callable[[str], DownloadedImage | CogViewError | None]
+    ) -> GeneratedImage | None:
         """The image number `index` (from 0) of the request, if it was made before and its bytes can still be read.
 
         Args:
@@ -213,7 +215,7 @@ class CachedRequest:
         return None
 
     async def alookup(
-        self, index: int, refetch: Callable[[str], Awaitable[Picture | CogViewError | None]]
+        self, index: int, refetch: Callable[[str], Awaitable[DownloadedImage | CogViewError | None]]
     ) -> GeneratedImage | None:
         """Async version of `lookup`; files and stores are read in threads."""
         with self._guarded("read"):
@@ -311,9 +313,11 @@ class CachedRequest:
             note = _unsaved(folder, error.strerror or type(error).__name__)
             return self._hit(recorded, path=None, uri=None, content=content, warnings=(note,))
 
-    def _refetched(self, recorded: GeneratedImage, fetched: Picture | CogViewError | None) -> GeneratedImage | None:
+    def _refetched(
+        self, recorded: GeneratedImage, fetched: DownloadedImage | CogViewError | None
+    ) -> GeneratedImage | None:
         """The recorded image with the bytes that its link gave; None where it gave none, or those of another image."""
-        if not isinstance(fetched, Picture):
+        if not isinstance(fetched, DownloadedImage):
             return None
         if recorded.sha256 not in {None, fetched.sha256}:
             logger.warning("The link of a cached picture gives another one now, which is not used.")
@@ -451,9 +455,9 @@ def _names(image: GeneratedImage) -> list[str]:
         EXTENSIONS.get(image.mime_type or "", ""),
     )
     try:
-        names = picture_names(*facts, moment=image.created or 0)
+        names = image_names(*facts, moment=image.created or 0)
     except (ValueError, OverflowError, OSError):
-        names = picture_names(*facts, moment=0)
+        names = image_names(*facts, moment=0)
     return [*islice(names, _MAX_NAMES)]
 
 
@@ -466,7 +470,7 @@ def _save(folder: Path, names: list[str], content: bytes) -> Path:
             write_whole(path, content)
             return path
         with contextlib.suppress(OSError):
-            if read_regular_file(path, MAX_PICTURE_BYTES) == content:  # another thread or process was faster
+            if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process was faster
                 return path
     raise FileExistsError(errno.EEXIST, "every name is taken")
 

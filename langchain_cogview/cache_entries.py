@@ -20,7 +20,7 @@ from langchain_core.caches import BaseCache
 from langchain_core.outputs import Generation
 
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.images.formats import EXTENSIONS, MAX_PICTURE_BYTES, sniff
+from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, sniff
 from langchain_cogview.images.store import read_regular_file, write_whole
 from langchain_cogview.result import GeneratedImage
 
@@ -237,7 +237,7 @@ def _parsed(key: CacheKey, text: str) -> GeneratedImage:
 def whole(path: Path, image: GeneratedImage) -> bytes | None:
     """The bytes of a file, if they are the picture's as recorded; None where they are not, or it cannot be read."""
     try:
-        content = read_regular_file(path, MAX_PICTURE_BYTES)
+        content = read_regular_file(path, MAX_IMAGE_BYTES)
     except (OSError, ValueError):
         return None
     return content if is_picture(content, image) else None

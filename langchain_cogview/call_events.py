@@ -55,7 +55,7 @@ JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", defau
 
 
 @dataclass(slots=True)
-class CallWatch:
+class ImageEvents:
     """Follows one picture on its way: writes the journal, makes and sends the events.
 
     Attributes:

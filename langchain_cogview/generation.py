@@ -18,7 +18,7 @@ from langchain_cogview.api.client import client_of
 from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
-from langchain_cogview.call_events import CallWatch
+from langchain_cogview.call_events import ImageEvents
 from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import Deadline
@@ -32,7 +32,7 @@ from langchain_cogview.errors import (
     Outcome,
     printable,
 )
-from langchain_cogview.images.download import Picture, afetch, expires_at, fetch, save_content
+from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
 from langchain_cogview.stopping import raised_by_signal
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.settings import Service
-    from langchain_cogview.cache import CachedRequest, PictureCache
+    from langchain_cogview.cache import CachedRequest, ImageCache
     from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.cost import Reservation
     from langchain_cogview.events import Teller
@@ -61,7 +61,7 @@ _MOST_LOGGED_CHARACTERS = 1000
 logger = logging.getLogger(__name__)
 
 
-class Drawn(NamedTuple):
+class PaidReply(NamedTuple):
     """A paid reply, and what was asked for.
 
     Attributes:
@@ -104,7 +104,7 @@ class CallSettings:
     # Not compared, as functions never are equal: equal generators stay so once they were called.
     price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
-    cache: PictureCache | None = None
+    cache: ImageCache | None = None
 
     def cached(self, request: ImageRequest) -> CachedRequest | None:
         """Where the images of a request are looked up before they are paid for; None without a cache."""
@@ -124,7 +124,7 @@ class CallSettings:
         cls,
         service: Service,
         folder: Path | RemoteFolder | None,
-        cache: PictureCache | None,
+        cache: ImageCache | None,
         settings: Mapping[str, Any],
     ) -> CallSettings:
         """Take the settings from a generator.
@@ -161,7 +161,7 @@ class CallSettings:
 
 @dataclass(frozen=True, slots=True)
 class ImageCall:
-    """How one picture is made; each `draw` is one paid call under a request id of its own.
+    """How one picture is made; each `generate` is one paid call under a request id of its own.
 
     Attributes:
         settings: Of the generator.
@@ -188,96 +188,96 @@ class ImageCall:
         """What to tell of the call as a whole, once it has ended."""
         return tuple(self.cache.notes) if self.cache else ()
 
-    def draw(self, index: int = 0) -> ImageOutcome:
+    def generate(self, index: int = 0) -> ImageOutcome:
         """Give one picture, from the cache or new. Gives the error, so that it is raised or recorded whatever became of others.
 
         Args:
             index: Which of the `n`.
         """
         if self.cache is None:
-            return self._new()
+            return self._generate_new()
         hit = self.cache.lookup(index, self._refetched)
         if hit is None:
             # Who waits here for another's equal request holds no place in flight.
             with self.cache.turn(index, self.settings.timeout or _TURN_SECONDS):
                 hit = self.cache.lookup(index, self._refetched)
                 if hit is None:
-                    outcome = self._new()
+                    outcome = self._generate_new()
                     if not isinstance(outcome, Exception):
-                        with _told_when_lost(outcome[0].request_id, outcome[0].url):
+                        with _noting_lost_image(outcome[0].request_id, outcome[0].url):
                             self.cache.store(index, outcome[0])
                     return outcome
-        self.teller.tell(*self._watch(Deadline(None), hit.request_id).made([hit]))
+        self.teller.tell(*self._events(Deadline(None), hit.request_id).made([hit]))
         return [hit]
 
-    async def adraw(self, index: int = 0) -> ImageOutcome:
-        """Give one picture. The twin of `draw`."""
+    async def agenerate(self, index: int = 0) -> ImageOutcome:
+        """Give one picture. The twin of `generate`."""
         if self.cache is None:
-            return await self._anew()
+            return await self._agenerate_new()
         hit = await self.cache.alookup(index, self._arefetched)
         if hit is None:
             async with self.cache.aturn(index, self.settings.timeout or _TURN_SECONDS):
                 hit = await self.cache.alookup(index, self._arefetched)
                 if hit is None:
-                    outcome = await self._anew()
+                    outcome = await self._agenerate_new()
                     if not isinstance(outcome, Exception):
-                        with _told_when_lost(outcome[0].request_id, outcome[0].url):
+                        with _noting_lost_image(outcome[0].request_id, outcome[0].url):
                             await self.cache.astore(index, outcome[0])
                     return outcome
-        await self.teller.atell(*self._watch(Deadline(None), hit.request_id).made([hit]))
+        await self.teller.atell(*self._events(Deadline(None), hit.request_id).made([hit]))
         return [hit]
 
-    def _new(self) -> ImageOutcome:
-        watch = self._watch(Deadline(self.settings.timeout, started=False))
+    def _generate_new(self) -> ImageOutcome:
+        events = self._events(Deadline(self.settings.timeout, started=False))
         try:
-            drawn = self._drawn(watch)
+            paid = self._paid(events)
         except Exception as error:  # noqa: BLE001
-            watch.failed(error)
-            self.teller.tell(*watch.ended_with(error))
+            events.failed(error)
+            self.teller.tell(*events.ended_with(error))
             return error
-        return self._kept(drawn, watch)
+        return self._finish(paid, events)
 
-    async def _anew(self) -> ImageOutcome:
-        watch = self._watch(Deadline(self.settings.timeout, started=False))
+    async def _agenerate_new(self) -> ImageOutcome:
+        events = self._events(Deadline(self.settings.timeout, started=False))
         try:
-            drawn = await self._adrawn(watch)
+            paid = await self._apaid(events)
         except Exception as error:  # noqa: BLE001
-            watch.failed(error)
-            await self.teller.atell(*watch.ended_with(error))
+            events.failed(error)
+            await self.teller.atell(*events.ended_with(error))
             return error
-        return await self._akept(drawn, watch)
+        return await self._afinish(paid, events)
 
     def submit(self) -> tuple[str, str]:
         """Submit a task; gives its id and the request id."""
-        watch = self._watch(Deadline(self.settings.timeout, started=False))
-        body = images_body(self.request, watch.request_id)
-        return self.tasks().submit(body, watch.deadline, watch), watch.request_id
+        events = self._events(Deadline(self.settings.timeout, started=False))
+        body = images_body(self.request, events.request_id)
+        return self.tasks().submit(body, events.deadline, events), events.request_id
 
     async def asubmit(self) -> tuple[str, str]:
         """Submit a task. The twin of `submit`."""
-        watch = self._watch(Deadline(self.settings.timeout, started=False))
-        body = images_body(self.request, watch.request_id)
-        return await self.tasks().asubmit(body, watch.deadline, watch), watch.request_id
+        events = self._events(Deadline(self.settings.timeout, started=False))
+        body = images_body(self.request, events.request_id)
+        return await self.tasks().asubmit(body, events.deadline, events), events.request_id
 
     def collect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
         """Wait so many seconds for a task's picture."""
-        watch = self._watch(Deadline(seconds), request_id)
+        events = self._events(Deadline(seconds), request_id)
         try:
-            reply = self.tasks().result(task_id, watch.deadline, watch)
+            reply = self.tasks().result(task_id, events.deadline, events)
         except Exception as error:  # noqa: BLE001
-            self.teller.tell(*watch.ended_with(error))
+            self.teller.tell(*events.ended_with(error))
             return error
-        return self._kept(Drawn(self.request, reply), watch)
+        return self._finish(PaidReply(self.request, reply), events)
 
     async def acollect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
         """Wait for a task's picture. The twin of `collect`."""
-        watch = self._watch(Deadline(seconds), request_id)
+        events = self._events(Deadline(seconds), request_id)
         try:
-            reply = await self.tasks().aresult(task_id, watch.deadline, watch)
+            reply = await self.tasks().aresult(task_id, events.deadline, events)
         except Exception as error:  # noqa: BLE001
-            await self.teller.atell(*watch.ended_with(error))
+            await self.teller.atell(*events.ended_with(error))
             return error
-        return await self._akept(Drawn(self.request, reply), watch)
+        return await self._afinish(PaidReply(self.request, reply), events)
 
     def result(self, outcomes: Sequence[ImageOutcome], notes: tuple[str, ...]) -> ImageResult:
         """The result of a run; images, cost and content filter are put down in the run's metadata.
@@ -331,30 +331,30 @@ class ImageCall:
 
     # --- the paid call, by the first model that takes it
 
-    def _drawn(self, watch: CallWatch) -> Drawn:
+    def _paid(self, events: ImageEvents) -> PaidReply:
         refused: list[CogViewError] = []
         for request, notes in self.requests:
-            watch.model = request.model
-            body = images_body(request, watch.request_id)
+            events.model = request.model
+            body = images_body(request, events.request_id)
             try:
-                reply = self._client(request.model).generate(body, watch.deadline, watch)
+                reply = self._client(request.model).generate(body, events.deadline, events)
             except CogViewError as error:
                 self._next_model(error, refused)
             else:
-                return Drawn(request, reply, (*notes, *_fallen_back(request, refused)))
+                return PaidReply(request, reply, (*notes, *_fallen_back(request, refused)))
         raise AssertionError  # the last model's error is raised
 
-    async def _adrawn(self, watch: CallWatch) -> Drawn:
+    async def _apaid(self, events: ImageEvents) -> PaidReply:
         refused: list[CogViewError] = []
         for request, notes in self.requests:
-            watch.model = request.model
-            body = images_body(request, watch.request_id)
+            events.model = request.model
+            body = images_body(request, events.request_id)
             try:
-                reply = await self._client(request.model).agenerate(body, watch.deadline, watch)
+                reply = await self._client(request.model).agenerate(body, events.deadline, events)
             except CogViewError as error:
                 self._next_model(error, refused)
             else:
-                return Drawn(request, reply, (*notes, *_fallen_back(request, refused)))
+                return PaidReply(request, reply, (*notes, *_fallen_back(request, refused)))
         raise AssertionError  # the last model's error is raised
 
     def _next_model(self, error: CogViewError, refused: list[CogViewError]) -> None:
@@ -381,9 +381,9 @@ class ImageCall:
             self.settings.client, self.settings.poll_interval, plain_route=self.settings.use_tasks == "auto"
         )
 
-    def _watch(self, deadline: Deadline, request_id: str | None = None) -> CallWatch:
+    def _events(self, deadline: Deadline, request_id: str | None = None) -> ImageEvents:
         prompt = self.request.prompt if self.settings.include_prompt else None
-        return CallWatch(
+        return ImageEvents(
             self.teller,
             self.settings.price,
             prompt,
@@ -395,49 +395,49 @@ class ImageCall:
 
     # --- the picture's bytes and record
 
-    def _kept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
-        reply = drawn.reply
-        _log_unasked(watch.request_id, reply)
-        with _told_when_lost(watch.request_id, *reply.urls):
-            outcome = None if reply.content is None else self._saved(reply.content, watch)
-            if reply.urls and not isinstance(outcome, Picture):
-                outcome = self._fetched(reply.urls[0], watch.deadline, watch.label)
-            image = self._image(drawn, watch, outcome)
-            self.teller.tell(*watch.made([image]))
+    def _finish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
+        reply = paid.reply
+        _log_unasked(events.request_id, reply)
+        with _noting_lost_image(events.request_id, *reply.urls):
+            outcome = None if reply.content is None else self._saved(reply.content, events)
+            if reply.urls and not isinstance(outcome, DownloadedImage):
+                outcome = self._fetched(reply.urls[0], events.deadline, events.label)
+            image = self._image(paid, events, outcome)
+            self.teller.tell(*events.made([image]))
         return [image]
 
-    async def _akept(self, drawn: Drawn, watch: CallWatch) -> list[GeneratedImage]:
-        reply = drawn.reply
-        _log_unasked(watch.request_id, reply)
-        with _told_when_lost(watch.request_id, *reply.urls):
+    async def _afinish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
+        reply = paid.reply
+        _log_unasked(events.request_id, reply)
+        with _noting_lost_image(events.request_id, *reply.urls):
             # The thread saves the bytes to their end also when the caller is cancelled: nobody could fetch them again.
-            outcome = None if reply.content is None else await in_thread(self._saved, reply.content, watch)
-            if reply.urls and not isinstance(outcome, Picture):
-                outcome = await self._afetched(reply.urls[0], watch.deadline, watch.label)
-            image = self._image(drawn, watch, outcome)
-            await self.teller.atell(*watch.made([image]))
+            outcome = None if reply.content is None else await in_thread(self._saved, reply.content, events)
+            if reply.urls and not isinstance(outcome, DownloadedImage):
+                outcome = await self._afetched(reply.urls[0], events.deadline, events.label)
+            image = self._image(paid, events, outcome)
+            await self.teller.atell(*events.made([image]))
         return [image]
 
-    def _saved(self, content: bytes, watch: CallWatch) -> Picture | CogViewError:
+    def _saved(self, content: bytes, events: ImageEvents) -> DownloadedImage | CogViewError:
         """Save the bytes that a gateway put into its reply."""
         try:
-            return save_content(content, deadline=watch.deadline, folder=self.settings.folder, label=watch.label)
+            return save_content(content, deadline=events.deadline, folder=self.settings.folder, label=events.label)
         except CogViewError as error:
             return error
 
-    def _fetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
+    def _fetched(self, url: str, deadline: Deadline, label: str) -> DownloadedImage | CogViewError | None:
         if not self.settings.download:
             return None
         try:
-            return fetch(sender(self.settings.base_url), url, **self._way(deadline, label))
+            return fetch(sender(self.settings.base_url), url, **self._download_options(deadline, label))
         except CogViewError as error:
             return error
 
-    async def _afetched(self, url: str, deadline: Deadline, label: str) -> Picture | CogViewError | None:
+    async def _afetched(self, url: str, deadline: Deadline, label: str) -> DownloadedImage | CogViewError | None:
         if not self.settings.download:
             return None
         try:
-            return await afetch(asender(self.settings.base_url), url, **self._way(deadline, label))
+            return await afetch(asender(self.settings.base_url), url, **self._download_options(deadline, label))
         except CogViewError as error:
             return error
         except Exception as error:
@@ -448,50 +448,52 @@ class ImageCall:
             logger.warning("An image could not be fetched on the event loop (%s); a thread fetches it.", told)
             return await in_thread(self._fetched, url, deadline, label)
 
-    def _refetched(self, url: str) -> Picture | CogViewError | None:
+    def _refetched(self, url: str) -> DownloadedImage | CogViewError | None:
         return self._fetched(url, Deadline(_REFETCH_SECONDS), "")
 
-    async def _arefetched(self, url: str) -> Picture | CogViewError | None:
+    async def _arefetched(self, url: str) -> DownloadedImage | CogViewError | None:
         return await self._afetched(url, Deadline(_REFETCH_SECONDS), "")
 
-    def _way(self, deadline: Deadline, label: str) -> dict[str, Any]:
+    def _download_options(self, deadline: Deadline, label: str) -> dict[str, Any]:
         rules = LinkRules(self.settings.base_url, self.settings.allowed_hosts)
         return {"deadline": deadline, "folder": self.settings.folder, "label": label, "rules": rules}
 
-    def _image(self, drawn: Drawn, watch: CallWatch, picture: Picture | CogViewError | None) -> GeneratedImage:
-        settings, request, reply = self.settings, drawn.request, drawn.reply
+    def _image(
+        self, paid: PaidReply, events: ImageEvents, downloaded: DownloadedImage | CogViewError | None
+    ) -> GeneratedImage:
+        settings, request, reply = self.settings, paid.request, paid.reply
         url = reply.urls[0] if reply.urls else None
-        notes = [*drawn.notes, *reply.warnings]
+        notes = [*paid.notes, *reply.warnings]
         made: dict[str, Any] = {}
         content = None
-        if isinstance(picture, Picture):
-            info, content = picture.info, picture.content
+        if isinstance(downloaded, DownloadedImage):
+            info, content = downloaded.info, downloaded.content
             made = {
-                "path": picture.path,
-                "uri": picture.uri,
+                "path": downloaded.path,
+                "uri": downloaded.uri,
                 "mime_type": info.mime_type,
                 "width": info.width,
                 "height": info.height,
-                "size_bytes": picture.size_bytes,
-                "sha256": picture.sha256,
+                "size_bytes": downloaded.size_bytes,
+                "sha256": downloaded.sha256,
             }
-            if picture.problem:
+            if downloaded.problem:
                 notes.append(
-                    f"The picture could not be saved in output_dir ({printable(str(settings.folder), 120)}): {picture.problem}. "
-                    "Its bytes are in memory: call save(path)."
+                    f"The picture could not be saved in output_dir ({printable(str(settings.folder), 120)}): "
+                    f"{downloaded.problem}. Its bytes are in memory: call save(path)."
                 )
-        elif picture is not None:
-            notes.append(f"{picture.message} {picture.hint}".strip())
+        elif downloaded is not None:
+            notes.append(f"{downloaded.message} {downloaded.hint}".strip())
             if url is None:
                 content = reply.content
                 notes.append("What came is in memory: image.save(path) writes it as it is.")
         amount, currency = settings.price(request.model)
         return GeneratedImage(
-            id=watch.label,
+            id=events.label,
             url=url,
             expires_at=expires_at(url) if url else None,
             content_filter=reply.content_filter,
-            request_id=watch.request_id,
+            request_id=events.request_id,
             response_id=reply.response_id,
             task_id=reply.task_id,
             created=reply.created,
@@ -501,7 +503,7 @@ class ImageCall:
             prompt=request.prompt,
             cost=Decimal(0) if reply.sandbox else amount,
             currency=currency,
-            seconds=round(watch.deadline.elapsed, 3),
+            seconds=round(events.deadline.elapsed, 3),
             sandbox=reply.sandbox,
             warnings=tuple(notes),
             **made,
@@ -516,7 +518,7 @@ def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[st
 
 
 @contextmanager
-def _told_when_lost(request_id: str, *urls: str | None) -> Iterator[None]:
+def _noting_lost_image(request_id: str, *urls: str | None) -> Iterator[None]:
     """A caller that leaves after the payment (cancelled, Ctrl-C) is told where its picture is."""
     try:
         yield

@@ -245,9 +245,9 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
 
             self._folder = remote_folder(self.output_dir, self.storage_options or {})
         if self.cache is not None:
-            from langchain_cogview.cache import picture_cache  # noqa: PLC0415  it brings the HTTP stack
+            from langchain_cogview.cache import image_cache  # noqa: PLC0415  it brings the HTTP stack
 
-            self._cache = picture_cache(self.cache)
+            self._cache = image_cache(self.cache)
         injected = self.http_client is not None or self.http_async_client is not None
         service = find_service(self.api_key, self.region, self.base_url, injected=injected)
         self._key, self._region, self._base_url = service
@@ -338,7 +338,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             The pictures, and what went wrong with others.
         """
         config = traced_config(config, self.model, input, kwargs)
-        return self._run(partial(self._draw, overrides=kwargs, budget=budget), input, config)
+        return self._run(partial(self._generate, overrides=kwargs, budget=budget), input, config)
 
     async def ainvoke(
         self,
@@ -350,7 +350,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
     ) -> ImageResult:
         """Async version of `invoke`."""
         config = traced_config(config, self.model, input, kwargs)
-        return await self._arun(partial(self._adraw, overrides=kwargs, budget=budget), input, config)
+        return await self._arun(partial(self._agenerate, overrides=kwargs, budget=budget), input, config)
 
     # --- many requests: each is a run of its own, by `invoke` or `ainvoke`
 
@@ -564,18 +564,20 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             await aremember(made[0].images)
             return told(made[0])
 
-    def _draw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
+    def _generate(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
         request, notes = self._request(given, overrides)
         with self._reserved(budget, request) as reservation:
             call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
-            tasks = [partial(call.draw, index) for index in range(request.n)]
+            tasks = [partial(call.generate, index) for index in range(request.n)]
             return call.result(in_threads(tasks, self.max_workers(request.model)), notes + call.notes)
 
-    async def _adraw(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
+    async def _agenerate(
+        self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any
+    ) -> ImageResult:
         request, notes = self._request(given, overrides)
         with self._reserved(budget, request) as reservation:
             call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
-            tasks = [partial(call.adraw, index) for index in range(request.n)]
+            tasks = [partial(call.agenerate, index) for index in range(request.n)]
             return call.result(await in_tasks(tasks, self.max_workers(request.model)), notes + call.notes)
 
     def _reserved(self, budget: Any, request: ImageRequest) -> AbstractContextManager[Reservation | None]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from datetime import datetime
 
-    from langchain_cogview.images.download import Picture
+    from langchain_cogview.images.download import DownloadedImage
     from langchain_cogview.images.remote import ImageAccess
 
 _READ_SECONDS = 60.0
@@ -253,7 +253,7 @@ class GeneratedImage(BaseModel):
     def _recorded(self) -> dict[str, Any]:
         return {"size_bytes": self.size_bytes, "sha256": self.sha256}
 
-    def _fetched(self, picture: Picture) -> bytes:
+    def _fetched(self, picture: DownloadedImage) -> bytes:
         if self.sha256 not in {None, picture.sha256}:
             raise CogViewDownloadError("The image's link gives another image than the recorded one.", hint="")
         return picture.content or b""

@@ -47,7 +47,7 @@ class RateLimiter(Protocol):
         ...
 
 
-class Watch(Protocol):
+class CallEvents(Protocol):
     """Hears what a call does, while it does it."""
 
     def sending(self) -> None:
@@ -115,29 +115,29 @@ class ImagesClient:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     rate_limiter: RateLimiter | None = None
 
-    def generate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
+    def generate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """POST one request, again only where that is safe.
 
         Args:
             body: As `protocol.images_body` makes it; its `request_id` is the same on every attempt.
             deadline: For everything from the first place in flight on, waits included; started here.
-            watch: Hears of it.
+            events: Hears of it.
 
         Raises:
             CogViewError: Carries the request id and the number of attempts.
         """
-        reply, place = self.paid(ROUTE, body, read_reply, deadline, watch)
+        reply, place = self.paid(ROUTE, body, read_reply, deadline, events)
         place.done()
         return reply
 
-    async def agenerate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
+    async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """POST one request, again only where that is safe. The twin of `generate`."""
-        reply, place = await self.apaid(ROUTE, body, read_reply, deadline, watch)
+        reply, place = await self.apaid(ROUTE, body, read_reply, deadline, events)
         place.done()
         return reply
 
     def paid(
-        self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, watch: Watch
+        self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Place]:
         """POST to a route that costs money; the caller ends the place in flight that comes with the reply."""
         attempts = _Attempts()
@@ -147,22 +147,22 @@ class ImagesClient:
             try:
                 place = self._placed(body, deadline, attempts)
                 try:
-                    watch.sending()
+                    events.sending()
                     attempts.made += 1
                     return _warned(self.endpoint.exchange(call, deadline, read), attempts), place
                 except BaseException as error:
-                    watch.failed(error)
+                    events.failed(error)
                     _ended(place, error, attempts)
                     raise
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
                 if wait is None:
                     raise _told(error, body, attempts) from None
-                watch.retrying(error, wait, attempts.made)
+                events.retrying(error, wait, attempts.made)
             STOPPED.get().wait(wait)
 
     async def apaid(
-        self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, watch: Watch
+        self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Place]:
         """The twin of `paid`."""
         attempts = _Attempts()
@@ -172,18 +172,18 @@ class ImagesClient:
             try:
                 place = await self._aplaced(body, deadline, attempts)
                 try:
-                    await watch.asending()
+                    await events.asending()
                     attempts.made += 1
                     return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), place
                 except BaseException as error:
-                    watch.failed(error)
+                    events.failed(error)
                     _ended(place, error, attempts)
                     raise
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
                 if wait is None:
                     raise _told(error, body, attempts) from None
-                await watch.aretrying(error, wait, attempts.made)
+                await events.aretrying(error, wait, attempts.made)
             await STOPPED.get().await_seconds(wait)
 
     # --- a place in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.

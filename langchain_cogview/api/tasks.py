@@ -34,7 +34,7 @@ from langchain_cogview.stopping import STOPPED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from langchain_cogview.api.client import ImagesClient, Watch
+    from langchain_cogview.api.client import CallEvents, ImagesClient
     from langchain_cogview.api.gate import Place
 
 TASK_ROUTE: Final = "/async/images/generations"
@@ -64,7 +64,7 @@ class TasksClient:
     poll_interval: float = 3.0
     plain_route: bool = False
 
-    def generate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
+    def generate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Submit a task and wait for its picture.
 
         Raises:
@@ -72,36 +72,36 @@ class TasksClient:
             CogViewError: As for `ImagesClient.generate`.
         """
         try:
-            task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, watch)
+            task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
-            return _said_plain(self.images.generate(body, deadline, watch))
+            return _said_plain(self.images.generate(body, deadline, events))
         with _paid_for(body, task.task_id, place):
-            return _warned(task.reply or self._followed(_accepted(task, watch), deadline, watch), task)
+            return _warned(task.reply or self._followed(_accepted(task, events), deadline, events), task)
 
-    async def agenerate(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> ImagesReply:
+    async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Submit a task and wait for its picture. The twin of `generate`."""
         try:
-            task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, watch)
+            task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
-            return _said_plain(await self.images.agenerate(body, deadline, watch))
+            return _said_plain(await self.images.agenerate(body, deadline, events))
         with _paid_for(body, task.task_id, place):
-            return _warned(task.reply or await self._afollowed(await _aaccepted(task, watch), deadline, watch), task)
+            return _warned(task.reply or await self._afollowed(await _aaccepted(task, events), deadline, events), task)
 
-    def submit(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> str:
+    def submit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
         """Submit a task and give its id."""
-        task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, watch)
+        task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
         with _paid_for(body, task.task_id, place):
-            return _accepted(task, watch)
+            return _accepted(task, events)
 
-    async def asubmit(self, body: dict[str, Any], deadline: Deadline, watch: Watch) -> str:
+    async def asubmit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
         """Submit a task and give its id. The twin of `submit`."""
-        task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, watch)
+        task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         with _paid_for(body, task.task_id, place):
-            return await _aaccepted(task, watch)
+            return await _aaccepted(task, events)
 
     def status(self, task_id: str, deadline: Deadline) -> TaskReply:
         """Ask once.
@@ -115,28 +115,28 @@ class TasksClient:
         """Ask once. The twin of `status`."""
         return await self.images.endpoint.aexchange(_poll(task_id), deadline, read_task)
 
-    def result(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
+    def result(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Poll until the task ends.
 
         Raises:
             CogViewTaskUnfinishedError: It has not ended in time.
             CogViewError: The task failed or is not known.
         """
-        return self._polled(_Polls(task_id, deadline, self.poll_interval), watch)
+        return self._polled(_Polls(task_id, deadline, self.poll_interval), events)
 
-    async def aresult(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
+    async def aresult(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Poll until the task ends. The twin of `result`."""
-        return await self._apolled(_Polls(task_id, deadline, self.poll_interval), watch)
+        return await self._apolled(_Polls(task_id, deadline, self.poll_interval), events)
 
-    def _followed(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
-        return self._polled(_Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), watch)
+    def _followed(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
+        return self._polled(_Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), events)
 
-    async def _afollowed(self, task_id: str, deadline: Deadline, watch: Watch) -> ImagesReply:
+    async def _afollowed(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
         return await self._apolled(
-            _Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), watch
+            _Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), events
         )
 
-    def _polled(self, polls: _Polls, watch: Watch) -> ImagesReply:
+    def _polled(self, polls: _Polls, events: CallEvents) -> ImagesReply:
         while True:
             if STOPPED.get().wait_until_abandoned(polls.pause()):
                 raise polls.unfinished()
@@ -148,9 +148,9 @@ class TasksClient:
                 if task.reply:
                     return replace(task.reply, task_id=polls.task_id)
                 polls.last = None
-            watch.processing(polls.task_id)
+            events.processing(polls.task_id)
 
-    async def _apolled(self, polls: _Polls, watch: Watch) -> ImagesReply:
+    async def _apolled(self, polls: _Polls, events: CallEvents) -> ImagesReply:
         while True:
             await asyncio.sleep(polls.pause())
             try:
@@ -161,7 +161,7 @@ class TasksClient:
                 if task.reply:
                     return replace(task.reply, task_id=polls.task_id)
                 polls.last = None
-            await watch.aprocessing(polls.task_id)
+            await events.aprocessing(polls.task_id)
 
 
 class _Polls:
@@ -218,15 +218,15 @@ def _poll(task_id: str) -> Call:
     return Call("GET", RESULT_ROUTE + quote(task_id, safe=""))
 
 
-def _accepted(task: TaskReply, watch: Watch) -> str:
+def _accepted(task: TaskReply, events: CallEvents) -> str:
     task_id = _id_of(task)
-    watch.submitted(task_id)
+    events.submitted(task_id)
     return task_id
 
 
-async def _aaccepted(task: TaskReply, watch: Watch) -> str:
+async def _aaccepted(task: TaskReply, events: CallEvents) -> str:
     task_id = _id_of(task)
-    await watch.asubmitted(task_id)
+    await events.asubmitted(task_id)
     return task_id
 
 

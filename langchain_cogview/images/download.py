@@ -27,14 +27,14 @@ from langchain_cogview.concurrency import in_thread
 from langchain_cogview.deadline import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
 from langchain_cogview.images.formats import (
-    MAX_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     ImageFormatError,
     ImageInfo,
     ImageRefusedError,
     inspect,
     sniff,
 )
-from langchain_cogview.images.store import PictureFile, reason
+from langchain_cogview.images.store import ImageFile, reason
 from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ _NOT_YET: Final = frozenset({404, 408, 425, 429})
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DownloadedImage:
     """An image that came whole.
 
     Attributes:
@@ -165,7 +165,7 @@ def _not_yet(message: str, **facts: Any) -> CogViewDownloadError:
 
 
 def _too_large() -> CogViewDownloadError:
-    return CogViewDownloadError(f"The image is larger than {MAX_PICTURE_BYTES // 2**20} MiB.")
+    return CogViewDownloadError(f"The image is larger than {MAX_IMAGE_BYTES // 2**20} MiB.")
 
 
 # --- one download without its I/O
@@ -237,7 +237,7 @@ class _Download:
         if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
             raise CogViewDownloadError("The image came compressed, which was not asked for.")
         length = response.headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:20]) > MAX_PICTURE_BYTES:
+        if length.isascii() and length.isdigit() and int(length[:20]) > MAX_IMAGE_BYTES:
             raise _too_large()
         return True
 
@@ -267,7 +267,7 @@ class _Download:
             if len(self._head) >= _SNIFF_BYTES and sniff(bytes(self._head)) is None:
                 raise _not_yet("The link gave something that is not a PNG, JPEG or WebP image.")
         self._size += len(chunk)
-        if self._size > MAX_PICTURE_BYTES:
+        if self._size > MAX_IMAGE_BYTES:
             raise _too_large()
         self._buffer += chunk
         return self.rest() if len(self._buffer) >= _PIECE_BYTES else None
@@ -293,7 +293,7 @@ class _Download:
 # --- saving: blocks, so that async callers have a thread for each of these
 
 
-def _write(file: PictureFile, piece: bytes | memoryview) -> None:
+def _write(file: ImageFile, piece: bytes | memoryview) -> None:
     try:
         file.write(piece)
     except OSError as error:
@@ -302,7 +302,7 @@ def _write(file: PictureFile, piece: bytes | memoryview) -> None:
         raise CogViewStorageError(f"The image's bytes could not be written: {reason(error)}.") from None
 
 
-def _inspected(file: PictureFile, rest: bytes) -> ImageInfo:
+def _inspected(file: ImageFile, rest: bytes) -> ImageInfo:
     """Write the last bytes, and look at the whole image."""
     _write(file, rest)
     try:
@@ -315,24 +315,24 @@ def _inspected(file: PictureFile, rest: bytes) -> ImageInfo:
         raise CogViewStorageError(f"The image's bytes could not be read back: {reason(error)}.") from None
 
 
-def _saved(info: ImageInfo, file: PictureFile, kept: Path | str | None) -> Picture:
+def _saved(info: ImageInfo, file: ImageFile, kept: Path | str | None) -> DownloadedImage:
     """The image, wherever its bytes are now."""
     try:
         content = None if kept else file.read()
     except OSError as error:
         raise CogViewStorageError(f"The image's bytes could not be read back: {reason(error)}.") from None
     path, uri = (None, kept) if isinstance(kept, str) else (kept, None)
-    return Picture(info, file.size, file.sha256, path, uri, content, file.problem)
+    return DownloadedImage(info, file.size, file.sha256, path, uri, content, file.problem)
 
 
-def _save(file: PictureFile, rest: bytes, deadline: Deadline) -> Picture:
+def _save(file: ImageFile, rest: bytes, deadline: Deadline) -> DownloadedImage:
     """Write the last bytes, check the image and give its file a name; closes the file."""
     with contextlib.closing(file):
         info = _inspected(file, rest)
         return _saved(info, file, file.keep(info, deadline))
 
 
-async def _asave(file: PictureFile, rest: bytes, deadline: Deadline) -> Picture:
+async def _asave(file: ImageFile, rest: bytes, deadline: Deadline) -> DownloadedImage:
     """Async version of `_save`; a local file is saved to its end by a thread also when the caller is cancelled."""
     if file.remote is None:
         return await in_thread(_save, file, rest, deadline)
@@ -342,7 +342,7 @@ async def _asave(file: PictureFile, rest: bytes, deadline: Deadline) -> Picture:
 
 def save_content(
     content: bytes, *, deadline: Deadline, folder: Path | RemoteFolder | None = None, label: str = ""
-) -> Picture:
+) -> DownloadedImage:
     """Check and save an image whose bytes came in the reply itself. Blocks.
 
     Args:
@@ -362,15 +362,15 @@ def save_content(
     except ImageFormatError as error:
         raise CogViewDownloadError(f"The reply did not hold a whole image: {error}.", hint="") from None
     if folder is None:
-        return Picture(info, len(content), hashlib.sha256(content).hexdigest(), content=content)
-    file = PictureFile(folder, label=label)
+        return DownloadedImage(info, len(content), hashlib.sha256(content).hexdigest(), content=content)
+    file = ImageFile(folder, label=label)
     with contextlib.closing(file):
         whole = memoryview(content)
         for start in range(0, len(content), _PIECE_BYTES):
             _write(file, whole[start : start + _PIECE_BYTES])
         kept = file.keep(info, deadline)
     path, uri = (None, kept) if isinstance(kept, str) else (kept, None)
-    return Picture(info, file.size, file.sha256, path, uri, None if kept else content, file.problem)
+    return DownloadedImage(info, file.size, file.sha256, path, uri, None if kept else content, file.problem)
 
 
 # --- the download, twice
@@ -384,7 +384,7 @@ def fetch(
     folder: Path | RemoteFolder | None = None,
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
-) -> Picture:
+) -> DownloadedImage:
     """Fetch, check and save one image.
 
     Args:
@@ -404,7 +404,7 @@ def fetch(
     """
     download = _Download(url, deadline, rules)
     while True:
-        file = PictureFile(folder, label=label)
+        file = ImageFile(folder, label=label)
         try:
             with contextlib.closing(file):
                 with _as_ours(download):
@@ -426,11 +426,11 @@ async def afetch(
     folder: Path | RemoteFolder | None = None,
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
-) -> Picture:
+) -> DownloadedImage:
     """Async version of `fetch`; files are written by threads."""
     download = _Download(url, deadline, rules)
     while True:
-        file = PictureFile(folder, label=label)
+        file = ImageFile(folder, label=label)
         try:
             try:
                 with _as_ours(download):
@@ -449,7 +449,7 @@ async def afetch(
         download.start()
 
 
-def _receive(send: Callable[[httpx.Request], httpx.Response], download: _Download, file: PictureFile) -> None:
+def _receive(send: Callable[[httpx.Request], httpx.Response], download: _Download, file: ImageFile) -> None:
     while True:
         response = send(download.request())
         with contextlib.closing(response):
@@ -465,7 +465,7 @@ def _receive(send: Callable[[httpx.Request], httpx.Response], download: _Downloa
 
 
 async def _areceive(
-    asend: Callable[[httpx.Request], Awaitable[httpx.Response]], download: _Download, file: PictureFile
+    asend: Callable[[httpx.Request], Awaitable[httpx.Response]], download: _Download, file: ImageFile
 ) -> None:
     while True:
         response = await asend(download.request())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_PICTURE_BYTES: Final = 32 * 2**20
+MAX_IMAGE_BYTES: Final = 32 * 2**20
 """Bytes above which a picture is refused."""
 
 MAX_PIXELS: Final = 50_000_000

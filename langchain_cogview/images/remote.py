@@ -24,7 +24,7 @@ from urllib.request import url2pathname
 
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
-from langchain_cogview.images.formats import MAX_PICTURE_BYTES
+from langchain_cogview.images.formats import MAX_IMAGE_BYTES
 from langchain_cogview.images.store import checked, read_regular_file
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class ImageAccess:
             CogViewStorageError: When it cannot be read, lies outside of `within`, or is not the image that is recorded.
         """
         try:
-            content = read_regular_file(path, MAX_PICTURE_BYTES, within=self.within)
+            content = read_regular_file(path, MAX_IMAGE_BYTES, within=self.within)
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise CogViewStorageError(
@@ -441,9 +441,9 @@ def _reading(uri: str, options: Mapping[str, Any] | None, deadline: Deadline) ->
         if isinstance(folder, Path):
             raise _wrong("it is a file of this machine", "Open it as one.")
         store = _Store(folder, deadline)
-        content: bytes = store.call("cat_file", folder.url, start=0, end=MAX_PICTURE_BYTES + 1)
-        if len(content) > MAX_PICTURE_BYTES:
-            raise _PlainError(f"it is larger than {MAX_PICTURE_BYTES // 2**20} MiB")
+        content: bytes = store.call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
+        if len(content) > MAX_IMAGE_BYTES:
+            raise _PlainError(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
         return content
 
     return _started(get, deadline)

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 MAX_NAMES: Final = 999
 """Under how many names a picture may be saved: the number at the end tells those apart that would have the same."""
-PICTURE_NAME: Final = re.compile(
+IMAGE_NAME: Final = re.compile(
     r"\d{8}T\d{6}Z-(?:(?P<label>[0-9A-Za-z_]+)-)?(?P<start_of_hash>[0-9a-f]{16})(?:-\d{1,3})?"
     rf"(?:{'|'.join(map(re.escape, EXTENSIONS.values()))})"
 )
-"""The names that `picture_names` gives, with the parts by which a picture is found again."""
+"""The names that `image_names` gives, with the parts by which a picture is found again."""
 _UNSAFE: Final = re.compile(r"[^0-9A-Za-z_-]")
 _DEVICE: Final = re.compile(r"(?i)con|prn|aux|nul|com\d|lpt\d")
 _MAX_NAME: Final = 64
@@ -59,7 +59,7 @@ def safe_name(text: str) -> str:
     return f"_{name}"[:_MAX_NAME] if _DEVICE.fullmatch(name) else name  # Windows keeps these names for devices
 
 
-def picture_names(label: str, sha256: str, extension: str, *, moment: float | None = None) -> Iterator[str]:
+def image_names(label: str, sha256: str, extension: str, *, moment: float | None = None) -> Iterator[str]:
     """The names of a picture's file, in the order in which they are tried.
 
     Args:
@@ -72,12 +72,12 @@ def picture_names(label: str, sha256: str, extension: str, *, moment: float | No
         ValueError, OverflowError, OSError: The moment is none of a calendar.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(moment))
-    # The label's own hyphens would end it too early for PICTURE_NAME.
+    # The label's own hyphens would end it too early for IMAGE_NAME.
     stem = "-".join(filter(None, (stamp, label and safe_name(label).replace("-", "_"), safe_name(sha256[:16]))))
     return (f"{stem}{'' if number == 1 else f'-{number}'}{extension}" for number in range(1, MAX_NAMES + 1))
 
 
-class PictureFile:
+class ImageFile:
     """The bytes of one image on their way: written into the folder as they come, or kept in memory where that cannot be done.
 
     Every method blocks; a caller on an event loop has a thread for them. One thread at a time is let in, so that a caller that
@@ -198,7 +198,7 @@ class PictureFile:
             self.problem = reason(error)
 
     def _names(self, info: ImageInfo) -> Iterator[str]:
-        return picture_names(self._label, self.sha256, info.extension)
+        return image_names(self._label, self.sha256, info.extension)
 
     def _named_file(self, info: ImageInfo) -> Path | None:
         if self._folder is None or self.problem:

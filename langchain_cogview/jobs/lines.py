@@ -33,7 +33,7 @@ from pydantic import ValidationError
 
 from langchain_cogview.errors import CogViewDownloadError, CogViewError, printable
 from langchain_cogview.images.formats import ImageFormatError, inspect
-from langchain_cogview.images.store import picture_names, write_whole
+from langchain_cogview.images.store import image_names, write_whole
 from langchain_cogview.jobs.folder import unwritable
 from langchain_cogview.jobs.plan import drawn_arguments
 from langchain_cogview.jobs.survey import kind_of
@@ -207,7 +207,7 @@ def saved_entry(folder: JobFolder, image: GeneratedImage, content: bytes) -> dic
     info = inspect(io.BytesIO(content))
     sha256 = hashlib.sha256(content).hexdigest()
     try:
-        path = folder.path / folder.add(picture_names(image.request_id[:8], sha256, info.extension), content)
+        path = folder.path / folder.add(image_names(image.request_id[:8], sha256, info.extension), content)
     except OSError as error:
         raise unwritable(folder.path, error) from None
     facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
@@ -218,7 +218,7 @@ def _kept_aside(image: GeneratedImage, content: bytes) -> Path | None:
     """Where the bytes are that have no room in the folder, under the name by which the folder's next run finds them."""
     try:
         extension = inspect(io.BytesIO(content)).extension
-        names = picture_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)
+        names = image_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)
         aside = Path(tempfile.gettempdir(), next(names))
         write_whole(aside, content)
     except (OSError, ImageFormatError):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from langchain_cogview.catalog import currency_of
 from langchain_cogview.cost import Budget, Charges, Money
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Scope, error_class, printable
-from langchain_cogview.images.formats import MAX_PICTURE_BYTES, ImageFormatError, ImageInfo, inspect
-from langchain_cogview.images.store import PICTURE_NAME
+from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, ImageInfo, inspect
+from langchain_cogview.images.store import IMAGE_NAME
 from langchain_cogview.jobs.plan import JobPlan, PromptItem, PromptList, UnknownAttempt, counted
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def found_pictures(folder: JobFolder, history: History) -> dict[str, Found]:
     wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
     found: dict[str, Found] = {}
     for name in sorted(folder.names()) if wanted else ():
-        match = PICTURE_NAME.fullmatch(name)
+        match = IMAGE_NAME.fullmatch(name)
         attempt = wanted.get(match["label"]) if match else None
         picture = (
             _whole(folder, name, match["start_of_hash"]) if match and attempt and name not in history.files else None
@@ -255,7 +255,7 @@ def _whole(folder: JobFolder, name: str, start_of_hash: str) -> tuple[ImageInfo,
     try:
         with os.fdopen(folder.open(name), "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            if size > MAX_PICTURE_BYTES:
+            if size > MAX_IMAGE_BYTES:
                 return None
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from langchain_core.outputs import Generation
 
 from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, ImageRequest
 from langchain_cogview.api.transport import asender, sender
-from langchain_cogview.cache import UNDATED_LINK_LIFETIME, picture_cache
+from langchain_cogview.cache import UNDATED_LINK_LIFETIME, image_cache
 from langchain_cogview.cache_entries import CacheKey
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewError
@@ -76,7 +76,7 @@ class Room:
     def __init__(self, sandbox, cache, how="sync", **options):
         self.how = how
         self.sandbox = sandbox
-        self.cache = picture_cache(cache)
+        self.cache = image_cache(cache)
         self.options = options
         self.generator = CogViewImageGenerator(base_url=sandbox.base_url, **options)
         self.fetched = []
@@ -750,7 +750,7 @@ async def test_a_cancelled_lookup_ends_at_once():
             await asyncio.Event().wait()
 
     entered = asyncio.Event()
-    cached = picture_cache(Slow()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
+    cached = image_cache(Slow()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
     task = asyncio.create_task(cached.alookup(0, None))
     await entered.wait()
     task.cancel()
@@ -767,7 +767,7 @@ async def test_a_cancelled_lookup_ends_at_once():
 )
 def test_what_is_neither_cache_nor_directory_is_refused(wrong):
     with pytest.raises(CogViewConfigurationError) as caught:
-        picture_cache(wrong)
+        image_cache(wrong)
     assert "cache" in str(caught.value)
     assert "password" not in str(caught.value)
 
@@ -775,7 +775,7 @@ def test_what_is_neither_cache_nor_directory_is_refused(wrong):
 def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "cache").write_text("x")
     with pytest.raises(CogViewConfigurationError, match="is a file"):
-        picture_cache(tmp_path / "cache")
+        image_cache(tmp_path / "cache")
 
 
 def test_a_directory_is_found_from_wherever_the_program_goes_and_made_when_needed(sandbox, tmp_path, monkeypatch):
@@ -797,9 +797,9 @@ def test_a_directory_is_found_from_wherever_the_program_goes_and_made_when_neede
 CHILD = """
 import sys
 from langchain_cogview import CogViewImageGenerator, ImageRequest
-from langchain_cogview.cache import picture_cache
+from langchain_cogview.cache import image_cache
 generator = CogViewImageGenerator(base_url="sandbox:")
-cache = picture_cache(sys.argv[1])
+cache = image_cache(sys.argv[1])
 for number in range(int(sys.argv[3])):
     request = ImageRequest(prompt=f"kitten {number % 7}", size="512x512")
     cached = cache.request(request, base_url=sys.argv[2])
@@ -906,7 +906,7 @@ def test_a_thousand_entries_are_found_without_listing_any(sandbox, tmp_path, mon
 
 
 def test_sync_and_async_have_the_same_arguments():
-    cached = picture_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
+    cached = image_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
     for name in ("lookup", "store", "turn"):
         pair = [list(inspect.signature(getattr(cached, each)).parameters) for each in (name, f"a{name}")]
         assert pair[0] == pair[1]

@@ -120,7 +120,7 @@ def test_what_is_not_of_the_network_passes_through(how):
             raise SoftTimeLimitExceeded
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SoftTimeLimitExceeded) as caught:
-            patch.setattr(download.PictureFile, "write", stop)
+            patch.setattr(download.ImageFile, "write", stop)
             generator.invoke("x") if how == "sync" else asyncio.run(generator.ainvoke("x"))
         assert any(server.picture_url in note for note in caught.value.__notes__)
         assert server.posts == 1
@@ -208,14 +208,14 @@ async def test_files_are_opened_written_and_named_by_threads_alone(tmp_path, mon
 
 async def test_a_caller_that_leaves_while_its_image_is_saved_finds_it_in_the_folder(tmp_path, monkeypatch):
     reached, go = threading.Event(), threading.Event()
-    real = store.PictureFile.keep
+    real = store.ImageFile.keep
 
     def held(*args, **more):
         reached.set()
         assert go.wait(30)
         return real(*args, **more)
 
-    monkeypatch.setattr(store.PictureFile, "keep", held)
+    monkeypatch.setattr(store.ImageFile, "keep", held)
 
     async def asend(request):
         return httpx.Response(200, stream=Body(PICTURE))

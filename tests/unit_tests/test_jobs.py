@@ -201,12 +201,12 @@ def test_every_file_has_the_name_by_which_it_is_found_again(run, out):
     run(["a cat", "a dog"])
     for line in lines(out):
         (image,) = line["images"]
-        name = store.PICTURE_NAME.fullmatch(image["file"])
+        name = store.IMAGE_NAME.fullmatch(image["file"])
         assert (name["label"], name["start_of_hash"]) == (image["request_id"][:8], image["sha256"][:16])
     for label in ("0a1b2c3d", ""):
-        names = [*store.picture_names(label, "f" * 64, ".webp", moment=0)]
+        names = [*store.image_names(label, "f" * 64, ".webp", moment=0)]
         assert len({*names}) == len(names) == store.MAX_NAMES
-        assert {store.PICTURE_NAME.fullmatch(name)["label"] or "" for name in names} == {label}
+        assert {store.IMAGE_NAME.fullmatch(name)["label"] or "" for name in names} == {label}
 
 
 # --- before anything is sent
@@ -890,7 +890,7 @@ class NoRoom:
         self.before: Callable[[], object] = bool
         aside.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(aside))
-        monkeypatch.setattr(store.PictureFile, "_named_file", _no_room)
+        monkeypatch.setattr(store.ImageFile, "_named_file", _no_room)
         monkeypatch.setattr(job_lines, "write_whole", self.write)
         monkeypatch.setattr(JobFolder, "add", self.add)
 

@@ -28,9 +28,9 @@ from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.download import afetch, fetch
-from langchain_cogview.images.formats import MAX_PICTURE_BYTES, ImageInfo
+from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageInfo
 from langchain_cogview.images.remote import RemoteFolder, aread_uri, read_uri, remote_folder
-from langchain_cogview.images.store import PictureFile
+from langchain_cogview.images.store import ImageFile
 from tests.faults.server import PICTURE, FaultServer, good_picture
 
 PNG = ImageInfo("image/png", ".png", 1, 1)
@@ -176,7 +176,7 @@ def folder(request, shelf):
 
 async def kept(how, folder, content=b"bytes", seconds=30.0):
     """A picture file after `keep`, and what that gave."""
-    file = PictureFile(folder)
+    file = ImageFile(folder)
     file.write(content)
     with contextlib.closing(file):
         deadline = Deadline(seconds)
@@ -344,12 +344,12 @@ print(os.waitpid(child, 0)[1])
 
 
 def test_a_large_picture_is_one_put(server, bucket):
-    content = os.urandom(MAX_PICTURE_BYTES)
+    content = os.urandom(MAX_IMAGE_BYTES)
     uri, problem, _ = asyncio.run(kept("sync", remote_folder(f"s3://{bucket}"), content))
     assert problem is None
     assert [method for method, _, _ in server.seen] == ["PUT"]
     assert read_uri(uri) == content
-    assert server.seen[-1][2] == f"bytes=0-{MAX_PICTURE_BYTES}"  # of what is larger, no more than that is fetched
+    assert server.seen[-1][2] == f"bytes=0-{MAX_IMAGE_BYTES}"  # of what is larger, no more than that is fetched
 
 
 @pytest.mark.parametrize("conditions", ["kept", "refused"])
@@ -448,7 +448,7 @@ async def test_a_server_that_is_gone_is_told_within_the_deadline(how, monkeypatc
 @HOWS
 async def test_the_deadline_stops_an_upload_and_leaves_nothing(how, server, bucket):
     go = server.hold()
-    content = os.urandom(MAX_PICTURE_BYTES)  # more than the sockets between hold
+    content = os.urandom(MAX_IMAGE_BYTES)  # more than the sockets between hold
     uri, problem, back = await kept(how, remote_folder(f"s3://{bucket}"), content, seconds=1.0)
     assert (uri, problem) == (None, "the time limit passed while it was uploaded")
     assert back == content
@@ -479,7 +479,7 @@ async def test_a_passed_deadline_does_not_wait_for_a_store_that_blocks(how, shel
 async def test_a_cancelled_upload_ends_and_leaves_nothing(server, bucket):
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     go = server.hold(lambda: loop.call_soon_threadsafe(arrived.set))
-    task = asyncio.create_task(kept("async", remote_folder(f"s3://{bucket}"), os.urandom(MAX_PICTURE_BYTES), None))
+    task = asyncio.create_task(kept("async", remote_folder(f"s3://{bucket}"), os.urandom(MAX_IMAGE_BYTES), None))
     await asyncio.wait_for(arrived.wait(), 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -502,7 +502,7 @@ async def test_a_half_upload_is_removed(how, shelf, monkeypatch):
 @HOWS
 async def test_what_cannot_be_read_is_our_error(how, bucket, shelf):
     memory = fsspec.filesystem("memory")
-    memory.pipe_file("/large.png", b"x" * (MAX_PICTURE_BYTES + 1))
+    memory.pipe_file("/large.png", b"x" * (MAX_IMAGE_BYTES + 1))
     for uri, says in {
         "memory://large.png": "larger than 32 MiB",
         "memory://nobody-put-this.png": "does not exist",

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from langchain_cogview.images.formats import ImageInfo
-from langchain_cogview.images.store import PictureFile, write_whole
+from langchain_cogview.images.store import ImageFile, write_whole
 
 PNG = ImageInfo("image/png", ".png", 1, 1)
 
@@ -26,7 +26,7 @@ def _no_room(*_):
 
 def test_a_full_disk_moves_every_byte_into_memory(tmp_path):
     with resource_limit(resource.RLIMIT_FSIZE, 100):
-        kept = PictureFile(tmp_path)
+        kept = ImageFile(tmp_path)
         for piece in (b"a" * 70, b"b" * 70, b"c" * 70):
             kept.write(piece)
         assert kept.read() == b"a" * 70 + b"b" * 70 + b"c" * 70
@@ -52,7 +52,7 @@ def resource_limit(which, value):
 def test_the_same_bytes_at_the_same_moment_get_two_files(tmp_path):
     paths = set()
     for _ in range(3):
-        kept = PictureFile(tmp_path)
+        kept = ImageFile(tmp_path)
         kept.write(b"same")
         paths.add(kept.keep(PNG))
         kept.close()
@@ -61,7 +61,7 @@ def test_the_same_bytes_at_the_same_moment_get_two_files(tmp_path):
 
 
 def test_a_file_that_is_not_kept_leaves_nothing(tmp_path):
-    kept = PictureFile(tmp_path)
+    kept = ImageFile(tmp_path)
     kept.write(b"half")
     kept.close()
     assert list(tmp_path.iterdir()) == []
@@ -69,21 +69,21 @@ def test_a_file_that_is_not_kept_leaves_nothing(tmp_path):
 
 def test_without_unnamed_files_a_temporary_one_takes_their_place(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    kept = PictureFile(tmp_path)
+    kept = ImageFile(tmp_path)
     kept.write(b"bytes")
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
     path = kept.keep(PNG)
     kept.close()
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"bytes"
-    PictureFile(tmp_path).close()
+    ImageFile(tmp_path).close()
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_have_the_rights_that_the_user_asks_of_new_ones(tmp_path):
     before = os.umask(0o027)
     try:
-        kept = PictureFile(tmp_path)
+        kept = ImageFile(tmp_path)
         kept.write(b"x")
         path = kept.keep(PNG)
         kept.close()
@@ -112,7 +112,7 @@ def test_without_hard_links_files_are_whole_and_never_over_another(tmp_path, mon
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101T000000Z")
     paths = []
     for _ in range(3):
-        kept = PictureFile(tmp_path, label="label")
+        kept = ImageFile(tmp_path, label="label")
         kept.write(b"same")
         paths.append(kept.keep(PNG))
         assert kept.problem is None
@@ -120,7 +120,7 @@ def test_without_hard_links_files_are_whole_and_never_over_another(tmp_path, mon
     assert set(tmp_path.iterdir()) == set(paths)
     assert [path.read_bytes() for path in paths] == [b"same"] * 3
     paths[0].write_text("a letter")
-    kept = PictureFile(tmp_path, label="label")
+    kept = ImageFile(tmp_path, label="label")
     kept.write(b"same")
     assert kept.keep(PNG) not in paths
     kept.close()
@@ -148,7 +148,7 @@ def test_without_hard_links_two_threads_never_get_one_name(tmp_path, monkeypatch
     paths = []
 
     def save():
-        kept = PictureFile(tmp_path)
+        kept = ImageFile(tmp_path)
         kept.write(b"same")
         start.wait(30)
         paths.append(kept.keep(PNG))
@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_when_the_name_is_given_costs_no_byte(tmp_path, monk
     for unnamed in (True, False):
         if not unnamed:
             monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-        kept = PictureFile(tmp_path)
+        kept = ImageFile(tmp_path)
         kept.write(b"bytes")
         assert kept.keep(PNG) is None
         assert kept.problem == "No space left on device"
@@ -183,14 +183,14 @@ def test_a_kill_where_there_are_no_hard_links_leaves_whole_or_empty_files(tmp_pa
         import errno, os, sys, signal, threading
         from pathlib import Path
         from langchain_cogview.images.formats import ImageInfo
-        from langchain_cogview.images.store import PictureFile
+        from langchain_cogview.images.store import ImageFile
         def link(*_, **__): raise OSError(errno.EPERM, "no")
         os.link = link
         del os.O_TMPFILE
         sys.platform = "freebsd"
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
         while True:
-            kept = PictureFile(Path({str(tmp_path)!r}))
+            kept = ImageFile(Path({str(tmp_path)!r}))
             kept.write(b"x" * 100_000)
             kept.keep(ImageInfo("image/png", ".png", 1, 1))
             kept.close()
@@ -203,16 +203,16 @@ def test_a_kill_where_there_are_no_hard_links_leaves_whole_or_empty_files(tmp_pa
 
 
 def test_a_file_that_was_closed_takes_nothing_more_and_opens_nothing(tmp_path):
-    kept = PictureFile(tmp_path / "below")
+    kept = ImageFile(tmp_path / "below")
     kept.close()
     kept.write(b"late")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_when_every_name_is_taken_the_bytes_stay_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(PictureFile, "_names", lambda kept, info: iter(["taken.png"]))
+    monkeypatch.setattr(ImageFile, "_names", lambda kept, info: iter(["taken.png"]))
     (tmp_path / "taken.png").write_bytes(b"a letter")
-    kept = PictureFile(tmp_path)
+    kept = ImageFile(tmp_path)
     kept.write(b"bytes")
     assert kept.keep(PNG) is None
     assert kept.problem == "File exists"
