@@ -34,14 +34,12 @@ from langchain_cogview.cache_entries import (
     is_picture,
     whole,
 )
-from langchain_cogview.concurrency import in_thread
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.images.store import image_names, local_path, read_regular_file, write_whole
-from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.turns import TURNS, runs_event_loop
 
 if TYPE_CHECKING:

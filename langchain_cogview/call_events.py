@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.cost import Charge, Money, Reservation
 from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome
 from langchain_cogview.events import (
@@ -18,14 +19,13 @@ from langchain_cogview.events import (
     Teller,
     content_filter_event,
 )
-from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from decimal import Decimal
 
+    from langchain_cogview.concurrency import Deadline
     from langchain_cogview.content_filter import ContentFilter
-    from langchain_cogview.deadline import Deadline
     from langchain_cogview.result import GeneratedImage
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,17 @@
-"""Work in threads for callers on an event loop.
-
-The event loop's default executor is not used: an application may fill it with threads of its own, and then a paid image would
-wait for those before it can be saved.
-"""
+"""Deadlines, cancel tokens, and work in threads for callers on an event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import os
+import signal
 import threading
+import time
+import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
@@ -20,6 +19,179 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 T = TypeVar("T")
+
+DEADLINE: Final = "cogview.deadline"
+"""The request extension that holds a `Deadline`, for transports that know it."""
+_MOST_LEFT: Final = 30.0
+
+
+class Deadline:
+    """A moment on the monotonic clock that every step of a call looks at.
+
+    Args:
+        seconds: From its start on; None never ends.
+        started: False: it starts with `start`, so that a queue before the call does not count.
+    """
+
+    __slots__ = ("_end", "_started", "seconds")
+
+    def __init__(self, seconds: float | None, *, started: bool = True) -> None:
+        self.seconds: Final = seconds
+        self._end: float | None = None
+        self._started: float | None = None
+        if started:
+            self.start()
+
+    def start(self) -> None:
+        """Let the time run; a second start changes nothing."""
+        if self._started is None:
+            self._started = time.monotonic()
+            self._end = None if self.seconds is None else self._started + self.seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    @property
+    def started(self) -> bool:
+        """Whether the time runs."""
+        return self._started is not None
+
+    def remaining(self) -> float | None:
+        """Seconds left, 0.0 when it has passed, None when it never ends."""
+        return self.seconds if self._end is None else max(0.0, self._end - time.monotonic())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return self.remaining() == 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Whether a wait of `seconds` ends before it."""
+        left = self.remaining()
+        return left is None or seconds < left
+
+    def is_worth_sending(self, wait: float = 0.0) -> bool:
+        """Whether a request that is sent `wait` seconds from now has time for its answer: a tenth of the limit, at most 30 s.
+
+        A picture whose answer comes too late is paid for and lost.
+        """
+        return self.seconds is None or self.allows(wait + min(self.seconds / 10, _MOST_LEFT))
+
+    def clamp(self, seconds: float | None) -> float | None:
+        """The shorter of `seconds` and the time that is left."""
+        left = self.remaining()
+        if left is None or seconds is None:
+            return seconds if left is None else left
+        return min(left, seconds)
+
+
+# --- cancel tokens and signals
+
+_POLL_SECONDS: Final = 0.1
+_MARK: Final = "cogview_raised_by_signal"
+
+
+class Stop(threading.Event):
+    """A cancel token. Once it is set, no further request is sent; requests in flight may end.
+
+    It is set by `set` when the caller has gone (Ctrl-C, an iterator that was left), and while one of its questions answers yes
+    (a job that was asked to stop). A child is set with its parent, and not the other way round.
+
+    Args:
+        questions: Each returns whether an end was asked for.
+    """
+
+    def __init__(self, *questions: Callable[[], bool]) -> None:
+        super().__init__()
+        self._questions = questions
+        self._children: weakref.WeakSet[Stop] = weakref.WeakSet()
+        self._changing = threading.Lock()
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether it can be set without a call of `set`, so that it has to be asked again and again."""
+        return bool(self._questions)
+
+    def set(self) -> None:
+        """The caller has gone: cancel this work and its children."""
+        with self._changing:
+            super().set()
+            children = list(self._children)
+        for each in children:
+            each.set()
+
+    def is_set(self) -> bool:
+        """Whether no further request is sent."""
+        return super().is_set() or any(asks() for asks in self._questions)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no further request is sent, at most `timeout` seconds; returns whether that is so."""
+        if not self._questions:
+            return super().wait(timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set():
+            left = _POLL_SECONDS if end is None else min(_POLL_SECONDS, end - time.monotonic())
+            if left <= 0:
+                return False
+            super().wait(left)
+        return True
+
+    async def await_seconds(self, seconds: float) -> None:
+        """Async version of `wait`. An async caller that has gone cancels its tasks, so only the questions end it."""
+        end = time.monotonic() + seconds
+        while self._questions and not self.is_set() and end - time.monotonic() > _POLL_SECONDS:  # noqa: ASYNC110  a question has no event
+            await asyncio.sleep(_POLL_SECONDS)
+        if not (self._questions and self.is_set()):
+            await asyncio.sleep(max(0.0, end - time.monotonic()))
+
+    def wait_until_abandoned(self, timeout: float) -> bool:
+        """Wait until the caller has gone, at most `timeout` seconds; returns whether it has. Questions do not count."""
+        return super().wait(timeout)
+
+    def inner(self, *questions: Callable[[], bool]) -> Stop:
+        """A child, with further questions."""
+        stop = Stop(*self._questions, *questions)
+        if self is not NEVER:
+            with self._changing:
+                self._children.add(stop)
+                abandoned = super().is_set()
+            if abandoned:
+                stop.set()
+        return stop
+
+
+NEVER: Final = Stop()
+STOPPED: Final[ContextVar[Stop]] = ContextVar("cogview_stopped", default=NEVER)
+
+
+def raised_by_signal(error: BaseException) -> BaseException | None:
+    """What a signal handler of this program raised, where an error is that, or was made from it.
+
+    Such a handler runs in the middle of anything, such as a socket operation. What it raises (Celery's `SoftTimeLimitExceeded`, a
+    `TimeoutError` of an alarm) is no fault of that operation, whatever its class, and belongs to the caller.
+
+    Returns:
+        The handler's exception; None where no handler raised one.
+    """
+    handlers = {signal.getsignal(each) for each in signal.valid_signals()}
+    # Python's own handler of Ctrl-C is not written in Python; nothing of ours takes its KeyboardInterrupt for a fault.
+    codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)} - {None}
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while codes and link is not None and link not in seen:
+        if hasattr(link, _MARK) or any(frame.f_code in codes for frame, _ in traceback.walk_tb(link.__traceback__)):
+            # Marked, because the frames are taken away from what passes through: they hold the request, and so the key.
+            setattr(link, _MARK, True)
+            return link
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return None
+
+
+# --- threads for callers on an event loop. The event loop's default executor is not used: an application may fill it with threads
+# of its own, and then a paid image would wait for those before it can be saved.
 
 MAX_THREADS: Final = 128
 """More than images are in flight as a rule: a folder that hangs, such as a dead network mount, holds up no other."""
@@ -81,31 +253,6 @@ async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if claim.acquire(blocking=False):
             return function(*args, **kwargs)
     return await done
-
-
-async def loaded(base_url: str) -> None:
-    """Have a thread load what the first call to a service needs: the HTTP stack, and the certificates for https.
-
-    Both take tens of milliseconds, in which the event loop would stand still.
-    """
-    scheme = base_url.partition(":")[0]
-    if scheme not in _LOADED:
-        await in_thread(_load, scheme)
-        _LOADED.add(scheme)
-
-
-def _load(scheme: str) -> None:
-    for name in ("langchain_cogview.generation", *_MODULES.get(scheme, _HTTP_MODULES)):
-        importlib.import_module(name)
-    if scheme == "https":
-        environment = importlib.import_module("langchain_cogview.api.environment")
-        with contextlib.suppress(Exception):  # told by the call that needs them
-            environment.tls_context()
-
-
-_HTTP_MODULES: Final = ("anyio.streams.tls",)
-_MODULES: Final = {"sandbox": ("langchain_cogview.sandbox.service",)}
-_LOADED: Final[set[str]] = set()
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
-from langchain_cogview.api.environment import httpcore_proxy, proxy_for, tls_context
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
     BASE_URLS,
@@ -22,9 +21,12 @@ from langchain_cogview.api.settings import (
     both_keys_are_set,
     environment,
     found_key,
+    httpcore_proxy,
     is_sandbox,
     normal_base_url,
+    proxy_for,
     region_of,
+    tls_context,
 )
 from langchain_cogview.errors import CogViewError
 from langchain_cogview.probe import Finding, Service, network, probe

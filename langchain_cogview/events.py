@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 
 from langchain_cogview.artifact import GeneratedImageArtifact
+from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.content_filter import ContentFilter, Stage, most_severe
-from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig

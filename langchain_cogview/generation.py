@@ -20,8 +20,7 @@ from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.call_events import ImageEvents
 from langchain_cogview.catalog import model_info, price_of
-from langchain_cogview.concurrency import in_thread
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -35,7 +34,6 @@ from langchain_cogview.errors import (
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
-from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -19,7 +19,15 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, 
 
 from langchain_cogview import live
 from langchain_cogview.api.redaction import SafeErrors, attempt, with_secret_key
-from langchain_cogview.api.settings import SANDBOX_KEY, Service, find_service, found_key, is_sandbox, service_doubts
+from langchain_cogview.api.settings import (
+    SANDBOX_KEY,
+    Service,
+    find_service,
+    found_key,
+    is_sandbox,
+    loaded,
+    service_doubts,
+)
 from langchain_cogview.batches import (
     aas_completed,
     all_or_first_error,
@@ -30,7 +38,7 @@ from langchain_cogview.batches import (
     traced_config,
 )
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
-from langchain_cogview.concurrency import loaded
+from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NOBODY, Teller
 from langchain_cogview.images.previews import aremember, remember
@@ -47,7 +55,6 @@ from langchain_cogview.request import (
     specified,
 )
 from langchain_cogview.result import ImageResult
-from langchain_cogview.stopping import raised_by_signal
 from langchain_cogview.tasks import ImageTask, checked_task
 
 if TYPE_CHECKING:

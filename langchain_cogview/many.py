@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.stopping import STOPPED, raised_by_signal
+from langchain_cogview.concurrency import STOPPED, raised_by_signal
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:

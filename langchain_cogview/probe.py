@@ -20,12 +20,11 @@ import httpx
 from pydantic import SecretStr
 
 from langchain_cogview.api.endpoint import Call, Endpoint
-from langchain_cogview.api.environment import proxy_for
 from langchain_cogview.api.network import resolve
 from langchain_cogview.api.protocol import read_reply
-from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
+from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox, proxy_for
 from langchain_cogview.api.transport import asender, sender
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
     CogViewConfigurationError,

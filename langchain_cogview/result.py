@@ -28,9 +28,8 @@ from langchain_cogview.artifact import (
     check_artifact,
     validated,
 )
-from langchain_cogview.concurrency import in_thread
+from langchain_cogview.concurrency import Deadline, in_thread
 from langchain_cogview.content_filter import ContentFilter, read_entries
-from langchain_cogview.deadline import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewDownloadError,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from langchain_cogview.api.settings import loaded
 from langchain_cogview.catalog import model_info
-from langchain_cogview.concurrency import loaded
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewInvalidRequestError,

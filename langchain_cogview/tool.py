@@ -34,12 +34,11 @@ from pydantic import (
 
 from langchain_cogview.api.redaction import SafeErrors, attempt
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
-from langchain_cogview.concurrency import in_thread
+from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.cost import Budget, Spending, checked_amount
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
-from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig

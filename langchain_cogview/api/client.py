@@ -7,13 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
-from langchain_cogview.api.gate import Gate, Place, gate_for
-from langchain_cogview.api.protocol import ImagesReply, read_reply
-from langchain_cogview.api.retry import MAX_RETRY_AFTER, Fault, Phase, RetryPolicy, transport_error
+from langchain_cogview.api.limiter import Gate, Place, gate_for
+from langchain_cogview.api.protocol import (
+    MAX_RETRY_AFTER,
+    Fault,
+    ImagesReply,
+    Phase,
+    RetryPolicy,
+    read_reply,
+    transport_error,
+)
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import STOPPED, Deadline
 from langchain_cogview.errors import (
     CogViewBusyError,
     CogViewError,
@@ -22,13 +29,12 @@ from langchain_cogview.errors import (
     CogViewTimeoutError,
     Outcome,
 )
-from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
     import httpx
     from pydantic import SecretStr
 
-    from langchain_cogview.stopping import Stop
+    from langchain_cogview.concurrency import Stop
 
 ROUTE: Final = "/images/generations"
 _BLOCKED_LOOP_SECONDS = 120.0

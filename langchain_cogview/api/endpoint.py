@@ -16,20 +16,18 @@ import httpx
 from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
 from langchain_cogview.api.body import ReplyBody
 from langchain_cogview.api.network import UnaskedReplyError
-from langchain_cogview.api.protocol import Around
+from langchain_cogview.api.protocol import Around, Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.api.redaction import redactor
-from langchain_cogview.api.retry import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.api.settings import SANDBOX_KEY, is_sandbox
-from langchain_cogview.deadline import DEADLINE
+from langchain_cogview.concurrency import DEADLINE, raised_by_signal
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewOutcomeUnknownError
-from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pydantic import SecretStr
 
-    from langchain_cogview.deadline import Deadline
+    from langchain_cogview.concurrency import Deadline
 
 SANDBOX_HEADER: Final = "x-cogview-sandbox"
 _ID_CHARACTERS = 200

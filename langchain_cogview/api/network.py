@@ -23,8 +23,7 @@ import httpcore
 import httpx
 
 from langchain_cogview.addresses import AddressRefusedError
-from langchain_cogview.deadline import Deadline
-from langchain_cogview.stopping import raised_by_signal
+from langchain_cogview.concurrency import Deadline, raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_cogview.addresses import AddressCheck

@@ -1,22 +1,31 @@
-"""Where the service is and with what key: from arguments and environment, checked before any request.
+"""Base URL, key, region, proxies and certificates: from arguments and the environment, checked before any request.
 
 No function here raises while it holds a key in plain text, so that no traceback can show one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import ipaddress
 import os
+import ssl
+import urllib.request
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
 from langchain_cogview.catalog import find_model
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import httpcore
+    import httpx
 
     from langchain_cogview.catalog import Region
 
@@ -119,6 +128,7 @@ def plain_text_doubt(base_url: str) -> str | None:
     return f"The base URL is http: the key goes over the network to {host} in plain text. Use https if the gateway offers it."
 
 
+@lru_cache(maxsize=256)
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
@@ -264,3 +274,94 @@ def service_doubts(service: Service, models: Iterable[str], *, chosen: bool) -> 
         info = find_model(name)
         if info and service.region not in info.regions:
             yield f"The model {info.name} is not documented for region={service.region!r}; it may not answer there."
+
+
+# --- what the environment says of proxies and certificates
+
+
+def proxy_for(url: httpx.URL) -> str | None:
+    """The proxy that the environment names for a URL; loopback is never reached through one."""
+    if _is_loopback(url.host):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _proxy_variable(scheme: str) -> str:
+    names = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
+    return next((name for name in names if os.environ.get(name)), "the system's proxy setting")
+
+
+def httpcore_proxy(proxy: str, scheme: str) -> httpcore.Proxy:
+    """A proxy's URL as httpcore takes it; `scheme` is the request's, to name the variable in an error."""
+    import httpcore  # noqa: PLC0415  the HTTP stack
+    import httpx  # noqa: PLC0415
+
+    problem = None
+    try:
+        url = httpx.URL(proxy)
+        if url.scheme in {"http", "https", "socks5", "socks5h"} and url.host:
+            if url.scheme.startswith("socks"):
+                import socksio  # noqa: F401, PLC0415  httpcore needs it and says so too late
+            auth = (url.username, url.password) if url.username or url.password else None
+            tls = tls_context() if url.scheme == "https" else None
+            return httpcore.Proxy(str(url.copy_with(username=None, password=None)), auth=auth, ssl_context=tls)
+        problem = f"{_proxy_variable(scheme)} names a proxy that is not understood."
+    except ImportError:
+        raise CogViewConfigurationError(
+            f"{_proxy_variable(scheme)} names a SOCKS proxy, which needs the package socksio.",
+            hint='Install it with: pip install "langchain-cogview[socks]", or unset the variable.',
+        ) from None
+    except httpx.InvalidURL:
+        problem = f"{_proxy_variable(scheme)} is not a URL."
+    raise CogViewConfigurationError(problem, hint="Set it to http://host:port or socks5://host:port, or unset it.")
+
+
+_tls_contexts: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
+
+
+def tls_context() -> ssl.SSLContext:
+    """One context for a setting of the environment: making one takes 15 ms."""
+    import httpx  # noqa: PLC0415  the HTTP stack
+
+    setting = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    context = _tls_contexts.get(setting)
+    if context is None:
+        try:
+            context = httpx.create_ssl_context()
+        except (OSError, ssl.SSLError, ValueError) as error:
+            name = "SSL_CERT_FILE" if setting[0] else "SSL_CERT_DIR" if setting[1] else "the certificate store"
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise CogViewConfigurationError(
+                f"The certificates named by {name} cannot be read ({reason}).",
+                hint=f"Point {name} to a readable PEM file, or unset it.",
+            ) from None
+        _tls_contexts[setting] = context
+    return context
+
+
+async def loaded(base_url: str) -> None:
+    """Have a thread load what the first call to a service needs: the HTTP stack, and the certificates for https.
+
+    Both take tens of milliseconds, in which the event loop would stand still.
+    """
+    scheme = base_url.partition(":")[0]
+    if scheme not in _LOADED:
+        await in_thread(_load, scheme)
+        _LOADED.add(scheme)
+
+
+def _load(scheme: str) -> None:
+    for name in ("langchain_cogview.generation", *_MODULES.get(scheme, _HTTP_MODULES)):
+        importlib.import_module(name)
+    if scheme == "https":
+        with contextlib.suppress(Exception):  # told by the call that needs them
+            tls_context()
+
+
+_HTTP_MODULES: Final = ("anyio.streams.tls",)
+_MODULES: Final = {"sandbox": ("langchain_cogview.sandbox.service",)}
+_LOADED: Final[set[str]] = set()

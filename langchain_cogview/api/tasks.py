@@ -15,9 +15,15 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from langchain_cogview.api.endpoint import Call
-from langchain_cogview.api.protocol import ImagesReply, TaskReply, is_task_id, read_submitted, read_task
-from langchain_cogview.api.retry import MAX_RETRY_AFTER
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.api.protocol import (
+    MAX_RETRY_AFTER,
+    ImagesReply,
+    TaskReply,
+    is_task_id,
+    read_submitted,
+    read_task,
+)
+from langchain_cogview.concurrency import STOPPED, Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -29,13 +35,12 @@ from langchain_cogview.errors import (
     CogViewTimeoutError,
     Outcome,
 )
-from langchain_cogview.stopping import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from langchain_cogview.api.client import CallEvents, ImagesClient
-    from langchain_cogview.api.gate import Place
+    from langchain_cogview.api.limiter import Place
 
 TASK_ROUTE: Final = "/async/images/generations"
 RESULT_ROUTE: Final = "/async-result/"

@@ -31,10 +31,9 @@ import httpcore
 import httpx
 
 from langchain_cogview.addresses import ADDRESSES, AddressCheck
-from langchain_cogview.api.environment import httpcore_proxy, proxy_for, tls_context
 from langchain_cogview.api.network import AsyncBackend, SyncBackend, UnaskedReplyError, check_literal
-from langchain_cogview.api.settings import is_sandbox
-from langchain_cogview.deadline import DEADLINE, Deadline
+from langchain_cogview.api.settings import httpcore_proxy, is_sandbox, proxy_for, tls_context
+from langchain_cogview.concurrency import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewConfigurationError
 
 if TYPE_CHECKING:

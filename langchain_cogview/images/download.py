@@ -23,8 +23,7 @@ import httpcore
 import httpx
 
 from langchain_cogview.addresses import ADDRESSES, ANY_PUBLIC_HOST, AddressRefusedError, LinkRules, link_refused
-from langchain_cogview.concurrency import in_thread
-from langchain_cogview.deadline import DEADLINE, Deadline
+from langchain_cogview.concurrency import DEADLINE, Deadline, in_thread, raised_by_signal
 from langchain_cogview.errors import CogViewDownloadError, CogViewExpiredURLError, CogViewStorageError
 from langchain_cogview.images.formats import (
     MAX_IMAGE_BYTES,
@@ -35,7 +34,6 @@ from langchain_cogview.images.formats import (
     sniff,
 )
 from langchain_cogview.images.store import ImageFile, reason
-from langchain_cogview.stopping import raised_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES
 from langchain_cogview.images.store import checked, read_regular_file

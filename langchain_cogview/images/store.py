@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.formats import EXTENSIONS, ImageFormatError, inspect
 

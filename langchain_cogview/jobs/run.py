@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.api.settings import is_sandbox
-from langchain_cogview.concurrency import in_thread
+from langchain_cogview.concurrency import STOPPED, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewBudgetError,
@@ -33,7 +33,6 @@ from langchain_cogview.jobs.survey import price_of
 from langchain_cogview.many import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageResult
-from langchain_cogview.stopping import STOPPED
 from langchain_cogview.tasks import ImageTask
 from langchain_cogview.text import visible
 

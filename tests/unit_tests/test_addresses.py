@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from langchain_cogview import CogViewDownloadError, CogViewImageGenerator
 from langchain_cogview.addresses import METADATA_ADDRESSES, LinkRules, is_host, is_public
 from langchain_cogview.api.transport import SHARED
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.images.download import fetch
 
 LOOPBACK = 0x7F000001

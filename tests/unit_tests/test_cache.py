@@ -22,7 +22,7 @@ from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, 
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.cache import UNDATED_LINK_LIFETIME, image_cache
 from langchain_cogview.cache_entries import CacheKey
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewError
 from langchain_cogview.images.download import afetch, fetch
 

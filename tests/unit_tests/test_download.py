@@ -13,7 +13,7 @@ import trustme
 
 from langchain_cogview import CogViewDownloadError, CogViewImageGenerator
 from langchain_cogview.addresses import AddressRefusedError, LinkRules
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.images import download, store
 from langchain_cogview.images.download import afetch, fetch
 from tests.conftest import FAKE_KEY

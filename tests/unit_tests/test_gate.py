@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from langchain_cogview.api import gate as gate_module
-from langchain_cogview.api.gate import MAX_GATES, Gate, Place, gate_for
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.api import limiter as gate_module
+from langchain_cogview.api.limiter import MAX_GATES, Gate, Place, gate_for
+from langchain_cogview.concurrency import Deadline
 
 PATIENCE = 20
 """Seconds after which a wait in a test has failed."""
@@ -672,8 +672,8 @@ def test_threads_and_loops_at_once_never_exceed_the_cap_and_all_get_through(gate
 
 FORK = f"""
 import asyncio, json, os, threading, time
-from langchain_cogview.api import gate as gate_module
-from langchain_cogview.api.gate import gate_for
+from langchain_cogview.api import limiter as gate_module
+from langchain_cogview.api.limiter import gate_for
 account = ({URL!r}, "cogview-4", "key")
 gate = gate_for(*account)
 places = [gate.take(8) for _ in range(8)]

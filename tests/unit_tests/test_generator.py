@@ -243,7 +243,7 @@ class Leave(BaseRateLimiter):
         self.asked += 1
         if self.asked > 1:
             later = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 9.5)
-            self.monkeypatch.setattr("langchain_cogview.deadline.time", later)
+            self.monkeypatch.setattr("langchain_cogview.concurrency.time", later)
         return True
 
     async def aacquire(self, *, blocking=True):

@@ -71,7 +71,7 @@ def test_many_generators_make_no_ssl_context_and_open_nothing(monkeypatch):
 
 
 def test_one_ssl_context_serves_all_connections_of_a_setting():
-    from langchain_cogview.api.environment import tls_context
+    from langchain_cogview.api.settings import tls_context
 
     assert tls_context() is tls_context()
 

@@ -25,7 +25,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 from langchain_cogview.addresses import LinkRules
 from langchain_cogview.api.transport import asender, sender
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.download import afetch, fetch
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageInfo
@@ -328,7 +328,7 @@ def test_a_forked_process_saves_and_reads_too(server, bucket):
     program = """
 import os, sys, warnings
 warnings.simplefilter("ignore")  # of fork beside threads
-from langchain_cogview.deadline import Deadline
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.images.remote import read_uri, remote_folder
 folder = remote_folder(sys.argv[1])
 first = folder.upload(["parent.png"], b"parent", Deadline(30))

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from langchain_cogview.deadline import Deadline
+    from langchain_cogview.concurrency import Deadline
 
 MAX_GATES: Final = 1000
 """Gates that are remembered while nobody uses them; the one unused for longest is forgotten first."""
