@@ -35,7 +35,7 @@ from tests.faults.server import PICTURE, FaultServer, good_picture
 
 PNG = ImageInfo("image/png", ".png", 1, 1)
 CANARY = "CANARYwJalrXUtnFEMI"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 RULES = LinkRules(allowed_hosts=("127.0.0.1",))
 
