@@ -48,11 +48,11 @@ if TYPE_CHECKING:
         is_retryable,
     )
     from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
-    from langchain_cogview.galleries import Gallery, acompare, compare, gallery
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
-    from langchain_cogview.live import live_line
     from langchain_cogview.messages import images_from_messages
+    from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
+    from langchain_cogview.notebook.status_line import live_line
     from langchain_cogview.progress import ProgressCallbackHandler
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
@@ -103,10 +103,10 @@ _ROOMS = {
         "is_retryable",
     ),
     "events": ("ContentFilterEvent", "GeneratedEvent", "ProgressEvent", "RetryEvent"),
-    "galleries": ("Gallery", "acompare", "compare", "gallery"),
+    "notebook.gallery": ("Gallery", "acompare", "compare", "gallery"),
     "generator": ("CogViewImageGenerator",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
-    "live": ("live_line",),
+    "notebook.status_line": ("live_line",),
     "messages": ("images_from_messages",),
     "progress": ("ProgressCallbackHandler",),
     "request": ("ImageRequest",),

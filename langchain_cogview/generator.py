@@ -17,7 +17,6 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 
-from langchain_cogview import live
 from langchain_cogview.api.redaction import SafeErrors, attempt, with_secret_key
 from langchain_cogview.api.settings import (
     SANDBOX_KEY,
@@ -41,8 +40,9 @@ from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NOBODY, Teller
-from langchain_cogview.images.previews import aremember, remember
 from langchain_cogview.many import in_tasks, in_threads
+from langchain_cogview.notebook import status_line
+from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.request import (
     REQUEST_DEFAULTS,
     GeneratorSettings,
@@ -539,7 +539,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             made.append(work(given, self._teller(run_manager, config)))
             return made[0]
 
-        with live.call(config) as told:
+        with status_line.call(config) as told:
             try:
                 self._call_with_config(run, given, config, run_type="llm")
             except Exception as error:
@@ -561,7 +561,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             return made[0]
 
         await loaded(self._base_url)
-        with live.call(config) as told:
+        with status_line.call(config) as told:
             try:
                 await self._acall_with_config(run, given, config, run_type="llm")
             except Exception as error:

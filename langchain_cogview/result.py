@@ -223,13 +223,13 @@ class GeneratedImage(BaseModel):
             import PIL.Image  # noqa: F401, PLC0415
         except ImportError:
             raise ImportError('to_pil needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
-        from langchain_cogview.images.previews import decoded  # noqa: PLC0415
+        from langchain_cogview.notebook.previews import decoded  # noqa: PLC0415
 
         return decoded(self.read())
 
     def show(self) -> None:
         """Show the picture: in a notebook as output, elsewhere with the system's viewer (needs Pillow)."""
-        from langchain_cogview.images.display import show  # noqa: PLC0415
+        from langchain_cogview.notebook.display import show  # noqa: PLC0415
 
         show(self, self.to_pil)
 
@@ -307,7 +307,7 @@ class GeneratedImage(BaseModel):
             yield "warnings", len(self.warnings)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from langchain_cogview.images.display import bundle  # noqa: PLC0415
+        from langchain_cogview.notebook.display import bundle  # noqa: PLC0415
 
         return bundle(self, self._content)
 
@@ -593,7 +593,7 @@ class ImageResult(BaseModel):
             yield "warnings", len(self.warnings)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from langchain_cogview.images.display import result_bundle  # noqa: PLC0415
+        from langchain_cogview.notebook.display import result_bundle  # noqa: PLC0415
 
         return result_bundle(self, [image._content for image in self.images])  # noqa: SLF001
 

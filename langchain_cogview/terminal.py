@@ -117,7 +117,7 @@ def _as_png(content: bytes) -> bytes:
     if sniff(content[:32]) == "image/png":
         return content
     try:
-        from langchain_cogview.images.previews import decoded  # noqa: PLC0415
+        from langchain_cogview.notebook.previews import decoded  # noqa: PLC0415
 
         out = io.BytesIO()
         decoded(content).save(out, "PNG", compress_level=1)

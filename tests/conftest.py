@@ -20,7 +20,7 @@ SYNC_CALLS = {
     "langchain_cogview/batches.py": {"stream", "as_completed"},
     "langchain_cogview/tool.py": {"_run"},
     "langchain_cogview/result.py": {"read", "save", "to_pil"},
-    "langchain_cogview/galleries.py": {"gallery", "save"},
+    "langchain_cogview/notebook/gallery.py": {"gallery", "save"},
     "langchain_cogview/jobs/job.py": {"run_job", "plan_job"},
     # In callbacks of tests:
     "tests/unit_tests/test_jobs.py": {"lines"},

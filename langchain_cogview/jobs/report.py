@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, Outcome, error_class
-from langchain_cogview.images.contact_sheet import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.jobs.manifest import MANIFEST, RecordFile
 from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
 from langchain_cogview.jobs.survey import kind_of
+from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:

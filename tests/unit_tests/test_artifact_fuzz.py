@@ -26,7 +26,7 @@ from langchain_cogview import (
 from langchain_cogview.artifact import GeneratedImageArtifact, ImageArtifact, ImageFailureArtifact
 from langchain_cogview.cache_entries import CacheKey, from_entry
 from langchain_cogview.result import total_cost
-from tests.unit_tests.displayed import assert_harmless, photo
+from tests.unit_tests.notebook.displayed import assert_harmless, photo
 
 PNG = photo(1, 16)
 VALID = {

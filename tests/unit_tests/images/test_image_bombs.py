@@ -11,8 +11,8 @@ from PIL import Image
 
 from langchain_cogview import CogViewStorageError, GeneratedImage
 from langchain_cogview.images.formats import ImageRefusedError, inspect
-from langchain_cogview.images.previews import preview
-from tests.unit_tests.displayed import photo
+from langchain_cogview.notebook.previews import preview
+from tests.unit_tests.notebook.displayed import photo
 
 SIDE = 7040
 WEBP = bytes.fromhex(  # 7040x7040 pixels of one colour
@@ -77,7 +77,7 @@ import sys
 import PIL.Image, PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.WebPImagePlugin
 from langchain_cogview import GeneratedImage
 from langchain_cogview.errors import CogViewError
-from langchain_cogview.images.previews import preview
+from langchain_cogview.notebook.previews import preview
 
 def peak():  # of this program alone: ru_maxrss begins with the parent's
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -25,7 +25,7 @@ from langchain_cogview import (
     gallery,
     images_from_messages,
 )
-from tests.unit_tests.displayed import Seen, photo
+from tests.unit_tests.notebook.displayed import Seen, photo
 
 PNG = photo(1, 32)
 OTHER = photo(2, 32)

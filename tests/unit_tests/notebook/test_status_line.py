@@ -11,16 +11,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from langchain_cogview import (
-    CogViewBalanceError,
-    CogViewContentFilterError,
-    CogViewOutcomeUnknownError,
-    ImageFailure,
-    live,
-)
+from langchain_cogview import CogViewBalanceError, CogViewContentFilterError, CogViewOutcomeUnknownError, ImageFailure
 from langchain_cogview.errors import Outcome
-from langchain_cogview.live import Line
-from tests.unit_tests.displayed import be_a_kernel, image, result
+from langchain_cogview.notebook import status_line
+from langchain_cogview.notebook.status_line import Line
+from tests.unit_tests.notebook.displayed import be_a_kernel, image, result
 
 PAID = {"cost": Decimal("0.06"), "currency": "CNY"}
 BLOCKED = CogViewContentFilterError()
@@ -68,10 +63,10 @@ def line(output, clock):
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
-    monkeypatch.delenv(live.VARIABLE, raising=False)
+    monkeypatch.delenv(status_line.VARIABLE, raising=False)
     yield
-    live.live_line(None)
-    live._LINES.clear()
+    status_line.live_line(None)
+    status_line._LINES.clear()
 
 
 # --- the line
@@ -141,7 +136,7 @@ def test_the_summary_tells_what_became_of_it(line, output, ended, told):
 
 
 def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
-    monkeypatch.setattr(live, "TICK", 0.01)
+    monkeypatch.setattr(status_line, "TICK", 0.01)
     ticked = threading.Event()
 
     def change(text):
@@ -191,10 +186,10 @@ def test_many_threads_count_right(line, output):
 
 def shown_at_all(monkeypatch, config=None):
     opened = []
-    monkeypatch.setattr(live, "_open_output", lambda text: opened.append(text) or opened.append)
-    with live.call(config) as told:
+    monkeypatch.setattr(status_line, "_open_output", lambda text: opened.append(text) or opened.append)
+    with status_line.call(config) as told:
         assert told(drawn := result(image())) is drawn
-    live._LINES.clear()
+    status_line._LINES.clear()
     return bool(opened)
 
 
@@ -209,18 +204,18 @@ def test_it_is_shown_in_a_kernel_only(monkeypatch):
 )
 def test_the_environment_turns_it_off(monkeypatch, value, on):
     be_a_kernel(monkeypatch)
-    monkeypatch.setenv(live.VARIABLE, value)
+    monkeypatch.setenv(status_line.VARIABLE, value)
     assert shown_at_all(monkeypatch) is on
 
 
 def test_the_function_goes_before_the_environment(monkeypatch):
     be_a_kernel(monkeypatch)
-    live.live_line(False)
+    status_line.live_line(False)
     assert not shown_at_all(monkeypatch)
-    monkeypatch.setenv(live.VARIABLE, "off")
-    live.live_line(True)
+    monkeypatch.setenv(status_line.VARIABLE, "off")
+    status_line.live_line(True)
     assert shown_at_all(monkeypatch)
-    live.live_line()
+    status_line.live_line()
     assert not shown_at_all(monkeypatch)
 
 
@@ -240,19 +235,19 @@ def test_it_stays_away_where_a_bar_is_drawn(monkeypatch):
 
 def test_what_a_call_raises_passes_and_is_counted(monkeypatch, output):
     be_a_kernel(monkeypatch)
-    monkeypatch.setattr(live, "_open_output", output.open)
-    with pytest.raises(CogViewContentFilterError), live.call():
+    monkeypatch.setattr(status_line, "_open_output", output.open)
+    with pytest.raises(CogViewContentFilterError), status_line.call():
         raise BLOCKED
     assert output.texts[-1] == "0.0 s · 1 blocked"
 
 
 def test_the_lines_of_cells_long_gone_are_forgotten(monkeypatch, output):
     shell = be_a_kernel(monkeypatch)
-    monkeypatch.setattr(live, "_open_output", output.open)
+    monkeypatch.setattr(status_line, "_open_output", output.open)
     for shell.execution_count in range(100):
-        with live.call():
+        with status_line.call():
             pass
-    assert len(live._LINES) <= 16
+    assert len(status_line._LINES) <= 16
     assert output.opened == 100
 
 
@@ -263,15 +258,16 @@ import asyncio, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from decimal import Decimal
-from langchain_cogview import CogViewContentFilterError, live
-from tests.unit_tests.displayed import image, result
-live.TICK = 0.05
+from langchain_cogview import CogViewContentFilterError
+from langchain_cogview.notebook import status_line
+from tests.unit_tests.notebook.displayed import image, result
+status_line.TICK = 0.05
 def draw(wait=0.12):
-    with live.call() as told:
+    with status_line.call() as told:
         threading.Event().wait(wait)
         return told(result(image(cost=Decimal("0.06"), currency="CNY")))
 async def adraw(wait=0.12):
-    with live.call() as told:
+    with status_line.call() as told:
         await asyncio.sleep(wait)
         return told(result(image(cost=Decimal("0.06"), currency="CNY")))
 """
@@ -299,11 +295,13 @@ CELLS = {
 def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     cells = [FIRST, *(code for code, _ in CELLS.values())]
-    cells.append("try:\n    with live.call(): raise CogViewContentFilterError\nexcept CogViewContentFilterError: pass")
+    cells.append(
+        "try:\n    with status_line.call(): raise CogViewContentFilterError\nexcept CogViewContentFilterError: pass"
+    )
     cells.append(
         "done = threading.Event()\n"
         "def late():\n"
-        "    with live.call() as told:\n"
+        "    with status_line.call() as told:\n"
         "        started.set()\n"
         "        done.wait(30)\n"
         "        told(result(image(sandbox=True)))\n"
@@ -313,12 +311,12 @@ def executed(tmp_path_factory):
         "started.wait(30)\nNone"
     )
     cells.append("done.set()\nthread.join(30)")
-    cells.append("live.live_line(False)\ndraw()\nNone")
+    cells.append("status_line.live_line(False)\ndraw()\nNone")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         monkeypatch.setenv("IPYTHONDIR", str(folder))
-        monkeypatch.delenv(live.VARIABLE, raising=False)
+        monkeypatch.delenv(status_line.VARIABLE, raising=False)
         NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}}).execute()
     first, *others, blocked, late, later, off = notebook.cells
     assert first.outputs == []

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from langchain_cogview.catalog import money_text
 from langchain_cogview.content_filter import most_severe
 from langchain_cogview.errors import Scope, printable
-from langchain_cogview.images.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, made_from
-from langchain_cogview.images.tiles import Room, Tile, fitted, json_bytes, page_of
+from langchain_cogview.notebook.html import Room, Tile, fitted, json_bytes, page_of
+from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, made_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, CogViewStorageError, printable
-from langchain_cogview.images.display import MANY_BYTES, failure_tile, with_files
 from langchain_cogview.images.remote import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.store import write_whole
-from langchain_cogview.images.tiles import MOST_TILES, Room, Tile, fitted, json_bytes, page_of, table_of
 from langchain_cogview.messages import images_from_messages, read_each
+from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, with_files
+from langchain_cogview.notebook.html import MOST_TILES, Room, Tile, fitted, json_bytes, page_of, table_of
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from decimal import Decimal
 import pytest
 
 from langchain_cogview import CogViewImageGenerator, ContentFilter, ImageFailure, ImageResult
-from langchain_cogview.images.previews import HELD, HeldPreviews, Preview, aremember, preview, remember
-from tests.unit_tests.displayed import EVIL, PHOTO, Seen, assert_harmless, be_a_kernel, image, photo, result
+from langchain_cogview.notebook.previews import HELD, HeldPreviews, Preview, aremember, preview, remember
+from tests.unit_tests.notebook.displayed import EVIL, PHOTO, Seen, assert_harmless, be_a_kernel, image, photo, result
 
 
 @pytest.fixture(autouse=True)
@@ -192,8 +192,8 @@ def test_outside_a_notebook_nothing_is_made_or_loaded(saved):
     code = (
         "import sys\n"
         "from langchain_cogview import CogViewImageGenerator\n"
-        "from langchain_cogview.images.previews import remember\n"
-        "from langchain_cogview.live import call\n"
+        "from langchain_cogview.notebook.previews import remember\n"
+        "from langchain_cogview.notebook.status_line import call\n"
         "with call() as told:\n"
         "    drawn = told(CogViewImageGenerator(base_url='sandbox:').invoke('x'))\n"
         "remember(drawn.images)\n"
@@ -344,7 +344,7 @@ def test_in_a_real_kernel_saved_pictures_are_seen_and_show_reads_the_file(tmp_pa
         (
             "from pathlib import Path\n"
             "from langchain_cogview import CogViewImageGenerator, ImageResult\n"
-            "from langchain_cogview.images.previews import HELD, aremember, in_kernel, remember\n"
+            "from langchain_cogview.notebook.previews import HELD, aremember, in_kernel, remember\n"
             "assert in_kernel()\n"
             "generator = CogViewImageGenerator(base_url='sandbox:', output_dir='pictures')\n"
             "drawn = generator.invoke('a kitten')\n"

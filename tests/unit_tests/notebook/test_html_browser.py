@@ -7,10 +7,10 @@ import nbformat
 import pytest
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, ContentFilter
-from langchain_cogview.galleries import compare, gallery
-from langchain_cogview.images.contact_sheet import Tile, contact_sheet
-from langchain_cogview.images.previews import HELD
-from tests.unit_tests.displayed import EVIL, PHOTO, image, result
+from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet
+from langchain_cogview.notebook.gallery import compare, gallery
+from langchain_cogview.notebook.previews import HELD
+from tests.unit_tests.notebook.displayed import EVIL, PHOTO, image, result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from langchain_cogview.images.contact_sheet import Tile, contact_sheet
+from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet
 
 VOID = {"meta", "img"}
 

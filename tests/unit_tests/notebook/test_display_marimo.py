@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from langchain_cogview.images import previews
+from langchain_cogview.notebook import previews
 
 APP = """
 import marimo

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewOutcomeUnknownError, Outcome, Scope
-from langchain_cogview.images.previews import in_kernel
+from langchain_cogview.notebook.previews import in_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,10 +18,10 @@ from langchain_cogview import (
     ImageFailure,
     ImageResult,
 )
-from langchain_cogview.galleries import Gallery, acompare, compare, gallery
-from langchain_cogview.images.contact_sheet import Tile, contact_sheet
-from langchain_cogview.images.previews import HELD
-from tests.unit_tests.displayed import EVIL, OF_A_PAGE, PHOTO, Seen, assert_harmless, image, photo, result
+from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet
+from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
+from langchain_cogview.notebook.previews import HELD
+from tests.unit_tests.notebook.displayed import EVIL, OF_A_PAGE, PHOTO, Seen, assert_harmless, image, photo, result
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from langchain_cogview.errors import printable
-from langchain_cogview.images.previews import Preview, preview
+from langchain_cogview.notebook.previews import Preview, preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

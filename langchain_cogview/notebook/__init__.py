@@ -1,0 +1,1 @@
+"""Images in notebooks: outputs, galleries, the status line and HTML pages."""
