@@ -1,6 +1,6 @@
 """The fixture `cogview_sandbox` for the tests of your own application; pytest finds it by its entry point.
 
-Of the package only its front, which loads nothing, is imported until a test asks for it.
+The plugin imports the rest of the package only when a test uses the fixture.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ _KEYS = ("ZHIPUAI_API_KEY", "ZAI_API_KEY")
 
 @pytest.fixture
 def cogview_sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """A sandbox of this test's own, which every generator and tool uses that names no `base_url`.
+    """Provide each test with its own sandbox, which all generators and tools without a `base_url` use.
 
-    It counts requests (`requests`, `ledger`, `images_made`), scripts replies (`fail_next`), and has limits (`in_flight_limit`,
-    `latency`). The keys are out of the environment while the test runs, so that nothing can be paid by mistake.
+    The sandbox records requests (`requests`, `ledger`, `images_made`), scripts replies (`fail_next`) and has limits
+    (`in_flight_limit`, `latency`). While the test runs, the API keys are removed from the environment, so that nothing is
+    paid by mistake.
+
+    Args:
+        monkeypatch: The fixture of pytest that restores the environment.
+
+    Yields:
+        The sandbox.
 
     Example:
-        >>> def test_the_third_picture_is_blocked(cogview_sandbox):
+        >>> def test_the_third_image_is_blocked(cogview_sandbox):
         ...     cogview_sandbox.fail_next("content-filter", after=2)
         ...     run_my_agent()
         ...     assert cogview_sandbox.images_made == 2

@@ -1,4 +1,4 @@
-"""The service, offline: the same wire format without key, cost or network."""
+"""The service offline: the same wire format without key, cost or network."""
 
 from langchain_cogview.sandbox.server import SandboxServer
 from langchain_cogview.sandbox.service import Sandbox

@@ -1,4 +1,4 @@
-"""`python -m langchain_cogview.sandbox`: the sandbox on a port, until Ctrl-C."""
+"""`python -m langchain_cogview.sandbox` serves a sandbox on a port until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,24 +18,36 @@ DEFAULT_PORT: Final = 8765
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C (or a termination signal); the exit code: 0, or 1 where the port cannot be had.
+    """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        argv: The options; None takes those of the process.
+
+    Returns:
+        The exit code: 0, or 1 if the port is not available.
 
     Raises:
-        SystemExit: An option is wrong (2), or help was asked for (0).
+        SystemExit: An option is invalid (code 2), or help was requested (code 0).
     """
     parser = argparse.ArgumentParser(
         prog="python -m langchain_cogview.sandbox",
-        description="The CogView image endpoint on a port of this machine, without key, cost or network.",
+        description="Serve the CogView image endpoint on a port of this machine, without key, cost or network.",
     )
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     parser.add_argument(
-        "--latency", type=float, default=0.0, metavar="SECONDS", help="what each picture takes (default: %(default)s)"
+        "--port", type=int, default=DEFAULT_PORT, help="the port; 0 selects a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--latency",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="time that each image takes (default: %(default)s)",
     )
     parser.add_argument(
         "--in-flight-limit",
         type=int,
         metavar="N",
-        help="pictures under way at once for each key and model; one more gets 429 (default: no limit)",
+        help="images in flight for each key and model; one more gets 429 (default: no limit)",
     )
     options = parser.parse_args(argv)
     port = options.port
@@ -47,14 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         server.start()
     except (OSError, OverflowError) as error:
-        sys.stderr.write(f"The port {port} cannot be had ({error}). Choose another with --port, or 0 for a free one.\n")
+        sys.stderr.write(
+            f"Port {port} is not available ({error}). Use another one with --port, or --port 0 for a free one.\n"
+        )
         return 1
     sys.stdout.write(
-        f"CogView sandbox at {server.base_url} until Ctrl-C. Give it as base_url, with any api_key, to ZhipuAiClient (zai-sdk) "
-        "or OpenAI (openai), and with api_key='sandbox' to CogViewImageGenerator (langchain-cogview).\n"
+        f"CogView sandbox at {server.base_url} until Ctrl-C. Pass this base_url to ZhipuAiClient (zai-sdk) or OpenAI (openai) "
+        "with any api_key, and to CogViewImageGenerator (langchain-cogview) with api_key='sandbox'.\n"
     )
     sys.stdout.flush()
-    # Set here because a shell lets its background jobs ignore Ctrl-C.
+    # Set explicitly, because a shell starts background jobs with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

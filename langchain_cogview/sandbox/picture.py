@@ -1,11 +1,11 @@
-"""Placeholder pictures: a landscape for every prompt, marked SANDBOX, written as PNG with nothing but zlib.
+"""Placeholder images: a landscape for every prompt, marked SANDBOX, written as PNG with nothing but zlib.
 
-The picture is never held pixel by pixel. PNG's filter "Up" stores each row as its difference from the row above, and a
-landscape seen column by column (sky, hill, nearer hill) changes only a few times on the way down. So the rows start as
-zeros, one number is put where a column changes its colour, and zlib makes little of the rest.
+No colour is stored for each pixel. PNG's filter "Up" stores each row as its difference from the row above, and a landscape
+seen column by column (sky, hill, nearer hill) changes only a few times from top to bottom. So the rows start as zeros, one
+number is written where a column changes its colour, and zlib compresses the zeros.
 
-The palette is laid out so that those numbers stay simple: the sky has `_BANDS` colours from top to horizon, and as many
-again for each ring of glow and for the sun. One band down is +1 whatever the ring, one ring inwards is +`_BANDS`.
+The palette is ordered so that these numbers are simple: the sky has `_BANDS` colours from top to horizon, and as many again
+for each ring of glow and for the sun. One band down is +1 in every ring, one ring inwards is +`_BANDS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RINGS: Final = 3  # two rings of glow, and the sun
 _HILLS: Final = 5
 _HILL: Final = _BANDS * (_RINGS + 1)  # palette index of the farthest hill; the nearest is _HILL + _HILLS - 1
 _EDGES: Final = [[_HILL + _HILLS + near * (near + 1) // 2 + far for far in range(near + 1)] for near in range(_HILLS)]
-"""Palette index of the half-covered pixel between a hill and a farther one; under the hill itself: before the sky."""
+"""Palette index of the half-covered pixel between a hill and a farther one; at its own index, between the hill and the sky."""
 _CAPTION: Final = _EDGES[-1][-1] + 1
 
 Colour = tuple[int, int, int]
@@ -66,12 +66,20 @@ _CAPTION_DOTS: Final = 13  # seven, with a margin of three above and below
 
 
 def seed_of(prompt: str) -> bytes:
-    """The 32 bytes from which a prompt's picture is drawn."""
+    """Return the 32 bytes that determine the image of a prompt."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
 
 
 def draw(prompt: str, width: int, height: int) -> bytes:
-    """A PNG of `width`x`height` pixels (64 to 4096 each), the same for the same prompt and another for another.
+    """Draw the placeholder of a prompt: the same prompt always has the same image, other prompts have others.
+
+    Args:
+        prompt: Any text.
+        width: Pixels, 64 to 4096.
+        height: Pixels, 64 to 4096.
+
+    Returns:
+        The bytes of a PNG.
 
     Raises:
         ValueError: A side is out of bounds.
@@ -80,9 +88,21 @@ def draw(prompt: str, width: int, height: int) -> bytes:
 
 
 def draw_seed(seed: bytes, width: int, height: int) -> bytes:
-    """`draw`, for a prompt of which only its `seed_of` was kept."""
+    """Draw the placeholder of a prompt from its `seed_of`.
+
+    Args:
+        seed: The result of `seed_of`.
+        width: Pixels, 64 to 4096.
+        height: Pixels, 64 to 4096.
+
+    Returns:
+        The bytes of a PNG.
+
+    Raises:
+        ValueError: A side is out of bounds.
+    """
     if not (64 <= width <= 4096 and 64 <= height <= 4096):  # noqa: PLR2004
-        raise ValueError(f"A sandbox picture has sides of 64 to 4096 pixels, not {width}x{height}.")
+        raise ValueError(f"A sandbox image cannot have {width}x{height} pixels. Use sides of 64 to 4096 pixels.")
     chance = random.Random(seed)
     theme = _THEMES[int(chance.random() * len(_THEMES))]
     dot = max(1, min(width // (_WORD_DOTS + 10), height // 100))
@@ -104,7 +124,7 @@ def draw_seed(seed: bytes, width: int, height: int) -> bytes:
 
 
 def _compress(rows: bytearray) -> bytes:
-    # Nearly all is runs of zeros: looking for runs only makes it smaller, and is as fast.
+    # Nearly all bytes are zeros: looking only for runs compresses better than the default strategy, and as fast.
     packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
     return packer.compress(rows) + packer.flush()
 
@@ -134,7 +154,7 @@ def _palette(theme: _Theme) -> bytes:
 
 
 def _hill_tops(width: int, height: int, chance: random.Random) -> list[list[float]]:
-    """For each hill, from far to near: the row in which it begins, by column."""
+    """Return the row in which each hill begins, by column, from the farthest hill to the nearest."""
     unit, step = min(width, height), 8
     shares = range(step)
     hills = []
@@ -157,16 +177,16 @@ def _hill_tops(width: int, height: int, chance: random.Random) -> list[list[floa
 
 
 def _plant_pines(tops: list[float], unit: int, chance: random.Random) -> None:
-    """Let pines stand on a hill: they are part of its outline."""
-    ground, place, width = tops.copy(), 0.0, len(tops)
-    while place < width:
+    """Put pines on a hill, as part of its outline."""
+    ground, centre, width = tops.copy(), 0.0, len(tops)
+    while centre < width:
         tall = unit * (0.03 + 0.05 * chance.random())
         half = tall * 0.24
-        left, right = max(0, math.ceil(place - half)), min(width, math.ceil(place + half))
+        left, right = max(0, math.ceil(centre - half)), min(width, math.ceil(centre + half))
         for x in range(left, right):
-            slope = 1 - abs(x - place) / half
+            slope = 1 - abs(x - centre) / half
             tops[x] = min(tops[x], ground[x] - tall * (slope * 0.75 + 0.25 * (slope * 3 % 1)))
-        place += half * (1.2 + 7 * chance.random() ** 2)
+        centre += half * (1.2 + 7 * chance.random() ** 2)
 
 
 def _paint_landscape(rows: bytearray, width: int, height: int, chance: random.Random) -> None:
@@ -187,17 +207,17 @@ def _paint_landscape(rows: bytearray, width: int, height: int, chance: random.Ra
 
 
 def _paint_sky(rows: bytearray, bands: bytes, starts: list[int]) -> None:
-    """Go one band down in each of the rows `starts`, in the columns where the sky reaches that far."""
+    """Start the next band in each of the rows `starts`, in the columns where the sky reaches that far."""
     width = len(bands)
     for band in range(1, max(bands) + 1):
-        place = starts[band] * (width + 1) + 1
-        rows[place : place + width] = bands.translate(bytes(band) + b"\x01" * (256 - band))
+        index = starts[band] * (width + 1) + 1
+        rows[index : index + width] = bands.translate(bytes(band) + b"\x01" * (256 - band))
 
 
 def _paint_ring(
     rows: bytearray, skyline: list[int], sky: list[int], centre: tuple[float, float], radius: float
 ) -> None:
-    """Go one ring inwards in a circle; where the skyline cuts it, `sky` learns which colour the hill will meet."""
+    """Go one ring inwards in a circle. Where the skyline cuts it, `sky` is updated to the colour above the hill."""
     width = len(skyline)
     for x in range(max(0, math.ceil(centre[0] - radius)), min(width, math.ceil(centre[0] + radius))):
         reach = math.sqrt(radius * radius - (x - centre[0]) ** 2)
@@ -205,17 +225,17 @@ def _paint_ring(
         limit = skyline[x]
         if first >= limit or first == last:
             continue
-        place = first * (width + 1) + x + 1
-        rows[place] = (rows[place] + _BANDS) & 255
+        index = first * (width + 1) + x + 1
+        rows[index] = (rows[index] + _BANDS) & 255
         if last < limit:
-            place = last * (width + 1) + x + 1
-            rows[place] = (rows[place] - _BANDS) & 255
+            index = last * (width + 1) + x + 1
+            rows[index] = (rows[index] - _BANDS) & 255
         else:
             sky[x] += _BANDS
 
 
 def _paint_hills(rows: bytearray, height: int, tops: list[list[float]], sky: list[int]) -> None:
-    """Put the outlines of the hills, column by column from the nearest hill up to the sky."""
+    """Write the outlines of the hills, column by column from the nearest hill up to the sky."""
     stride, low = len(sky) + 1, height - 2.0
     above_all = [-1.0] * len(sky)  # the sky, as a hill behind all others
     for x, highest, limit, *farther in zip(range(1, stride), sky, *reversed(tops), above_all, strict=True):
@@ -227,21 +247,21 @@ def _paint_hills(rows: bytearray, height: int, tops: list[list[float]], sky: lis
                 continue
             behind = _HILL + hill if hill >= 0 else highest
             row = int(limit)
-            place = row * stride + x
+            index = row * stride + x
             uncovered = limit - row
             if uncovered > 0.75:  # noqa: PLR2004
-                place += stride
+                index += stride
             elif uncovered > 0.25:  # noqa: PLR2004
                 edge = _EDGES[near][hill]
-                rows[place] = (rows[place] + edge - behind) & 255
-                place += stride
+                rows[index] = (rows[index] + edge - behind) & 255
+                index += stride
                 behind = edge
-            rows[place] = (rows[place] + _HILL + near - behind) & 255
+            rows[index] = (rows[index] + _HILL + near - behind) & 255
             near, limit = hill, top  # noqa: PLW2901
 
 
 def _paint_caption(rows: bytearray, width: int, height: int, dot: int) -> None:
-    """The word SANDBOX on a strip along the bottom; its rows are stored as they are, not as differences."""
+    """Write SANDBOX on a strip along the bottom; its rows are stored as they are, not as differences."""
     first = height - _CAPTION_DOTS * dot
     ground, ink = bytes([_CAPTION]), bytes([_CAPTION + 1])
     plain = b"\x00" + ground * width
@@ -249,7 +269,7 @@ def _paint_caption(rows: bytearray, width: int, height: int, dot: int) -> None:
     for line in range(7):
         bits = "00".join(f"{_LETTERS[letter][line]:05b}" for letter in _WORD)
         text = b"".join((ink if bit == "1" else ground) * dot for bit in bits)
-        place = (first + (3 + line) * dot) * (width + 1)
-        rows[place : place + width + 1] = b"\x00" + ground * margin + text + ground * (width - margin - len(text))
+        index = (first + (3 + line) * dot) * (width + 1)
+        rows[index : index + width + 1] = b"\x00" + ground * margin + text + ground * (width - margin - len(text))
     for row in (first, first + 10 * dot):
         rows[row * (width + 1) : (row + 1) * (width + 1)] = plain

@@ -1,7 +1,8 @@
 """A sandbox on a port of this machine, for any client in any language.
 
-Programs of this machine are served, and no web page: a browser sends a page's requests here too, under a name of the page's
-own that resolves to a loopback address. So `Host` has to name a loopback address, and `Origin`, where there is one, too.
+It serves programs of this machine and no web pages of other hosts. A browser would send their requests here too, under a name
+of the page's host that resolves to a loopback address (DNS rebinding). Therefore `Host` must be a loopback name or address,
+and so must `Origin` if there is one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from langchain_cogview.addresses import SANDBOX_SERVERS
-from langchain_cogview.sandbox.faults import SandboxReply, error_body, json_reply, to_json, too_long
+from langchain_cogview.sandbox.faults import SandboxReply, error_body, json_reply, to_json, too_long_reply
 from langchain_cogview.sandbox.service import MAX_BODY, Sandbox
 from langchain_cogview.sandbox.state import API_PREFIX
 
@@ -28,16 +29,19 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 RESET_ROUTE: Final = "/sandbox/reset"
-"""A POST to it makes the sandbox forget everything, as `Sandbox.reset` does."""
+"""A POST to it calls `Sandbox.reset`."""
 MAX_CONNECTIONS: Final = 256
-"""Connections at once, each with a thread of its own; one more gets 503."""
+"""Connections at once, each with its own thread; one more gets 503."""
 IDLE_SECONDS: Final = 60.0
-"""How long a connection is kept without a request."""
+"""How long a connection stays open without a request."""
 HEAD_SECONDS: Final = 10.0
+"""How long a client may take to send the request line and the headers."""
 BODY_SECONDS: Final = 30.0
+"""How long a client may take to send the body."""
 WRITE_SECONDS: Final = 60.0
+"""How long a client may take to receive the reply."""
 MAX_HEAD: Final = 65_536
-"""Bytes of a request's line and headers."""
+"""Bytes of the request line and the headers."""
 _CLOSING_SECONDS: Final = 5
 _DISCARD_SECONDS: Final = 2.0
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?")
@@ -47,7 +51,7 @@ _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
 class SandboxServer:
     """The service on a port of the loopback interface.
 
-    A POST to `/sandbox/reset` makes it forget everything, as `Sandbox.reset` does.
+    A POST to `/sandbox/reset` calls `Sandbox.reset`.
 
     Example:
         >>> with SandboxServer() as server:
@@ -55,9 +59,12 @@ class SandboxServer:
         ...     client.images.generate(model="cogview-4-250304", prompt="a kitten").data[0].url
 
     Args:
-        sandbox: What answers; its own one if None.
-        host: A loopback address, since anybody who reaches the port is served.
-        port: 0 takes a free one.
+        sandbox: The sandbox that answers; None creates one.
+        host: A loopback address or `localhost`: the server accepts any key, so it must not be reachable from elsewhere.
+        port: The port; 0 selects a free one.
+
+    Attributes:
+        sandbox: The sandbox that answers.
 
     Raises:
         ValueError: The host is not a loopback address.
@@ -65,7 +72,7 @@ class SandboxServer:
 
     def __init__(self, sandbox: Sandbox | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.sandbox = Sandbox() if sandbox is None else sandbox
-        self._address = (_loopback(host), port)
+        self._address = (_loopback_address(host), port)
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -82,7 +89,7 @@ class SandboxServer:
 
     @property
     def base_url(self) -> str:
-        """What to give a client as base URL.
+        """The base URL for clients, such as `http://127.0.0.1:8765/api/paas/v4`.
 
         Raises:
             RuntimeError: The server is not running.
@@ -90,14 +97,18 @@ class SandboxServer:
         return self.origin + API_PREFIX
 
     def start(self) -> Self:
-        """Open the port and answer in threads of its own.
+        """Open the port and serve it in background threads.
+
+        Returns:
+            The server itself.
 
         Raises:
-            RuntimeError: It is running already.
+            RuntimeError: The server is already running.
             OSError: The port is in use.
+            OverflowError: The port is not between 0 and 65535.
         """
         if self._server is not None:
-            raise RuntimeError(f"The sandbox server is running already, at {self.base_url}.")
+            raise RuntimeError(f"The sandbox server is already running at {self.base_url}. Call close() first.")
         self._server = _Server(self._address, self.sandbox)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="cogview-sandbox", daemon=True
@@ -107,7 +118,7 @@ class SandboxServer:
         return self
 
     def close(self) -> None:
-        """Close the port and every connection; harmless if that was done before."""
+        """Close the port and every connection. It may be called more than once."""
         server, thread, self._server, self._thread = self._server, self._thread, None, None
         if server is not None and thread is not None:
             SANDBOX_SERVERS.discard((server.host, server.port))
@@ -134,11 +145,16 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _loopback(host: str) -> str:
+def _loopback_address(host: str) -> str:
+    """Return the address of a loopback host.
+
+    Raises:
+        ValueError: The host is not a loopback address.
+    """
     if _is_loopback(host):
         return "127.0.0.1" if host.lower().startswith("localhost") else host
     raise ValueError(
-        f"The sandbox serves only this machine, not {host!r}: it asks for no key. Use 127.0.0.1, ::1 or localhost."
+        f"The sandbox serves only this machine, not {host!r}, because it accepts any key. Use 127.0.0.1, ::1 or localhost."
     )
 
 
@@ -158,7 +174,7 @@ class _Server(ThreadingHTTPServer):
         self.origin = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def server_bind(self) -> None:
-        # The parent's own also looks up the host's name, which can take seconds and asks the network.
+        # HTTPServer.server_bind also looks up the name of the host, which can take seconds and uses the network.
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -185,27 +201,27 @@ class _Server(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def end_connections(self) -> None:
-        """Wake every handler that reads or waits, and let it close its socket."""
+        """Wake every handler that reads or waits, so that it closes its socket."""
         self.is_closing.set()
         with self._changed:
             for connection in self._open:
                 try:
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:  # the client has gone already
+                except OSError:  # the client has disconnected already
                     continue
             self._changed.wait_for(lambda: not self._open, _CLOSING_SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is no news
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that disconnects is no error
             super().handle_error(request, client_address)
 
 
 class _TooLargeError(OSError):
-    """A client sent more than was allowed."""
+    """A client sent more bytes than allowed."""
 
 
 class _Input(io.RawIOBase):
-    """What a client sends, bounded in bytes and in time from one `allow` to the next."""
+    """The bytes that a client sends, bounded in number and in time by the last `allow`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -232,14 +248,14 @@ class _Input(io.RawIOBase):
 
 
 class _RefusedError(Exception):
-    """A request is answered with `reply`, and its connection closed."""
+    """A request that is answered with `reply` and whose connection is then closed."""
 
     def __init__(self, reply: SandboxReply) -> None:
         super().__init__()
         self.reply = reply
 
 
-def _refusal(status: int, code: str, message: str) -> _RefusedError:
+def _error(status: int, code: str, message: str) -> _RefusedError:
     return _RefusedError(json_reply(status, error_body(code, message)))
 
 
@@ -257,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._input = _Input(self.connection)
         self._reader = self.rfile = io.BufferedReader(self._input)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the parent's name
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name in the base class
         """Log nothing."""
 
     def handle_one_request(self) -> None:
@@ -281,7 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as error:
             self._refuse(error.reply)
             return
-        path = self.requestline.split()[1]  # as it was sent: the parent's `path` has leading slashes merged
+        path = self.requestline.split()[1]  # as sent: `self.path` has leading slashes merged
         if (self.command, path) == ("POST", RESET_ROUTE):
             self.server.sandbox.reset()
             self._send(json_reply(200, to_json({"success": True})))
@@ -289,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.sandbox.admit(
             self.command, path, dict(self.headers), body, origin=self.server.origin
         ) as reply:
-            if reply.delay and self._is_left_within(reply.delay):
+            if reply.delay and self._disconnects_within(reply.delay):
                 self.close_connection = True
                 return
         self._send(reply)
@@ -300,36 +316,34 @@ class _Handler(BaseHTTPRequestHandler):
         hosts, origins = self.headers.get_all("host", []), self.headers.get_all("origin", [])
         host = _HOST.fullmatch(hosts[0].strip()) if len(hosts) == 1 else None
         if not host or not _is_loopback(host[1].strip("[]")) or int(host[2] or 80) != self.server.port:
-            raise _refusal(
-                403, "1220", f"The sandbox serves programs of this machine: address it as {self.server.origin}"
-            )
+            raise _error(403, "1220", f"The sandbox serves programs of this machine only. Use {self.server.origin}")
         if len(origins) > 1 or not all(map(_is_loopback_origin, origins)):
-            raise _refusal(403, "1220", "The sandbox does not serve web pages of other hosts")
+            raise _error(403, "1220", "The sandbox does not serve web pages of other hosts")
 
     def _body(self) -> bytes:
         lengths, codings = self.headers.get_all("content-length", []), self.headers.get_all("transfer-encoding", [])
-        # Both a long body and one that comes in small chunks fit; the time is bounded as well.
+        # Small chunks take several times the bytes of the body itself; the time is bounded as well.
         self._input.allow(8 * MAX_BODY, BODY_SECONDS)
         if codings:
             if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
-                raise _refusal(400, "1210", "The body has a Transfer-Encoding that is not served: send it as chunked")
+                raise _error(400, "1210", "The Transfer-Encoding of the body is not supported. Use chunked")
             return self._chunked_body()
         if not lengths:
             return b""
         if len(set(lengths)) > 1 or not lengths[0].isdecimal():
-            raise _refusal(400, "1210", "The Content-Length is not a number")
+            raise _error(400, "1210", "The Content-Length is not a single number")
         if int(lengths[0][:20]) > MAX_BODY:
-            raise _RefusedError(too_long(MAX_BODY))
+            raise _RefusedError(too_long_reply(MAX_BODY))
         return self._exactly(int(lengths[0]))
 
     def _chunked_body(self) -> bytes:
         body = bytearray()
         while size := self._chunk_size():
             if len(body) + size > MAX_BODY:
-                raise _RefusedError(too_long(MAX_BODY))
+                raise _RefusedError(too_long_reply(MAX_BODY))
             body += self._exactly(size)
             if self._exactly(2) != b"\r\n":
-                raise _refusal(400, "1210", "The body is not chunked as its Transfer-Encoding says")
+                raise _error(400, "1210", "The body is not valid for Transfer-Encoding: chunked")
         while self.rfile.readline(MAX_HEAD).strip(b"\r\n"):
             pass  # trailers
         return bytes(body)
@@ -337,17 +351,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _chunk_size(self) -> int:
         match = _CHUNK_SIZE.fullmatch(self.rfile.readline(MAX_HEAD))
         if not match:
-            raise _refusal(400, "1210", "The body is not chunked as its Transfer-Encoding says")
+            raise _error(400, "1210", "The body is not valid for Transfer-Encoding: chunked")
         return int(match[1], 16)
 
     def _exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
         if len(data) < size:
-            raise ConnectionError("The client closed the connection within its request.")
+            raise ConnectionError("The client closed the connection before the end of its request.")
         return data
 
-    def _is_left_within(self, seconds: float) -> bool:
-        """Wait; True as soon as the client or the server ends the connection."""
+    def _disconnects_within(self, seconds: float) -> bool:
+        """Return True as soon as the client or the server closes the connection, False after `seconds`."""
         ends = time.monotonic() + seconds
         self.connection.settimeout(seconds)
         try:
@@ -362,7 +376,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, reply: SandboxReply) -> None:
         self.close_connection = True
         self._send(reply)
-        # Closing with bytes unread would reset the connection, and the client could lose the reply.
+        # Closing a socket with unread bytes resets the connection, and the client could lose the reply.
         self._input.allow(8 * MAX_BODY, _DISCARD_SECONDS)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)

@@ -1,7 +1,7 @@
-"""The image and task endpoints, offline: one HTTP request in, one HTTP reply out, in the service's own wire format.
+"""The image and task endpoints, offline: one HTTP request in, one HTTP reply out, in the wire format of the service.
 
-Nothing here opens a socket. `transport.py` puts a `Sandbox` under httpx, `server.py` on a port. Faults are asked for by
-words in the prompt (the table is in `faults.py`) or from the outside, with `Sandbox.fail_next`.
+Nothing here opens a socket. `SandboxTransport` puts a `Sandbox` under an httpx client, `server.py` serves one on a port.
+Faults are requested by triggers in the prompt (the table is in `faults.py`) or by `Sandbox.fail_next`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from langchain_cogview.sandbox.faults import (
     NO_AUTHORIZATION,
     NO_TASK,
     WRONG_ROUTE,
+    Changes,
     Fault,
     SandboxReply,
+    content_filter_of,
     error_body,
-    faults_of,
-    filter_entries,
+    image_reply,
     json_reply,
     make_fault,
-    png_reply,
-    refused,
-    success,
+    parse_triggers,
+    refusal,
+    success_reply,
     to_json,
-    too_long,
+    too_long_reply,
 )
 from langchain_cogview.sandbox.picture import draw_seed, seed_of
 from langchain_cogview.sandbox.state import (
@@ -46,22 +47,22 @@ from langchain_cogview.sandbox.state import (
     TASK_ROUTE,
     Account,
     History,
+    ImageParameters,
+    InvalidRequestError,
     Ledger,
     Limit,
-    Order,
-    OrderRefusedError,
-    Places,
     SandboxImage,
     SandboxRequest,
+    Slots,
     Task,
     Tasks,
     account_of,
-    allowed,
-    asked_for,
-    read_body,
-    read_limit,
-    read_order,
-    request_size,
+    max_slots,
+    parse_body,
+    parse_limit,
+    parse_parameters,
+    polled_task_id,
+    request_bytes,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ MAX_REQUESTS_BYTES: Final = 32 << 20
 MAX_BODY: Final = 1_000_000
 """Bytes of a request body; a longer one gets 413."""
 ATTEMPTS_SECONDS: Final = 600
-"""How long after its last attempt the attempts of a prompt are still counted."""
+"""Seconds after the last attempt of a prompt until its attempts are forgotten."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _ROUTE: Final = f"{API_PREFIX}/images/generations"
@@ -85,14 +86,14 @@ _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "coo
 
 
 class Sandbox:
-    """The service without key, cost or network: any key is good, every picture is a placeholder marked SANDBOX.
+    """The service without key, cost or network: it accepts any key, and every image is a placeholder marked SANDBOX.
 
-    A sandbox lives as long as somebody holds it, and can be used from many threads and event loops at once.
+    A sandbox exists as long as there is a reference to it. Threads and event loops can share one.
 
-    The account is the bearer key, and the service limits how many pictures an account may have in flight for each
-    model. In flight is a POST until it is answered and a task while it is PROCESSING, whoever asks for it; its POST
-    takes no second place. What is refused is answered at once and takes none. An unknown task answers 404 with code
-    1222, which the provider does not document.
+    The bearer key is the account, and the service limits how many images an account may have in flight for each model.
+    A POST is in flight until it is answered, and a task while it is PROCESSING, whether it is polled or not; the POST of
+    a task uses no second slot. A refused request is answered at once and uses no slot. A poll of an unknown task gets
+    404 with code 1222, which the provider does not document.
 
     Example:
         >>> with Sandbox() as sandbox:
@@ -102,18 +103,20 @@ class Sandbox:
         ...     assert sandbox.images_made == 1
 
     Args:
-        latency: Seconds that each picture takes. A task's POST is answered at once, and the task takes them.
-        in_flight_limit: Pictures in flight for one key and model; one more POST gets 429, code 1302. One number for
-            each model, or numbers by model (the others have no limit); None for no limit.
-        name: Letters, digits, `.`, `_`, `-`; by it the sandbox is found again. None makes one up.
-        clock: Seconds by which tasks come to their end; another one lets a test go through hours at once.
+        latency: Seconds that each image takes. The POST of a task is answered at once, and the task takes them.
+        in_flight_limit: Images in flight for one key and model; one more POST gets 429, code 1302. One number for each
+            model, or numbers by model (other models have no limit); None for no limit.
+        name: Letters, digits, `.`, `_` and `-`; the part of `base_url` after `sandbox:`. None generates one.
+        clock: Returns the current time in seconds, for the end of tasks and for the attempts of a prompt. A clock of
+            your own lets a test pass hours in no time.
 
     Attributes:
-        latency: As given; may be changed at any time.
+        name: The name, as given or generated.
+        latency: As given; it can be changed at any time.
         clock: As given.
 
     Raises:
-        ValueError: The name is not usable or is in use, or a number or model is not possible.
+        ValueError: The name is invalid or in use, the latency or limit is invalid, or a model is unknown.
     """
 
     def __init__(
@@ -125,93 +128,94 @@ class Sandbox:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not (math.isfinite(latency) and latency >= 0):
-            raise ValueError(f"latency is a number of seconds, 0 or more, not {latency}.")
+            raise ValueError(f"latency is {latency}. Use a number of seconds of at least 0.")
         self.latency = latency
         self.clock = clock
         self._lock = Lock()
-        self._limit: Limit = read_limit(in_flight_limit)
-        self._posts = Places()
+        self._limit: Limit = parse_limit(in_flight_limit)
+        self._posts = Slots()
         self._clear()
         self.name = _register(self, name)
 
     @property
     def base_url(self) -> str:
-        """What to give as `base_url`: `sandbox:` and the name."""
+        """The `base_url` for generators and tools: `sandbox:` and the name."""
         return SCHEME + self.name
 
     @property
     def requests(self) -> list[SandboxRequest]:
-        """The POSTs for pictures and tasks so far, refused ones too; the last 10,000 (or 32 MiB), oldest first."""
+        """The POSTs for images and tasks so far, refused ones included: the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._requests)
 
     @property
     def polls(self) -> list[SandboxRequest]:
-        """The GETs of a task's result so far, refused ones too; the last 10,000 (or 32 MiB), oldest first."""
+        """The GETs of task results so far, refused ones included: the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._polls)
 
     @property
     def downloads(self) -> list[SandboxRequest]:
-        """The GETs of pictures so far, refused ones too; the last 10,000 (or 32 MiB), oldest first."""
+        """The GETs of images so far, refused ones included: the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._downloads)
 
     @property
     def ledger(self) -> list[SandboxImage]:
-        """The pictures that the real service would have made and charged; the last 100,000 (or 64 MiB), oldest first."""
+        """The images that the real service would have charged: the last 100,000 (or 64 MiB), oldest first."""
         with self._lock:
             return list(self._ledger.entries)
 
     @property
     def images_made(self) -> int:
-        """How many pictures the real service would have made and charged."""
-        return self._ledger.made
+        """How many images the real service would have made and charged."""
+        return self._ledger.images_made
 
     @property
     def in_flight(self) -> int:
-        """POSTs and tasks under way at this moment, of all accounts."""
+        """How many POSTs and tasks of all accounts are in flight now."""
         with self._lock:
             return self._posts.total() + self._tasks.in_flight(self.clock())
 
     @property
     def in_flight_limit(self) -> Limit:
-        """The limit for each key and model; may be set anew at any time, and holds for the POSTs that follow."""
+        """The limit for each key and model. It can be set at any time and applies to later POSTs."""
         return self._limit
 
     @in_flight_limit.setter
     def in_flight_limit(self, limit: int | Mapping[str, int] | None) -> None:
-        self._limit = read_limit(limit)
+        self._limit = parse_limit(limit)
 
     def fail_next(self, fault: str, times: int = 1, *, after: int = 0, **options: Any) -> None:
-        """Let the next POSTs fail, before anything else about them is looked at.
+        """Apply a fault to the next POSTs, before they are validated.
 
-        Called again, the new fault stands in line behind those not yet used up. `task-fail` and `task-polls` change what
-        becomes of a task; a POST for a picture uses them up unchanged.
+        Faults of several calls act one after the other. `task-fail` and `task-polls` change a task; a POST for an image
+        uses them up without effect.
 
         Args:
-            fault: A trigger's name without brackets, or `status` for any reply at all.
-            times: How many POSTs it hits.
-            after: How many POSTs it lets pass before.
-            options: `retry_after` (a `Retry-After` header, for `rate-limit`, `busy`, `unavailable`); `level`, `role`
-                (for `content-filter`, `flagged`); `seconds` (for `slow`); `gets` (for `not-yet`); `polls` (for
-                `task-polls`); `status`, `body`, `headers` (for `status`).
+            fault: The name of a trigger without brackets, or `status` for a reply of your own.
+            times: How many POSTs it acts on.
+            after: How many POSTs pass before it acts.
+            options: `retry_after` (the `Retry-After` header of `rate-limit`, `busy`, `unavailable`); `level`, `role`
+                (of `content-filter`, `flagged`); `seconds` (of `slow`); `gets` (of `not-yet`); `polls` (of
+                `task-polls`); `status`, `body`, `headers` (of `status`).
 
         Raises:
-            ValueError: There is no such fault or option, `times` is less than 1, or `after` less than 0.
+            ValueError: The fault or an option does not exist, an option has an invalid value, `times` is less than 1, or
+                `after` is less than 0.
         """
         made = make_fault(fault, times, options)
         if times < 1:
-            raise ValueError(f"times is 1 or more, not {times}.")
+            raise ValueError(f"times is {times}. Use an integer of at least 1.")
         if after < 0:
-            raise ValueError(f"after is 0 or more, not {after}.")
+            raise ValueError(f"after is {after}. Use an integer of at least 0.")
         with self._lock:
             if after:
-                self._next_faults.append(Fault("none", after))
+                self._next_faults.append(Fault("none", after))  # a fault without effect
             self._next_faults.append(made)
 
     def reset(self) -> None:
-        """Forget all requests, pictures, tasks, counts and faults to come; POSTs under way stay in flight."""
+        """Forget all requests, images, tasks, counts and coming faults. POSTs that are in flight stay in flight."""
         with self._lock:
             self._clear()
 
@@ -231,28 +235,44 @@ class Sandbox:
     def admit(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, origin: str = IN_PROCESS_ORIGIN
     ) -> Iterator[SandboxReply]:
-        """Answer a request, and count it as in flight until the block ends; wait the reply's `delay` inside it."""
-        reply, place = self._answer(method, path, headers, body, origin=origin, limited=True)
-        try:
-            yield reply
-        finally:
-            if place:
-                with self._lock:
-                    self._posts.give_back(place)
+        """Answer one HTTP request, within the in-flight limit.
 
-    def reply(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, origin: str = IN_PROCESS_ORIGIN
-    ) -> SandboxReply:
-        """Answer one HTTP request, whatever is in flight.
+        The request is in flight until the `with` block ends: wait the `delay` of the reply inside it.
 
         Args:
             method: HTTP method.
             path: Path and query.
-            headers: Of any case.
+            headers: Header values by name, in any case.
             body: Raw bytes.
-            origin: Scheme, host and port under which the caller serves the pictures.
+            origin: Scheme, host and port under which the caller serves the images.
+
+        Yields:
+            The reply.
         """
-        return self._answer(method, path, headers, body, origin=origin, limited=False)[0]
+        reply, account = self._answer(method, path, headers, body, origin=origin, is_limited=True)
+        try:
+            yield reply
+        finally:
+            if account:
+                with self._lock:
+                    self._posts.release(account)
+
+    def reply(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, origin: str = IN_PROCESS_ORIGIN
+    ) -> SandboxReply:
+        """Answer one HTTP request, without the in-flight limit.
+
+        Args:
+            method: HTTP method.
+            path: Path and query.
+            headers: Header values by name, in any case.
+            body: Raw bytes.
+            origin: Scheme, host and port under which the caller serves the images.
+
+        Returns:
+            The reply.
+        """
+        return self._answer(method, path, headers, body, origin=origin, is_limited=False)[0]
 
     def _clear(self) -> None:
         self._requests: History[SandboxRequest] = History(MAX_REQUESTS, MAX_REQUESTS_BYTES)
@@ -260,62 +280,65 @@ class Sandbox:
         self._downloads: History[SandboxRequest] = History(MAX_REQUESTS, MAX_REQUESTS_BYTES)
         self._ledger = Ledger()
         self._tasks = Tasks()
-        self._attempts: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # by prompt: how many, and when the last
+        self._attempts: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # by prompt: how many, time of the last
         self._next_faults: deque[Fault] = deque()
 
     def _answer(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes, *, origin: str, limited: bool
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes, *, origin: str, is_limited: bool
     ) -> tuple[SandboxReply, Account | None]:
-        """The reply, and whose place in flight the caller is to give back."""
+        """Return the reply, and the account whose slot the caller has to release."""
         method, route = method.upper(), path.partition("?")[0]
-        seen = {name.lower(): value for name, value in headers.items()}
-        key = _bearer_key(seen.get("authorization", ""))
-        seen.update((name, "[removed]") for name in _SECRET_HEADERS & set(seen))
+        recorded = {name.lower(): value for name, value in headers.items()}
+        key = _bearer_key(recorded.get("authorization", ""))
+        recorded.update((name, "[removed]") for name in _SECRET_HEADERS & set(recorded))
         if method == "POST" and route in (_ROUTE, TASK_ROUTE):
             if len(body) > MAX_BODY:
-                return too_long(MAX_BODY), None
-            request = SandboxRequest(method, path, seen, read_body(body))
-            # In one go: of those that come at the same moment, as many are served as there are places.
+                return too_long_reply(MAX_BODY), None
+            request = SandboxRequest(method, path, recorded, parse_body(body))
+            # Under one lock: of concurrent requests, exactly as many are served as there are free slots.
             with self._lock:
-                self._requests.append(request, request_size(request, body))
-                return self._generate(request, key, origin, task=route == TASK_ROUTE, limited=limited)
-        if method == "GET" and asked_for(path):
-            return self._poll(SandboxRequest(method, path, seen), key, origin), None
+                self._requests.append(request, request_bytes(request, body))
+                return self._generate(request, key, origin, is_task=route == TASK_ROUTE, is_limited=is_limited)
+        task_id = polled_task_id(path)
+        if method == "GET" and task_id:
+            return self._poll(SandboxRequest(method, path, recorded), task_id, key, origin), None
         if method in ("GET", "HEAD") and path.startswith(FILE_ROUTE):
-            return self._download(SandboxRequest(method, path, seen)), None
+            return self._download(SandboxRequest(method, path, recorded)), None
         return json_reply(200, WRONG_ROUTE), None
 
     def _generate(
-        self, request: SandboxRequest, key: str, origin: str, *, task: bool, limited: bool
+        self, request: SandboxRequest, key: str, origin: str, *, is_task: bool, is_limited: bool
     ) -> tuple[SandboxReply, Account | None]:
         forced = self._next_fault()
-        away = self._turned_away(forced, key, request.model, limited=limited)
-        if away:
-            return away, None
+        early = self._early_refusal(forced, key, request.model, is_limited=is_limited)
+        if early:
+            return early, None
         try:
-            order = read_order(request.body, task=task)
-        except OrderRefusedError as error:
+            parameters = parse_parameters(request.body, is_task=is_task)
+        except InvalidRequestError as error:
             return json_reply(400, error_body(error.code, error.message)), None
-        faults = faults_of(order.prompt)
-        refusing = self._refused_attempt(order, [fault for fault in faults if fault.refuses])
+        faults = parse_triggers(parameters.prompt)
+        refusing = self._count_attempt(parameters.prompt, [fault for fault in faults if fault.refuses])
         if refusing:
-            return refused(refusing), None
+            return refusal(refusing), None
         changes = {fault.name: fault.options for fault in (*faults, *([forced] if forced else ())) if not fault.refuses}
-        account = account_of(key, order.model.name)
-        if task:
-            return self._submit(order, changes, account), None  # the task has the place from here on
-        if limited:
-            self._posts.take(account)
-        return self._succeed(order, changes, origin), account if limited else None
+        account = account_of(key, parameters.model.name)
+        if is_task:
+            return self._submit(parameters, changes, account), None  # the task uses the slot, not its POST
+        if is_limited:
+            self._posts.acquire(account)
+        return self._succeed(parameters, changes, origin), account if is_limited else None
 
-    def _turned_away(self, forced: Fault | None, key: str, model: str | None, *, limited: bool) -> SandboxReply | None:
-        """The reply to a POST that is not even read."""
+    def _early_refusal(
+        self, forced: Fault | None, key: str, model: str | None, *, is_limited: bool
+    ) -> SandboxReply | None:
+        """Return the reply to a POST that is refused before its body is validated; None if it is not refused."""
         if forced and forced.refuses:
-            return refused(forced)
+            return refusal(forced)
         if not key:
             return json_reply(401, NO_AUTHORIZATION)
-        if limited and self._is_full(key, model):
-            return refused(make_fault("rate-limit", 1, {}))
+        if is_limited and self._is_full(key, model):
+            return refusal(make_fault("rate-limit", 1, {}))
         return None
 
     def _next_fault(self) -> Fault | None:
@@ -331,16 +354,17 @@ class Sandbox:
         if self._limit is None or model is None:
             return False
         account = account_of(key, model.name)
-        taken = self._posts[account] + self._tasks.in_flight_of(account, self.clock())
-        return taken >= allowed(self._limit, model.name)
+        used = self._posts[account] + self._tasks.in_flight_of(account, self.clock())
+        return used >= max_slots(self._limit, model.name)
 
-    def _refused_attempt(self, order: Order, faults: list[Fault]) -> Fault | None:
+    def _count_attempt(self, prompt: str, faults: list[Fault]) -> Fault | None:
+        """Return the fault that refuses this attempt of a prompt; None if all are used up. The attempt is counted."""
         if not faults:
             return None
-        prompt, now = seed_of(order.prompt), self.clock()
-        attempt, last = self._attempts.pop(prompt, (0, now))
+        seed, now = seed_of(prompt), self.clock()
+        attempt, last = self._attempts.pop(seed, (0, now))
         attempt = attempt + 1 if now - last <= ATTEMPTS_SECONDS else 1
-        self._attempts[prompt] = attempt, now
+        self._attempts[seed] = attempt, now
         if len(self._attempts) > MAX_REQUESTS:
             self._attempts.popitem(last=False)
         for fault in faults:
@@ -349,53 +373,53 @@ class Sandbox:
             attempt -= fault.times
         return None
 
-    def _succeed(self, order: Order, changes: Mapping[str, Mapping[str, Any]], origin: str) -> SandboxReply:
-        identity = uuid.uuid4().hex
-        reply: dict[str, Any] = {
+    def _succeed(self, parameters: ImageParameters, changes: Changes, origin: str) -> SandboxReply:
+        image_id = uuid.uuid4().hex
+        fields: dict[str, Any] = {
             "created": int(time.time()),
-            "data": [{"url": origin + self._ledger.charge(order, changes, identity)}],
-            "id": identity,
-            "request_id": order.request_id or identity,
-            "model": order.model.name,
+            "data": [{"url": origin + self._ledger.charge(parameters, changes, image_id)}],
+            "id": image_id,
+            "request_id": parameters.request_id or image_id,
+            "model": parameters.model.name,
         }
-        entries = filter_entries(changes)
+        entries = content_filter_of(changes)
         if entries:
-            reply["content_filter"] = entries
-        return success(reply, changes, self._seconds(changes))
+            fields["content_filter"] = entries
+        return success_reply(fields, changes, self._delay(changes))
 
-    def _submit(self, order: Order, changes: Mapping[str, Mapping[str, Any]], account: Account) -> SandboxReply:
-        identity, seconds, now = uuid.uuid4().hex, self._seconds(changes), self.clock()
+    def _submit(self, parameters: ImageParameters, changes: Changes, account: Account) -> SandboxReply:
+        task_id, delay, now = uuid.uuid4().hex, self._delay(changes), self.clock()
         fails = "task-fail" in changes
         task = Task(
-            identity=identity,
-            request_id=order.request_id or identity,
+            task_id=task_id,
+            request_id=parameters.request_id or task_id,
             account=account,
-            due=now + seconds,
-            polls=changes["task-polls"]["polls"] if "task-polls" in changes else 0,
-            picture=None if fails else self._ledger.charge(order, changes, identity, ready_in=seconds),
-            content_filter=filter_entries(changes),
+            due=now + delay,
+            polls_left=changes["task-polls"]["polls"] if "task-polls" in changes else 0,
+            image_path=None if fails else self._ledger.charge(parameters, changes, task_id, ready_in=delay),
+            content_filter=content_filter_of(changes),
         )
         self._tasks.add(task, now)
-        return success(task.submitted(), changes)
+        return success_reply(task.submit_reply(), changes)
 
-    def _seconds(self, changes: Mapping[str, Mapping[str, Any]]) -> float:
+    def _delay(self, changes: Changes) -> float:
         return self.latency + (float(changes["slow"]["seconds"]) if "slow" in changes else 0.0)
 
-    def _poll(self, request: SandboxRequest, key: str, origin: str) -> SandboxReply:
+    def _poll(self, request: SandboxRequest, task_id: str, key: str, origin: str) -> SandboxReply:
         with self._lock:
-            self._polls.append(request, request_size(request, b""))
+            self._polls.append(request, request_bytes(request, b""))
             if not key:
                 return json_reply(401, NO_AUTHORIZATION)
-            told = self._tasks.poll(asked_for(request.path) or "", origin, self.clock())
-        return json_reply(404, NO_TASK) if told is None else json_reply(200, to_json(told))
+            fields = self._tasks.poll(task_id, origin, self.clock())
+        return json_reply(404, NO_TASK) if fields is None else json_reply(200, to_json(fields))
 
     def _download(self, request: SandboxRequest) -> SandboxReply:
         with self._lock:
-            self._downloads.append(request, request_size(request, b""))
-            found = self._ledger.fetch(request.path)
-        if isinstance(found, SandboxReply):
-            return found
-        return png_reply(draw_seed(found.seed, found.width, found.height))
+            self._downloads.append(request, request_bytes(request, b""))
+            link = self._ledger.find(request.path)
+        if isinstance(link, SandboxReply):
+            return link
+        return image_reply(draw_seed(link.seed, link.width, link.height))
 
 
 def _bearer_key(authorization: str) -> str:
@@ -403,29 +427,37 @@ def _bearer_key(authorization: str) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
+# --- the sandboxes of this process, by name
+
 _registry: weakref.WeakValueDictionary[str, Sandbox] = weakref.WeakValueDictionary()
 _registry_lock = Lock()
 _numbers = itertools.count(1)
-_default: list[Sandbox] = []
+_default: list[Sandbox] = []  # keeps the default sandbox alive
 
 
 def sandbox_at(base_url: str) -> Sandbox:
-    """The living sandbox of a `base_url`; for `sandbox:` alone, the one that this process has by default.
+    """Find the sandbox of a `base_url`.
+
+    Args:
+        base_url: `sandbox:NAME`, or `sandbox:` alone for the default sandbox, which is created on first use.
+
+    Returns:
+        The sandbox.
 
     Raises:
-        LookupError: There is none.
+        LookupError: There is no such sandbox in this process.
     """
     scheme, colon, name = base_url.partition(":")
     if scheme.lower() + colon != SCHEME:
-        raise LookupError(f"{base_url!r} is not the address of a sandbox. It looks like 'sandbox:' or 'sandbox:NAME'.")
+        raise LookupError(f"{base_url!r} is not the base URL of a sandbox. Use 'sandbox:' or 'sandbox:NAME'.")
     with _registry_lock:
-        found = _registry.get(name)
-    if found is not None:
-        return found
+        sandbox = _registry.get(name)
+    if sandbox is not None:
+        return sandbox
     if name:
         raise LookupError(
-            f"There is no sandbox {base_url!r} in this process. Make one with Sandbox(name={name!r}) and keep it as "
-            "long as it is used, or use 'sandbox:'."
+            f"There is no sandbox {base_url!r} in this process. Create it with Sandbox(name={name!r}) and keep a reference "
+            "to it as long as it is used, or use 'sandbox:'."
         )
     try:
         _default.append(Sandbox(name=""))
@@ -435,15 +467,20 @@ def sandbox_at(base_url: str) -> Sandbox:
 
 
 def _register(sandbox: Sandbox, name: str | None) -> str:
+    """Return the name under which a sandbox is found.
+
+    Raises:
+        ValueError: The name is invalid or in use.
+    """
     if name and not _NAME.fullmatch(name):
-        raise ValueError(f"A sandbox's name has letters, digits, '.', '_' and '-', at most 100, not {name[:100]!r}.")
+        raise ValueError(
+            f"{name[:100]!r} is not a valid name for a sandbox. Use at most 100 letters, digits, '.', '_' and '-'."
+        )
     with _registry_lock:
         if name is None:
             name = next(number for number in map(str, _numbers) if number not in _registry)
         if name in _registry:
-            raise ValueError(
-                f"There already is a sandbox {SCHEME + name!r}. Get it with sandbox_at, or use another name."
-            )
+            raise ValueError(f"The sandbox {SCHEME + name!r} exists already. Use another name, or its base_url.")
         _registry[name] = sandbox
     return name
 
@@ -454,21 +491,34 @@ def _unregister(sandbox: Sandbox) -> None:
             del _registry[sandbox.name]
 
 
-class SandboxTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
-    """Carries the requests of an `httpx.Client` or `httpx.AsyncClient` to a sandbox, whatever host they name.
+# --- under httpx, in the same process
 
-    A reply that is later than the client's read timeout becomes `httpx.ReadTimeout`, as over a wire; by then the
-    sandbox has made, and counted, its picture.
+
+class SandboxTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """Sends the requests of an `httpx.Client` or `httpx.AsyncClient` to a sandbox, whatever their host is.
+
+    A reply that takes longer than the client's read timeout becomes `httpx.ReadTimeout`, as on a network; the sandbox has
+    made and counted its image by then.
 
     Example:
         >>> client = httpx.Client(transport=SandboxTransport(Sandbox()))
+
+    Args:
+        sandbox: The sandbox that answers.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer, after the reply's delay."""
+        """Answer a request after the delay of the reply.
+
+        Returns:
+            The response.
+
+        Raises:
+            httpx.ReadTimeout: The delay is longer than the read timeout of the request.
+        """
         body = request.read()
         with self.sandbox.admit(request.method, _path(request), request.headers, body) as reply:
             wait = _wait(request, reply)
@@ -477,7 +527,14 @@ class SandboxTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         return _response(request, reply, wait)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer, after the reply's delay."""
+        """Async version of `handle_request`.
+
+        Returns:
+            The response.
+
+        Raises:
+            httpx.ReadTimeout: The delay is longer than the read timeout of the request.
+        """
         body = await request.aread()
         with self.sandbox.admit(request.method, _path(request), request.headers, body) as reply:
             wait = _wait(request, reply)

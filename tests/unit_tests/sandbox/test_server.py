@@ -1,7 +1,8 @@
-"""What a user relies on: the served sandbox answers programs of this machine alone, and no client can exhaust it."""
+"""The served sandbox answers programs of this machine alone, and no client can exhaust it."""
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import socket
@@ -16,9 +17,8 @@ from langchain_cogview import CogViewError, CogViewImageGenerator
 from langchain_cogview.sandbox import SandboxServer
 from langchain_cogview.sandbox import server as served
 from tests.conftest import FAKE_KEY
+from tests.unit_tests.sandbox.calls import AUTHORIZED, BODY, KEY, ROUTE, download, recorded
 
-ROUTE = "/api/paas/v4/images/generations"
-BODY = {"model": "cogview-4-250304", "prompt": "a kitten"}
 PATIENCE = 20
 """Seconds after which a test gives up."""
 
@@ -73,7 +73,7 @@ def until(is_true):
         time.sleep(0.002)
 
 
-# Whom it serves
+# Host and Origin
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.1.2.3", "[::1]"])
@@ -105,12 +105,12 @@ def test_programs_and_pages_of_this_machine_are_served(server, client, host, ori
         "",
     ],
 )
-def test_a_page_whose_name_was_made_to_resolve_here_is_refused(server, client, sandbox, host, path):
+def test_a_page_whose_host_was_made_to_resolve_here_is_refused(server, client, sandbox, host, path):
     sandbox.reply("POST", ROUTE, {"authorization": "Bearer x"}, json.dumps(BODY).encode())
     reply = client.post(path, json=BODY, headers={"host": host.format(port=port(server))})
     assert (reply.status_code, reply.json()["error"]["code"]) == (403, "1220")
     assert server.origin in reply.json()["error"]["message"]
-    assert sandbox.images_made == 1, "nothing was made, nothing was forgotten"
+    assert sandbox.images_made == 1, "no image was made, and nothing was reset"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_client_that_sends_a_long_body_gets_to_read_why_it_is_refused(client):
     assert client.post(ROUTE, content=iter([b"x" * 100_000] * 30)).status_code == 413
 
 
-def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(server):
+def test_a_client_that_expects_100_continue_gets_it(server):
     body = json.dumps(BODY).encode()
     with connect(server) as connection:
         connection.sendall(head(server, f"Content-Length: {len(body)}", "Expect: 100-continue"))
@@ -248,7 +248,7 @@ def test_a_head_that_is_too_large_is_refused(server, sandbox, lines):
     assert not sandbox.requests
 
 
-# What one client can take from the others
+# Clients that hold on to connections
 
 
 def dripped(server, first, rest):
@@ -270,7 +270,7 @@ def dripped(server, first, rest):
     pytest.fail("the connection was kept")
 
 
-def test_a_head_that_does_not_end_is_given_up(server, monkeypatch):
+def test_a_head_that_does_not_end_closes_the_connection(server, monkeypatch):
     monkeypatch.setattr(served, "HEAD_SECONDS", 0.2)
     dripped(server, b"POST / HTTP/1.1\r\nX: ", iter(lambda: b"x", None))
 
@@ -278,7 +278,7 @@ def test_a_head_that_does_not_end_is_given_up(server, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "piece"), [("Content-Length: 100000", b"x"), ("Transfer-Encoding: chunked", b"1\r\nx\r\n")]
 )
-def test_a_body_that_does_not_end_is_given_up(server, sandbox, monkeypatch, line, piece):
+def test_a_body_that_does_not_end_closes_the_connection(server, sandbox, monkeypatch, line, piece):
     monkeypatch.setattr(served, "BODY_SECONDS", 0.2)
     dripped(server, head(server, line), iter(lambda: piece, None))
     assert not sandbox.requests
@@ -292,7 +292,7 @@ def test_an_idle_connection_is_closed(server, monkeypatch):
         assert silent.recv(1) == b""
 
 
-def test_a_client_that_does_not_read_its_reply_is_given_up(server, client, sandbox, monkeypatch):
+def test_a_client_that_does_not_read_its_reply_is_disconnected(server, client, sandbox, monkeypatch):
     monkeypatch.setattr(served, "WRITE_SECONDS", 0.2)
     monkeypatch.setattr(served, "MAX_CONNECTIONS", 1)
     sandbox.fail_next("status", body=b"x" * 20_000_000)
@@ -302,7 +302,7 @@ def test_a_client_that_does_not_read_its_reply_is_given_up(server, client, sandb
         until(lambda: client.get("/").status_code == 200)
 
 
-def test_a_slow_picture_ends_with_its_client(server, sandbox):
+def test_a_slow_image_ends_with_its_client(server, sandbox):
     before = threading.active_count()
     body = json.dumps({**BODY, "prompt": "[[slow:9999]]"}).encode()
     request = head(server, f"Content-Length: {len(body)}") + body
@@ -337,8 +337,8 @@ def test_more_connections_than_it_serves_get_503(server, client, sandbox, monkey
     assert {(reply.status_code, reply.headers["x-cogview-sandbox"]) for reply in replies} == {(503, "1")}
     assert threading.active_count() <= before + 3
     assert not sandbox.requests
-    for each in idle:
-        each.close()
+    for connection in idle:
+        connection.close()
     until(lambda: client.post(ROUTE, json=BODY).status_code == 200)
 
 
@@ -348,3 +348,115 @@ def test_a_call_that_finds_no_connection_is_known_not_to_have_run(server, monkey
     with pytest.raises(CogViewError) as caught:
         generator.invoke("a kitten")
     assert caught.value.outcome == "not_run"
+
+
+# Clients
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["ZhipuAiClient", "ZaiClient"])
+def test_zai_sdk_gets_its_image(server, sandbox, name):
+    zai = pytest.importorskip("zai")
+    with getattr(zai, name)(api_key=KEY, base_url=server.base_url, http_client=httpx.Client(trust_env=False)) as client:
+        reply = client.images.generations(model="cogview-4-250304", prompt="a kitten", size="1344x768")
+    assert reply.data[0].url.startswith(server.origin + "/files/")
+    assert download(reply.data[0].url).size == (1344, 768)
+    assert KEY not in repr(sandbox.requests)
+
+
+def test_openai_gets_its_image(server, sandbox):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=server.base_url, api_key=KEY, max_retries=0) as client:
+        reply = client.images.generate(model="cogview-4-250304", prompt="a kitten", size="1024x1024")
+        assert download(reply.data[0].url).size == (1024, 1024)
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.images.generate(model="cogview-4-250304", prompt="[[content-filter]]")
+    assert raised.value.code == "1301"
+    assert sandbox.images_made == 1
+
+
+def test_one_connection_serves_many_requests(server):
+    connection = http.client.HTTPConnection("127.0.0.1", httpx.URL(server.base_url).port)
+    used = set()
+    for method, path, body in [
+        ("POST", ROUTE, json.dumps(BODY)),
+        ("HEAD", "/files/x.png", None),
+        ("GET", "/", None),
+        ("POST", ROUTE, "["),
+    ] * 3:
+        connection.request(method, path, body, AUTHORIZED)
+        reply = connection.getresponse()
+        assert reply.headers["x-cogview-sandbox"] == "1"
+        reply.read()
+        used.add(connection.sock.getsockname())
+    assert len(used) == 1
+    connection.close()
+
+
+def test_a_client_that_goes_away_leaves_no_trace(server, sandbox, capfd):
+    port = httpx.URL(server.base_url).port
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"POST {ROUTE} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 100\r\n\r\n{{".encode())
+    assert (
+        httpx.post(f"{server.base_url}/images/generations", json=BODY, headers=AUTHORIZED, trust_env=False).status_code
+        == 200
+    )
+    server.close()
+    assert capfd.readouterr() == ("", "")
+    assert len(sandbox.requests) == 1
+
+
+def test_closing_does_not_wait_for_a_slow_image_or_an_idle_client(sandbox):
+    server = SandboxServer(sandbox).start()
+    idle = socket.create_connection(("127.0.0.1", httpx.URL(server.base_url).port))
+    url = f"{server.base_url}/images/generations"
+    failed = threading.Event()
+
+    def call():
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(url, json={**BODY, "prompt": "[[slow:60]]"}, headers=AUTHORIZED, timeout=None, trust_env=False)
+        failed.set()
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    while not sandbox.in_flight:
+        time.sleep(0.001)
+    start = time.monotonic()
+    server.close()
+    assert time.monotonic() - start < 4
+    caller.join()
+    assert failed.is_set()
+    assert idle.recv(1) == b""
+    idle.close()
+    server.close()
+    with pytest.raises(RuntimeError, match="not running"):
+        server.base_url  # noqa: B018
+    gc.collect()
+
+
+def test_a_server_can_be_started_again_but_not_twice():
+    server = SandboxServer()
+    with server:
+        with pytest.raises(RuntimeError, match="already running"):
+            server.start()
+    with server:
+        assert httpx.get(server.origin, trust_env=False).json() == recorded("seen-200-wrong-route")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com", ""])
+def test_only_this_machine_is_served(host):
+    with pytest.raises(ValueError, match="only this machine"):
+        SandboxServer(host=host)
+
+
+@pytest.mark.parametrize(("host", "start"), [("localhost", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_other_loopback_addresses_are_served(host, start):
+    try:
+        server = SandboxServer(host=host).start()
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    with httpx.Client(trust_env=False, headers=AUTHORIZED) as client:
+        url = client.post(server.base_url + "/images/generations", json=BODY).json()["data"][0]["url"]
+        assert url.startswith(start)
+        assert client.get(url).headers["content-type"] == "image/png"
+    server.close()

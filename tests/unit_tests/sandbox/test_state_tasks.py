@@ -1,4 +1,4 @@
-"""What a user relies on: the sandbox speaks the task endpoint, from the POST that is answered at once to the picture."""
+"""What a user relies on: the sandbox speaks the task endpoint, from the POST that is answered at once to the image."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from hypothesis import strategies as st
 from langchain_cogview.catalog import MODELS
 from langchain_cogview.images.formats import inspect
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from langchain_cogview.sandbox import state as sandbox_state
+from langchain_cogview.sandbox import state as state_module
 from langchain_cogview.sandbox.service import SandboxTransport
 from langchain_cogview.sandbox.state import LINK_LIFETIME
-from tests.conftest import FIXTURES
+from tests.unit_tests.sandbox import calls
+from tests.unit_tests.sandbox.calls import API, AUTHORIZED, KEY, ROUTE, TASKS, error_of, fetch, recorded
 
-KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
-AUTHORIZED = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-BASE = "/api/paas/v4"
 BODY = {"model": "glm-image", "prompt": "a kitten"}
 
 
 class Clock:
-    """A clock that stands still until it is told to go on."""
+    """A clock that stands still until a test moves it on."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -48,14 +46,8 @@ def sandbox(clock):
         yield sandbox
 
 
-def recorded(name: str):
-    return json.loads((FIXTURES / f"{name}.json").read_bytes())
-
-
-def post(sandbox, prompt="a kitten", *, headers=AUTHORIZED, **fields):
-    return sandbox.reply(
-        "POST", f"{BASE}/async/images/generations", headers, json.dumps({**BODY, "prompt": prompt, **fields}).encode()
-    )
+def post(sandbox, prompt="a kitten", **fields):
+    return calls.post(sandbox, prompt, **{"route": TASKS, "model": "glm-image", **fields})
 
 
 def submit(sandbox, prompt="a kitten", **fields):
@@ -66,7 +58,7 @@ def submit(sandbox, prompt="a kitten", **fields):
 
 
 def poll(sandbox, identity, *, headers=AUTHORIZED, origin="https://any.example"):
-    return sandbox.reply("GET", f"{BASE}/async-result/{identity}", headers, origin=origin)
+    return sandbox.reply("GET", f"{API}/async-result/{identity}", headers, origin=origin)
 
 
 def state(sandbox, identity):
@@ -79,18 +71,15 @@ def status(sandbox, identity):
     return state(sandbox, identity)["task_status"]
 
 
-def fetch(sandbox, told):
-    return sandbox.reply("GET", httpx.URL(told["image_result"][0]["url"]).raw_path.decode(), {})
-
-
-def code_of(reply):
-    return reply.status, json.loads(reply.body)["error"]["code"]
+def image_of(sandbox, reply):
+    """The download of the image of a task that succeeded."""
+    return fetch(sandbox, reply["image_result"][0]["url"])
 
 
 # From the POST to the picture
 
 
-def test_a_task_goes_from_its_post_to_its_picture(sandbox, clock):
+def test_a_task_goes_from_its_post_to_its_image(sandbox, clock):
     submitted = json.loads(post(sandbox, "a heron", request_id="mine", size="1568x1056").body)
     assert set(submitted) == set(recorded("doc-task-submitted"))
     assert submitted == {**submitted, "model": "glm-image", "request_id": "mine", "task_status": "PROCESSING"}
@@ -104,12 +93,12 @@ def test_a_task_goes_from_its_post_to_its_picture(sandbox, clock):
     assert set(done) == set(recorded("doc-task-success"))
     assert (done["model"], done["request_id"], done["task_status"]) == ("glm-image", "mine", "SUCCESS")
     assert done["image_result"][0]["url"].startswith("http://127.0.0.1:1/files/")
-    info = inspect(io.BytesIO(fetch(sandbox, done).body))
+    info = inspect(io.BytesIO(image_of(sandbox, done).body))
     assert (info.width, info.height) == (1568, 1056)
-    assert state(sandbox, submitted["id"])["task_status"] == "SUCCESS", "asked again, it is told again"
+    assert state(sandbox, submitted["id"])["task_status"] == "SUCCESS", "a later poll gets the same"
 
 
-def test_without_latency_the_first_question_finds_the_picture():
+def test_without_latency_the_first_poll_finds_the_image():
     sandbox = Sandbox()
     assert status(sandbox, submit(sandbox)) == "SUCCESS"
 
@@ -118,22 +107,22 @@ def test_a_task_that_fails_makes_and_charges_nothing(sandbox, clock):
     identity = submit(sandbox, "[[task-fail]]", request_id="mine")
     assert status(sandbox, identity) == "PROCESSING"
     clock.now += 10
-    told = state(sandbox, identity)
-    assert set(told) == set(recorded("doc-task-fail"))
-    assert told == {"model": "glm-image", "request_id": "mine", "task_status": "FAIL"}
+    reply = state(sandbox, identity)
+    assert set(reply) == set(recorded("doc-task-fail"))
+    assert reply == {"model": "glm-image", "request_id": "mine", "task_status": "FAIL"}
     assert (sandbox.images_made, sandbox.ledger) == (0, [])
 
 
 @pytest.mark.parametrize(
     ("trigger", "expected"), [("[[task-polls]]", 1), ("[[task-polls:2]]", 2), ("[[task-polls:0]]", 0)]
 )
-def test_a_task_is_under_way_for_as_many_questions_as_were_asked_for(trigger, expected):
+def test_a_task_is_processing_for_as_many_polls_as_requested(trigger, expected):
     sandbox = Sandbox()
     identity = submit(sandbox, trigger)
     assert [status(sandbox, identity) for _ in range(4)] == ["PROCESSING"] * expected + ["SUCCESS"] * (4 - expected)
 
 
-def test_after_the_questions_that_were_asked_for_the_clock_decides(sandbox, clock):
+def test_after_the_requested_polls_the_clock_decides(sandbox, clock):
     identity = submit(sandbox, "[[task-polls:2]]")
     assert [status(sandbox, identity) for _ in range(3)] == ["PROCESSING"] * 3
     clock.now += 10
@@ -157,27 +146,27 @@ def test_tasks_end_in_the_order_in_which_they_are_due(sandbox, clock):
     assert (status(sandbox, slow), status(sandbox, quick)) == ("PROCESSING", "SUCCESS")
 
 
-# What is spoilt
+# Faults
 
 
 @pytest.mark.parametrize(("trigger", "level"), [("[[flagged]]", 3), ("[[flagged:1]]", 1)])
-def test_a_flagged_task_tells_its_filter_with_the_picture(sandbox, clock, trigger, level):
+def test_a_flagged_task_has_its_filter_entries_with_the_image(sandbox, clock, trigger, level):
     identity = submit(sandbox, trigger)
     assert "content_filter" not in state(sandbox, identity)
     clock.now += 10
-    told = state(sandbox, identity)
-    assert told["content_filter"] == [{"role": "assistant", "level": level}]
-    assert fetch(sandbox, told).status == 200
+    reply = state(sandbox, identity)
+    assert reply["content_filter"] == [{"role": "assistant", "level": level}]
+    assert image_of(sandbox, reply).status == 200
 
 
-def test_links_of_tasks_can_be_late_or_ended():
+def test_links_of_tasks_can_be_late_or_expired():
     sandbox = Sandbox()
     late = state(sandbox, submit(sandbox, "[[not-yet]]"))
-    assert [fetch(sandbox, late).status for _ in range(2)] == [404, 200]
-    assert fetch(sandbox, state(sandbox, submit(sandbox, "[[expired-url]]"))).status == 403
+    assert [image_of(sandbox, late).status for _ in range(2)] == [404, 200]
+    assert image_of(sandbox, state(sandbox, submit(sandbox, "[[expired-url]]"))).status == 403
 
 
-def test_the_link_of_a_long_task_lives_from_its_end():
+def test_the_link_of_a_long_task_is_valid_from_its_end():
     sandbox = Sandbox(latency=3600, clock=(clock := Clock()))
     before = int(time.time())
     identity = submit(sandbox)
@@ -190,9 +179,9 @@ def test_a_malformed_reply_leaves_a_charged_task_behind(sandbox):
     reply = post(sandbox, "[[malformed]]", request_id="mine")
     with pytest.raises(ValueError):
         json.loads(reply.body)
-    (picture,) = sandbox.ledger
-    assert (picture.request_id, sandbox.in_flight) == ("mine", 1)
-    assert status(sandbox, picture.task_id) == "PROCESSING"
+    (image,) = sandbox.ledger
+    assert (image.request_id, sandbox.in_flight) == ("mine", 1)
+    assert status(sandbox, image.task_id) == "PROCESSING"
 
 
 @pytest.mark.parametrize(
@@ -206,15 +195,15 @@ def test_a_malformed_reply_leaves_a_charged_task_behind(sandbox):
         ("[[server-error]]", (500, "1234")),
     ],
 )
-def test_what_is_refused_is_refused_at_the_post(sandbox, trigger, expected):
-    assert code_of(post(sandbox, trigger)) == expected
+def test_refusals_come_at_the_post(sandbox, trigger, expected):
+    assert error_of(post(sandbox, trigger)) == expected
     assert (sandbox.images_made, sandbox.in_flight) == (0, 0)
 
 
 def test_attempts_are_counted_over_both_endpoints(sandbox):
     prompt = "[[rate-limit:2]]"
     sync = json.dumps({**BODY, "prompt": prompt, "request_id": "one"}).encode()
-    assert sandbox.reply("POST", f"{BASE}/images/generations", AUTHORIZED, sync).status == 429
+    assert sandbox.reply("POST", ROUTE, AUTHORIZED, sync).status == 429
     assert [post(sandbox, prompt, request_id="one").status for _ in range(2)] == [429, 200]
 
 
@@ -230,23 +219,23 @@ def test_fail_next_acts_on_tasks_too():
     assert state(sandbox, submit(sandbox))["content_filter"] == [{"role": "assistant", "level": 0}]
 
 
-def test_on_the_other_endpoint_the_words_for_tasks_change_nothing():
+def test_triggers_of_tasks_have_no_effect_on_the_image_endpoint():
     sandbox = Sandbox()
     body = json.dumps({**BODY, "prompt": "[[task-fail]] [[task-polls:9]]"}).encode()
-    assert "data" in json.loads(sandbox.reply("POST", f"{BASE}/images/generations", AUTHORIZED, body).body)
+    assert "data" in json.loads(sandbox.reply("POST", ROUTE, AUTHORIZED, body).body)
     assert sandbox.ledger[0].task_id is None
 
 
-# Who is refused
+# Refusals
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if MODELS[name].sizes])
-def test_only_models_with_tasks_are_taken(sandbox, model):
+def test_only_models_with_tasks_are_accepted(sandbox, model):
     reply = post(sandbox, model=model)
     if MODELS[model].tasks:
         assert reply.status == 200
     else:
-        assert code_of(reply) == (400, "1222")
+        assert error_of(reply) == (400, "1222")
         assert (sandbox.images_made, sandbox.in_flight) == (0, 0)
 
 
@@ -255,62 +244,59 @@ def test_only_models_with_tasks_are_taken(sandbox, model):
     [({"model": "x"}, "1211"), ({"prompt": " "}, "1213"), ({"size": "1x1"}, "1214"), ({"quality": "standard"}, "1214")],
 )
 def test_the_body_is_checked_like_the_other_endpoints(sandbox, fields, code):
-    assert code_of(post(sandbox, **fields)) == (400, code)
+    assert error_of(post(sandbox, **fields)) == (400, code)
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer "}, {"Authorization": KEY}])
 def test_both_requests_need_a_bearer_key(sandbox, headers):
     identity = submit(sandbox)
-    assert code_of(post(sandbox, headers=headers)) == (401, "1001")
-    assert code_of(poll(sandbox, identity, headers=headers)) == (401, "1001")
+    assert error_of(post(sandbox, headers=headers)) == (401, "1001")
+    assert error_of(poll(sandbox, identity, headers=headers)) == (401, "1001")
 
 
 @pytest.mark.parametrize("identity", ["0" * 32, "x", "%2e%2e", "x?id=1"])
 def test_an_unknown_task_is_a_404(sandbox, identity):
-    assert code_of(poll(sandbox, identity)) == (404, "1222")
+    assert error_of(poll(sandbox, identity)) == (404, "1222")
 
 
 @pytest.mark.parametrize("path", ["/async-result/", "/async-result", "/async-result/a/b"])
-def test_what_is_no_tasks_address_is_a_wrong_route(sandbox, path):
-    reply = sandbox.reply("GET", BASE + path, AUTHORIZED)
+def test_other_paths_are_a_wrong_route(sandbox, path):
+    reply = sandbox.reply("GET", API + path, AUTHORIZED)
     assert json.loads(reply.body) == recorded("seen-200-wrong-route")
 
 
-# The account
+# Slots
 
 
-def admit(sandbox, prompt="a kitten", *, key=KEY, route="/async/images/generations", **fields):
-    body = json.dumps({**BODY, "prompt": prompt, **fields}).encode()
-    return sandbox.admit("POST", BASE + route, {"Authorization": f"Bearer {key}"}, body)
+def admit(sandbox, prompt="a kitten", route=TASKS):
+    return calls.admit(sandbox, prompt, route=route, model="glm-image")
 
 
-def test_a_task_takes_one_place_until_it_ends(clock):
+def test_a_task_uses_one_slot_until_it_ends(clock):
     sandbox = Sandbox(latency=10, in_flight_limit=1, clock=clock)
     with admit(sandbox) as first:
-        assert (first.status, sandbox.in_flight) == (200, 1), (
-            "one picture takes one place, not one for its POST as well"
-        )
+        assert (first.status, sandbox.in_flight) == (200, 1), "one image uses one slot, its POST none"
     assert sandbox.in_flight == 1
-    for route in ("/async/images/generations", "/images/generations"):
+    for route in (TASKS, ROUTE):
         with admit(sandbox, route=route) as refused:
-            assert code_of(refused) == (429, "1302")
+            assert error_of(refused) == (429, "1302")
             assert sandbox.in_flight == 1
     clock.now += 10
-    assert sandbox.in_flight == 0, "nobody needs to ask for the result"
+    assert sandbox.in_flight == 0, "a task ends without polls"
     with admit(sandbox) as second:
         assert second.status == 200
     assert sandbox.images_made == 2
 
 
-def test_a_picture_under_way_leaves_a_task_no_place(clock):
+def test_an_image_in_flight_leaves_a_task_no_slot(clock):
     sandbox = Sandbox(in_flight_limit=1, clock=clock)
-    with admit(sandbox, route="/images/generations") as picture, admit(sandbox) as task:
-        assert (picture.status, task.status) == (200, 429)
+    with admit(sandbox, route=ROUTE) as image, admit(sandbox) as task:
+        assert (image.status, task.status) == (200, 429)
     with admit(sandbox) as task:
         assert task.status == 200
 
 
-def test_a_failed_task_gives_its_place_back(clock):
+def test_a_failed_task_releases_its_slot(clock):
     sandbox = Sandbox(latency=10, in_flight_limit=1, clock=clock)
     submit(sandbox, "[[task-fail]]")
     with admit(sandbox) as refused:
@@ -321,7 +307,7 @@ def test_a_failed_task_gives_its_place_back(clock):
 
 
 @pytest.mark.parametrize("latency", [0, 10])
-def test_a_task_that_waits_for_its_questions_keeps_its_place_until_the_last(clock, latency):
+def test_a_task_that_waits_for_polls_keeps_its_slot_until_the_last(clock, latency):
     sandbox = Sandbox(latency=latency, in_flight_limit=1, clock=clock)
     identity = submit(sandbox, "[[task-polls:2]]")
     clock.now += latency
@@ -330,7 +316,7 @@ def test_a_task_that_waits_for_its_questions_keeps_its_place_until_the_last(cloc
     assert (status(sandbox, identity), sandbox.in_flight) == ("SUCCESS", 0)
 
 
-def test_a_task_whose_questions_came_early_keeps_its_place_until_it_is_due(clock):
+def test_a_task_that_was_polled_early_keeps_its_slot_until_it_is_due(clock):
     sandbox = Sandbox(latency=10, clock=clock)
     identity = submit(sandbox, "[[task-polls:1]]")
     assert (status(sandbox, identity), sandbox.in_flight) == ("PROCESSING", 1)
@@ -338,7 +324,7 @@ def test_a_task_whose_questions_came_early_keeps_its_place_until_it_is_due(clock
     assert sandbox.in_flight == 0
 
 
-def test_reset_forgets_tasks_and_gives_their_places_back(sandbox):
+def test_reset_forgets_tasks_and_releases_their_slots(sandbox):
     identity = submit(sandbox)
     poll(sandbox, identity)
     assert (sandbox.in_flight, len(sandbox.polls)) == (1, 1)
@@ -347,42 +333,41 @@ def test_reset_forgets_tasks_and_gives_their_places_back(sandbox):
     assert poll(sandbox, identity).status == 404
 
 
-def test_tasks_are_forgotten_before_they_fill_the_memory(monkeypatch, clock):
-    monkeypatch.setattr(sandbox_state, "MAX_TASKS", 3)
+def test_the_number_of_tasks_is_bounded(monkeypatch, clock):
+    monkeypatch.setattr(state_module, "MAX_TASKS", 3)
     sandbox = Sandbox(latency=10, clock=clock)
     ids = [submit(sandbox) for _ in range(3)]
     poll(sandbox, ids[0])
     ids += [submit(sandbox) for _ in range(97)]
     assert sandbox.in_flight == 3
-    assert len(sandbox._tasks._by_time) <= 7
     assert [poll(sandbox, identity).status for identity in ids] == [404] * 97 + [200] * 3
     clock.now += 10
     assert sandbox.in_flight == 0
     kept = [submit(sandbox) for _ in range(3)]
     poll(sandbox, kept[0])
     submit(sandbox)
-    assert [poll(sandbox, identity).status for identity in kept] == [200, 404, 200], "what is asked for is kept"
+    assert [poll(sandbox, identity).status for identity in kept] == [200, 404, 200], "a polled task is kept"
 
 
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.tuples(st.sampled_from(["submit", "poll", "wait"]), st.integers(0, 9), st.integers(0, 3)), max_size=40)
 )
-def test_a_task_has_a_place_exactly_while_it_is_under_way(steps):
+def test_a_task_uses_a_slot_exactly_while_it_is_processing(actions):
     clock = Clock()
     sandbox = Sandbox(clock=clock)
     expected: dict[str, list[float]] = {}  # id: due, polls left
-    for step, number, polls in steps:
-        if step == "submit":
+    for action, number, polls in actions:
+        if action == "submit":
             identity = submit(sandbox, f"[[slow:{number}]] [[task-polls:{polls}]]")
             expected[identity] = [clock.now + number, polls]
-        elif step == "wait":
+        elif action == "wait":
             clock.now += number
         elif expected:
             identity = list(expected)[number % len(expected)]
             due, left = expected[identity]
-            under_way = left > 0 or clock.now < due
-            assert (status(sandbox, identity) == "PROCESSING") is under_way
+            is_processing = left > 0 or clock.now < due
+            assert (status(sandbox, identity) == "PROCESSING") is is_processing
             expected[identity][1] = max(0, left - 1)
         assert sandbox.in_flight == sum(left > 0 or clock.now < due for due, left in expected.values())
 
@@ -402,15 +387,15 @@ def test_many_threads_never_hold_more_tasks_than_the_limit(clock):
     assert sandbox.in_flight == sandbox.images_made == 3
 
 
-# Under real clients
+# Clients
 
 
-def test_polls_are_remembered_without_the_key(sandbox):
+def test_polls_are_recorded_without_the_key(sandbox):
     identity = submit(sandbox)
     poll(sandbox, identity)
     poll(sandbox, "unknown")
     assert [request.path.rsplit("/", 1)[1] for request in sandbox.polls] == [identity, "unknown"]
-    assert [request.path for request in sandbox.requests] == [f"{BASE}/async/images/generations"]
+    assert [request.path for request in sandbox.requests] == [TASKS]
     assert sandbox.downloads == []
     assert KEY not in repr((sandbox.polls, vars(sandbox)))
 
@@ -430,22 +415,22 @@ async def async_get(sandbox, *requests):
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
-async def test_httpx_gets_the_picture_of_a_task_in_process(sandbox, clock, way):
+async def test_httpx_gets_the_image_of_a_task_in_process(sandbox, clock, way):
     async def call(*request):
         (reply,) = sync_get(sandbox, request) if way == "sync" else await async_get(sandbox, request)
         return reply
 
-    submitted = await call("POST", f"{BASE}/async/images/generations", {"json": BODY})
-    result = ("GET", f"{BASE}/async-result/{submitted.json()['id']}", {})
+    submitted = await call("POST", TASKS, {"json": BODY})
+    result = ("GET", f"{API}/async-result/{submitted.json()['id']}", {})
     assert (await call(*result)).json()["task_status"] == "PROCESSING"
     clock.now += 10
-    told = (await call(*result)).json()
-    assert (await call("GET", told["image_result"][0]["url"], {})).headers["content-type"] == "image/png"
+    reply = (await call(*result)).json()
+    assert (await call("GET", reply["image_result"][0]["url"], {})).headers["content-type"] == "image/png"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["ZhipuAiClient", "ZaiClient"])
-def test_zai_sdk_gets_the_picture_of_its_task(sandbox, clock, name):
+def test_zai_sdk_gets_the_image_of_its_task(sandbox, clock, name):
     zai = pytest.importorskip("zai")
     with (
         SandboxServer(sandbox) as server,
@@ -456,11 +441,11 @@ def test_zai_sdk_gets_the_picture_of_its_task(sandbox, clock, name):
         assert submitted.task_status == "PROCESSING"
         assert client.images.retrieve_images_result(submitted.id).task_status == "PROCESSING"
         clock.now += 10
-        told = client.images.retrieve_images_result(submitted.id)
-        assert (told.task_status, told.request_id) == ("SUCCESS", submitted.request_id)
-        assert told.image_result[0].url.startswith(server.origin + "/files/")
+        reply = client.images.retrieve_images_result(submitted.id)
+        assert (reply.task_status, reply.request_id) == ("SUCCESS", submitted.request_id)
+        assert reply.image_result[0].url.startswith(server.origin + "/files/")
         with httpx.Client(trust_env=False) as browser:
-            info = inspect(io.BytesIO(browser.get(told.image_result[0].url).content))
+            info = inspect(io.BytesIO(browser.get(reply.image_result[0].url).content))
         assert (info.width, info.height) == (1056, 1568)
         with pytest.raises(zai.core.APIStatusError) as raised:
             client.images.retrieve_images_result("unknown")
