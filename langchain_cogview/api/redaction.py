@@ -1,7 +1,7 @@
-r"""The key is taken out of what a service, a gateway or the network says: many repeat what they were sent.
+r"""Removes the key from replies, which may repeat what was sent, and from the errors of constructors.
 
-The key is found as it stands, in another case, with other characters between its own, reversed, in hexadecimal and in base64,
-each also behind escapes (`%41`, `\u0041`, `&#65;`) and also when its end is cut off.
+The key is found as it is, in another case, with other characters between its own, reversed, in hexadecimal and in base64.
+Each of these forms is also found in escapes (`%41`, `\u0041`, `&#65;`), and when its end is missing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 REDACTED: Final = "[key]"
 
 _LONG = 12
-"""Characters from which a part of the key is found anywhere; a shorter one is found as a word of its own."""
+"""Characters from which a part of the key is found inside other words; a shorter part is found as a whole word only."""
 _SHORTEST = 4
+"""Characters from which a part of the key is found at all."""
 _CUT = 8
-"""Characters from which the beginning of a long part is found where its end is missing."""
+"""Characters of the beginning of a long part that are enough to find it when its end is missing."""
 _MAX_NESTED = 100
 _ROUNDS = 3
+"""How often escapes within escapes are decoded."""
 _MAX_CHARACTERS = 65_536
 _ALPHANUMERIC = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _OTHER_BYTES = bytes(set(range(256)) - _ALPHANUMERIC)
@@ -43,16 +45,27 @@ _BASES = (16, 16, 16, 16, 16, 16, 10, 8)
 
 
 class Redactor:
-    """Takes one key out of texts. What it holds is in no repr."""
+    """Removes one key from texts. Its repr does not show the key.
+
+    Args:
+        key: The API key.
+    """
 
     def __init__(self, key: SecretStr) -> None:
         parts = list(_parts(key.get_secret_value()))
         self._everywhere = _Needles(parts)
-        # The first part of a key is an id, which the path of an image's link may hold.
+        # The first part of a key is an id, which the path of an image link may contain.
         self._in_urls = _Needles([part for part, is_id in zip(parts, _are_ids(parts), strict=True) if not is_id])
 
     def text(self, text: str) -> str:
-        """The text with `[key]` in place of the key. Where the key was behind escapes, they are decoded."""
+        """Replace the key in a text by `[key]`.
+
+        Args:
+            text: Any text, or a URL.
+
+        Returns:
+            The text without the key. If the key was in escapes, they are decoded.
+        """
         needles = self._in_urls if text.startswith(("http:", "https:")) else self._everywhere
         if not needles.are_in(text.encode("latin-1", "replace")):
             return text
@@ -67,34 +80,41 @@ class Redactor:
         return kept
 
     def body(self, body: bytes) -> bytes:
-        """The body of a reply without the key; the same object where the key is not in it."""
+        """Replace the key in the body of a reply by `[key]`.
+
+        Args:
+            body: Raw bytes.
+
+        Returns:
+            The body without the key; the same object if it does not contain the key.
+        """
         if not self._everywhere.are_in(body):
             return body
         try:
-            # Through JSON, where there is some: what is taken out of its strings leaves it whole.
+            # JSON is parsed first, so that it is still valid when its strings have changed.
             return json.dumps(self._value(json.loads(body))).encode()
         except (ValueError, RecursionError):
-            # Latin-1 gives every byte back as it was. Of what is not JSON, only the beginning is ever shown.
+            # Latin-1 round-trips every byte. Of a body that is not JSON, only the beginning is ever shown.
             return self.text(body[:_MAX_CHARACTERS].decode("latin-1")).encode("latin-1", "replace")
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
-            return [self._value(each) for each in value]
+            return [self._value(item) for item in value]
         if isinstance(value, dict):
-            return {self._in_urls.replaced(name): self._value(each) for name, each in value.items()}
+            return {self._in_urls.replaced(name): self._value(item) for name, item in value.items()}
         return value
 
 
 @lru_cache(maxsize=64)
 def redactor(key: SecretStr) -> Redactor:
-    """The redactor of a key."""
+    """Return the redactor of a key."""
     return Redactor(key)
 
 
 class _Needles:
-    """Forms of some parts of a key, and how they are found."""
+    """The forms of some parts of a key, and a pattern that finds them."""
 
     def __init__(self, parts: list[str]) -> None:
         forms = sorted({form for part in parts for form in _forms(part)}, key=lambda form: -len(form.text))
@@ -104,7 +124,7 @@ class _Needles:
             self._replace = re.compile("|".join(form.pattern for form in forms), re.IGNORECASE | re.ASCII).sub
 
     def are_in(self, body: bytes) -> bool:
-        """Whether the key may be in it: quick, for nearly every text is without."""
+        """Return whether the body may contain the key. It is quick, because nearly no text does."""
         if not self._starts:
             return False
         found = self._begins_in(body)
@@ -128,7 +148,7 @@ class _Needles:
 
 
 def _parts(key: str) -> Iterator[str]:
-    """The whole key, then those between its dots that say enough of it."""
+    """Yield the whole key, then the parts between its dots that are long enough to be secret."""
     if key == SANDBOX_KEY.get_secret_value():
         return
     *others, last = key.split(".")
@@ -140,38 +160,38 @@ def _parts(key: str) -> Iterator[str]:
 
 
 def _are_ids(parts: list[str]) -> list[bool]:
-    """Which parts a link may hold: the key's beginning, and what is too short to be told from a word."""
+    """Return which parts a link may contain: the id at the beginning of the key, and parts as short as ordinary words."""
     whole = parts[0] if parts else ""
     has_id = "." in whole
     return [len(_squeezed(part)) < _LONG or (has_id and whole.startswith(part)) for part in parts]
 
 
 class _Form(NamedTuple):
-    """One way to write a part of the key; `text` has its letters and digits."""
+    """One way to write a part of the key; `text` is its letters and digits."""
 
     text: str
     is_encoded: bool
 
     @property
     def is_word(self) -> bool:
-        """Whether it is too short to be found inside of another word."""
+        """Whether it is too short to be found inside other words."""
         return len(self.text) < (_CUT if self.is_encoded else _LONG)
 
     @property
     def start(self) -> str:
-        """What is always there."""
+        """The characters that every occurrence begins with."""
         return self.text if self.is_word else self.text[:_CUT]
 
     @property
     def pattern(self) -> str:
-        """Finds the form with any other characters between its own."""
+        """A regular expression for the form, with any other characters between its own."""
         between = r"[\W_]*+"
         if self.is_word:
             return rf"(?<![^\W_]){between.join(self.text)}(?![^\W_])"
         nested = ""
         for character in reversed(self.text[_CUT : _CUT + _MAX_NESTED]):
             nested = f"(?:{between}{character}{nested})?+"
-        # What follows in base64 has bits of the last character.
+        # The characters that follow in base64 share bits with the last character.
         return between.join(self.start) + nested + ("[A-Za-z0-9+/=_-]{0,4}" if self.is_encoded else "")
 
 
@@ -180,9 +200,9 @@ def _forms(part: str) -> Iterator[_Form]:
     encoded = [data.hex()]
     for offset in range(3):
         text = base64.b64encode(b"\0" * offset + data).decode()
-        # Only the characters that this part alone decides.
+        # Only the characters that depend on this part alone.
         encoded.append(_squeezed(text[-(-offset * 8 // 6) : (offset + len(data)) * 8 // 6]))
-    for text, is_encoded in ((_squeezed(part), False), *((each, True) for each in encoded)):
+    for text, is_encoded in ((_squeezed(part), False), *((form, True) for form in encoded)):
         if len(text) >= _SHORTEST:
             yield _Form(text, is_encoded)
             yield _Form(text[::-1], is_encoded)
@@ -202,11 +222,22 @@ def _character(match: re.Match[str]) -> str:
 
 
 class SafeErrors(BaseModel):
-    """A model whose errors of construction do not hold what it was constructed of, for the key is among it."""
+    """A model whose construction errors do not hold the arguments, because the key is among them."""
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """Construct an instance from a dict."""
+        """Construct an instance from a dict.
+
+        Args:
+            obj: The values by field name.
+            options: As in pydantic.
+
+        Returns:
+            The instance.
+
+        Raises:
+            ValidationError: A value is invalid; the error does not hold the values.
+        """
         made, failure = attempt(super().model_validate, obj, **options)
         if failure is not None:
             del obj, options
@@ -215,7 +246,18 @@ class SafeErrors(BaseModel):
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
-        """Construct an instance from JSON."""
+        """Construct an instance from JSON.
+
+        Args:
+            json_data: The values by field name, as JSON.
+            options: As in pydantic.
+
+        Returns:
+            The instance.
+
+        Raises:
+            ValidationError: A value is invalid; the error does not hold the values.
+        """
         made, failure = attempt(super().model_validate_json, json_data, **options)
         if failure is not None:
             del json_data, options
@@ -224,21 +266,37 @@ class SafeErrors(BaseModel):
 
     @classmethod
     def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:  # type: ignore[override]
-        """Construct an instance without validation; a key is wrapped all the same."""
+        """Construct an instance without validation. Only the key is wrapped in a `SecretStr`.
+
+        Args:
+            _fields_set: As in pydantic.
+            values: The values by field name.
+
+        Returns:
+            The instance.
+        """
         return super().model_construct(_fields_set, **with_secret_key(values))
 
 
 def with_secret_key(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with the key in a `SecretStr`."""
+    """Return the arguments with the key in a `SecretStr`."""
     key = values.get("api_key")
     return {**values, "api_key": SecretStr(key)} if isinstance(key, str) else dict(values)
 
 
 def attempt(make: Callable[..., Any], *args: Any, **values: Any) -> tuple[Any, Exception | None]:
-    """Call a constructor, and return its error in place of raising it.
+    """Call a constructor, and return its error instead of raising it.
 
-    The frames of the error, its causes and the input that pydantic keeps with it may show the key: they are taken off it. The
-    caller raises it, after it has deleted its own variables that hold arguments.
+    The frames of the error, its causes and the input that pydantic stores in it may show the key, so they are removed. The
+    caller deletes its own variables that hold arguments and then raises the error.
+
+    Args:
+        make: The constructor.
+        args: Its positional arguments.
+        values: Its keyword arguments.
+
+    Returns:
+        The instance and None, or None and the error.
     """
     try:
         return make(*args, **values), None
@@ -264,5 +322,5 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def _without_key(value: Any) -> Any:
-    """A text without keys of the usual form: what was passed under a wrong name is not known to be a key."""
+    """Return a text without keys of the usual form: a key under a misspelled name is not known to be one."""
     return _USUAL_KEY.sub("[key]", value) if isinstance(value, str) else value
