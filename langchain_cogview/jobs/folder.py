@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import stat
-from typing import TYPE_CHECKING, Any, Final, Self
+import threading
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
 
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 LOCK: Final = ".lock"
+MAX_RECORD: Final = 16 << 20
+"""Bytes of one line; a longer one was not written by a job."""
 _LEFTOVER: Final = re.compile(r"\.lock|\.(?:job\.json|manifest\.jsonl)\.part|\.cogview-[0-9a-f]+\.part|\.DS_Store")
 _HAS_DESCRIPTORS: Final = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY")
 _FLAGS: Final = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _BUSY: Final = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+_START: Final = b'{"key":"'
 
 
 class JobFolder:
@@ -264,6 +269,237 @@ class JobFolder:
             f"{printable(str(self.path / name), 120)} is no regular file, so no job made it; nothing was written to it.",
             hint="Move it away, or choose another folder.",
         )
+
+
+# --- files of lines
+
+
+class DamagedError(ValueError):
+    """A line is not one of its file; the message says why. `incomplete`: its JSON may go on behind it."""
+
+    def __init__(self, message: str, *, incomplete: bool = False) -> None:
+        super().__init__(message)
+        self.incomplete = incomplete
+
+
+class Placed(Protocol):
+    """What knows where its line is: at which byte it begins, and how many bytes it has."""
+
+    start: int
+    size: int
+
+
+class Record(NamedTuple):
+    """One line: where it begins, how many bytes it has, and what it says."""
+
+    start: int
+    size: int
+    values: dict[str, Any]
+
+
+class RecordFile:
+    """A file of JSON lines to which whole lines are appended, each durable before `append` returns. Safe for threads.
+
+    Args:
+        folder: Of the job.
+        name: `manifest.jsonl` or `attempts.jsonl`.
+        parse: Checks a line and returns what it says; raises `DamagedError` for one that is not of this file.
+        writable: Make the file where it is missing, and append to it. Without it, a missing file is one without lines.
+
+    Raises:
+        CogViewConfigurationError: It is no regular file.
+        CogViewStorageError: It cannot be opened.
+    """
+
+    def __init__(
+        self, folder: JobFolder, name: str, parse: Callable[[bytes], dict[str, Any]], *, writable: bool = False
+    ) -> None:
+        self.path = folder.path / name
+        self._parse = parse
+        self._folder = folder
+        self._writable = writable
+        self._lock = threading.Lock()
+        self._end = 0
+        self._descriptor = -1
+        try:
+            self._descriptor = folder.open(name, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
+        except FileNotFoundError as error:
+            if writable:
+                raise unwritable(self.path, error) from None
+        except OSError as error:
+            raise (unwritable if writable else unreadable)(self.path, error) from None
+
+    def records(self) -> Iterator[Record]:
+        """All lines, checked; of a last one that is cut nothing. Appending goes on behind the last whole line.
+
+        Raises:
+            CogViewConfigurationError: A line is damaged; with its number.
+            CogViewStorageError: The file cannot be read.
+        """
+        if self._descriptor < 0:
+            return
+        try:
+            with os.fdopen(self._descriptor, "rb", closefd=False) as file:
+                file.seek(0)
+                start = number = 0
+                while raw := file.readline(MAX_RECORD):
+                    number += 1
+                    torn = not raw.endswith(b"\n")
+                    if torn and len(raw) == MAX_RECORD:
+                        raise damaged(self.path, number, f"longer than {MAX_RECORD:,} bytes")
+                    try:
+                        values = self._parse(raw)
+                    except DamagedError as problem:
+                        # Only what a job begins to write is cut off: a line of its own, or the zeros of a power cut.
+                        began = raw[: len(_START)] == _START[: len(raw)] or not raw.strip(b"\0")
+                        if torn and problem.incomplete and began:
+                            break
+                        raise damaged(self.path, number, str(problem)) from None
+                    yield Record(start, len(raw), values)
+                    start += len(raw)
+                self._end = start
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
+    def ready(self) -> None:
+        """Cut off the torn end that `records` left out, as a process leaves it that was killed.
+
+        Raises:
+            CogViewStorageError: The file cannot be written.
+        """
+        try:
+            os.ftruncate(self._descriptor, self._end)
+            if self._end:
+                os.lseek(self._descriptor, self._end - 1, os.SEEK_SET)
+                if os.read(self._descriptor, 1) != b"\n":
+                    self._write(b"\n")  # an editor took the last line's end away
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        self._folder.sync()
+
+    def read(self, start: int, size: int) -> dict[str, Any]:
+        """The line that `records` or `append` told the place of.
+
+        Raises:
+            CogViewConfigurationError: Another program changed the file.
+            CogViewStorageError: It cannot be read.
+        """
+        try:
+            return self._parse(self._bytes(start, size))
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+        except DamagedError as problem:
+            raise CogViewConfigurationError(
+                f"{printable(str(self.path), 120)} was changed by another program while the job ran ({problem}).",
+                hint="Put it back as it was, then run the job again.",
+            ) from None
+
+    def append(self, values: Mapping[str, Any]) -> tuple[int, int]:
+        """Write a line, and return at which byte it begins and how many bytes it has.
+
+        Raises:
+            CogViewStorageError: It cannot be written, or the file is no longer the one that the job opened. It is as it was.
+        """
+        line = record_bytes(values)
+        with self._lock:
+            start = self._end
+            try:
+                self._check_end()
+                self._write(line)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, start)
+                raise unwritable(self.path, error) from None
+            return start, len(line)
+
+    def compact(self, finished: Mapping[str, Placed]) -> None:
+        """Leave only the lines of these prompts, each at its new place.
+
+        Raises:
+            CogViewStorageError: It cannot be written; the file is as it was.
+        """
+        kept = sorted(finished.values(), key=lambda each: each.start)
+        try:
+            self._check_end()
+            self._folder.replace(self.path.name, (self._bytes(each.start, each.size) for each in kept))
+            descriptor = self._folder.open(self.path.name, os.O_RDWR)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        with self._lock:
+            os.close(self._descriptor)
+            self._descriptor, self._end = descriptor, 0
+            for each in kept:
+                each.start = self._end
+                self._end += each.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def check(self) -> None:
+        """See that the name of the file still leads to it.
+
+        Raises:
+            CogViewStorageError: It was moved, replaced or deleted.
+        """
+        if self._descriptor < 0:
+            raise CogViewStorageError(f"The job has ended; {self.path.name} is closed.", hint="")
+        if not self._folder.is_file(self.path.name, self._descriptor):
+            raise self._changed("moved, replaced or deleted")
+
+    def _check_end(self) -> None:
+        """See that nobody else writes to the file."""
+        self.check()
+        if os.fstat(self._descriptor).st_size != self._end:
+            raise self._changed("changed")
+
+    def _changed(self, how: str) -> CogViewStorageError:
+        return CogViewStorageError(
+            f"{printable(str(self.path), 120)} was {how} by another program while the job ran.",
+            hint="Put it back as it was, then run the job again.",
+        )
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        pieces = []
+        with self._lock:
+            os.lseek(self._descriptor, start, os.SEEK_SET)
+            while size > 0 and (piece := os.read(self._descriptor, size)):
+                pieces.append(piece)
+                size -= len(piece)
+        return b"".join(pieces)
+
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        os.lseek(self._descriptor, self._end, os.SEEK_SET)
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        os.fsync(self._descriptor)
+        self._end += len(content)
+
+
+def record_bytes(values: Mapping[str, Any]) -> bytes:
+    """One line. Half a character, which UTF-8 does not have, becomes JSON's escape for it."""
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def damaged(path: Path, number: int, why: str) -> CogViewConfigurationError:
+    """That a line of one of the job's files is damaged."""
+    return CogViewConfigurationError(
+        f"Line {number} of {printable(str(path), 120)} is damaged ({why}); nothing was sent.",
+        hint="Take it out, or put the file back as it was; a picture that it told of is found again by its name.",
+    )
+
+
+# --- what the system says
 
 
 def spare_descriptors() -> int | None:

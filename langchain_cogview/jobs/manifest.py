@@ -6,40 +6,69 @@
 
 A line is on the disk before the next step is taken, and a file cut in the middle of its last line is read up to there. All that
 is read here may have been written by somebody else: each line is checked against its schema before anything is sent.
+
+A line of the manifest has
+
+key          of the prompt's arguments, and of which one it is among those that say the same
+line         its line in the file of prompts, when it was drawn
+status       made (all its pictures), blocked, failed, unknown (made in part, the rest may have been charged), or left (made
+             in part, the rest did not run: the next run draws it)
+arguments    prompt, model, size, quality, n, ... as drawn
+extra        what else its line holds; left out where that is nothing
+images       of each: file (in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
+             cached, request_id, sandbox
+failures     of each picture that was not made: error, message, code, status, outcome, scope, request_id, content_filter,
+             model;             with url and expires_at where it was made, but its bytes could not be had
+given_up     requests that may have been charged besides, and were drawn anew: request_id, model
+cost         of all its images, a decimal number; null where a price is unknown
+currency     ISO code
+sandbox      whether a placeholder is among them
+request_ids  of all its requests
+seconds      from the first request to the last file
+finished     when, UTC
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import io
 import json
-import os
 import sys
-import threading
+import tempfile
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
-from langchain_cogview.jobs.folder import unreadable, unwritable
+from langchain_cogview.errors import CogViewDownloadError, CogViewError, Scope, error_class, printable
+from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
+from langchain_cogview.images.store import image_names, write_whole
+from langchain_cogview.jobs.folder import DamagedError, RecordFile, damaged, unwritable
+from langchain_cogview.jobs.prompts import drawn_arguments
+from langchain_cogview.result import GeneratedImage, ImageFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from langchain_cogview.jobs.folder import JobFolder
+    from langchain_cogview.jobs.prompts import PromptItem
+    from langchain_cogview.request import ImageRequest
 
 MANIFEST: Final = "manifest.jsonl"
 ATTEMPTS: Final = "attempts.jsonl"
-SETTINGS: Final = "job.json"
-SETTINGS_TYPE: Final = "cogview.job"
-SETTINGS_VERSION: Final = 1
-MAX_RECORD: Final = 16 << 20
-"""Bytes of one line; a longer one was not written by a job."""
-_MAX_SETTINGS: Final = 1 << 20
-_START: Final = b'{"key":"'
+MAX_URL: Final = 2_000
+"""Characters of a link that is told."""
 _MAX_AMOUNT: Final = Decimal(10) ** 12
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+_IMAGE: Final = {
+    *("sha256", "size_bytes", "width", "height", "mime_type", "content_filter", "model", "cost", "cached"),
+    *("request_id", "sandbox", "warnings"),
+}
+_LINK: Final = {"url", "content_filter", "model", "cost", "cached", "request_id", "sandbox"}
+_FAILURE: Final = {"error", "message", "code", "status", "outcome", "scope", "request_id", "content_filter"}
 
 
 # --- the schema of a line
@@ -163,317 +192,39 @@ class _Settled(_Checked):
     settled: _Name
 
 
-class _Settings(_Checked):
-    type: str
-    version: int
-    settings: dict[str, str | int | bool | None]
-
-
-class _DamagedError(ValueError):
-    """A line is not one of its file; the message says why. `incomplete`: its JSON may go on behind it."""
-
-    def __init__(self, message: str, *, incomplete: bool = False) -> None:
-        super().__init__(message)
-        self.incomplete = incomplete
-
-
-def _parsed(name: str, raw: bytes) -> dict[str, Any]:
+def _parsed(raw: bytes, schema: Callable[[dict[str, Any]], type[_Checked]]) -> dict[str, Any]:
     """One line of a file of records, checked. The only parser of such a line."""
     try:
         values = json.loads(raw)
     except UnicodeDecodeError:
-        raise _DamagedError("not UTF-8", incomplete=True) from None
+        raise DamagedError("not UTF-8", incomplete=True) from None
     except RecursionError:
-        raise _DamagedError("nested too deeply") from None
+        raise DamagedError("nested too deeply") from None
     except ValueError:
-        raise _DamagedError("not valid JSON", incomplete=True) from None
+        raise DamagedError("not valid JSON", incomplete=True) from None
     if not isinstance(values, dict):
-        raise _DamagedError("not a JSON object")
-    if name == MANIFEST:
-        schema: type[_Checked] = _ManifestLine
-    else:
-        schema = _Settled if "settled" in values else _Task if "task_id" in values else _Sent
+        raise DamagedError("not a JSON object")
     try:
-        schema.model_validate(values)
+        schema(values).model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the record"
-        raise _DamagedError(printable(f"{where}: {first['msg']}", 120)) from None
+        raise DamagedError(printable(f"{where}: {first['msg']}", 120)) from None
     return values
 
 
-def record_bytes(values: Mapping[str, Any]) -> bytes:
-    """One line. Half a character, which UTF-8 does not have, becomes JSON's escape for it."""
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+def _attempt_schema(values: dict[str, Any]) -> type[_Checked]:
+    return _Settled if "settled" in values else _Task if "task_id" in values else _Sent
 
 
-# --- files of lines
+def attempts_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
+    """The file of what was sent."""
+    return RecordFile(folder, ATTEMPTS, lambda raw: _parsed(raw, _attempt_schema), writable=writable)
 
 
-class Record(NamedTuple):
-    """One line: where it begins, how many bytes it has, and what it says."""
-
-    start: int
-    size: int
-    values: dict[str, Any]
-
-
-class RecordFile:
-    """A file of JSON lines to which whole lines are appended, each durable before `append` returns. Safe for threads.
-
-    Args:
-        folder: Of the job.
-        name: `manifest.jsonl` or `attempts.jsonl`.
-        writable: Make the file where it is missing, and append to it. Without it, a missing file is one without lines.
-
-    Raises:
-        CogViewConfigurationError: It is no regular file.
-        CogViewStorageError: It cannot be opened.
-    """
-
-    def __init__(self, folder: JobFolder, name: str, *, writable: bool = False) -> None:
-        self.path = folder.path / name
-        self._folder = folder
-        self._writable = writable
-        self._lock = threading.Lock()
-        self._end = 0
-        self._descriptor = -1
-        try:
-            self._descriptor = folder.open(name, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
-        except FileNotFoundError as error:
-            if writable:
-                raise unwritable(self.path, error) from None
-        except OSError as error:
-            raise (unwritable if writable else unreadable)(self.path, error) from None
-
-    def records(self) -> Iterator[Record]:
-        """All lines, checked; of a last one that is cut nothing. Appending goes on behind the last whole line.
-
-        Raises:
-            CogViewConfigurationError: A line is damaged; with its number.
-            CogViewStorageError: The file cannot be read.
-        """
-        if self._descriptor < 0:
-            return
-        try:
-            with os.fdopen(self._descriptor, "rb", closefd=False) as file:
-                file.seek(0)
-                start = number = 0
-                while raw := file.readline(MAX_RECORD):
-                    number += 1
-                    torn = not raw.endswith(b"\n")
-                    if torn and len(raw) == MAX_RECORD:
-                        raise _damaged(self.path, number, f"longer than {MAX_RECORD:,} bytes")
-                    try:
-                        values = _parsed(self.path.name, raw)
-                    except _DamagedError as problem:
-                        # Only what a job begins to write is cut off: a line of its own, or the zeros of a power cut.
-                        began = raw[: len(_START)] == _START[: len(raw)] or not raw.strip(b"\0")
-                        if torn and problem.incomplete and began:
-                            break
-                        raise _damaged(self.path, number, str(problem)) from None
-                    yield Record(start, len(raw), values)
-                    start += len(raw)
-                self._end = start
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-
-    def ready(self) -> None:
-        """Cut off the torn end that `records` left out, as a process leaves it that was killed.
-
-        Raises:
-            CogViewStorageError: The file cannot be written.
-        """
-        try:
-            os.ftruncate(self._descriptor, self._end)
-            if self._end:
-                os.lseek(self._descriptor, self._end - 1, os.SEEK_SET)
-                if os.read(self._descriptor, 1) != b"\n":
-                    self._write(b"\n")  # an editor took the last line's end away
-        except OSError as error:
-            raise unwritable(self.path, error) from None
-        self._folder.sync()
-
-    def read(self, start: int, size: int) -> dict[str, Any]:
-        """The line that `records` or `append` told the place of.
-
-        Raises:
-            CogViewConfigurationError: Another program changed the file.
-            CogViewStorageError: It cannot be read.
-        """
-        try:
-            return _parsed(self.path.name, self._bytes(start, size))
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-        except _DamagedError as problem:
-            raise CogViewConfigurationError(
-                f"{printable(str(self.path), 120)} was changed by another program while the job ran ({problem}).",
-                hint="Put it back as it was, then run the job again.",
-            ) from None
-
-    def append(self, values: Mapping[str, Any]) -> tuple[int, int]:
-        """Write a line, and return at which byte it begins and how many bytes it has.
-
-        Raises:
-            CogViewStorageError: It cannot be written, or the file is no longer the one that the job opened. It is as it was.
-        """
-        line = record_bytes(values)
-        with self._lock:
-            start = self._end
-            try:
-                self._check_end()
-                self._write(line)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._descriptor, start)
-                raise unwritable(self.path, error) from None
-            return start, len(line)
-
-    def compact(self, finished: Mapping[str, Finished]) -> None:
-        """Leave only the lines of these prompts, each at its new place.
-
-        Raises:
-            CogViewStorageError: It cannot be written; the file is as it was.
-        """
-        kept = sorted(finished.values(), key=lambda each: each.start)
-        try:
-            self._check_end()
-            self._folder.replace(self.path.name, (self._bytes(each.start, each.size) for each in kept))
-            descriptor = self._folder.open(self.path.name, os.O_RDWR)
-        except OSError as error:
-            raise unwritable(self.path, error) from None
-        with self._lock:
-            os.close(self._descriptor)
-            self._descriptor, self._end = descriptor, 0
-            for each in kept:
-                each.start = self._end
-                self._end += each.size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        with self._lock:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
-
-    def check(self) -> None:
-        """See that the name of the file still leads to it.
-
-        Raises:
-            CogViewStorageError: It was moved, replaced or deleted.
-        """
-        if self._descriptor < 0:
-            raise CogViewStorageError(f"The job has ended; {self.path.name} is closed.", hint="")
-        if not self._folder.is_file(self.path.name, self._descriptor):
-            raise self._changed("moved, replaced or deleted")
-
-    def _check_end(self) -> None:
-        """See that nobody else writes to the file."""
-        self.check()
-        if os.fstat(self._descriptor).st_size != self._end:
-            raise self._changed("changed")
-
-    def _changed(self, how: str) -> CogViewStorageError:
-        return CogViewStorageError(
-            f"{printable(str(self.path), 120)} was {how} by another program while the job ran.",
-            hint="Put it back as it was, then run the job again.",
-        )
-
-    def _bytes(self, start: int, size: int) -> bytes:
-        pieces = []
-        with self._lock:
-            os.lseek(self._descriptor, start, os.SEEK_SET)
-            while size > 0 and (piece := os.read(self._descriptor, size)):
-                pieces.append(piece)
-                size -= len(piece)
-        return b"".join(pieces)
-
-    def _write(self, content: bytes) -> None:
-        rest = memoryview(content)
-        os.lseek(self._descriptor, self._end, os.SEEK_SET)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        os.fsync(self._descriptor)
-        self._end += len(content)
-
-
-def _damaged(path: Path, number: int, why: str) -> CogViewConfigurationError:
-    return CogViewConfigurationError(
-        f"Line {number} of {printable(str(path), 120)} is damaged ({why}); nothing was sent.",
-        hint="Take it out, or put the file back as it was; a picture that it told of is found again by its name.",
-    )
-
-
-# --- the settings
-
-
-def read_settings(folder: JobFolder) -> dict[str, Any] | None:
-    """The arguments that every prompt of the folder's job has; None where there is no job yet.
-
-    Raises:
-        CogViewConfigurationError: The file is damaged, of a later version, or no regular file.
-        CogViewStorageError: It cannot be read.
-    """
-    raw = folder.read(SETTINGS, _MAX_SETTINGS)
-    if raw is None:
-        return None
-    try:
-        found = _Settings.model_validate(json.loads(raw))
-    except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
-        found = None
-    if found is None or found.type != SETTINGS_TYPE:
-        raise CogViewConfigurationError(
-            f"The file {printable(str(folder.path / SETTINGS), 120)} is not one of a job, or is damaged.",
-            hint="Choose another folder.",
-        )
-    if found.version != SETTINGS_VERSION:
-        raise CogViewConfigurationError(
-            f"The job in {printable(str(folder.path), 120)} was begun by another version of this package.",
-            hint="Go on with that version, or choose another folder.",
-        )
-    return dict(found.settings)
-
-
-def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
-    """Begin a folder's job.
-
-    Raises:
-        CogViewStorageError: It cannot be written.
-    """
-    content = {"type": SETTINGS_TYPE, "version": SETTINGS_VERSION, "settings": dict(settings)}
-    try:
-        folder.add([SETTINGS], json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise unwritable(folder.path / SETTINGS, error) from None
-
-
-def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
-    """Refuse a folder without a job that holds something else, unless the caller agreed to add files there.
-
-    Raises:
-        CogViewConfigurationError: With what it holds.
-    """
-    names = folder.names()
-    if not names:
-        return
-    where = printable(str(folder.path), 120)
-    if not into_existing:
-        raise CogViewConfigurationError(
-            f"The folder {where} is not empty and holds no job; nothing was sent.",
-            hint="Choose another folder, or pass into_existing=True to add the job's files to it; none is written over.",
-        )
-    for name in (MANIFEST, ATTEMPTS):
-        if name in names and not folder.read(name, 1):
-            raise CogViewConfigurationError(
-                f"The file {name} in {where} is empty and was there before the job; nothing was sent.",
-                hint="Move it away, or choose another folder.",
-            )
+def manifest_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
+    """The file of what is finished."""
+    return RecordFile(folder, MANIFEST, lambda raw: _parsed(raw, lambda _: _ManifestLine), writable=writable)
 
 
 # --- what the records say
@@ -614,7 +365,201 @@ def read_history(attempts: RecordFile, manifest: RecordFile) -> History:
         try:
             history.note(record.values)
         except KeyError:
-            raise _damaged(attempts.path, number, "it names a request that was never sent") from None
+            raise damaged(attempts.path, number, "it names a request that was never sent") from None
     for record in manifest.records():
         history.take(*record)
     return history
+
+
+# --- what is written
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A picture that was paid for, is whole in the folder, and is not in the manifest."""
+
+    attempt: Attempt
+    path: Path
+    info: ImageInfo
+    sha256: str
+    size_bytes: int
+
+
+def kind_of(errors: Iterable[str]) -> str:
+    """What became of a prompt that was not made: `blocked` by the content filter alone, `failed`, `unknown` without errors.
+
+    Args:
+        errors: Names of the classes of its errors.
+    """
+    kinds = [error_class(name) for name in errors]
+    if not kinds:
+        return "unknown"
+    return "blocked" if all(kind and kind.scope is Scope.PROMPT for kind in kinds) else "failed"
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).strftime(_TIME)
+
+
+def image_entry(image: GeneratedImage, path: Path) -> dict[str, Any]:
+    """A picture whose file is in the folder."""
+    values = image.model_dump(mode="json", include=_IMAGE)
+    warnings = values.pop("warnings")
+    return {"file": path.name, **values, **({"warnings": warnings} if warnings else {})}
+
+
+class Kept(NamedTuple):
+    """What became of the bytes of a picture that was made.
+
+    Attributes:
+        entry: For the manifest; None where the bytes are elsewhere than in the folder: then its request has no end yet.
+        problem: Why they are not in the folder; its notes say where they are.
+    """
+
+    entry: dict[str, Any] | None
+    problem: Exception | None = None
+
+
+def keep(folder: JobFolder, image: GeneratedImage) -> Kept:
+    """See that a picture that was made is safe: in the folder, else aside, else by its link."""
+    try:
+        if image.path is not None and image.path.parent == folder.path and is_in_folder(folder, image.path.name):
+            return Kept(image_entry(image, image.path))
+        content = _at_hand(image)
+        if content is None:
+            return Kept(lost_entry(image))
+    except Exception as error:  # noqa: BLE001  told at the end; the other pictures are kept all the same
+        return Kept(None, unwritable(folder.path, error) if isinstance(error, OSError) else error)
+    try:
+        return Kept(saved_entry(folder, image, content))
+    except Exception as problem:  # noqa: BLE001  the same
+        aside = _kept_aside(image, content)
+        if aside:
+            problem.add_note(
+                f"A picture that was paid for is kept in {aside}: move it into the folder before the next run."
+            )
+            return Kept(None, problem)
+        link = f"; its link is {printable(image.url, MAX_URL)}" if image.url else ""
+        problem.add_note(f"A picture that was paid for could be kept nowhere (request id {image.request_id}){link}")
+        return Kept(lost_entry(image) if image.url else None, problem)
+
+
+def is_in_folder(folder: JobFolder, name: str) -> bool:
+    """Whether a file is durable in the folder itself, and not in another one that took its path."""
+    try:
+        folder.sync(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _at_hand(image: GeneratedImage) -> bytes | None:
+    try:
+        # Without a type it is what a gateway put into its reply in place of an image; the image's warnings say so.
+        return image.at_hand() if image.mime_type else None
+    except CogViewError:
+        return None
+
+
+def found_entry(found: Found, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
+    """A picture that was found in the folder."""
+    image = GeneratedImage(
+        id=found.attempt.request_id[:8],
+        mime_type=found.info.mime_type,
+        width=found.info.width,
+        height=found.info.height,
+        size_bytes=found.size_bytes,
+        sha256=found.sha256,
+        request_id=found.attempt.request_id,
+        model=found.attempt.model,
+        prompt=found.attempt.prompt,
+        cost=Decimal(0) if sandbox else price,
+        sandbox=sandbox,
+    )
+    return image_entry(image, found.path)
+
+
+def lost_entry(image: GeneratedImage) -> dict[str, Any]:
+    """A picture that was made and paid, but whose bytes could not be had: its link may still give them."""
+    return {
+        "error": CogViewDownloadError.__name__,
+        "message": " ".join(image.warnings) or CogViewDownloadError.default_message,
+        "code": None,
+        "status": None,
+        "outcome": str(CogViewDownloadError.outcome),
+        "scope": str(CogViewDownloadError.scope),
+        **image.model_dump(mode="json", include=_LINK),
+        "expires_at": image.expires_at.astimezone(UTC).strftime(_TIME) if image.expires_at else None,
+    }
+
+
+def linked_image(entry: Mapping[str, Any], prompt: str) -> GeneratedImage | None:
+    """The picture of a `lost_entry`; None of another one, and of one whose link has ended."""
+    if not entry.get("url") or (entry["expires_at"] or now()) < now():
+        return None
+    facts = {name: entry[name] for name in _LINK if name in entry}
+    try:
+        return GeneratedImage(id=entry["request_id"][:8], prompt=prompt, **facts)
+    except ValidationError:  # a manifest that somebody else wrote
+        return None
+
+
+def failure_entry(failure: ImageFailure, model: str) -> dict[str, Any]:
+    """A picture that was not made."""
+    return {**failure.model_dump(mode="json", include=_FAILURE), "model": model}
+
+
+def prompt_line(
+    item: PromptItem,
+    request: ImageRequest,
+    images: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    currency: str | None,
+    *,
+    unknown: bool,
+) -> dict[str, Any]:
+    """What a line says of a prompt, its requests and times apart; `unknown`: whether a request of it has no end."""
+    costs = [each["cost"] for each in images]
+    made = len(images) >= item.n
+    rest = kind_of(each["error"] for each in failures)
+    return {
+        "key": item.key,
+        "line": item.number,
+        "status": "made" if made else "left" if rest == "unknown" and not unknown else rest,
+        "arguments": {name: value for name, value in drawn_arguments(request).items() if value is not None},
+        **({"extra": item.extra} if item.extra else {}),
+        "images": images,
+        "failures": failures,
+        "cost": None if None in costs else str(sum(map(Decimal, costs), Decimal(0))),
+        "currency": currency,
+        "sandbox": any(each["sandbox"] for each in images),
+    }
+
+
+def saved_entry(folder: JobFolder, image: GeneratedImage, content: bytes) -> dict[str, Any]:
+    """Write a picture's bytes into the folder, under the name that it has in every folder.
+
+    Raises:
+        CogViewStorageError: It cannot be written.
+    """
+    info = inspect(io.BytesIO(content))
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        path = folder.path / folder.add(image_names(image.request_id[:8], sha256, info.extension), content)
+    except OSError as error:
+        raise unwritable(folder.path, error) from None
+    facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
+    return image_entry(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
+
+
+def _kept_aside(image: GeneratedImage, content: bytes) -> Path | None:
+    """Where the bytes are that have no room in the folder, under the name by which the folder's next run finds them."""
+    try:
+        extension = inspect(io.BytesIO(content)).extension
+        names = image_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)
+        aside = Path(tempfile.gettempdir(), next(names))
+        write_whole(aside, content)
+    except (OSError, ImageFormatError):
+        return None
+    return aside

@@ -1,48 +1,43 @@
-"""What a job would do: the prompts checked, matched with what its folder tells of the work so far, counted and priced."""
+"""What a job would do: its prompts beside what its folder tells, what is left of them, counted and priced."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from langchain_cogview.api.settings import is_sandbox
-from langchain_cogview.catalog import money_text
-from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
-from langchain_cogview.jobs.prompts import PromptFormat, PromptSource, read_prompts
-from langchain_cogview.request import ImageRequest, describe_validation
+from langchain_cogview.catalog import currency_of, money_text
+from langchain_cogview.cost import Budget, Charges, Money
+from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, printable
+from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, ImageInfo, inspect
+from langchain_cogview.images.store import IMAGE_NAME
+from langchain_cogview.jobs.folder import unwritable
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, Found, kind_of
+from langchain_cogview.jobs.prompts import MAX_LISTED, Problem, PromptItem, PromptList, counted, listed
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from decimal import Decimal
     from pathlib import Path
 
+    from langchain_cogview.cost import Reservation
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.folder import JobFolder
+    from langchain_cogview.jobs.manifest import Attempt, Finished, History
 
-SETTINGS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
-_SHOWN: Final = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a line is not valid.
-
-    Attributes:
-        line: Its number.
-        text: What is wrong with it.
-    """
-
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"Line {self.line}: {printable(self.text, 1000)}"
+SETTINGS_TYPE: Final = "cogview.job"
+SETTINGS_VERSION: Final = 1
+SETTINGS: Final = "job.json"
+_MAX_SETTINGS: Final = 1 << 20
+_SAME: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +132,9 @@ class JobPlan:
         """What the sender should know before anything is sent, a line each."""
         lines = list(self.notes)
         if self.duplicates:
-            shown = ", ".join(map(str, self.duplicates[:_SHOWN])) + (", ..." if len(self.duplicates) > _SHOWN else "")
+            shown = ", ".join(map(str, self.duplicates[:MAX_LISTED])) + (
+                ", ..." if len(self.duplicates) > MAX_LISTED else ""
+            )
             lines.append(
                 f"{counted(len(self.duplicates), 'duplicate line')} (the same as one before): {shown}. "
                 + ("They are left out." if self.unique else "Each is generated and paid for, unless unique=True.")
@@ -156,11 +153,6 @@ def unknown_dict(each: UnknownAttempt) -> dict[str, Any]:
     return {"line": each.line, "prompt": each.prompt, "request_id": each.request_id}
 
 
-def counted(count: int, what: str) -> str:
-    """`1 picture`, `1,632 pictures`."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def money(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
     """`0.06 CNY`; what has no price is told beside."""
     known = [money_text(amount, currency) for currency, amount in cost.items()]
@@ -168,119 +160,297 @@ def money(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
     return " and ".join(known + unknown) or "no cost"
 
 
-def listed(title: str, items: Iterable[Any]) -> list[str]:
-    """A title and a line for each, the first twenty of them."""
-    texts = [str(each) for each in items]
-    more = [f"  and {len(texts) - _SHOWN:,} more"] if len(texts) > _SHOWN else []
-    return [f"{title} ({len(texts):,}):", *(f"  {text}" for text in texts[:_SHOWN]), *more] if texts else []
+# --- what is left
 
 
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """One prompt of a job.
+@dataclass(slots=True)
+class Work:
+    """What is left to do for one prompt.
 
     Attributes:
-        number: Its line.
-        key: Of its whole arguments, and of which one it is among those that say the same.
-        said: The arguments that it says for itself, checked.
-        extra: What else stands in its line.
-        model: Which model is asked.
-        n: How many pictures.
+        item: The prompt.
+        finished: What the manifest says of it.
+        found: Pictures to enter into the manifest.
+        running: Requests that the service took as tasks, to be asked for.
+        unknown: Requests of which nothing is known, and those of tasks that were asked for and go on.
+        draw: How many pictures to draw.
+        repeats_unknown: Whether `unknown` is given up and drawn anew.
+        repeats_failed: Whether the failures so far are drawn anew.
+        reservation: What the budget holds for `draw`.
     """
 
-    number: int
-    key: str
-    said: dict[str, Any]
-    extra: dict[str, Any] | None
-    model: str
-    n: int
+    item: PromptItem
+    finished: Finished | None
+    found: list[Found]
+    running: list[Attempt]
+    unknown: list[Attempt]
+    draw: int = 0
+    repeats_unknown: bool = False
+    repeats_failed: bool = False
+    reservation: Reservation | None = None
+
+    def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
+        """Find out how many pictures to draw."""
+        made = (self.finished.made if self.finished else 0) + len(self.found) + len(self.running)
+        missing = max(0, self.item.n - made)
+        failed = min(missing, len(self.finished.errors) if self.finished else 0)
+        unknown = min(missing - failed, len(self.unknown))
+        self.repeats_failed, self.repeats_unknown = retry_failed and failed > 0, retry_unknown and unknown > 0
+        self.draw = missing - (0 if retry_failed else failed) - (0 if retry_unknown else unknown)
+
+    @property
+    def made(self) -> bool:
+        """Whether all its pictures are in the manifest."""
+        return self.finished is not None and self.finished.made >= self.item.n
+
+    @property
+    def free(self) -> bool:
+        """Whether something is left that costs nothing."""
+        return bool(self.found or self.running or (self.finished and self.finished.links and not self.made))
 
 
-@dataclass
-class PromptList:
-    """The prompts of a job, checked.
+def _reaches(budget: Budget, price: Money, count: int) -> bool:
+    try:
+        budget.reserve(price, count)
+    except CogViewBudgetError:
+        return False
+    return True
+
+
+class Survey:
+    """The prompts of a job beside what its folder tells.
+
+    Args:
+        prompts: Checked.
+        history: What the folder tells.
+        folder: Where the pictures are.
+        retry_failed: Draw again what failed or was blocked.
+        retry_unknown: Draw again what may have been charged.
 
     Attributes:
-        items: Those that can be drawn, in their order.
-        lines: Lines with a prompt, good or not.
-        blank: Lines without anything.
-        problems: Of the lines that are not valid.
-        duplicates: Numbers of lines that say the same as one before.
-        unique: Whether those are left out.
-        notes: What else to know.
+        unfinished: Requests of tasks that were asked for in this run and have not ended: they are waited for no more.
     """
 
-    items: list[PromptItem] = field(default_factory=list)
-    lines: int = 0
-    blank: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    duplicates: list[int] = field(default_factory=list)
-    unique: bool = False
-    notes: list[str] = field(default_factory=list)
+    def __init__(
+        self, prompts: PromptList, history: History, folder: JobFolder, *, retry_failed: bool, retry_unknown: bool
+    ) -> None:
+        self.prompts = prompts
+        self.history = history
+        self.unfinished: set[str] = set()
+        self._retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
+        self._found = found_pictures(folder, history)
 
-    def refuse_problems(self) -> None:
-        """Raise where a line is not valid.
+    def work(self, item: PromptItem) -> Work:
+        """What is left to do for a prompt."""
+        attempts = tuple(self.history.open.get(item.key, {}).values())
+        found = [self._found[each.request_id] for each in attempts if each.request_id in self._found]
+        left = [each for each in attempts if each.request_id not in self._found]
+        running = [each for each in left if each.task_id and each.request_id not in self.unfinished]
+        unknown = [each for each in left if each not in running]
+        work = Work(item, self.history.finished.get(item.key), found, running, unknown)
+        work.decide(**self._retry)
+        return work
 
-        Raises:
-            CogViewInvalidRequestError: With every such line, the first twenty by what is wrong with them.
-        """
-        if not self.problems:
-            return
-        verb = "is" if len(self.problems) == 1 else "are"
-        bad = f"{counted(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
-        error = CogViewInvalidRequestError(bad, hint="Fix them, or leave them out with skip_bad=True.")
-        for line in listed("Not valid", self.problems)[1:]:
-            error.add_note(line.strip())
-        raise error
+    def spent_models(self) -> Iterator[str]:
+        """The model of each picture that was paid, or may have been."""
+        for finished in self.history.finished.values():
+            yield from finished.spent
+        for attempt in self.history.attempts():
+            yield from [attempt.model] * attempt.posts
+
+    def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
+        """The requests of this job's prompts of which nothing is known; `with_running`: those of tasks too."""
+        works = (self.work(item) for item in self.prompts.items if item.key in self.history.open)
+        return tuple(
+            UnknownAttempt(work.item.number, each.prompt, each.request_id)
+            for work in works
+            for each in (*work.unknown, *(work.running if with_running else ()))
+        )
+
+    def plan(self, generator: CogViewImageGenerator, budget: Budget, *, limit: int | None = None) -> JobPlan:
+        """Count everything; `budget` is used up as the job would use it."""
+        counts: Counter[str] = Counter()
+        cost = Charges()
+        for item in self.prompts.items:
+            work = self.work(item)
+            counts["recovered"] += len(work.found) + len(work.running)
+            counts["running"] += len(work.running)
+            if work.draw:
+                if limit is not None and counts["prompts"] >= limit:
+                    continue
+                price = price_of(generator, item.model)
+                if counts["over"] or not _reaches(budget, price, work.draw):
+                    counts["over"] += 1
+                    continue
+                counts["prompts"] += 1
+                counts["pictures"] += work.draw
+                cost.add(price, work.draw)
+            elif work.made or work.found or work.running:
+                counts["done"] += work.made
+            elif not work.unknown:
+                counts[kind_of(work.finished.errors) if work.finished else "done"] += 1
+        return JobPlan(
+            lines=self.prompts.lines,
+            blank=self.prompts.blank,
+            problems=tuple(self.prompts.problems),
+            duplicates=tuple(self.prompts.duplicates),
+            unique=self.prompts.unique,
+            notes=(*self.prompts.notes, *self._notes(counts)),
+            unknown=self.unknown(),
+            cost=cost.amounts,
+            unpriced=cost.unpriced,
+            **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
+            **{name: counts[name] for name in ("prompts", "pictures")},
+        )
+
+    def _notes(self, counts: Counter[str]) -> Iterator[str]:
+        """What a plan tells besides."""
+        if counts["over"]:
+            yield f"The budget does not reach for {counted(counts['over'], 'further prompt')}."
+        if counts["running"] and self._retry["retry_unknown"]:
+            yield (
+                f"{counted(counts['running'], 'picture')} under way at the service will be asked for; what has not ended "
+                "by the time limit of a call is generated and paid for again."
+            )
+        keys = {item.key for item in self.prompts.items}
+        gone = sum(attempt.key not in keys for attempt in self.history.attempts())
+        if gone:
+            yield (
+                f"{counted(gone, 'request')} of prompts that are no longer among these may have been charged too: "
+                "attempts.jsonl names them."
+            )
 
 
-def checked_prompts(
-    source: PromptSource,
-    defaults: Mapping[str, Any],
-    *,
-    format: PromptFormat | None,  # noqa: A002
-    unique: bool,
-) -> PromptList:
-    """Read and check all prompts of a source.
+def price_of(generator: CogViewImageGenerator, model: str) -> Money:
+    """The list price of one image of a model."""
+    return Money(*(generator.price(model) or (None, None)))
+
+
+def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[str] = ()) -> Budget:
+    """How much a job may spend, counted in list prices; images of the sandbox count alike.
+
+    Args:
+        generator: Knows the prices.
+        amount: In the platform's currency; None: no limit.
+        models: All that may be asked, for which a budget needs the price.
+
+    Returns:
+        A budget of which nothing is spent.
 
     Raises:
-        CogViewConfigurationError: As `read_prompts`.
+        CogViewConfigurationError: `amount` is no amount of money, or a price is unknown.
     """
-    found = PromptList(unique=unique)
-    file = read_prompts(source, format=format)
-    seen: Counter[str] = Counter()
-    warned: dict[str, None] = {}
-    for line in file:
-        found.lines += 1
-        if line.problem:
-            found.problems.append(Problem(line.number, line.problem))
-            continue
-        try:
-            request = ImageRequest.model_validate({**defaults, **line.arguments})
-        except ValidationError as error:
-            found.problems.append(Problem(line.number, describe_validation(error)))
-            continue
-        warned |= dict.fromkeys(request.warnings)
-        digest = _digest(request)
-        seen[digest] += 1
-        if seen[digest] > 1:
-            found.duplicates.append(line.number)
-            if unique:
-                continue
-        key = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        said = {name: getattr(request, name) for name in line.arguments}
-        found.items.append(PromptItem(line.number, key, said, line.extra or None, request.model, request.n))
-    found.blank, found.notes = file.blank, [*file.notes, *warned]
+    budget = Budget(amount, currency_of(generator.resolved_region), owner="this job")
+    asked = dict.fromkeys((*models, *generator.fallback_models)) if budget.amount is not None else ()
+    unpriced = [model for model in asked if price_of(generator, model).amount is None]
+    if unpriced:
+        raise CogViewConfigurationError(
+            f"A budget needs the price of {printable(unpriced[0], 60)!r}, which is not known; nothing was sent.",
+            hint="Pass prices={model: price}, or leave the budget out.",
+        )
+    return budget
+
+
+def found_pictures(folder: JobFolder, history: History) -> dict[str, Found]:
+    """By request id: whole pictures in the folder of requests without an end in the manifest."""
+    wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
+    found: dict[str, Found] = {}
+    for name in sorted(folder.names()) if wanted else ():
+        match = IMAGE_NAME.fullmatch(name)
+        attempt = wanted.get(match["label"]) if match else None
+        picture = (
+            _whole(folder, name, match["start_of_hash"]) if match and attempt and name not in history.files else None
+        )
+        if attempt and picture:
+            found[attempt.request_id] = Found(attempt, folder.path / name, *picture)
     return found
 
 
-def _digest(request: ImageRequest) -> str:
-    return hashlib.sha256(json.dumps(drawn_arguments(request), sort_keys=True).encode()).hexdigest()[:32]
+def _whole(folder: JobFolder, name: str, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
+    try:
+        with os.fdopen(folder.open(name), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > MAX_IMAGE_BYTES:
+                return None
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return (inspect(file), sha256, size) if sha256.startswith(start_of_hash) else None
+    except (OSError, ImageFormatError, CogViewConfigurationError):
+        return None
 
 
-def drawn_arguments(request: ImageRequest) -> dict[str, Any]:
-    """All arguments, with the model's defaults where none was said."""
-    return request.model_dump() | {"size": request.resolved_size, "quality": request.resolved_quality}
+# --- the settings
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: str
+    version: int
+    settings: dict[str, str | int | bool | None]
+
+
+def read_settings(folder: JobFolder) -> dict[str, Any] | None:
+    """The arguments that every prompt of the folder's job has; None where there is no job yet.
+
+    Raises:
+        CogViewConfigurationError: The file is damaged, of a later version, or no regular file.
+        CogViewStorageError: It cannot be read.
+    """
+    raw = folder.read(SETTINGS, _MAX_SETTINGS)
+    if raw is None:
+        return None
+    try:
+        found = _Settings.model_validate(json.loads(raw))
+    except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
+        found = None
+    if found is None or found.type != SETTINGS_TYPE:
+        raise CogViewConfigurationError(
+            f"The file {printable(str(folder.path / SETTINGS), 120)} is not one of a job, or is damaged.",
+            hint="Choose another folder.",
+        )
+    if found.version != SETTINGS_VERSION:
+        raise CogViewConfigurationError(
+            f"The job in {printable(str(folder.path), 120)} was begun by another version of this package.",
+            hint="Go on with that version, or choose another folder.",
+        )
+    return dict(found.settings)
+
+
+def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
+    """Begin a folder's job.
+
+    Raises:
+        CogViewStorageError: It cannot be written.
+    """
+    content = {"type": SETTINGS_TYPE, "version": SETTINGS_VERSION, "settings": dict(settings)}
+    try:
+        folder.add([SETTINGS], json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise unwritable(folder.path / SETTINGS, error) from None
+
+
+def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
+    """Refuse a folder without a job that holds something else, unless the caller agreed to add files there.
+
+    Raises:
+        CogViewConfigurationError: With what it holds.
+    """
+    names = folder.names()
+    if not names:
+        return
+    where = printable(str(folder.path), 120)
+    if not into_existing:
+        raise CogViewConfigurationError(
+            f"The folder {where} is not empty and holds no job; nothing was sent.",
+            hint="Choose another folder, or pass into_existing=True to add the job's files to it; none is written over.",
+        )
+    for name in (MANIFEST, ATTEMPTS):
+        if name in names and not folder.read(name, 1):
+            raise CogViewConfigurationError(
+                f"The file {name} in {where} is empty and was there before the job; nothing was sent.",
+                hint="Move it away, or choose another folder.",
+            )
 
 
 def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
@@ -288,7 +458,7 @@ def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
     base_url = generator.resolved_base_url
     parts = urlsplit(base_url)
     service = "sandbox" if is_sandbox(base_url) else f"{parts.scheme}://{parts.netloc}"
-    return {**{name: getattr(generator, name) for name in SETTINGS}, "service": service}
+    return {**{name: getattr(generator, name) for name in _SAME}, "service": service}
 
 
 def refuse_other_settings(folder: Path, begun: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:

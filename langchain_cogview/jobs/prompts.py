@@ -1,4 +1,4 @@
-"""Files of prompts: text, CSV, TSV and JSON lines, read line by line; what cannot be read is told with its line number.
+"""The prompts of a job: text, CSV, TSV and JSON lines, read line by line and checked; what is wrong is told with its line number.
 
 A prompt's line says at least the prompt, and may say `model`, `size`, `quality`, `n`, `user_id` and `watermark_enabled` for
 itself. Other columns and keys are carried along as `extra`.
@@ -7,29 +7,32 @@ itself. Other columns and keys are carried along as `extra`.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from langchain_cogview.errors import CogViewConfigurationError, printable
-from langchain_cogview.request import NOT_TAKEN, ImageRequest, unknown_argument
+from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
+from langchain_cogview.request import NOT_TAKEN, ImageRequest, describe_validation, unknown_argument
 
 if TYPE_CHECKING:
     from typing import BinaryIO, TextIO
 
+
 PromptFormat = Literal["txt", "csv", "tsv", "jsonl"]
 PromptSource = str | Path | Iterable[str | Mapping[str, Any]]
 """A file (`-`: the standard input), or the prompts themselves, each a text or a dict of arguments."""
-
 MAX_LINE: Final = 100_000
 """Characters of a line, or of the lines that a quote joins, above which it is a problem."""
+MAX_LISTED: Final = 20
 _ENDINGS: Final[dict[str, PromptFormat]] = {
     ".txt": "txt",
     ".csv": "csv",
@@ -382,3 +385,142 @@ def read_prompts(source: PromptSource, *, format: PromptFormat | None = None) ->
         CogViewConfigurationError: When taken: the file cannot be read, its format is not told, or its header is wrong.
     """
     return PromptFile(source, format=format)
+
+
+# --- checked
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a line is not valid.
+
+    Attributes:
+        line: Its number.
+        text: What is wrong with it.
+    """
+
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"Line {self.line}: {printable(self.text, 1000)}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """One prompt of a job.
+
+    Attributes:
+        number: Its line.
+        key: Of its whole arguments, and of which one it is among those that say the same.
+        said: The arguments that it says for itself, checked.
+        extra: What else stands in its line.
+        model: Which model is asked.
+        n: How many pictures.
+    """
+
+    number: int
+    key: str
+    said: dict[str, Any]
+    extra: dict[str, Any] | None
+    model: str
+    n: int
+
+
+@dataclass
+class PromptList:
+    """The prompts of a job, checked.
+
+    Attributes:
+        items: Those that can be drawn, in their order.
+        lines: Lines with a prompt, good or not.
+        blank: Lines without anything.
+        problems: Of the lines that are not valid.
+        duplicates: Numbers of lines that say the same as one before.
+        unique: Whether those are left out.
+        notes: What else to know.
+    """
+
+    items: list[PromptItem] = field(default_factory=list)
+    lines: int = 0
+    blank: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    duplicates: list[int] = field(default_factory=list)
+    unique: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def refuse_problems(self) -> None:
+        """Raise where a line is not valid.
+
+        Raises:
+            CogViewInvalidRequestError: With every such line, the first twenty by what is wrong with them.
+        """
+        if not self.problems:
+            return
+        verb = "is" if len(self.problems) == 1 else "are"
+        bad = f"{counted(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
+        error = CogViewInvalidRequestError(bad, hint="Fix them, or leave them out with skip_bad=True.")
+        for line in listed("Not valid", self.problems)[1:]:
+            error.add_note(line.strip())
+        raise error
+
+
+def checked_prompts(
+    source: PromptSource,
+    defaults: Mapping[str, Any],
+    *,
+    format: PromptFormat | None,  # noqa: A002
+    unique: bool,
+) -> PromptList:
+    """Read and check all prompts of a source.
+
+    Raises:
+        CogViewConfigurationError: As `read_prompts`.
+    """
+    found = PromptList(unique=unique)
+    file = read_prompts(source, format=format)
+    seen: Counter[str] = Counter()
+    warned: dict[str, None] = {}
+    for line in file:
+        found.lines += 1
+        if line.problem:
+            found.problems.append(Problem(line.number, line.problem))
+            continue
+        try:
+            request = ImageRequest.model_validate({**defaults, **line.arguments})
+        except ValidationError as error:
+            found.problems.append(Problem(line.number, describe_validation(error)))
+            continue
+        warned |= dict.fromkeys(request.warnings)
+        digest = _digest(request)
+        seen[digest] += 1
+        if seen[digest] > 1:
+            found.duplicates.append(line.number)
+            if unique:
+                continue
+        key = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        said = {name: getattr(request, name) for name in line.arguments}
+        found.items.append(PromptItem(line.number, key, said, line.extra or None, request.model, request.n))
+    found.blank, found.notes = file.blank, [*file.notes, *warned]
+    return found
+
+
+def _digest(request: ImageRequest) -> str:
+    return hashlib.sha256(json.dumps(drawn_arguments(request), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def drawn_arguments(request: ImageRequest) -> dict[str, Any]:
+    """All arguments, with the model's defaults where none was said."""
+    return request.model_dump() | {"size": request.resolved_size, "quality": request.resolved_quality}
+
+
+def counted(count: int, what: str) -> str:
+    """`1 picture`, `1,632 pictures`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def listed(title: str, items: Iterable[Any]) -> list[str]:
+    """A title and a line for each, the first twenty of them."""
+    texts = [str(each) for each in items]
+    more = [f"  and {len(texts) - MAX_LISTED:,} more"] if len(texts) > MAX_LISTED else []
+    return [f"{title} ({len(texts):,}):", *(f"  {text}" for text in texts[:MAX_LISTED]), *more] if texts else []

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, Outcome, error_class
 from langchain_cogview.jobs.folder import JobFolder
-from langchain_cogview.jobs.manifest import MANIFEST, RecordFile
-from langchain_cogview.jobs.plan import UnknownAttempt, counted, listed, money, unknown_dict
-from langchain_cogview.jobs.survey import kind_of
+from langchain_cogview.jobs.manifest import kind_of, manifest_of
+from langchain_cogview.jobs.plan import UnknownAttempt, money, unknown_dict
+from langchain_cogview.jobs.prompts import counted, listed
 from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.text import visible
 
@@ -81,8 +81,8 @@ class JobReport:
     notes: tuple[str, ...] = ()
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """The manifest's lines, read as they are taken; `langchain_cogview.jobs.lines` says what stands in them."""
-        with JobFolder(self.folder) as folder, RecordFile(folder, MANIFEST) as manifest:
+        """The manifest's lines, read as they are taken; `langchain_cogview.jobs.manifest` says what stands in them."""
+        with JobFolder(self.folder) as folder, manifest_of(folder) as manifest:
             for record in manifest.records():
                 yield record.values
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.api.settings import is_sandbox
+from langchain_cogview.call_events import JOURNAL
 from langchain_cogview.concurrency import STOPPED, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
@@ -26,13 +28,20 @@ from langchain_cogview.errors import (
     error_class,
 )
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.jobs.calls import STOPPING, Call, befalls_all, error_of, failures_of, is_the_prompts
 from langchain_cogview.jobs.folder import spare_descriptors, unwritable
-from langchain_cogview.jobs.lines import failure_entry, found_entry, keep, linked_image, now, prompt_line, saved_entry
-from langchain_cogview.jobs.survey import price_of
+from langchain_cogview.jobs.manifest import (
+    failure_entry,
+    found_entry,
+    keep,
+    linked_image,
+    now,
+    prompt_line,
+    saved_entry,
+)
+from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.many import aor_error, or_error
 from langchain_cogview.request import ImageRequest
-from langchain_cogview.result import ImageResult
+from langchain_cogview.result import ImageFailure, ImageResult
 from langchain_cogview.tasks import ImageTask
 from langchain_cogview.text import visible
 
@@ -43,19 +52,19 @@ if TYPE_CHECKING:
 
     from langchain_cogview.cost import Budget
     from langchain_cogview.generator import CogViewImageGenerator
-    from langchain_cogview.jobs.folder import JobFolder
-    from langchain_cogview.jobs.manifest import RecordFile
-    from langchain_cogview.jobs.plan import PromptItem
-    from langchain_cogview.jobs.survey import Survey, Work
-    from langchain_cogview.result import GeneratedImage, ImageFailure
+    from langchain_cogview.jobs.folder import JobFolder, RecordFile
+    from langchain_cogview.jobs.plan import Survey, Work
+    from langchain_cogview.jobs.prompts import PromptItem
+    from langchain_cogview.result import GeneratedImage
 
 MAX_NOT_RUN: Final = 5
 """Prompts in a row of which nothing ran (no network, service overloaded or unavailable), after which the job stops."""
 FILES_PER_IMAGE: Final = 4
 """Open files that one image in flight takes: two connections, its file, and the folder while it gets its name."""
+STOPPING: Final = frozenset({Scope.ACCOUNT, Scope.LOCAL, Scope.CANCELLED})
+"""Scopes of errors that every other prompt would meet too."""
 _PROMPT_CHARACTERS: Final = 200
 _NO_LINE: Final[dict[str, Any]] = {"images": [], "failures": [], "given_up": [], "request_ids": [], "seconds": 0.0}
-
 logger = logging.getLogger(__name__)
 
 
@@ -438,3 +447,105 @@ class JobRun:
             self.made += len(images)
             for image in images:
                 self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))
+
+
+# --- one call
+
+
+class Call:
+    """One call for one prompt, and the journal of what it sends.
+
+    Attributes:
+        work: What it is for.
+        draws: Whether it pays; else it only asks for what was paid before.
+        reserved: How many pictures the budget has counted for it.
+        sent: The requests that were written down, by id, with the model asked.
+        repeated: The requests that were sent again though they may have been charged, one entry for each time.
+    """
+
+    def __init__(self, run: JobRun, work: Work, *, draws: bool = False, sent: dict[str, str] | None = None) -> None:
+        self.work = work
+        self.draws = draws
+        self.sent = sent or {}
+        self.repeated: list[dict[str, str]] = []
+        self.reserved = work.draw if draws else len(self.sent)
+        self._run = run
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first request was sent, else since the beginning."""
+        return round(time.monotonic() - self._started, 3)
+
+    def sending(self, request_id: str, model: str) -> None:
+        """The generator's word right before it pays."""
+        if not self.sent:
+            self._started = time.monotonic()
+        self._run.note_sending(self.work.item, request_id, model)
+        if self.sent.get(request_id) == model:
+            self.repeated.append({"request_id": request_id, "model": model})
+        self.sent[request_id] = model
+
+    async def asending(self, request_id: str, model: str) -> None:
+        """Async version of `sending`: a thread waits for the disk."""
+        await in_thread(self.sending, request_id, model)
+
+    def submitted(self, request_id: str, task_id: str, model: str) -> None:
+        """The generator's word once the service took a task, for a model that may be another than was asked first."""
+        self.sent[request_id] = model
+        self._run.note({"key": self.work.item.key, "request_id": request_id, "task_id": task_id, "model": model})
+
+    async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Async version of `submitted`."""
+        await in_thread(self.submitted, request_id, task_id, model)
+
+    @contextmanager
+    def journaled(self) -> Iterator[None]:
+        """Hear what is sent in this block."""
+        token = JOURNAL.set(self)
+        try:
+            yield
+        finally:
+            JOURNAL.reset(token)
+
+
+def failures_of(call: Call, outcome: Any) -> tuple[list[ImageFailure], set[str]]:
+    """What failed in a call, one for each picture, and which of its requests may have been charged without a picture."""
+    images = outcome.images if isinstance(outcome, ImageResult) else ()
+    failures: list[ImageFailure] = list(getattr(outcome, "failures", ()))
+    if not failures and isinstance(outcome, Exception):  # it befell all of them
+        failures = [ImageFailure.of(outcome, index) for index in range(max(1, call.reserved))]
+    if not call.draws:  # the end of a task does not tell under which request it was submitted
+        failures = [each.model_copy(update={"request_id": next(iter(call.sent), None)}) for each in failures]
+    told = {each.request_id for each in images} | {each.request_id for each in failures}
+    # Each request that is not told is of a failure without an id: it may have been charged if one of those may.
+    nameless = [each for each in failures if each.request_id is None]
+    ended = len(nameless) >= len(call.sent.keys() - told) and not any(may_be_charged(each) for each in nameless)
+    unknown = {each.request_id for each in failures if may_be_charged(each)} | (
+        set() if ended else call.sent.keys() - told
+    )
+    return failures, {each for each in call.sent if each in unknown}
+
+
+def is_the_prompts(failure: ImageFailure, item: PromptItem) -> bool:
+    """Whether a failure is the prompt's own, so that it is not drawn again by itself; what did not run is nobody's."""
+    final = failure.outcome is Outcome.FINAL and not may_be_charged(failure)
+    return final and not befalls_all(failure, item)
+
+
+def may_be_charged(failure: ImageFailure) -> bool:
+    """Whether its picture may be paid for; an error that is none of ours does not tell."""
+    return failure.outcome is Outcome.UNKNOWN or failure.scope is None
+
+
+def befalls_all(failure: ImageFailure, item: PromptItem) -> bool:
+    """Whether every other prompt would fail alike."""
+    wrong_model = failure.scope is Scope.MODEL and "model" not in item.said
+    return wrong_model or failure.scope in STOPPING
+
+
+def error_of(failure: ImageFailure) -> CogViewError:
+    """The error that a failure is the record of."""
+    kind = error_class(failure.error) or CogViewError
+    facts = {name: getattr(failure, name) for name in ("hint", "code", "status", "request_id")}
+    return kind(failure.message, **facts)

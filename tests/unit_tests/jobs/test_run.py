@@ -29,9 +29,9 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images import store
 from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
-from langchain_cogview.jobs import lines as job_lines
-from langchain_cogview.jobs.calls import Call
+from langchain_cogview.jobs import folder as job_files
 from langchain_cogview.jobs.folder import JobFolder
+from langchain_cogview.jobs.run import Call
 from langchain_cogview.progress import ProgressCallbackHandler
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
@@ -847,7 +847,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch, name: str) -> None:
         self.name, self.full = name, True
-        write = manifest.RecordFile._write
+        write = job_files.RecordFile._write
 
         def full(file, content):
             if not self.full or file.path.name != self.name:
@@ -856,7 +856,7 @@ class FullDisk:
             os.write(file._descriptor, content[: len(content) // 2])
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(manifest.RecordFile, "_write", full)
+        monkeypatch.setattr(job_files.RecordFile, "_write", full)
 
 
 def test_nothing_is_sent_that_cannot_be_written_down_before(run, out, sandbox, monkeypatch):
@@ -891,7 +891,7 @@ class NoRoom:
         aside.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(aside))
         monkeypatch.setattr(store.ImageFile, "_named_file", _no_room)
-        monkeypatch.setattr(job_lines, "write_whole", self.write)
+        monkeypatch.setattr(manifest, "write_whole", self.write)
         monkeypatch.setattr(JobFolder, "add", self.add)
 
     def write(self, path: Path, content: bytes) -> None:
@@ -1097,7 +1097,7 @@ class SecondWhile(BaseRateLimiter):
 def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, sandbox, monkeypatch):
     writing = threading.Event()
     made = []
-    write = manifest.RecordFile._write
+    write = job_files.RecordFile._write
 
     def slow(file, content):
         if file.path.name == "manifest.jsonl" and not writing.is_set():
@@ -1108,7 +1108,7 @@ def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, san
             made.append(sandbox.images_made)
         write(file, content)
 
-    monkeypatch.setattr(manifest.RecordFile, "_write", slow)
+    monkeypatch.setattr(job_files.RecordFile, "_write", slow)
     assert run(["a cat", "a dog"], rate_limiter=SecondWhile(writing)).made == 2
     assert made == [2]
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from langchain_cogview import CogViewError, Sandbox, plan_job, run_job
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.sandbox import SandboxServer
-from tests.unit_tests.test_cli import MODULE
-from tests.unit_tests.test_jobs_command import with_a_key
+from tests.unit_tests.cli.test_batch import with_a_key
+from tests.unit_tests.cli.test_command import MODULE
 
 SMALL = {"size": "640x512"}
 NAMES = (
@@ -462,7 +462,8 @@ def test_a_job_of_a_hundred_thousand_lines_goes_on_in_little_memory(tmp_path):
         run_job(prompts[:1], out, base_url=sandbox.base_url, progress=False, **SMALL)
         line = json.loads((out / "manifest.jsonl").read_text())
         from langchain_cogview import CogViewImageGenerator
-        from langchain_cogview.jobs.plan import checked_prompts, job_settings
+        from langchain_cogview.jobs.plan import job_settings
+        from langchain_cogview.jobs.prompts import checked_prompts
 
         defaults = job_settings(CogViewImageGenerator(base_url=sandbox.base_url, **SMALL))
         defaults.pop("service")

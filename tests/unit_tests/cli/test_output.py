@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from langchain_cogview import ProgressCallbackHandler, Sandbox, cli, plan_job, run_job
 from langchain_cogview.text import printable, visible
-from tests.unit_tests.test_cli import MODULE, on_a_terminal
+from tests.unit_tests.cli.test_command import MODULE, on_a_terminal
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x08\x7f\x9b31m\r\u202e\u2066\u2069\u200e\u200f\u061c\u2028\u2029\ud800\udc80\x00\ufeff\u200d"
 HOSTILE = st.text(alphabet=st.one_of(st.sampled_from(EVIL), st.sampled_from("ab猫 \t.-=")), min_size=1, max_size=12)
@@ -169,7 +169,7 @@ def test_plans_reports_and_the_bar_are_clean_for_scripts_too(tmp_path, capfd):
 
 
 def test_what_is_logged_is_a_clean_line_of_the_command(tmp_path):
-    from langchain_cogview.shell import finish
+    from langchain_cogview.cli.output import finish
 
     err = Terminal()
 

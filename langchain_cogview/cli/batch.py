@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.shell import exit_code, finish, in_shell_words, json_text, say, write
+from langchain_cogview.cli.output import exit_code, finish, in_shell_words, json_text, say, write
 from langchain_cogview.text import printable
 
 if TYPE_CHECKING:

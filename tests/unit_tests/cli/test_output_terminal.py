@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from PIL import Image
 
-from langchain_cogview.terminal import Terminal, open_file, path_on, picture_on, terminal_of
+from langchain_cogview.cli.output import Terminal, open_file, path_on, picture_on, terminal_of
 
 
 def picture(form="PNG", size=(64, 32)) -> bytes:
@@ -166,7 +166,7 @@ def test_a_viewer_that_stays_is_not_waited_for(viewer, monkeypatch):
             started.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Kept)
-    monkeypatch.setattr("langchain_cogview.terminal._VIEWER_SECONDS", 0.01)
+    monkeypatch.setattr("langchain_cogview.cli.output._VIEWER_SECONDS", 0.01)
     viewer("exec sleep 60")
     assert open_file(Path("cat.png")) is None
     assert started[0].poll() is None

@@ -14,18 +14,23 @@ from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.shell import (
+from langchain_cogview.cli.output import (
     EXIT_CODES,
+    Terminal,
     exit_code,
     finish,
     hint_of,
+    in_shell_words,
     json_text,
+    open_file,
+    path_on,
+    picture_on,
     say,
     shows_on_terminal,
+    terminal_of,
     write,
     write_bytes,
 )
-from langchain_cogview.terminal import Terminal, open_file, path_on, picture_on, terminal_of
 from langchain_cogview.text import visible
 
 try:
@@ -116,11 +121,10 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(_common)
     app.command("draw")(draw)
     app.command("schema")(schema)
-    from langchain_cogview.cli_batch import batch  # noqa: PLC0415  which needs typer
-    from langchain_cogview.cli_doctor import doctor  # noqa: PLC0415
+    from langchain_cogview.cli.batch import batch  # noqa: PLC0415  which needs typer
 
     app.command("batch")(batch)
-    app.command("doctor")(doctor)
+    app.command("doctor")(check)
     return app
 
 
@@ -196,6 +200,38 @@ def _schema(model: str) -> int:
     from langchain_cogview.tool import CogViewImageTool  # noqa: PLC0415
 
     return write(json_text(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
+
+
+def check(
+    *,
+    region: Annotated[str | None, typer.Option(help="china or international. Default: as the key that is set.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's.")] = None,
+    sandbox: Annotated[
+        bool, typer.Option("--sandbox", help="Look at the sandbox instead: no key, no network.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Ask nobody: versions and settings only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")] = False,
+) -> None:
+    """Check versions, settings, network and key. Makes no picture and costs nothing.
+
+    Of the key it shows where it comes from and the last four characters. It asks no host but the API's, and that for something
+    that must be refused.
+    """
+    if base_url is not None and (sandbox or not base_url.strip()):
+        raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+    if region not in {None, "china", "international"}:
+        raise typer.BadParameter("--region is china or international.")
+    finish(lambda: _check(region, "sandbox:" if sandbox else base_url, offline=offline, as_json=as_json))
+
+
+def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: bool) -> int:
+    from langchain_cogview.cli.doctor import diagnose  # noqa: PLC0415
+    from langchain_cogview.errors import error_class  # noqa: PLC0415
+
+    diagnosis = diagnose(base_url=base_url, region=region, offline=offline)  # type: ignore[arg-type]
+    written = write(json_text(diagnosis.to_dict()) if as_json else in_shell_words(str(diagnosis)))
+    failed = diagnosis.first_failed
+    return exit_code(error_class(failed.error)) if failed else written
 
 
 class _Shown(NamedTuple):
@@ -313,7 +349,3 @@ def _saved(image: GeneratedImage, number: int, target: Path | None, codes: list[
     say(f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}")
     codes.append(6)
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

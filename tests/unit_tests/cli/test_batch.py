@@ -14,7 +14,7 @@ import pytest
 
 from langchain_cogview import cli
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from tests.unit_tests.test_cli import KEY, MODULE, cogview, command, on_a_terminal
+from tests.unit_tests.cli.test_command import KEY, MODULE, cogview, command, on_a_terminal
 
 PROMPTS = "a cat\n\na dog\nx [[content-filter]]\n"
 

@@ -12,7 +12,7 @@ import trustme
 from typer.testing import CliRunner
 
 from langchain_cogview import Sandbox, cli
-from langchain_cogview.doctor import diagnose
+from langchain_cogview.cli.doctor import diagnose
 from langchain_cogview.sandbox.server import SandboxServer
 from tests.conftest import FAKE_KEY, FIXTURES
 from tests.host import Host, http
@@ -237,7 +237,7 @@ def test_a_proxy_is_gone_through_and_one_that_refuses_is_told(key, monkeypatch):
 
 
 def test_no_answer_is_5_and_speaks_of_no_charge(key, monkeypatch):
-    monkeypatch.setattr("langchain_cogview.probe.STEP_SECONDS", 1.0)
+    monkeypatch.setattr("langchain_cogview.cli.doctor.STEP_SECONDS", 1.0)
     quiet = socket.create_server(("127.0.0.1", 0))
     with quiet:
         result = doctor("--base-url", f"http://127.0.0.1:{quiet.getsockname()[1]}/v4")

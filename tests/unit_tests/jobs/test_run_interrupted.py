@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from tests.unit_tests.test_cli import KEY
+from tests.unit_tests.cli.test_command import KEY
 
 IDLE = 0.005
 IN_A_NOTEBOOK = """

@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, cli, errors, shell
+from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, cli, errors
+from langchain_cogview.cli import output as shell
 from langchain_cogview.images import store
 
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
