@@ -1,4 +1,4 @@
-"""One logical call of the endpoint: its place in flight, attempts, waits and deadline."""
+"""One logical call of the endpoint: its slot in flight, attempts, waits and deadline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
-from langchain_cogview.api.limiter import Gate, Place, gate_for
+from langchain_cogview.api.limiter import Limiter, Slot, limiter_for
 from langchain_cogview.api.protocol import (
     MAX_RETRY_AFTER,
     Fault,
@@ -45,7 +45,7 @@ class RateLimiter(Protocol):
     """What is asked for leave before each attempt: LangChain's `BaseRateLimiter` has this form."""
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        """Take a place; False where there is none and `blocking` is False."""
+        """Take a slot; False where there is none and `blocking` is False."""
         ...
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
@@ -89,11 +89,11 @@ class _Attempts:
     """Of one logical call.
 
     Attributes:
-        begun: How many there were, also those that found no place.
+        begun: How many there were, also those that found no slot.
         made: How many were sent.
         waited_for: The errors after which it was sent again.
-        ticket: Where the call stands in the queue of the gate.
-        queue_is_wait: Whether the queue for a place takes the place of a wait.
+        ticket: Where the call stands in the queue of the limiter.
+        queue_is_wait: Whether the queue for a slot replaces a wait.
     """
 
     begun: int = 0
@@ -105,11 +105,11 @@ class _Attempts:
 
 @dataclass(frozen=True, slots=True)
 class ImagesClient:
-    """Calls of the endpoint, each in its place among those in flight.
+    """Calls of the endpoint, each in its slot among those in flight.
 
     Args:
         endpoint: Where to.
-        account: The base URL as the user knows it; with key and model it tells who shares a gate.
+        account: The base URL as the user knows it; with key and model it tells who shares a limiter.
         max_concurrency: Requests in flight; None: the catalog's figure for the model.
         policy: What is sent again, and when.
         rate_limiter: Asked before every attempt.
@@ -126,39 +126,39 @@ class ImagesClient:
 
         Args:
             body: As `protocol.images_body` makes it; its `request_id` is the same on every attempt.
-            deadline: For everything from the first place in flight on, waits included; started here.
+            deadline: For everything from the first slot in flight on, waits included; started here.
             events: Hears of it.
 
         Raises:
             CogViewError: Carries the request id and the number of attempts.
         """
-        reply, place = self.paid(ROUTE, body, read_reply, deadline, events)
-        place.done()
+        reply, slot = self.paid(ROUTE, body, read_reply, deadline, events)
+        slot.done()
         return reply
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """POST one request, again only where that is safe. The twin of `generate`."""
-        reply, place = await self.apaid(ROUTE, body, read_reply, deadline, events)
-        place.done()
+        reply, slot = await self.apaid(ROUTE, body, read_reply, deadline, events)
+        slot.done()
         return reply
 
     def paid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
-    ) -> tuple[ReplyT, Place]:
-        """POST to a route that costs money; the caller ends the place in flight that comes with the reply."""
+    ) -> tuple[ReplyT, Slot]:
+        """POST to a route that costs money; the caller ends the slot in flight that comes with the reply."""
         attempts = _Attempts()
         call = Call("POST", route, body)
         while True:
             attempts.begun += 1
             try:
-                place = self._placed(body, deadline, attempts)
+                slot = self._acquire_slot(body, deadline, attempts)
                 try:
                     events.sending()
                     attempts.made += 1
-                    return _warned(self.endpoint.exchange(call, deadline, read), attempts), place
+                    return _warned(self.endpoint.exchange(call, deadline, read), attempts), slot
                 except BaseException as error:
                     events.failed(error)
-                    _ended(place, error, attempts)
+                    _end_slot(slot, error, attempts)
                     raise
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
@@ -169,21 +169,21 @@ class ImagesClient:
 
     async def apaid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
-    ) -> tuple[ReplyT, Place]:
+    ) -> tuple[ReplyT, Slot]:
         """The twin of `paid`."""
         attempts = _Attempts()
         call = Call("POST", route, body)
         while True:
             attempts.begun += 1
             try:
-                place = await self._aplaced(body, deadline, attempts)
+                slot = await self._aacquire_slot(body, deadline, attempts)
                 try:
                     await events.asending()
                     attempts.made += 1
-                    return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), place
+                    return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), slot
                 except BaseException as error:
                     events.failed(error)
-                    _ended(place, error, attempts)
+                    _end_slot(slot, error, attempts)
                     raise
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
@@ -192,52 +192,52 @@ class ImagesClient:
                 await events.aretrying(error, wait, attempts.made)
             await STOPPED.get().await_seconds(wait)
 
-    # --- a place in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
+    # --- a slot in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
 
-    def _placed(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Place:
-        stopped = STOPPED.get()
-        gate, cap = self._gate(body["model"])
+    def _acquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
+        cancelled = STOPPED.get()
+        limiter, cap = self._limiter(body["model"])
         again = deadline if deadline.started else _queue_limit(deadline)
-        place = gate.take(cap, deadline=again, stopped=stopped, ticket=attempts.ticket)
-        if place is None and not stopped.is_set() and not deadline.started:
+        slot = limiter.acquire(cap, deadline=again, cancelled=cancelled, ticket=attempts.ticket)
+        if slot is None and not cancelled.is_set() and not deadline.started:
             raise CogViewTimeoutError(
-                "No place in flight got free while this call kept its event loop from going on; nothing was sent.",
+                "No slot in flight got free while this call kept its event loop from going on; nothing was sent.",
                 hint="Inside a running event loop, await ainvoke or abatch.",
             )
-        if place is None:
-            raise _no_place(deadline, stopped=stopped.is_set())
+        if slot is None:
+            raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
             self._wait_for_leave(deadline)
-            _go_on(stopped)
+            _go_on(cancelled)
             _in_time(deadline)
         except BaseException:
-            place.leave()
+            slot.release()
             raise
         deadline.start()
-        place.end_after(deadline.remaining())
-        attempts.ticket = place.ticket
-        return place
+        slot.end_after(deadline.remaining())
+        attempts.ticket = slot.ticket
+        return slot
 
-    async def _aplaced(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Place:
-        gate, cap = self._gate(body["model"])
+    async def _aacquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
+        limiter, cap = self._limiter(body["model"])
         again = deadline if deadline.started else None
-        stopped = STOPPED.get()
-        place = await gate.atake(
-            cap, deadline=again, stopped=stopped if stopped.has_questions else None, ticket=attempts.ticket
+        cancelled = STOPPED.get()
+        slot = await limiter.aacquire(
+            cap, deadline=again, cancelled=cancelled if cancelled.has_questions else None, ticket=attempts.ticket
         )
-        if place is None:
-            raise _no_place(deadline, stopped=stopped.is_set())
+        if slot is None:
+            raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
             await self._await_leave(deadline)
-            _go_on(stopped)
+            _go_on(cancelled)
             _in_time(deadline)
         except BaseException:
-            place.leave()
+            slot.release()
             raise
         deadline.start()
-        place.end_after(deadline.remaining())
-        attempts.ticket = place.ticket
-        return place
+        slot.end_after(deadline.remaining())
+        attempts.ticket = slot.ticket
+        return slot
 
     def _wait_for_leave(self, deadline: Deadline) -> None:
         if self.rate_limiter and not deadline.started:
@@ -260,9 +260,9 @@ class ImagesClient:
 
     # --- pure steps
 
-    def _gate(self, model: str) -> tuple[Gate, int]:
+    def _limiter(self, model: str) -> tuple[Limiter, int]:
         key = self.endpoint.api_key.get_secret_value()
-        return gate_for(self.account, model, key), self.max_concurrency or model_info(model).in_flight
+        return limiter_for(self.account, model, key), self.max_concurrency or model_info(model).in_flight
 
     def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
         """Seconds before the call is sent again after an error; None where the error stands."""
@@ -298,16 +298,16 @@ def client_of(
     return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter)
 
 
-def _ended(place: Place, error: BaseException, attempts: _Attempts) -> None:
+def _end_slot(slot: Slot, error: BaseException, attempts: _Attempts) -> None:
     if isinstance(error, CogViewRateLimitError) and not isinstance(error, CogViewBusyError):
-        attempts.queue_is_wait = place.refused() and error.retry_after is None
+        attempts.queue_is_wait = slot.dropped() and error.retry_after is None
     else:
         attempts.queue_is_wait = False
-        place.leave()
+        slot.release()
 
 
 def _queue_limit(deadline: Deadline) -> Deadline | None:
-    """How long a sync call queues: as long as it takes, but where it blocks an event loop whose tasks may have the places."""
+    """How long a sync call queues: as long as it takes, but where it blocks an event loop whose tasks may have the slots."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -315,8 +315,8 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
     return Deadline(deadline.seconds or _BLOCKED_LOOP_SECONDS)
 
 
-def _go_on(stopped: Stop) -> None:
-    if stopped.is_set():
+def _go_on(cancelled: Stop) -> None:
+    if cancelled.is_set():
         raise CogViewStoppedError
 
 
@@ -327,8 +327,8 @@ def _in_time(deadline: Deadline) -> None:
         )
 
 
-def _no_place(deadline: Deadline, *, stopped: bool = False) -> CogViewError:
-    if stopped:
+def _no_slot(deadline: Deadline, *, cancelled: bool = False) -> CogViewError:
+    if cancelled:
         return CogViewStoppedError()
     return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from langchain_cogview.api.client import CallEvents, ImagesClient
-    from langchain_cogview.api.limiter import Place
+    from langchain_cogview.api.limiter import Slot
 
 TASK_ROUTE: Final = "/async/images/generations"
 RESULT_ROUTE: Final = "/async-result/"
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 class TasksClient:
     """Calls of the task endpoint; in form like `ImagesClient`.
 
-    A task holds its place in flight until its end is known; one that is only submitted does not.
+    A task holds its slot in flight until its end is known; one that is only submitted does not.
 
     Args:
         images: Sends the paid POST.
@@ -77,35 +77,35 @@ class TasksClient:
             CogViewError: As for `ImagesClient.generate`.
         """
         try:
-            task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
+            task, slot = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
             return _said_plain(self.images.generate(body, deadline, events))
-        with _paid_for(body, task.task_id, place):
+        with _paid_for(body, task.task_id, slot):
             return _warned(task.reply or self._followed(_accepted(task, events), deadline, events), task)
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Submit a task and wait for its picture. The twin of `generate`."""
         try:
-            task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
+            task, slot = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
             return _said_plain(await self.images.agenerate(body, deadline, events))
-        with _paid_for(body, task.task_id, place):
+        with _paid_for(body, task.task_id, slot):
             return _warned(task.reply or await self._afollowed(await _aaccepted(task, events), deadline, events), task)
 
     def submit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
         """Submit a task and give its id."""
-        task, place = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
-        with _paid_for(body, task.task_id, place):
+        task, slot = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
+        with _paid_for(body, task.task_id, slot):
             return _accepted(task, events)
 
     async def asubmit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
         """Submit a task and give its id. The twin of `submit`."""
-        task, place = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
-        with _paid_for(body, task.task_id, place):
+        task, slot = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
+        with _paid_for(body, task.task_id, slot):
             return await _aaccepted(task, events)
 
     def status(self, task_id: str, deadline: Deadline) -> TaskReply:
@@ -248,14 +248,14 @@ def _unfinished(task_id: str, last: CogViewError | None) -> CogViewTaskUnfinishe
 
 
 @contextmanager
-def _paid_for(body: dict[str, Any], task_id: str | None, place: Place) -> Iterator[None]:
+def _paid_for(body: dict[str, Any], task_id: str | None, slot: Slot) -> Iterator[None]:
     """What ends a wait for a task that runs on says so: it may be paid for, and can be resumed."""
     try:
         yield
     except CogViewError as error:
         told = error
         if _is_end(error):
-            place.done()
+            slot.done()
         elif task_id:
             told = _unfinished(task_id, None if isinstance(error, CogViewTaskUnfinishedError) else error)
             told.detail = told.detail or error.detail
@@ -269,9 +269,9 @@ def _paid_for(body: dict[str, Any], task_id: str | None, place: Place) -> Iterat
         error.add_note(note)
         raise
     else:
-        place.done()
+        slot.done()
     finally:
-        place.leave()  # without effect where it is done: a task that runs on teaches the gate nothing
+        slot.release()  # without effect where it is done: a task that runs on teaches the limiter nothing
 
 
 def _is_end(error: CogViewError) -> bool:

@@ -1,4 +1,4 @@
-"""httpx transports over httpcore: one connection per slot, kept per process and event loop.
+"""httpx transports over httpcore: one connection per connection, kept per process and event loop.
 
 `SyncTransport` and `AsyncTransport` take one idle connection for each request, the last used first, or open one; there is no
 pool to search, so that hundreds in flight cost no more than one. httpcore does HTTP, TLS and proxies; `network` has what
@@ -48,7 +48,7 @@ MOST_IDLE: Final = 1000
 """Idle connections that are kept for each host."""
 _CHUNKS_A_TURN: Final = 64
 
-SlotT = TypeVar("SlotT", bound="_SyncSlot | _AsyncSlot")
+ConnectionT = TypeVar("ConnectionT", bound="_SyncConnection | _AsyncConnection")
 
 
 class _Route(NamedTuple):
@@ -142,7 +142,7 @@ def _ours() -> Iterator[None]:
 # --- connections
 
 
-class _SyncSlot:
+class _SyncConnection:
     """One connection, open or not, to one route."""
 
     def __init__(self, route: _Route) -> None:
@@ -172,13 +172,15 @@ class _SyncSlot:
 
 
 class _SyncBody(httpx.SyncByteStream):
-    def __init__(self, slot: _SyncSlot, response: httpcore.Response, done: Callable[[_SyncSlot], None]) -> None:
-        self._slot, self._response, self._done = slot, response, done
+    def __init__(
+        self, connection: _SyncConnection, response: httpcore.Response, done: Callable[[_SyncConnection], None]
+    ) -> None:
+        self._connection, self._response, self._done = connection, response, done
         self._is_closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         parts = self._response.iter_stream()
-        stream = self._slot.backend.stream
+        stream = self._connection.backend.stream
         while True:
             with _ours():
                 part = next(parts, None)
@@ -195,13 +197,13 @@ class _SyncBody(httpx.SyncByteStream):
                 with _ours():
                     self._response.close()
             except BaseException:
-                self._slot.close()
+                self._connection.close()
                 raise
-            self._done(self._slot)
+            self._done(self._connection)
 
 
-class _AsyncSlot:
-    """Async version of `_SyncSlot`."""
+class _AsyncConnection:
+    """Async version of `_SyncConnection`."""
 
     def __init__(self, route: _Route, open_sockets: set[socket.socket]) -> None:
         self.route = route
@@ -228,12 +230,14 @@ class _AsyncSlot:
 
 
 class _AsyncBody(httpx.AsyncByteStream):
-    def __init__(self, slot: _AsyncSlot, response: httpcore.Response, done: Callable[[_AsyncSlot], None]) -> None:
-        self._slot, self._response, self._done = slot, response, done
+    def __init__(
+        self, connection: _AsyncConnection, response: httpcore.Response, done: Callable[[_AsyncConnection], None]
+    ) -> None:
+        self._connection, self._response, self._done = connection, response, done
         self._is_closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        stream = self._slot.backend.stream
+        stream = self._connection.backend.stream
         count = 0
         parts: Any = self._response.aiter_stream()
         async with contextlib.aclosing(parts):
@@ -258,46 +262,46 @@ class _AsyncBody(httpx.AsyncByteStream):
                 with _ours():
                     await self._response.aclose()
             except BaseException:
-                self._slot.close()
+                self._connection.close()
                 raise
-            self._done(self._slot)
+            self._done(self._connection)
 
 
-class _Idle(Generic[SlotT]):
+class _Idle(Generic[ConnectionT]):
     """The idle connections of the threads of a process, or of an event loop."""
 
     def __init__(self) -> None:
-        self._slots: dict[_Route, deque[SlotT]] = {}
+        self._slots: dict[_Route, deque[ConnectionT]] = {}
 
-    def take(self, route: _Route) -> SlotT | None:
+    def take(self, route: _Route) -> ConnectionT | None:
         """The connection that was used last, or None."""
-        slots = self._slots.get(route)
+        connections = self._slots.get(route)
         with contextlib.suppress(IndexError):  # another thread may take the last
-            while slots:
-                slot = slots.pop()
-                if slot.is_usable():
-                    return slot
-                slot.close()
+            while connections:
+                connection = connections.pop()
+                if connection.is_usable():
+                    return connection
+                connection.close()
         return None
 
-    def give_back(self, slot: SlotT) -> None:
+    def give_back(self, connection: ConnectionT) -> None:
         """Keep a connection whose reply was read to its end and has nothing behind it; close any other, and those too old."""
-        slots = self._slots.setdefault(slot.route, deque())
-        if slot.is_usable() and len(slots) < MOST_IDLE:
-            slot.idle_since = time.monotonic()
-            slots.append(slot)
+        connections = self._slots.setdefault(connection.route, deque())
+        if connection.is_usable() and len(connections) < MOST_IDLE:
+            connection.idle_since = time.monotonic()
+            connections.append(connection)
         else:
-            slot.close()
+            connection.close()
         with contextlib.suppress(IndexError):
-            while slots and time.monotonic() - slots[0].idle_since > KEEPALIVE_SECONDS:
-                slots.popleft().close()
+            while connections and time.monotonic() - connections[0].idle_since > KEEPALIVE_SECONDS:
+                connections.popleft().close()
 
     def close(self) -> None:
         """Close them all."""
-        slots, self._slots = self._slots, {}
-        for each in slots.values():
-            for slot in each:
-                slot.close()
+        connections, self._slots = self._slots, {}
+        for each in connections.values():
+            for connection in each:
+                connection.close()
 
 
 # --- the transports
@@ -307,7 +311,7 @@ class SyncTransport(httpx.BaseTransport):
     """Connections for sync calls, shared by the threads of a process."""
 
     def __init__(self) -> None:
-        self._idle: _Idle[_SyncSlot] = _Idle()
+        self._idle: _Idle[_SyncConnection] = _Idle()
         self._process = os.getpid()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -316,15 +320,15 @@ class SyncTransport(httpx.BaseTransport):
         deadline = request.extensions.get(DEADLINE) or Deadline(None)
         while True:
             idle = self._connections().take(route)
-            slot = idle or _SyncSlot(route)
+            connection = idle or _SyncConnection(route)
             try:
-                response = slot.send(request, deadline)
+                response = connection.send(request, deadline)
             except BaseException as error:
-                slot.close()
+                connection.close()
                 if idle and isinstance(error, UnaskedReplyError):
                     continue  # it was spoiled in the last moment
                 raise
-            body = _SyncBody(slot, response, lambda slot: self._connections().give_back(slot))
+            body = _SyncBody(connection, response, lambda connection: self._connections().give_back(connection))
             return httpx.Response(
                 response.status, headers=response.headers, stream=body, extensions=response.extensions
             )
@@ -333,7 +337,7 @@ class SyncTransport(httpx.BaseTransport):
         """Close the idle connections; the transport can be used again."""
         self._connections().close()
 
-    def _connections(self) -> _Idle[_SyncSlot]:
+    def _connections(self) -> _Idle[_SyncConnection]:
         if self._process != os.getpid():
             # After a fork the sockets are shared with the parent: closed here, they stay open there.
             self._process = os.getpid()
@@ -347,7 +351,7 @@ class _LoopConnections:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.idle: _Idle[_AsyncSlot] = _Idle()
+        self.idle: _Idle[_AsyncConnection] = _Idle()
         self.open_sockets: set[socket.socket] = set()
 
     def close(self) -> None:
@@ -373,15 +377,15 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         connections = self._connections()
         while True:
             idle = connections.idle.take(route)
-            slot = idle or _AsyncSlot(route, connections.open_sockets)
+            connection = idle or _AsyncConnection(route, connections.open_sockets)
             try:
-                response = await slot.send(request)
+                response = await connection.send(request)
             except BaseException as error:
-                slot.close()
+                connection.close()
                 if idle and isinstance(error, UnaskedReplyError):
                     continue  # it was spoiled in the last moment
                 raise
-            body = _AsyncBody(slot, response, connections.idle.give_back)
+            body = _AsyncBody(connection, response, connections.idle.give_back)
             return httpx.Response(
                 response.status, headers=response.headers, stream=body, extensions=response.extensions
             )
