@@ -93,26 +93,26 @@ _POLL_SECONDS: Final = 0.1
 _MARK: Final = "cogview_raised_by_signal"
 
 
-class Stop(threading.Event):
+class CancelToken(threading.Event):
     """A cancel token. Once it is set, no further request is sent; requests in flight may end.
 
-    It is set by `set` when the caller has gone (Ctrl-C, an iterator that was left), and while one of its questions answers yes
+    It is set by `set` when the caller has gone (Ctrl-C, an iterator that was left), and while one of its conditions answers yes
     (a job that was asked to stop). A child is set with its parent, and not the other way round.
 
     Args:
-        questions: Each returns whether an end was asked for.
+        conditions: Each returns whether an end was asked for.
     """
 
-    def __init__(self, *questions: Callable[[], bool]) -> None:
+    def __init__(self, *conditions: Callable[[], bool]) -> None:
         super().__init__()
-        self._questions = questions
-        self._children: weakref.WeakSet[Stop] = weakref.WeakSet()
+        self._conditions = conditions
+        self._children: weakref.WeakSet[CancelToken] = weakref.WeakSet()
         self._changing = threading.Lock()
 
     @property
-    def has_questions(self) -> bool:
+    def has_conditions(self) -> bool:
         """Whether it can be set without a call of `set`, so that it has to be asked again and again."""
-        return bool(self._questions)
+        return bool(self._conditions)
 
     def set(self) -> None:
         """The caller has gone: cancel this work and its children."""
@@ -124,11 +124,11 @@ class Stop(threading.Event):
 
     def is_set(self) -> bool:
         """Whether no further request is sent."""
-        return super().is_set() or any(asks() for asks in self._questions)
+        return super().is_set() or any(holds() for holds in self._conditions)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no further request is sent, at most `timeout` seconds; returns whether that is so."""
-        if not self._questions:
+        if not self._conditions:
             return super().wait(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         while not self.is_set():
@@ -139,31 +139,31 @@ class Stop(threading.Event):
         return True
 
     async def await_seconds(self, seconds: float) -> None:
-        """Async version of `wait`. An async caller that has gone cancels its tasks, so only the questions end it."""
+        """Async version of `wait`. An async caller that has gone cancels its tasks, so only the conditions end it."""
         end = time.monotonic() + seconds
-        while self._questions and not self.is_set() and end - time.monotonic() > _POLL_SECONDS:  # noqa: ASYNC110  a question has no event
+        while self._conditions and not self.is_set() and end - time.monotonic() > _POLL_SECONDS:  # noqa: ASYNC110  a question has no event
             await asyncio.sleep(_POLL_SECONDS)
-        if not (self._questions and self.is_set()):
+        if not (self._conditions and self.is_set()):
             await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     def wait_until_abandoned(self, timeout: float) -> bool:
         """Wait until the caller has gone, at most `timeout` seconds; returns whether it has. Questions do not count."""
         return super().wait(timeout)
 
-    def inner(self, *questions: Callable[[], bool]) -> Stop:
-        """A child, with further questions."""
-        stop = Stop(*self._questions, *questions)
+    def child(self, *conditions: Callable[[], bool]) -> CancelToken:
+        """A child, with further conditions."""
+        token = CancelToken(*self._conditions, *conditions)
         if self is not NEVER:
             with self._changing:
-                self._children.add(stop)
+                self._children.add(token)
                 abandoned = super().is_set()
             if abandoned:
-                stop.set()
-        return stop
+                token.set()
+        return token
 
 
-NEVER: Final = Stop()
-STOPPED: Final[ContextVar[Stop]] = ContextVar("cogview_stopped", default=NEVER)
+NEVER: Final = CancelToken()
+CANCEL_TOKEN: Final[ContextVar[CancelToken]] = ContextVar("cogview_cancel_token", default=NEVER)
 
 
 def raised_by_signal(error: BaseException) -> BaseException | None:

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.concurrency import STOPPED, raised_by_signal
+from langchain_cogview.concurrency import CANCEL_TOKEN, raised_by_signal
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ class _Threads:
         self._room = threading.Semaphore(2 * places)
         self._finished: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._left = False
-        self._stopped = STOPPED.get().inner()
-        token = STOPPED.set(self._stopped)
+        self._stopped = CANCEL_TOKEN.get().child()
+        token = CANCEL_TOKEN.set(self._stopped)
         self._context = copy_context()
-        STOPPED.reset(token)
+        CANCEL_TOKEN.reset(token)
         self._workers = 0
 
     def results(self) -> Generator[tuple[int, Any], None, None]:

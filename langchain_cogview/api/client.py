@@ -20,7 +20,7 @@ from langchain_cogview.api.protocol import (
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
-from langchain_cogview.concurrency import STOPPED, Deadline
+from langchain_cogview.concurrency import CANCEL_TOKEN, Deadline
 from langchain_cogview.errors import (
     CogViewBusyError,
     CogViewError,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import httpx
     from pydantic import SecretStr
 
-    from langchain_cogview.concurrency import Stop
+    from langchain_cogview.concurrency import CancelToken
 
 ROUTE: Final = "/images/generations"
 _BLOCKED_LOOP_SECONDS = 120.0
@@ -165,7 +165,7 @@ class ImagesClient:
                 if wait is None:
                     raise _told(error, body, attempts) from None
                 events.retrying(error, wait, attempts.made)
-            STOPPED.get().wait(wait)
+            CANCEL_TOKEN.get().wait(wait)
 
     async def apaid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
@@ -190,12 +190,12 @@ class ImagesClient:
                 if wait is None:
                     raise _told(error, body, attempts) from None
                 await events.aretrying(error, wait, attempts.made)
-            await STOPPED.get().await_seconds(wait)
+            await CANCEL_TOKEN.get().await_seconds(wait)
 
     # --- a slot in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
 
     def _acquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
-        cancelled = STOPPED.get()
+        cancelled = CANCEL_TOKEN.get()
         limiter, cap = self._limiter(body["model"])
         again = deadline if deadline.started else _queue_limit(deadline)
         slot = limiter.acquire(cap, deadline=again, cancelled=cancelled, ticket=attempts.ticket)
@@ -221,9 +221,9 @@ class ImagesClient:
     async def _aacquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
         limiter, cap = self._limiter(body["model"])
         again = deadline if deadline.started else None
-        cancelled = STOPPED.get()
+        cancelled = CANCEL_TOKEN.get()
         slot = await limiter.aacquire(
-            cap, deadline=again, cancelled=cancelled if cancelled.has_questions else None, ticket=attempts.ticket
+            cap, deadline=again, cancelled=cancelled if cancelled.has_conditions else None, ticket=attempts.ticket
         )
         if slot is None:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
@@ -245,7 +245,7 @@ class ImagesClient:
             return
         while self.rate_limiter:
             _in_time(deadline)
-            if self.rate_limiter.acquire(blocking=False) or STOPPED.get().wait(_LIMITER_POLL_SECONDS):
+            if self.rate_limiter.acquire(blocking=False) or CANCEL_TOKEN.get().wait(_LIMITER_POLL_SECONDS):
                 return
 
     async def _await_leave(self, deadline: Deadline) -> None:
@@ -254,7 +254,7 @@ class ImagesClient:
             return
         while self.rate_limiter:
             _in_time(deadline)
-            if STOPPED.get().is_set() or await self.rate_limiter.aacquire(blocking=False):
+            if CANCEL_TOKEN.get().is_set() or await self.rate_limiter.aacquire(blocking=False):
                 return
             await asyncio.sleep(_LIMITER_POLL_SECONDS)
 
@@ -315,7 +315,7 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
     return Deadline(deadline.seconds or _BLOCKED_LOOP_SECONDS)
 
 
-def _go_on(cancelled: Stop) -> None:
+def _go_on(cancelled: CancelToken) -> None:
     if cancelled.is_set():
         raise CogViewStoppedError
 

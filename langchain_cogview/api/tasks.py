@@ -23,7 +23,7 @@ from langchain_cogview.api.protocol import (
     read_submitted,
     read_task,
 )
-from langchain_cogview.concurrency import STOPPED, Deadline
+from langchain_cogview.concurrency import CANCEL_TOKEN, Deadline
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -143,7 +143,7 @@ class TasksClient:
 
     def _polled(self, polls: _Polls, events: CallEvents) -> ImagesReply:
         while True:
-            if STOPPED.get().wait_until_abandoned(polls.pause()):
+            if CANCEL_TOKEN.get().wait_until_abandoned(polls.pause()):
                 raise polls.unfinished()
             try:
                 task = self.status(polls.task_id, polls.deadline)

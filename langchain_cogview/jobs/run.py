@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.call_events import JOURNAL
-from langchain_cogview.concurrency import STOPPED, in_thread
+from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewBudgetError,
@@ -135,11 +135,11 @@ class JobRun:
     @contextmanager
     def cancel_token(self) -> Iterator[None]:
         """In this block no request is sent once the job halts."""
-        token = STOPPED.set(STOPPED.get().inner(lambda: self.halts))
+        token = CANCEL_TOKEN.set(CANCEL_TOKEN.get().child(lambda: self.halts))
         try:
             yield
         finally:
-            STOPPED.reset(token)
+            CANCEL_TOKEN.reset(token)
 
     # --- what is next
 
@@ -229,7 +229,7 @@ class JobRun:
         Raises:
             CogViewError: The job stops, or it cannot be written down: it must not be sent.
         """
-        if STOPPED.get().is_set():
+        if CANCEL_TOKEN.get().is_set():
             raise CogViewStoppedError
         prompt = " ".join(str(item.said["prompt"]).split())[:_PROMPT_CHARACTERS]
         values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}
