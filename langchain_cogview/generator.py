@@ -22,10 +22,10 @@ from langchain_cogview.api.settings import (
     SANDBOX_KEY,
     Service,
     find_service,
-    found_key,
     is_sandbox,
-    loaded,
-    service_doubts,
+    preload,
+    resolve_key,
+    service_warnings,
 )
 from langchain_cogview.batches import (
     aas_completed,
@@ -259,7 +259,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
         service = find_service(self.api_key, self.region, self.base_url, injected=injected)
         self._key, self._region, self._base_url = service
         chosen = bool(self.api_key or self.region or self.base_url)
-        for warning in service_doubts(service, (self.model, *self.fallback_models), chosen=chosen):
+        for warning in service_warnings(service, (self.model, *self.fallback_models), chosen=chosen):
             warnings.warn(warning, stacklevel=2)
         return self
 
@@ -484,7 +484,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
 
     async def asubmit(self, input: ImageInput, *, budget: Budget | None = None, **kwargs: Any) -> ImageTask:  # noqa: A002
         """Async version of `submit`."""
-        await loaded(self._base_url)
+        await preload(self._base_url)
         request, notes = self._request(input, kwargs)
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = await self._call(request, NOBODY, (), reservation).asubmit()
@@ -560,7 +560,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             made.append(await work(given, self._teller(run_manager, config)))
             return made[0]
 
-        await loaded(self._base_url)
+        await preload(self._base_url)
         with status_line.call(config) as told:
             try:
                 await self._acall_with_config(run, given, config, run_type="llm")
@@ -638,7 +638,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
     def _found_key(self) -> SecretStr:
         # None came through a pickle: the service is the same, the key is found where it arrived.
         sandbox = is_sandbox(self._base_url)
-        return self._key or (SANDBOX_KEY if sandbox else found_key(None, self._region, unpickled=True))
+        return self._key or (SANDBOX_KEY if sandbox else resolve_key(None, self._region, unpickled=True))
 
     def _settings(self) -> CallSettings:
         if self._made_settings is None:

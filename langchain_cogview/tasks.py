@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from langchain_cogview.api.settings import loaded
+from langchain_cogview.api.settings import preload
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import (
@@ -112,7 +112,7 @@ class ImageTask:
 
     async def astatus(self) -> TaskStatus:
         """Ask once. The twin of `status`."""
-        await loaded(self.generator.resolved_base_url)
+        await preload(self.generator.resolved_base_url)
         try:
             return _status(await self.generator.tasks_client().astatus(self.id, Deadline(_STATUS_SECONDS)))
         except (CogViewTaskFailedError, CogViewContentFilterError):

@@ -15,8 +15,8 @@ import httpx
 
 from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
 from langchain_cogview.api.body import ReplyBody
-from langchain_cogview.api.network import UnaskedReplyError
-from langchain_cogview.api.protocol import Around, Fault, Phase, parse_retry_after, transport_error
+from langchain_cogview.api.network import UnexpectedDataError
+from langchain_cogview.api.protocol import Fault, Phase, ReplyContext, parse_retry_after, transport_error
 from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.settings import SANDBOX_KEY, is_sandbox
 from langchain_cogview.concurrency import DEADLINE, raised_by_signal
@@ -39,15 +39,15 @@ _Reply_co = TypeVar("_Reply_co", covariant=True)
 class Reader(Protocol[_Reply_co]):
     """Reads a reply, or raises the `CogViewError` that it is."""
 
-    def __call__(self, status: int, body: bytes, around: Around = ...) -> _Reply_co:
+    def __call__(self, status: int, body: bytes, context: ReplyContext = ...) -> _Reply_co:
         """Pure: no I/O."""
         ...
 
 
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 _SETTINGS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError)
-_RUBBISH = (httpx.RemoteProtocolError, httpx.DecodingError)
-_OURS = (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, CogViewError)
+_NOT_HTTP = (httpx.RemoteProtocolError, httpx.DecodingError)
+_CONVERTED = (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, CogViewError)
 """What becomes one of our errors. Everything else (a signal's exception, an interrupt, a cancelled task) is the caller's."""
 
 
@@ -69,7 +69,7 @@ class _Progress:
 
     def phase(self, error: BaseException | None = None) -> Phase:
         """Without a trace (another transport than httpcore's) only the exception's class tells; in doubt it was sent."""
-        if isinstance(error, UnaskedReplyError):
+        if isinstance(error, UnexpectedDataError):
             return Phase.CONNECTING
         if self.traced:
             return Phase.SENT if self.sent else Phase.CONNECTING
@@ -161,11 +161,11 @@ class Endpoint:
             BaseException: What somebody else raised meanwhile, such as a signal handler, as it is; a note on it says that the
                 request was sent.
         """
-        return _judged(self._exchanged(call, deadline, read), read)
+        return _read_or_raise(self._exchanged(call, deadline, read), read)
 
     async def aexchange(self, call: Call, deadline: Deadline, read: Reader[ReplyT]) -> ReplyT:
         """Async version of `exchange`."""
-        return _judged(await self._aexchanged(call, deadline, read), read)
+        return _read_or_raise(await self._aexchanged(call, deadline, read), read)
 
     def _exchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | BaseException:
         if deadline.passed:
@@ -248,8 +248,8 @@ class Endpoint:
             )
         retry_after = parse_retry_after(response.headers.get("retry-after"))
         sandbox = SANDBOX_HEADER in response.headers and is_free(self.account, self.api_key)
-        around = Around(self.base_url, reading.body.images, sandbox)
-        return _Received(response.status_code, redactor(self.api_key).body(body), around, retry_after)
+        context = ReplyContext(self.base_url, reading.body.images, sandbox)
+        return _Received(response.status_code, redactor(self.api_key).body(body), context, retry_after)
 
     def _failed(  # noqa: PLR0917
         self,
@@ -262,7 +262,7 @@ class Endpoint:
     ) -> _Received | BaseException:
         """What an exchange ends with that did not come to its end."""
         by_signal = raised_by_signal(error)
-        if by_signal or not isinstance(error, _OURS):
+        if by_signal or not isinstance(error, _CONVERTED):
             error = by_signal or error
             if by_signal:
                 error.__context__ = None  # the connection's view of it, with frames that hold the request
@@ -278,7 +278,7 @@ class Endpoint:
         if not isinstance(received, _Received):
             return None
         try:
-            read(received.status, received.body, received.around)
+            read(received.status, received.body, received.context)
         except CogViewError:
             return None
         return received
@@ -293,8 +293,8 @@ class Endpoint:
             fault = Fault.SETTINGS
         elif isinstance(error, httpx.ProxyError):
             fault = Fault.PROXY
-        elif isinstance(error, _RUBBISH):
-            fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.RUBBISH
+        elif isinstance(error, _NOT_HTTP):
+            fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.NOT_HTTP
         elif "CERTIFICATE_VERIFY_FAILED" in said:
             fault = Fault.UNTRUSTED
         else:
@@ -308,7 +308,7 @@ class _Received(NamedTuple):
 
     status: int
     body: bytes
-    around: Around
+    context: ReplyContext
     retry_after: float | None
 
 
@@ -318,11 +318,11 @@ def _url(url: str) -> httpx.URL:
     return httpx.URL(url)
 
 
-def _judged(received: _Received | BaseException, read: Reader[ReplyT]) -> ReplyT:
+def _read_or_raise(received: _Received | BaseException, read: Reader[ReplyT]) -> ReplyT:
     if isinstance(received, BaseException):
         raise received.with_traceback(None)
     try:
-        return read(received.status, received.body, received.around)
+        return read(received.status, received.body, received.context)
     except CogViewError as error:
         error.retry_after = received.retry_after
         raise

@@ -34,7 +34,7 @@ _WRITE_BYTES: Final = 2**16
 _SocketOptions = Iterable[Any] | None
 
 
-class UnaskedReplyError(httpcore.ConnectError, httpx.ConnectError):
+class UnexpectedDataError(httpcore.ConnectError, httpx.ConnectError):
     """When the other side sent something, or left, before the request: nothing of the request was sent."""
 
 
@@ -270,7 +270,7 @@ class SyncStream(httpcore.NetworkStream):
         buffer = b"".join(self._outgoing)
         self._outgoing.clear()
         if not self.guard.is_empty or _is_spoiled(self._input(), was_used=self._was_used):
-            raise UnaskedReplyError("The server sent something, or closed the connection, before the request.")
+            raise UnexpectedDataError("The server sent something, or closed the connection, before the request.")
         self._was_used = True
         self.guard.expect_reply()
         for start in range(0, len(buffer), _WRITE_BYTES):
@@ -507,7 +507,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         buffer = b"".join(self._outgoing)
         self._outgoing.clear()
         if not self.guard.is_empty or _is_spoiled(self._channel.receive_now(), was_used=self._was_used):
-            raise UnaskedReplyError("The server sent something, or closed the connection, before the request.")
+            raise UnexpectedDataError("The server sent something, or closed the connection, before the request.")
         self._was_used = True
         self.guard.expect_reply()
         try:

@@ -114,7 +114,7 @@ class ImagesReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class ReplyContext:
     """What came with the JSON of a reply.
 
     Attributes:
@@ -128,7 +128,7 @@ class Around:
     sandbox: bool = False
 
 
-_NOTHING: Final = Around()
+_NO_CONTEXT: Final = ReplyContext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_reply(status: int, body: bytes, around: Around = _NOTHING) -> ImagesReply:
+def read_reply(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> ImagesReply:
     """Read one reply, whatever it is.
 
     Raises:
@@ -168,13 +168,13 @@ def read_reply(status: int, body: bytes, around: Around = _NOTHING) -> ImagesRep
     """
     fields, entries, failure = _fields(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
-        pictures = _pictures(fields, "data", entries, failure, around)
-        if pictures:
-            return pictures
+        images = _images_reply(fields, "data", entries, failure, context)
+        if images:
+            return images
     raise _error(status, failure, entries, body)
 
 
-def read_task(status: int, body: bytes, around: Around = _NOTHING) -> TaskReply:
+def read_task(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> TaskReply:
     """Read one reply of the task endpoint, to the POST or to a poll.
 
     Raises:
@@ -183,9 +183,9 @@ def read_task(status: int, body: bytes, around: Around = _NOTHING) -> TaskReply:
     fields, entries, failure = _fields(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
         task_id = _task_id(fields.get("id"))
-        pictures = _pictures(fields, "image_result", entries, failure, around)
-        if pictures:
-            return TaskReply(task_id, pictures)
+        images = _images_reply(fields, "image_result", entries, failure, context)
+        if images:
+            return TaskReply(task_id, images)
         said = fields.get("task_status")
         state = said.strip().upper() if isinstance(said, str) else ""
         if state == "FAIL" and failure is None:
@@ -199,7 +199,7 @@ def read_task(status: int, body: bytes, around: Around = _NOTHING) -> TaskReply:
     raise _error(status, failure, entries, body)
 
 
-def read_submitted(status: int, body: bytes, around: Around = _NOTHING) -> TaskReply:
+def read_submitted(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> TaskReply:
     """Read the reply to a task's POST: with an id and no error the task is accepted, whatever else is missing.
 
     Raises:
@@ -208,7 +208,7 @@ def read_submitted(status: int, body: bytes, around: Around = _NOTHING) -> TaskR
     fields, _, failure = _fields(status, body)
     task_id = _task_id(fields.get("id"))
     try:
-        return read_task(status, body, around)
+        return read_task(status, body, context)
     except CogViewError as error:
         error.task_id = task_id
         unsure = type(error) in {CogViewMalformedReplyError, CogViewOutcomeUnknownError}
@@ -224,10 +224,14 @@ def _fields(status: int, body: bytes) -> tuple[dict[str, Any], tuple[ContentFilt
     return fields, entries, _failure(fields, enveloped=status < 300)  # noqa: PLR2004
 
 
-def _pictures(
-    fields: dict[str, Any], name: str, entries: tuple[ContentFilter, ...], failure: _Failure | None, around: Around
+def _images_reply(
+    fields: dict[str, Any],
+    name: str,
+    entries: tuple[ContentFilter, ...],
+    failure: _Failure | None,
+    context: ReplyContext,
 ) -> ImagesReply | None:
-    images, unusable = _images(fields.get(name), around)
+    images, unusable = _images(fields.get(name), context)
     if not images:
         return None
     warnings = ["The reply held an unusable entry beside the image."] if unusable else []
@@ -242,7 +246,7 @@ def _pictures(
         entries,
         _seconds(fields.get("created")),
         _short(fields.get("id")),
-        sandbox=around.sandbox,
+        sandbox=context.sandbox,
         warnings=tuple(warnings),
         unasked_urls=unasked,
         content=asked.content,
@@ -302,7 +306,7 @@ def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
     has_succeeded = fields.get("success") is True or code in {"0", "200"}
     has_failed = fields.get("success") is False or (code is not None and not has_succeeded)
     if enveloped and has_failed and not fields.get("data"):
-        # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
+        # The gateway's own envelope, context a route that it does not serve; its message starts with the true status.
         named = re.match(r"\s*([45]\d\d)\b", message or "") or re.fullmatch(r"([45]\d\d)", code or "")
         return _Failure(None if named else code, message, int(named[1]) if named else None)
     # Other gateways: {"message": ...}, {"detail": ...}, without anything that a program could read.
@@ -361,20 +365,20 @@ class _Image:
     content: bytes | None
 
 
-def _images(data: Any, around: Around) -> tuple[list[_Image], int]:
+def _images(data: Any, context: ReplyContext) -> tuple[list[_Image], int]:
     """The images of a reply, each once, and how many entries hold none."""
     items = data if isinstance(data, list) else [data]
-    read = [_image(item, around) if isinstance(item, dict) else None for item in items[:64]]
+    read = [_image(item, context) if isinstance(item, dict) else None for item in items[:64]]
     found = dict.fromkeys(image for image in read if image)
     return list(found), sum(image is None for image in read)
 
 
-def _image(item: dict[str, Any], around: Around) -> _Image | None:
-    url = _url(item.get("url"), around.base_url)
-    content = next((data for name in DATA_FIELDS if (data := image_data(item.get(name), around.images))), None)
+def _image(item: dict[str, Any], context: ReplyContext) -> _Image | None:
+    url = _url(item.get("url"), context.base_url)
+    content = next((data for name in DATA_FIELDS if (data := image_data(item.get(name), context.images))), None)
     link = item.get("url")
     if url is None and content is None and isinstance(link, str) and link[:64].lstrip()[:5].lower() == "data:":
-        content = image_data(link, around.images)
+        content = image_data(link, context.images)
     return _Image(url, content) if url or content else None
 
 
@@ -451,7 +455,7 @@ class Fault(StrEnum):
 
     TIMEOUT = "timeout"
     BROKEN = "broken"
-    RUBBISH = "rubbish"
+    NOT_HTTP = "not http"
     """What came back is not HTTP."""
     PROXY = "proxy"
     """A proxy answered in place of the host."""
@@ -479,7 +483,7 @@ def transport_error(  # noqa: PLR0911
                 "a picture may have been made and charged.",
                 hint=f"{CogViewOutcomeUnknownError.default_hint} A longer timeout gives the service more time.",
             )
-        if fault is Fault.RUBBISH:
+        if fault is Fault.NOT_HTTP:
             return CogViewMalformedReplyError(detail=detail)
         return CogViewOutcomeUnknownError(
             "The connection broke after the request was sent; a picture may have been made and charged.", detail=detail
@@ -493,7 +497,7 @@ def transport_error(  # noqa: PLR0911
             "The proxy did not pass the request on; nothing was sent.",
             hint=(
                 "Ask its operator to allow the API's host, put name and password into the proxy's URL if it wants them, or "
-                "go around it with NO_PROXY."
+                "go context it with NO_PROXY."
             ),
             detail=detail,
         )

@@ -118,7 +118,7 @@ def _known_path(parts: SplitResult, path: str) -> str:
     return "/api/paas/v4" if path in {"", "/api", "/api/paas"} else path
 
 
-def plain_text_doubt(base_url: str) -> str | None:
+def plain_text_warning(base_url: str) -> str | None:
     """What to say, once for each host, of a base URL that sends the key over the network in plain text."""
     parts = urlsplit(base_url)
     host = _host(parts)
@@ -170,7 +170,7 @@ def key_problem(key: SecretStr) -> str | None:
     return None
 
 
-def found_key(key: SecretStr | None, region: Region, *, unpickled: bool = False) -> SecretStr:
+def resolve_key(key: SecretStr | None, region: Region, *, unpickled: bool = False) -> SecretStr:
     """The key to use: the one given, else the platform's variable.
 
     Args:
@@ -251,11 +251,11 @@ def find_service(
             "The sandbox in this process is not reached by an HTTP client.",
             hint="Leave http_client and http_async_client out, or start `python -m langchain_cogview.sandbox`.",
         )
-    key = SANDBOX_KEY if is_sandbox(url) else found_key(api_key, found)
+    key = SANDBOX_KEY if is_sandbox(url) else resolve_key(api_key, found)
     return Service(key, found, url)
 
 
-def service_doubts(service: Service, models: Iterable[str], *, chosen: bool) -> Iterator[str]:
+def service_warnings(service: Service, models: Iterable[str], *, chosen: bool) -> Iterator[str]:
     """Warnings about a service.
 
     Args:
@@ -265,7 +265,7 @@ def service_doubts(service: Service, models: Iterable[str], *, chosen: bool) -> 
     """
     if is_sandbox(service.base_url):
         return
-    plain_text = plain_text_doubt(service.base_url)
+    plain_text = plain_text_warning(service.base_url)
     if plain_text:
         yield plain_text
     if not (chosen or environment(BASE_URL_VARIABLE)) and both_keys_are_set():
@@ -343,7 +343,7 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-async def loaded(base_url: str) -> None:
+async def preload(base_url: str) -> None:
     """Have a thread load what the first call to a service needs: the HTTP stack, and the certificates for https.
 
     Both take tens of milliseconds, in which the event loop would stand still.

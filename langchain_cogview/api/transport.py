@@ -31,7 +31,7 @@ import httpcore
 import httpx
 
 from langchain_cogview.addresses import ADDRESSES, AddressCheck
-from langchain_cogview.api.network import AsyncBackend, SyncBackend, UnaskedReplyError, check_literal
+from langchain_cogview.api.network import AsyncBackend, SyncBackend, UnexpectedDataError, check_literal
 from langchain_cogview.api.settings import httpcore_proxy, is_sandbox, proxy_for, tls_context
 from langchain_cogview.concurrency import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewConfigurationError
@@ -325,7 +325,7 @@ class SyncTransport(httpx.BaseTransport):
                 response = connection.send(request, deadline)
             except BaseException as error:
                 connection.close()
-                if idle and isinstance(error, UnaskedReplyError):
+                if idle and isinstance(error, UnexpectedDataError):
                     continue  # it was spoiled in the last moment
                 raise
             body = _SyncBody(connection, response, lambda connection: self._connections().give_back(connection))
@@ -382,7 +382,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
                 response = await connection.send(request)
             except BaseException as error:
                 connection.close()
-                if idle and isinstance(error, UnaskedReplyError):
+                if idle and isinstance(error, UnexpectedDataError):
                     continue  # it was spoiled in the last moment
                 raise
             body = _AsyncBody(connection, response, connections.idle.give_back)

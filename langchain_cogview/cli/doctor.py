@@ -36,12 +36,12 @@ from langchain_cogview.api.settings import (
     SANDBOX_KEY,
     both_keys_are_set,
     environment,
-    found_key,
     httpcore_proxy,
     is_sandbox,
     normal_base_url,
     proxy_for,
     region_of,
+    resolve_key,
     tls_context,
 )
 from langchain_cogview.api.transport import asender, sender
@@ -211,7 +211,7 @@ def _service(base_url: str | None, region: Region | None) -> tuple[Service | Non
         return Service(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs none.")]
     key = None
     try:
-        key = found_key(None, found)
+        key = resolve_key(None, found)
     except CogViewError as error:
         findings.append(_failed("key", error))
     else:

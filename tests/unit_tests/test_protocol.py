@@ -10,8 +10,8 @@ from langchain_cogview import ContentFilter, ImageRequest
 from langchain_cogview import errors as e
 from langchain_cogview.api.protocol import (
     CODES,
-    Around,
     ImagesReply,
+    ReplyContext,
     images_body,
     read_reply,
     read_submitted,
@@ -225,7 +225,7 @@ def test_only_set_fields_are_sent_and_the_request_id_always():
 
 @pytest.mark.parametrize("link", ["/f/x.png", "//cdn.example/f/x.png", "f/x.png", "x.jpeg?a=1", "./x.png", "../x.png"])
 def test_a_relative_address_is_under_the_base_url(link):
-    reply = read_reply(200, json.dumps({"data": [{"url": link}]}).encode(), Around("https://gateway.example/v1"))
+    reply = read_reply(200, json.dumps({"data": [{"url": link}]}).encode(), ReplyContext("https://gateway.example/v1"))
     assert reply.urls == (
         {
             "/f/x.png": "https://gateway.example/f/x.png",
@@ -243,7 +243,7 @@ def test_a_relative_address_is_under_the_base_url(link):
 )
 def test_what_is_no_address_stays_none(link):
     with pytest.raises(e.CogViewMalformedReplyError):
-        read_reply(200, json.dumps({"data": [{"url": link}]}).encode(), Around("https://gateway.example/v1"))
+        read_reply(200, json.dumps({"data": [{"url": link}]}).encode(), ReplyContext("https://gateway.example/v1"))
 
 
 def test_every_class_of_the_table_is_one_of_ours():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool, collect_image_costs, run_job
 from langchain_cogview.api.body import MAX_IMAGE_BYTES, MAX_REPLY_BYTES, ReplyBody
-from langchain_cogview.api.protocol import Around, read_reply, read_submitted, read_task
+from langchain_cogview.api.protocol import ReplyContext, read_reply, read_submitted, read_task
 from langchain_cogview.errors import CogViewMalformedReplyError
 from langchain_cogview.images import store
 from tests.conftest import FAKE_KEY
@@ -36,7 +36,7 @@ def read(raw, encoding="", size=65_536):
         if not body.add(raw[start : start + size]):
             break
     content = body.json()
-    return None if content is None else read_reply(200, content, Around("https://api.example/v1", body.images))
+    return None if content is None else read_reply(200, content, ReplyContext("https://api.example/v1", body.images))
 
 
 def b64(content):
@@ -141,7 +141,7 @@ def test_a_reply_of_20_mb_takes_no_more_memory_than_itself(form):
         body = ReplyBody()
         for start in range(0, len(raw), 65_536):
             body.add(raw[start : start + 65_536])
-        reply = read_reply(200, body.json(), Around("", body.images))
+        reply = read_reply(200, body.json(), ReplyContext("", body.images))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -174,7 +174,7 @@ def test_a_task_may_end_with_image_data(read_one):
     raw = json.dumps({"id": "7", "task_status": "SUCCESS", "image_result": [{"b64_json": b64(LARGE)}]}).encode()
     body = ReplyBody()
     assert body.add(raw)
-    assert read_one(200, body.json(), Around("", body.images)).reply.content == LARGE
+    assert read_one(200, body.json(), ReplyContext("", body.images)).reply.content == LARGE
 
 
 # --- through a generator
