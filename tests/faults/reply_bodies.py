@@ -24,7 +24,6 @@ from tests.faults.reply_table import (
     RATE,
     RESULT,
     SERVER_WORDS,
-    SHORT,
     UNKNOWN,
     UNSURE,
     add,
@@ -215,7 +214,7 @@ for _what, _odd in (
     ("with a port that is none", "https://pictures.invalid:99999999/x.png"),
     ("with half an IPv6 address", "https://[::1/x.png"),
 ):
-    add(f"address that is {_what}", says({"data": [{"url": _odd}]}), MALFORMED, download=True, timeout=SHORT)
+    add(f"address that is {_what}", says({"data": [{"url": _odd}]}), MALFORMED, download=True)
 for _what, _odd in (
     ("of ftp", "ftp://pictures.invalid/x.png"),
     ("of a file", "file:///etc/passwd"),
@@ -231,13 +230,12 @@ for _what, _odd in (
     ("with punycode that is none", "https://xn--\u4e2d.invalid/x.png"),
     ("with a blank for a host", "https:// /x.png"),
 ):
-    add(f"address {_what}", says({"data": [{"url": _odd}]}), RESULT, MALFORMED, download=True, timeout=SHORT)
+    add(f"address {_what}", says({"data": [{"url": _odd}]}), RESULT, MALFORMED, download=True)
 add(
     "address with a Chinese name",
     says({"data": [{"url": "https://图片.invalid/猫.png"}]}),
     RESULT,
     download=True,
-    timeout=SHORT,
 )
 # Images that gateways put into the reply itself.
 

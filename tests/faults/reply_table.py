@@ -12,8 +12,10 @@ from tests.faults.server import Connection, Fault, FaultServer, Request
 
 KEY: Final = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 SERVER_WORDS: Final = "Xyzzy-says-the-server"
-SHORT: Final = 0.25
+SHORT: Final = 0.5
 """Time limit in seconds for faults that last until the limit."""
+AMPLE: Final = 20.0
+"""Time limit in seconds for what ends by itself, however busy the machine is."""
 
 RESULT: Final = "result"
 BALANCE: Final = "CogViewBalanceError"
@@ -55,7 +57,7 @@ class ReplyFault:
     fault: Fault | None
     expected: tuple[str, ...]
     posts: tuple[int, int] = (1, 1)
-    timeout: float = 2.0
+    timeout: float = AMPLE
     least: float = 0.0
     within: float | None = None
     base_url: Callable[[FaultServer], str] | None = None
