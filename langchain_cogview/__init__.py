@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
     from langchain_cogview.messages import images_from_messages
     from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
-    from langchain_cogview.notebook.status_line import live_line
+    from langchain_cogview.notebook.status_line import status_line
     from langchain_cogview.progress import ProgressCallbackHandler
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
@@ -106,7 +106,7 @@ _ROOMS = {
     "notebook.gallery": ("Gallery", "acompare", "compare", "gallery"),
     "generator": ("CogViewImageGenerator",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
-    "notebook.status_line": ("live_line",),
+    "notebook.status_line": ("status_line",),
     "messages": ("images_from_messages",),
     "progress": ("ProgressCallbackHandler",),
     "request": ("ImageRequest",),
@@ -177,9 +177,9 @@ __all__ = [
     "gallery",
     "images_from_messages",
     "is_retryable",
-    "live_line",
     "plan_job",
     "run_job",
+    "status_line",
 ]
 
 

@@ -486,7 +486,7 @@ def _unsaved(folder: object, why: str) -> str:
 
 def _local_bytes(image: GeneratedImage) -> bytes | None:
     try:
-        content = image.at_hand()
+        content = image.local_bytes()
     except CogViewStorageError:
         return None
     return content if content is not None and is_picture(content, image) else None

@@ -15,8 +15,8 @@ from langchain_cogview.events import (
     PROGRESS_EVENT,
     RETRY_EVENT,
     Event,
+    EventDispatcher,
     GeneratedPayload,
-    Teller,
     content_filter_event,
 )
 
@@ -59,7 +59,7 @@ class ImageEvents:
     """Follows one picture on its way: writes the journal, makes and sends the events.
 
     Attributes:
-        teller: Sends the events.
+        dispatcher: Sends the events.
         price: Of a model's picture: amount (None where unknown) and currency.
         prompt: What content filter events hold of it; None: nothing.
         deadline: Of the picture.
@@ -70,7 +70,7 @@ class ImageEvents:
         uncertain: How many POSTs may have been charged without an image, so far.
     """
 
-    teller: Teller
+    dispatcher: EventDispatcher
     price: Callable[[str], tuple[Decimal | None, str]]
     prompt: str | None
     deadline: Deadline
@@ -95,8 +95,8 @@ class ImageEvents:
         if journal:
             journal.sending(self.request_id, self.model)
         first, self.sent = not self.sent, True
-        if first and self.teller.listening:
-            self.teller.tell(self._progress("sent"))
+        if first and self.dispatcher.has_handlers:
+            self.dispatcher.dispatch(self._progress("sent"))
 
     async def asending(self) -> None:
         """Async version of `sending`."""
@@ -105,8 +105,8 @@ class ImageEvents:
         if journal:
             await journal.asending(self.request_id, self.model)
         first, self.sent = not self.sent, True
-        if first and self.teller.listening:
-            await self.teller.atell(self._progress("sent"))
+        if first and self.dispatcher.has_handlers:
+            await self.dispatcher.adispatch(self._progress("sent"))
 
     def failed(self, error: BaseException) -> None:
         """The client's word after an attempt that gave no image, and the end of a task that gave none."""
@@ -129,13 +129,13 @@ class ImageEvents:
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """The client's word before waiting to send again."""
-        if self.teller.listening:
-            self.teller.tell(self._retry(error, wait, attempts))
+        if self.dispatcher.has_handlers:
+            self.dispatcher.dispatch(self._retry(error, wait, attempts))
 
     async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """The twin of `retrying`."""
-        if self.teller.listening:
-            await self.teller.atell(self._retry(error, wait, attempts))
+        if self.dispatcher.has_handlers:
+            await self.dispatcher.adispatch(self._retry(error, wait, attempts))
 
     def submitted(self, task_id: str) -> None:
         """The client's word once a task was accepted."""
@@ -161,17 +161,17 @@ class ImageEvents:
 
     def processing(self, task_id: str) -> None:
         """The client's word at each poll of a task that has not ended."""
-        if self.teller.listening:
-            self.teller.tell(self._progress("processing", task_id=task_id))
+        if self.dispatcher.has_handlers:
+            self.dispatcher.dispatch(self._progress("processing", task_id=task_id))
 
     async def aprocessing(self, task_id: str) -> None:
         """The twin of `processing`."""
-        if self.teller.listening:
-            await self.teller.atell(self._progress("processing", task_id=task_id))
+        if self.dispatcher.has_handlers:
+            await self.dispatcher.adispatch(self._progress("processing", task_id=task_id))
 
     def ended_with(self, error: Exception) -> list[Event]:
         """The events of a picture that was not made."""
-        if not self.teller.listening or isinstance(error, CogViewStoppedError):  # an interrupt is no failure
+        if not self.dispatcher.has_handlers or isinstance(error, CogViewStoppedError):  # an interrupt is no failure
             return []
         blocked = isinstance(error, CogViewContentFilterError)
         facts = {
@@ -190,7 +190,7 @@ class ImageEvents:
 
     def made(self, images: list[GeneratedImage]) -> list[Event]:
         """The events of pictures that are safe."""
-        if not self.teller.listening:
+        if not self.dispatcher.has_handlers:
             return []
         events: list[Event] = [(GENERATED_EVENT, GeneratedPayload(image)) for image in images]
         if images and images[0].content_filter:

@@ -58,8 +58,8 @@ class Deliveries:
         return True
 
 
-class EventListener(BaseCallbackHandler, ABC):
-    """Hears each event of this package once, in sync and async runs alike; a subclass says what it does in `hear`."""
+class EventHandler(BaseCallbackHandler, ABC):
+    """Hears each event of this package once, in sync and async runs alike; a subclass says what it does in `on_event`."""
 
     # Inline: heard in the run's own task, and not in a thread of the event loop's executor, which others may fill.
     run_inline = True
@@ -70,10 +70,10 @@ class EventListener(BaseCallbackHandler, ABC):
     def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """LangChain's hook."""
         if name in _EVENTS and self._deliveries.is_first(data, run_id):
-            self.hear(name, data)
+            self.on_event(name, data)
 
     @abstractmethod
-    def hear(self, name: str, event: Any) -> None:
+    def on_event(self, name: str, event: Any) -> None:
         """Take an event."""
 
 
@@ -164,7 +164,7 @@ class AsyncContentFilterCallbackHandler(AsyncCallbackHandler):
                     await answer
 
 
-class CostCallbackHandler(EventListener):
+class CostCallbackHandler(EventHandler):
     """Counts what pictures cost, for sync and async runs alike.
 
     Attributes:
@@ -181,12 +181,12 @@ class CostCallbackHandler(EventListener):
         super().__init__()
         self.costs = ImageCosts()
 
-    def hear(self, name: str, event: Any) -> None:
+    def on_event(self, name: str, event: Any) -> None:
         """Count an event."""
-        self.costs.hear(name, event)
+        self.costs.on_event(name, event)
 
 
-class ImageCallbackHandler(EventListener):
+class ImageCallbackHandler(EventHandler):
     """Collects the images of the runs that it is passed to, sync and async alike, those of sub-agents included.
 
     Attributes:
@@ -202,7 +202,7 @@ class ImageCallbackHandler(EventListener):
         super().__init__()
         self.images: list[GeneratedImage] = []
 
-    def hear(self, name: str, event: Any) -> None:
+    def on_event(self, name: str, event: Any) -> None:
         """Collect the image of an event."""
         self.images.extend(_images(name, event))
 
@@ -217,12 +217,12 @@ def _images(name: str, event: Any) -> Iterator[GeneratedImage]:
         logger.warning("An image was not collected. %s", error)
 
 
-class _Collector(EventListener):
+class _Collector(EventHandler):
     """What an open block hears, and the block around it."""
 
-    def __init__(self, hear: Callable[[str, Any], None], outer: _Collector | None) -> None:
+    def __init__(self, on_event: Callable[[str, Any], None], outer: _Collector | None) -> None:
         super().__init__()
-        self._hear = hear
+        self._on_event = on_event
         self._outer = outer
 
     def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -230,8 +230,8 @@ class _Collector(EventListener):
         if self._outer:
             self._outer.on_custom_event(name, data, run_id=run_id, **kwargs)
 
-    def hear(self, name: str, event: Any) -> None:
-        self._hear(name, event)
+    def on_event(self, name: str, event: Any) -> None:
+        self._on_event(name, event)
 
 
 _collector: ContextVar[_Collector | None] = ContextVar("cogview_collector", default=None)
@@ -239,8 +239,8 @@ register_configure_hook(_collector, inheritable=True)
 
 
 @contextlib.contextmanager
-def _collecting(hear: Callable[[str, Any], None]) -> Iterator[None]:
-    token = _collector.set(_Collector(hear, _collector.get()))
+def _collecting(on_event: Callable[[str, Any], None]) -> Iterator[None]:
+    token = _collector.set(_Collector(on_event, _collector.get()))
     try:
         yield
     finally:
@@ -266,11 +266,11 @@ def collect_content_filter_events(*, max_level: int | None = None) -> Iterator[l
     _check(None, max_level)
     events: list[ContentFilterEvent] = []
 
-    def hear(name: str, event: Any) -> None:
+    def on_event(name: str, event: Any) -> None:
         if _selected(name, event, max_level):
             events.append(event)
 
-    with _collecting(hear):
+    with _collecting(on_event):
         yield events
 
 
@@ -290,7 +290,7 @@ def collect_image_costs() -> Iterator[ImageCosts]:
         Decimal('0.06')
     """
     costs = ImageCosts()
-    with _collecting(costs.hear):
+    with _collecting(costs.on_event):
         yield costs
 
 

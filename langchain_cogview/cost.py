@@ -229,7 +229,7 @@ class ImageCosts:
         """Pictures that were sent and have not ended; after the work, those whose caller left before the end."""
         return len(self._under_way)
 
-    def hear(self, name: str, event: Mapping[str, Any]) -> None:
+    def on_event(self, name: str, event: Mapping[str, Any]) -> None:
         """Count an event of this package; others are passed over."""
         with self._lock:
             if name == GENERATED_EVENT:

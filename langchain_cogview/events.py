@@ -31,7 +31,7 @@ EVENT_VERSION: Final = 1
 logger = logging.getLogger(__name__)
 
 Event = tuple[str, Any]
-"""A name, and what its payload says beside what the `Teller` adds."""
+"""A name, and what its payload says beside what the `EventDispatcher` adds."""
 
 
 class ContentFilterEntry(TypedDict):
@@ -185,32 +185,32 @@ def content_filter_event(
 
 
 @dataclass(frozen=True, slots=True)
-class Teller:
+class EventDispatcher:
     """Sends the events of one run.
 
     Attributes:
         config: The run's.
         tool_call_id: Of the tool call that the run belongs to.
         sandbox: Whether the service is a sandbox.
-        listening: Whether anybody hears them; else no event need be made.
+        has_handlers: Whether anybody hears them; else no event need be made.
         metadata: The run's, where traces hold what is put down there.
     """
 
     config: RunnableConfig
     tool_call_id: str | None
     sandbox: bool
-    listening: bool
+    has_handlers: bool
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def tell(self, *events: Event) -> None:
+    def dispatch(self, *events: Event) -> None:
         """Send events to the handlers of the run; whatever goes wrong is logged."""
-        for name, payload in events if self.listening else ():
-            dispatch(name, self._whole(payload), self.config)
+        for name, payload in events if self.has_handlers else ():
+            _dispatch(name, self._whole(payload), self.config)
 
-    async def atell(self, *events: Event) -> None:
-        """The twin of `tell`."""
-        for name, payload in events if self.listening else ():
-            await adispatch(name, self._whole(payload), self.config)
+    async def adispatch(self, *events: Event) -> None:
+        """Async version of `dispatch`."""
+        for name, payload in events if self.has_handlers else ():
+            await _adispatch(name, self._whole(payload), self.config)
 
     def _whole(self, payload: Any) -> dict[str, Any]:
         whole: dict[str, Any] = payload  # made for this event alone
@@ -219,11 +219,11 @@ class Teller:
         return whole
 
 
-NOBODY: Final = Teller(config={}, tool_call_id=None, sandbox=False, listening=False)
+NO_DISPATCHER: Final = EventDispatcher(config={}, tool_call_id=None, sandbox=False, has_handlers=False)
 """For what is done outside a run."""
 
 
-def dispatch(name: str, payload: Any, config: RunnableConfig) -> None:
+def _dispatch(name: str, payload: Any, config: RunnableConfig) -> None:
     """Send an event to the handlers of a run; whatever goes wrong is logged."""
     try:
         dispatch_custom_event(name, payload, config=config)
@@ -233,8 +233,8 @@ def dispatch(name: str, payload: Any, config: RunnableConfig) -> None:
         logger.warning("A callback handler failed on the event %s", name, exc_info=True)
 
 
-async def adispatch(name: str, payload: Any, config: RunnableConfig) -> None:
-    """The twin of `dispatch`."""
+async def _adispatch(name: str, payload: Any, config: RunnableConfig) -> None:
+    """Async version of `_dispatch`."""
     try:
         await adispatch_custom_event(name, payload, config=config)
     except Exception as error:  # a handler's fault must not cost a picture that was paid for

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from langchain_cogview.cache import CachedRequest, ImageCache
     from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.cost import Reservation
-    from langchain_cogview.events import Teller
+    from langchain_cogview.events import EventDispatcher
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
 
@@ -165,14 +165,14 @@ class ImageCall:
         settings: Of the generator.
         requests: What is asked for; then the same for other models, for when the one before did not run. With each, what
             to tell of it.
-        teller: Sends the events.
+        dispatcher: Sends the events.
         cache: Where the request's pictures are looked up first; None: each is paid.
         reservation: Where each POST that may be charged is counted; None: nowhere.
     """
 
     settings: CallSettings
     requests: tuple[tuple[ImageRequest, tuple[str, ...]], ...]
-    teller: Teller
+    dispatcher: EventDispatcher
     cache: CachedRequest | None = None
     reservation: Reservation | None = None
 
@@ -205,7 +205,7 @@ class ImageCall:
                         with _noting_lost_image(outcome[0].request_id, outcome[0].url):
                             self.cache.store(index, outcome[0])
                     return outcome
-        self.teller.tell(*self._events(Deadline(None), hit.request_id).made([hit]))
+        self.dispatcher.dispatch(*self._events(Deadline(None), hit.request_id).made([hit]))
         return [hit]
 
     async def agenerate(self, index: int = 0) -> ImageOutcome:
@@ -222,7 +222,7 @@ class ImageCall:
                         with _noting_lost_image(outcome[0].request_id, outcome[0].url):
                             await self.cache.astore(index, outcome[0])
                     return outcome
-        await self.teller.atell(*self._events(Deadline(None), hit.request_id).made([hit]))
+        await self.dispatcher.adispatch(*self._events(Deadline(None), hit.request_id).made([hit]))
         return [hit]
 
     def _generate_new(self) -> ImageOutcome:
@@ -231,7 +231,7 @@ class ImageCall:
             paid = self._paid(events)
         except Exception as error:  # noqa: BLE001
             events.failed(error)
-            self.teller.tell(*events.ended_with(error))
+            self.dispatcher.dispatch(*events.ended_with(error))
             return error
         return self._finish(paid, events)
 
@@ -241,7 +241,7 @@ class ImageCall:
             paid = await self._apaid(events)
         except Exception as error:  # noqa: BLE001
             events.failed(error)
-            await self.teller.atell(*events.ended_with(error))
+            await self.dispatcher.adispatch(*events.ended_with(error))
             return error
         return await self._afinish(paid, events)
 
@@ -263,7 +263,7 @@ class ImageCall:
         try:
             reply = self.tasks().result(task_id, events.deadline, events)
         except Exception as error:  # noqa: BLE001
-            self.teller.tell(*events.ended_with(error))
+            self.dispatcher.dispatch(*events.ended_with(error))
             return error
         return self._finish(PaidReply(self.request, reply), events)
 
@@ -273,7 +273,7 @@ class ImageCall:
         try:
             reply = await self.tasks().aresult(task_id, events.deadline, events)
         except Exception as error:  # noqa: BLE001
-            await self.teller.atell(*events.ended_with(error))
+            await self.dispatcher.adispatch(*events.ended_with(error))
             return error
         return await self._afinish(PaidReply(self.request, reply), events)
 
@@ -294,7 +294,7 @@ class ImageCall:
         images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
         errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
         cost = total_cost(images)
-        self.teller.metadata.update(
+        self.dispatcher.metadata.update(
             cogview_images=len(images),
             cogview_cost=None if cost is None else str(cost),
             cogview_currency=self.settings.price(request.model)[1],
@@ -382,7 +382,7 @@ class ImageCall:
     def _events(self, deadline: Deadline, request_id: str | None = None) -> ImageEvents:
         prompt = self.request.prompt if self.settings.include_prompt else None
         return ImageEvents(
-            self.teller,
+            self.dispatcher,
             self.settings.price,
             prompt,
             deadline,
@@ -401,7 +401,7 @@ class ImageCall:
             if reply.urls and not isinstance(outcome, DownloadedImage):
                 outcome = self._fetched(reply.urls[0], events.deadline, events.label)
             image = self._image(paid, events, outcome)
-            self.teller.tell(*events.made([image]))
+            self.dispatcher.dispatch(*events.made([image]))
         return [image]
 
     async def _afinish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
@@ -413,7 +413,7 @@ class ImageCall:
             if reply.urls and not isinstance(outcome, DownloadedImage):
                 outcome = await self._afetched(reply.urls[0], events.deadline, events.label)
             image = self._image(paid, events, outcome)
-            await self.teller.atell(*events.made([image]))
+            await self.dispatcher.adispatch(*events.made([image]))
         return [image]
 
     def _saved(self, content: bytes, events: ImageEvents) -> DownloadedImage | CogViewError:

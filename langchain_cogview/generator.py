@@ -39,7 +39,7 @@ from langchain_cogview.batches import (
 from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
-from langchain_cogview.events import NOBODY, Teller
+from langchain_cogview.events import NO_DISPATCHER, EventDispatcher
 from langchain_cogview.many import in_tasks, in_threads
 from langchain_cogview.notebook import status_line
 from langchain_cogview.notebook.previews import aremember, remember
@@ -479,7 +479,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
         """
         request, notes = self._request(input, kwargs)
         with self._reserved(budget, checked_task(request)) as reservation:
-            task_id, request_id = self._call(request, NOBODY, (), reservation).submit()
+            task_id, request_id = self._call(request, NO_DISPATCHER, (), reservation).submit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
     async def asubmit(self, input: ImageInput, *, budget: Budget | None = None, **kwargs: Any) -> ImageTask:  # noqa: A002
@@ -487,7 +487,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
         await preload(self._base_url)
         request, notes = self._request(input, kwargs)
         with self._reserved(budget, checked_task(request)) as reservation:
-            task_id, request_id = await self._call(request, NOBODY, (), reservation).asubmit()
+            task_id, request_id = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
 
     def collect(self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None) -> ImageResult:
@@ -531,12 +531,12 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
     # --- one run
 
     def _run(
-        self, work: Callable[[ImageInput, Teller], ImageResult], given: ImageInput, config: RunnableConfig
+        self, work: Callable[[ImageInput, EventDispatcher], ImageResult], given: ImageInput, config: RunnableConfig
     ) -> ImageResult:
         made: list[ImageResult] = []
 
         def run(given: ImageInput, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> ImageResult:
-            made.append(work(given, self._teller(run_manager, config)))
+            made.append(work(given, self._dispatcher(run_manager, config)))
             return made[0]
 
         with status_line.call(config) as told:
@@ -550,14 +550,14 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             return told(made[0])
 
     async def _arun(
-        self, work: Callable[[ImageInput, Teller], Any], given: ImageInput, config: RunnableConfig
+        self, work: Callable[[ImageInput, EventDispatcher], Any], given: ImageInput, config: RunnableConfig
     ) -> ImageResult:
         made: list[ImageResult] = []
 
         async def run(
             given: ImageInput, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
         ) -> ImageResult:
-            made.append(await work(given, self._teller(run_manager, config)))
+            made.append(await work(given, self._dispatcher(run_manager, config)))
             return made[0]
 
         await preload(self._base_url)
@@ -571,19 +571,21 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             await aremember(made[0].images)
             return told(made[0])
 
-    def _generate(self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any) -> ImageResult:
+    def _generate(
+        self, given: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
+    ) -> ImageResult:
         request, notes = self._request(given, overrides)
         with self._reserved(budget, request) as reservation:
-            call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
+            call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.generate, index) for index in range(request.n)]
             return call.result(in_threads(tasks, self.max_workers(request.model)), notes + call.notes)
 
     async def _agenerate(
-        self, given: ImageInput, teller: Teller, *, overrides: dict[str, Any], budget: Any
+        self, given: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
         request, notes = self._request(given, overrides)
         with self._reserved(budget, request) as reservation:
-            call = self._call(request, teller, request.for_models(self.fallback_models), reservation)
+            call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.agenerate, index) for index in range(request.n)]
             return call.result(await in_tasks(tasks, self.max_workers(request.model)), notes + call.notes)
 
@@ -592,12 +594,16 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
         price = Money(*price_of(request.model, self._region, self.prices))
         return reserved(budget, price, request.n if self._cache is None else 0)
 
-    def _collect(self, given: Any, teller: Teller, *, task: ImageTask, seconds: float | None) -> ImageResult:
-        call = self._call(checked_task(task.request), teller)
+    def _collect(
+        self, given: Any, dispatcher: EventDispatcher, *, task: ImageTask, seconds: float | None
+    ) -> ImageResult:
+        call = self._call(checked_task(task.request), dispatcher)
         return call.result([call.collect(task.id, task.request_id, seconds)], task.warnings)
 
-    async def _acollect(self, given: Any, teller: Teller, *, task: ImageTask, seconds: float | None) -> ImageResult:
-        call = self._call(checked_task(task.request), teller)
+    async def _acollect(
+        self, given: Any, dispatcher: EventDispatcher, *, task: ImageTask, seconds: float | None
+    ) -> ImageResult:
+        call = self._call(checked_task(task.request), dispatcher)
         return call.result([await call.acollect(task.id, task.request_id, seconds)], task.warnings)
 
     # --- pure decisions
@@ -605,9 +611,9 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
     def _request(self, given: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
         return request_of(given, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
 
-    def _teller(self, run_manager: RunManager, config: RunnableConfig) -> Teller:
+    def _dispatcher(self, run_manager: RunManager, config: RunnableConfig) -> EventDispatcher:
         metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)
-        return Teller(config, metadata.get("tool_call_id"), sandbox, bool(run_manager.handlers), metadata)
+        return EventDispatcher(config, metadata.get("tool_call_id"), sandbox, bool(run_manager.handlers), metadata)
 
     # --- what calls are made with. The HTTP stack is loaded with the first call: a tool is made in milliseconds without it.
 
@@ -628,12 +634,16 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
         return TasksClient(self._settings().client, self.poll_interval)
 
     def _call(
-        self, request: ImageRequest, teller: Teller, others: Iterable[Any] = (), reservation: Reservation | None = None
+        self,
+        request: ImageRequest,
+        dispatcher: EventDispatcher,
+        others: Iterable[Any] = (),
+        reservation: Reservation | None = None,
     ) -> ImageCall:
         from langchain_cogview.generation import ImageCall  # noqa: PLC0415  the HTTP stack
 
         settings = self._settings()
-        return ImageCall(settings, ((request, ()), *others), teller, settings.cached(request), reservation)
+        return ImageCall(settings, ((request, ()), *others), dispatcher, settings.cached(request), reservation)
 
     def _found_key(self) -> SecretStr:
         # None came through a pickle: the service is the same, the key is found where it arrived.

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_cogview import errors
-from langchain_cogview.callbacks import EventListener
+from langchain_cogview.callbacks import EventHandler
 from langchain_cogview.cost import ImageCosts
 from langchain_cogview.events import PROGRESS_EVENT, RETRY_EVENT
 from langchain_cogview.text import printable
@@ -43,7 +43,7 @@ def _in_kernel() -> bool:
     return ask is not None and getattr(ask(), "kernel", None) is not None
 
 
-class ProgressCallbackHandler(EventListener):
+class ProgressCallbackHandler(EventHandler):
     """Counts pictures on their way, and draws one bar of them; for sync and async runs, and from many threads.
 
     The bar goes to standard error, or in a notebook into one output that is updated in place: plain text, without widgets.
@@ -157,10 +157,10 @@ class ProgressCallbackHandler(EventListener):
                 self._failed_before += pictures
             self._draw()
 
-    def hear(self, name: str, event: Any) -> None:
+    def on_event(self, name: str, event: Any) -> None:
         """Count an event and draw it."""
         with self._lock:
-            self.costs.hear(name, event)
+            self.costs.on_event(name, event)
             if name == RETRY_EVENT:
                 self.retries += 1
             elif name == PROGRESS_EVENT and event["stage"] == "failed":

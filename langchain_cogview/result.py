@@ -147,7 +147,7 @@ class GeneratedImage(BaseModel):
                 was read back from an artifact is read from its URI only where `storage=` named the folder.
             CogViewDownloadError: When the URL gives no whole image any more, or another one.
         """
-        content = self.at_hand()
+        content = self.local_bytes()
         if content is None and self.uri:
             content = self._content = self._reading().read_uri(self.uri, **self._recorded())
         if content is None:
@@ -163,7 +163,7 @@ class GeneratedImage(BaseModel):
         """Async version of `read`: files, stores and hosts are read without blocking the event loop."""
         content = self._content
         if content is None and self.path is not None:
-            content = await in_thread(self.at_hand)
+            content = await in_thread(self.local_bytes)
         if content is None and self.uri:
             content = self._content = await self._reading().aread_uri(self.uri, **self._recorded())
         if content is None:
@@ -233,7 +233,7 @@ class GeneratedImage(BaseModel):
 
         show(self, self.to_pil)
 
-    def at_hand(self) -> bytes | None:
+    def local_bytes(self) -> bytes | None:
         """The bytes without fetching: from memory or the saved file; None where they are in neither.
 
         Raises:

@@ -28,7 +28,7 @@ def executed(path: Path, folder: str, **variables: str) -> nbformat.NotebookNode
     The run sees no keys and no proxies, `variables` apart, and draws no line of elapsed time.
     """
     kept = {name: value for name, value in os.environ.items() if not LEFT_OUT.fullmatch(name)}
-    own = {"PYTHONWARNINGS": "error::UserWarning", "IPYTHONDIR": folder, "COGVIEW_LIVE_LINE": "off"}
+    own = {"PYTHONWARNINGS": "error::UserWarning", "IPYTHONDIR": folder, "COGVIEW_STATUS_LINE": "off"}
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,

@@ -284,14 +284,14 @@ def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Sho
 
 
 def _bytes_written(image: GeneratedImage) -> bool:
-    content = image.at_hand()
+    content = image.local_bytes()
     return content is not None and write_bytes(content)
 
 
 def _shown_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
     """Write the path, and before it the picture, as far as the terminal behind the standard output can show them."""
     terminal = terminal_of(os.environ, is_terminal=shows_on_terminal())
-    content = image.at_hand() if show and image.width and image.height else None
+    content = image.local_bytes() if show and image.width and image.height else None
     picture = ""
     if content is not None:
         size = (image.width or 1, image.height or 1)
@@ -334,7 +334,7 @@ def _saved(image: GeneratedImage, number: int, target: Path | None, codes: list[
     target = target or Path(name)
     if number > 1 and target.name != name and not target.is_dir():
         target = target.with_stem(f"{target.stem}-{number}")
-    for place in (target, Path(name), None) if image.at_hand() is not None else ():
+    for place in (target, Path(name), None) if image.local_bytes() is not None else ():
         try:
             path = image.save(place or Path(tempfile.gettempdir(), name))
         except (CogViewStorageError, OSError) as error:

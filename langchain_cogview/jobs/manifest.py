@@ -457,7 +457,7 @@ def is_in_folder(folder: JobFolder, name: str) -> bool:
 def _at_hand(image: GeneratedImage) -> bytes | None:
     try:
         # Without a type it is what a gateway put into its reply in place of an image; the image's warnings say so.
-        return image.at_hand() if image.mime_type else None
+        return image.local_bytes() if image.mime_type else None
     except CogViewError:
         return None
 

@@ -103,7 +103,7 @@ class Shown(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What could not be done."""
 
-    def at_hand(self) -> bytes | None:
+    def local_bytes(self) -> bytes | None:
         """The bytes without fetching them."""
 
     def read(self) -> bytes:
@@ -294,7 +294,7 @@ def with_files(image: Shown, *, label: str = "") -> Tile:
     content, problem = None, ""
     try:
         if made_from(None, image.sha256) is None:
-            content = image.at_hand()
+            content = image.local_bytes()
     except Exception as error:  # noqa: BLE001  a file that is gone is told in its place
         problem = getattr(error, "message", type(error).__name__)
     tile = picture_tile(image, content, label=label)

@@ -62,7 +62,7 @@ class Previewable(Protocol):
     def sha256(self) -> str | None:
         """Of the bytes, in hexadecimal."""
 
-    def at_hand(self) -> bytes | None:
+    def local_bytes(self) -> bytes | None:
         """The bytes without fetching them."""
 
 
@@ -259,6 +259,6 @@ def _remember(images: Iterable[Previewable]) -> None:
     for image in images:
         try:
             if image.sha256 and HELD.get(image.sha256) is None:
-                made_from(image.at_hand(), image.sha256)
+                made_from(image.local_bytes(), image.sha256)
         except Exception:
             logger.debug("No preview could be made of a picture", exc_info=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-VARIABLE: Final = "COGVIEW_LIVE_LINE"
+VARIABLE: Final = "COGVIEW_STATUS_LINE"
 """Environment variable; `off`, `0`, `no` or `false` turns the line off."""
 TICK: Final = 1.0
 """Seconds between two drawings."""
@@ -45,11 +45,11 @@ class _Switch:
     on: bool | None = None
 
 
-def live_line(on: bool | None = None) -> None:  # noqa: FBT001
+def status_line(on: bool | None = None) -> None:  # noqa: FBT001
     """Turn the line under a notebook's cells on or off, for this process.
 
     Args:
-        on: None: as the environment variable `COGVIEW_LIVE_LINE` says, else on.
+        on: None: as the environment variable `COGVIEW_STATUS_LINE` says, else on.
     """
     _Switch.on = on
 

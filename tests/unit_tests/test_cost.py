@@ -35,7 +35,7 @@ from tests.unit_tests.test_agent import agent_of, wants
 def costs_of(*events):
     costs = ImageCosts()
     for name, event in events:
-        costs.hear(name, event)
+        costs.on_event(name, event)
     return costs
 
 
@@ -148,9 +148,9 @@ def test_pictures_under_way_are_told():
         *[progress("sent", each) for each in ids], progress("sent", ids[0]), progress("processing", ids[1])
     )
     assert costs.in_flight == 4
-    costs.hear(*generated(ids[0]))
-    costs.hear(*blocked(ids[1]))
-    costs.hear(*unknown(ids[2]))
+    costs.on_event(*generated(ids[0]))
+    costs.on_event(*blocked(ids[1]))
+    costs.on_event(*unknown(ids[2]))
     assert costs.in_flight == 1
     assert str(costs).endswith("; 1 under way; 1 may have been charged besides (0.06 CNY)")
 
@@ -202,7 +202,7 @@ def test_what_is_handed_out_is_a_copy():
 def test_costs_can_go_to_another_process(again):
     costs = costs_of(generated(), unknown())
     other = again(costs)
-    other.hear(*generated())
+    other.on_event(*generated())
     assert (other.images, costs.images) == (2, 1)
 
 
@@ -210,7 +210,7 @@ def test_events_of_others_are_passed_over():
     costs = ImageCosts()
     handler = CostCallbackHandler()
     for name, event in (("other", 5), ("cogview.content_filter", {}), ("on_tool", None)):
-        costs.hear(name, event)
+        costs.on_event(name, event)
         handler.on_custom_event(name, event, run_id=new_id())
     assert str(costs) == str(handler.costs) == "0 images"
     assert list(handler._deliveries._recent.values()) == [{}]  # the payloads of others are not held
@@ -224,9 +224,9 @@ def test_many_threads_lose_nothing():
     def work():
         for _ in range(100):
             request_id = new_id()
-            costs.hear(*progress("sent", request_id))
-            costs.hear(*generated(request_id))
-            costs.hear(*unknown())
+            costs.on_event(*progress("sent", request_id))
+            costs.on_event(*generated(request_id))
+            costs.on_event(*unknown())
             str(costs)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -430,8 +430,8 @@ async def test_a_picture_whose_caller_left_stays_under_way(generator):
     sent = asyncio.Event()
 
     class Sent(CostCallbackHandler):
-        def hear(self, name, event):
-            super().hear(name, event)
+        def on_event(self, name, event):
+            super().on_event(name, event)
             sent.set()
 
     handler = Sent()

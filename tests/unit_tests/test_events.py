@@ -161,7 +161,7 @@ def test_the_trace_of_a_run_says_what_it_cost_and_what_the_filter_said(sandbox, 
 def test_nothing_is_made_for_handlers_where_there_are_none(sandbox, monkeypatch):
     from langchain_cogview import events
 
-    monkeypatch.setattr(events, "dispatch", lambda *args: pytest.fail("an event was sent"))
+    monkeypatch.setattr(events, "dispatch_custom_event", lambda *args: pytest.fail("an event was sent"))
     CogViewImageGenerator(base_url=sandbox.base_url).invoke("[[flagged]]")
 
 

@@ -160,7 +160,7 @@ def test_what_is_remembered_of_failures_is_bounded():
     handler = ProgressCallbackHandler()
     ids = [new_id() for _ in range(10_010)]
     for each in ids:
-        handler.hear(*failed(each))
+        handler.on_event(*failed(each))
     assert len(handler._told) == 10_000
     handler.count_failure(CogViewOutcomeUnknownError(request_id=ids[-1]))
     assert handler.failed == 10_010
@@ -212,8 +212,8 @@ def test_a_task_is_in_flight_once_however_often_it_is_asked_for():
         stages = []
 
         class Stages(ProgressCallbackHandler):
-            def hear(self, name, event):
-                super().hear(name, event)
+            def on_event(self, name, event):
+                super().on_event(name, event)
                 stages.append((event.get("stage", name), self.in_flight))
 
         generator.invoke("[[task-polls:2]] a kitten", {"callbacks": [Stages()]})
@@ -243,7 +243,7 @@ def test_the_bar_is_one_line_that_fits_the_terminal():
     for columns in (40, 80, 200):
         with Terminal(columns) as terminal, ProgressCallbackHandler(total=10) as handler:
             for event in (progress("sent"), blocked(), unknown(), generated(cost="1234.56"), generated(cost=None)):
-                handler.hear(*event)
+                handler.on_event(*event)
         assert terminal.text.count("\n") == 1
         assert {len(line) <= columns for line in terminal.drawings} == {True}
         assert terminal.drawings[-1].startswith("CogView 4/10 |")
@@ -251,16 +251,16 @@ def test_the_bar_is_one_line_that_fits_the_terminal():
 
 def test_the_bar_follows_the_terminals_width():
     with Terminal(100) as terminal, ProgressCallbackHandler(total=10) as handler:
-        handler.hear(*generated())
+        handler.on_event(*generated())
         terminal.resize(50)
-        handler.hear(*generated())
+        handler.on_event(*generated())
     assert len(terminal.drawings[0]) > 50 >= len(terminal.drawings[-1])
 
 
 def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn():
     now = 0.0
     with Terminal() as terminal, ProgressCallbackHandler(total=12) as handler:
-        handler.hear(*progress("sent"))
+        handler.on_event(*progress("sent"))
         terminal.wait_for("1 under way")
         bar = handler._bar
         bar._time = lambda: now
@@ -270,7 +270,7 @@ def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn():
             (19.5, progress("sent"), "2 under way"),
             (20.0, generated(), "CogView 2/12"),
         ):
-            handler.hear(*event)
+            handler.on_event(*event)
             assert bar.last_print_t == now
             terminal.wait_for(drawn)
         assert "00:20<01:40, 10.00s/img" in str(bar)
@@ -279,14 +279,14 @@ def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn():
 def test_the_bar_shows_what_was_told_last_though_nothing_follows():
     with Terminal() as terminal, ProgressCallbackHandler(total=5) as handler:
         for _ in range(5):
-            handler.hear(*progress("sent"))
+            handler.on_event(*progress("sent"))
         terminal.wait_for("5 under way")
 
 
 def test_drawing_is_limited_however_many_events_come():
     with Terminal() as terminal, ProgressCallbackHandler(total=20_000) as handler:
         for _ in range(20_000):
-            handler.hear(*generated())
+            handler.on_event(*generated())
         took = handler._bar.format_dict["elapsed"]
     assert terminal.drawings[-1].startswith("CogView 20000/20000 |")
     assert len(terminal.drawings) <= 2 * took / MIN_INTERVAL + 4
@@ -296,8 +296,8 @@ def test_events_from_many_threads_move_the_bar_to_the_end():
     def work():
         for _ in range(200):
             request_id = new_id()
-            handler.hear(*progress("sent", request_id))
-            handler.hear(*generated(request_id))
+            handler.on_event(*progress("sent", request_id))
+            handler.on_event(*generated(request_id))
 
     with Terminal() as terminal, ProgressCallbackHandler(total=1600) as handler:
         threads = [threading.Thread(target=work) for _ in range(8)]
@@ -318,7 +318,7 @@ def test_without_a_total_there_are_counts_and_speed():
 
 def test_a_total_that_is_found_later_turns_it_into_a_bar():
     with Terminal() as terminal, ProgressCallbackHandler() as handler:
-        handler.hear(*generated())
+        handler.on_event(*generated())
         handler.total = 4
     assert terminal.drawings[0].startswith("CogView 0 [")
     assert terminal.drawings[-1].startswith("CogView 1/4 |")
@@ -327,7 +327,7 @@ def test_a_total_that_is_found_later_turns_it_into_a_bar():
 def test_a_total_that_was_too_low_grows():
     with Terminal() as terminal, ProgressCallbackHandler(total=2) as handler:
         for _ in range(3):
-            handler.hear(*generated())
+            handler.on_event(*generated())
     assert terminal.drawings[-1].startswith("CogView 3/3 |")
     assert handler.total == 2
 
@@ -335,7 +335,7 @@ def test_a_total_that_was_too_low_grows():
 def test_skipped_pictures_move_the_bar_but_do_not_make_it_faster():
     with Terminal() as terminal, ProgressCallbackHandler(total=1000) as handler:
         handler.skip(900)
-        handler.hear(*progress("sent"))
+        handler.on_event(*progress("sent"))
         handler.skip(50)
         assert handler._bar.format_dict["initial"] == handler.skipped == 950
     assert terminal.drawings[0].startswith("CogView 900/1000 |")
@@ -344,17 +344,17 @@ def test_skipped_pictures_move_the_bar_but_do_not_make_it_faster():
 
 def test_pictures_that_cost_nothing_do_not_speak_of_cost():
     with Terminal() as terminal, ProgressCallbackHandler(total=1) as handler:
-        handler.hear(*generated(sandbox=True))
+        handler.on_event(*generated(sandbox=True))
     assert terminal.drawings[-1].endswith(("img/s", "s/img"))
 
 
 def test_closing_twice_draws_once_and_later_events_are_still_counted():
     with Terminal() as terminal:
         handler = ProgressCallbackHandler(total=2)
-        handler.hear(*generated())
+        handler.on_event(*generated())
         handler.close()
         handler.close()
-        handler.hear(*generated())
+        handler.on_event(*generated())
         handler.skip()
         handler.total = 3
     assert terminal.text.count("\n") == 1
@@ -365,7 +365,7 @@ def test_closing_twice_draws_once_and_later_events_are_still_counted():
 def test_a_handler_that_was_forgotten_ends_its_line():
     def forget():
         handler = ProgressCallbackHandler(total=1)
-        handler.hear(*generated())
+        handler.on_event(*generated())
         return weakref.ref(handler)
 
     with Terminal() as terminal:
@@ -405,7 +405,7 @@ def test_a_pipe_that_breaks_before_the_end_does_not_fail_the_end():
     ours, theirs = os.pipe()
     with open(theirs, "wb", buffering=0) as raw, contextlib.redirect_stderr(io.TextIOWrapper(raw, write_through=True)):
         with ProgressCallbackHandler(total=3, show=True) as handler:
-            handler.hear(*generated())
+            handler.on_event(*generated())
             os.close(ours)
     assert handler.done == 1
 
@@ -427,21 +427,21 @@ def test_somebody_watches_at_a_terminal_alone(monkeypatch):
 
 def test_it_can_be_silenced_on_a_terminal():
     with Terminal() as terminal, ProgressCallbackHandler(total=1, show=False) as handler:
-        handler.hear(*generated())
+        handler.on_event(*generated())
     assert terminal.text == ""
     assert handler.done == 1
 
 
 def test_it_can_be_drawn_into_a_pipe(capsys):
     with ProgressCallbackHandler(total=1, show=True) as handler:
-        handler.hear(*generated())
+        handler.on_event(*generated())
     written = capsys.readouterr()
     assert "CogView 1/1 |" in written.err
     assert written.out == ""
 
 
 def test_tqdms_own_switch_turns_it_off():
-    code = "for _ in range(3): handler.hear(*generated())\nprint(handler.done, handler._late)"
+    code = "for _ in range(3): handler.on_event(*generated())\nprint(handler.done, handler._late)"
     with Terminal() as terminal:  # tqdm reads its variables when it is imported
         assert in_a_process(code, stderr=terminal.file, TQDM_DISABLE="1") == "3 None\n"
     assert terminal.text == ""
@@ -449,7 +449,7 @@ def test_tqdms_own_switch_turns_it_off():
 
 def test_no_console_at_all_is_no_failure():
     with contextlib.redirect_stderr(None), ProgressCallbackHandler(total=1, show=True) as handler:
-        handler.hear(*generated())
+        handler.on_event(*generated())
     assert handler.done == 1
 
 
@@ -460,7 +460,7 @@ class TestWithoutTqdm:
 
     def test_nothing_is_shown_and_nothing_is_missed(self):
         with Terminal() as terminal, ProgressCallbackHandler(total=1) as handler:
-            handler.hear(*generated())
+            handler.on_event(*generated())
         assert terminal.text == ""
         assert handler.done == 1
 
@@ -491,7 +491,7 @@ def in_a_process(code, *, stderr, **variables):
 
 
 def test_a_program_that_ends_without_closing_ends_well_and_prints_its_own_alone():
-    code = "for _ in range(3): handler.hear(*generated())\nprint('mine')"
+    code = "for _ in range(3): handler.on_event(*generated())\nprint('mine')"
     with Terminal() as terminal:
         assert in_a_process(code, stderr=terminal.file) == "mine\n"
     assert terminal.drawings[-1].startswith("CogView 3/3 |")
@@ -499,7 +499,7 @@ def test_a_program_that_ends_without_closing_ends_well_and_prints_its_own_alone(
 
 
 def test_a_program_without_a_terminal_does_not_even_load_tqdm():
-    code = "for _ in range(3): handler.hear(*generated())\nprint(handler.done, 'tqdm' in sys.modules, 'IPython' in sys.modules)"
+    code = "for _ in range(3): handler.on_event(*generated())\nprint(handler.done, 'tqdm' in sys.modules, 'IPython' in sys.modules)"
     done = in_a_process(code, stderr=subprocess.STDOUT)
     assert done == "3 False False\n"
 
@@ -515,7 +515,7 @@ def test_an_executed_notebook_gets_one_small_output_without_widgets(tmp_path, mo
         "handler = ProgressCallbackHandler(total=60)\n"
         "def work():\n"
         "    for _ in range(20):\n"
-        "        handler.hear(*generated())\n"
+        "        handler.on_event(*generated())\n"
         "        threading.Event().wait(0.05)\n"
         "threads = [threading.Thread(target=work) for _ in range(3)]\n"
         "[thread.start() for thread in threads]\n"

@@ -1000,8 +1000,8 @@ class StopsAtTheFirst(ProgressCallbackHandler):
         super().__init__(show=False)
         self.stop = threading.Event()
 
-    def hear(self, name, event):
-        super().hear(name, event)
+    def on_event(self, name, event):
+        super().on_event(name, event)
         if name == "cogview.retry":
             self.stop.set()
 
@@ -1063,8 +1063,8 @@ def test_leaving_a_stream_sends_nothing_more_and_counts_nothing_as_failed(sandbo
     waiting = threading.Event()
 
     class Watcher(ProgressCallbackHandler):
-        def hear(self, name, event):
-            super().hear(name, event)
+        def on_event(self, name, event):
+            super().on_event(name, event)
             if name == "cogview.retry":
                 waiting.set()
 

@@ -360,7 +360,7 @@ def test_in_a_real_kernel_saved_pictures_are_seen_and_show_reads_the_file(tmp_pa
         "drawn.path.unlink()\ndrawn",
     ]
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv("COGVIEW_LIVE_LINE", "off")
+    monkeypatch.setenv("COGVIEW_STATUS_LINE", "off")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [cell.outputs for cell in notebook.cells]

@@ -65,7 +65,7 @@ def line(output, clock):
 def _as_it_was(monkeypatch):
     monkeypatch.delenv(status_line.VARIABLE, raising=False)
     yield
-    status_line.live_line(None)
+    status_line.status_line(None)
     status_line._LINES.clear()
 
 
@@ -210,12 +210,12 @@ def test_the_environment_turns_it_off(monkeypatch, value, on):
 
 def test_the_function_goes_before_the_environment(monkeypatch):
     be_a_kernel(monkeypatch)
-    status_line.live_line(False)
+    status_line.status_line(False)
     assert not shown_at_all(monkeypatch)
     monkeypatch.setenv(status_line.VARIABLE, "off")
-    status_line.live_line(True)
+    status_line.status_line(True)
     assert shown_at_all(monkeypatch)
-    status_line.live_line()
+    status_line.status_line()
     assert not shown_at_all(monkeypatch)
 
 
@@ -311,7 +311,7 @@ def executed(tmp_path_factory):
         "started.wait(30)\nNone"
     )
     cells.append("done.set()\nthread.join(30)")
-    cells.append("status_line.live_line(False)\ndraw()\nNone")
+    cells.append("status_line.status_line(False)\ndraw()\nNone")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
