@@ -155,8 +155,8 @@ def _palette(theme: _Theme) -> bytes:
 
 def _hill_tops(width: int, height: int, chance: random.Random) -> list[list[float]]:
     """Return the row in which each hill begins, by column, from the farthest hill to the nearest."""
-    unit, step = min(width, height), 8
-    shares = range(step)
+    unit, segment = min(width, height), 8
+    shares = range(segment)
     hills = []
     for hill in range(_HILLS):
         base = height * (0.52 + 0.105 * hill + 0.02 * (chance.random() - 0.5))
@@ -166,10 +166,10 @@ def _hill_tops(width: int, height: int, chance: random.Random) -> list[list[floa
         start, other = chance.random() * math.tau, chance.random() * math.tau
         tops: list[float] = []
         left = 0.0
-        for x in range(-step, width + step, step):
+        for x in range(-segment, width + segment, segment):
             right = base - swell * (math.sin(wave * x + start) + 0.34 * math.sin(ripple * x + other))
-            slope = (right - left) / step
-            if x > -step:
+            slope = (right - left) / segment
+            if x > -segment:
                 tops += [left + slope * share for share in shares]
             left = right
         hills.append(tops[:width])

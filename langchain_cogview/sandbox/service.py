@@ -144,7 +144,10 @@ class Sandbox:
 
     @property
     def requests(self) -> list[SandboxRequest]:
-        """The POSTs for images and tasks so far, refused ones included: the last 10,000 (or 32 MiB), oldest first."""
+        """The POSTs for images and tasks so far: the last 10,000 (or 32 MiB), oldest first.
+
+        Refused ones are included, except those with a body of more than 1,000,000 bytes.
+        """
         with self._lock:
             return list(self._requests)
 
@@ -156,7 +159,7 @@ class Sandbox:
 
     @property
     def downloads(self) -> list[SandboxRequest]:
-        """The GETs of images so far, refused ones included: the last 10,000 (or 32 MiB), oldest first."""
+        """The GETs and HEADs of images so far, refused ones included: the last 10,000 (or 32 MiB), oldest first."""
         with self._lock:
             return list(self._downloads)
 
@@ -187,9 +190,10 @@ class Sandbox:
         self._limit = parse_limit(limit)
 
     def fail_next(self, fault: str, times: int = 1, *, after: int = 0, **options: Any) -> None:
-        """Apply a fault to the next POSTs, before they are validated.
+        """Apply a fault to the next POSTs for images and tasks.
 
-        Faults of several calls act one after the other. `task-fail` and `task-polls` change a task; a POST for an image
+        A fault that refuses replaces the reply before the request is validated; any other fault changes a success. Faults
+        of several calls act one after the other. `task-fail` and `task-polls` change a task; a POST for an image
         uses them up without effect.
 
         Args:
@@ -556,5 +560,5 @@ def _response(request: httpx.Request, reply: SandboxReply, waited: float) -> htt
     if waited < reply.delay:
         raise httpx.ReadTimeout("The sandbox took longer than the read timeout.", request=request)
     headers = {**reply.headers, "content-length": str(len(reply.body))}
-    # As a stream and not as content, which httpx would read at once: then nobody could iterate over the raw bytes.
+    # As a stream and not as content, which httpx would read at once: then a caller could not iterate over the raw bytes.
     return httpx.Response(reply.status, headers=headers, stream=httpx.ByteStream(reply.body), request=request)

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 TESTS = """
 import pytest
 from langchain_cogview import CogViewContentFilterError, CogViewImageGenerator, CogViewImageTool
@@ -54,12 +52,3 @@ def test_nothing_of_the_package_is_imported_where_no_test_asks_for_it(tmp_path):
     )
     done = run(tmp_path, "-p", "no:anyio", "-p", "no:langsmith_plugin")
     assert done.returncode == 0, done.stdout
-
-
-def test_a_fault_can_wait_for_its_turn(sandbox, generator):
-    with pytest.raises(ValueError, match="after"):
-        sandbox.fail_next("busy", after=-1)
-    sandbox.fail_next("status", after=1, status=400)
-    generator.invoke("one")
-    with pytest.raises(ValueError):
-        generator.invoke("two")

@@ -238,3 +238,12 @@ def test_a_fault_takes_a_dict_as_json_and_refuses_invalid_values():
         ):
             with pytest.raises(ValueError, match="option"):
                 sandbox.fail_next(fault, **options)
+
+
+def test_a_fault_can_let_posts_pass_first(sandbox, generator):
+    with pytest.raises(ValueError, match="after"):
+        sandbox.fail_next("busy", after=-1)
+    sandbox.fail_next("status", after=1, status=400)
+    generator.invoke("one")
+    with pytest.raises(ValueError):
+        generator.invoke("two")

@@ -355,9 +355,9 @@ def test_a_refused_post_uses_no_slot():
         admit(sandbox) as forced,
         admit(sandbox, "[[content-filter]]") as blocked,
         admit(sandbox, size="1x1") as wrong,
-        admit(sandbox, key=" ") as nobody,
+        admit(sandbox, key=" ") as keyless,
     ):
-        assert [reply.status for reply in (forced, blocked, wrong, nobody)] == [429, 400, 400, 401]
+        assert [reply.status for reply in (forced, blocked, wrong, keyless)] == [429, 400, 400, 401]
         assert sandbox.in_flight == 0
         with admit(sandbox) as served, admit(sandbox) as refused:
             assert (served.status, refused.status, refused.delay) == (200, 429, 0)

@@ -76,7 +76,7 @@ def image_of(sandbox, reply):
     return fetch(sandbox, reply["image_result"][0]["url"])
 
 
-# From the POST to the picture
+# From the POST to the image
 
 
 def test_a_task_goes_from_its_post_to_its_image(sandbox, clock):
