@@ -1,7 +1,7 @@
-"""Every image model of the endpoint: sizes, qualities, price, in-flight limit. The only such table.
+"""The table of the endpoint's image models: sizes, qualities, prices, in-flight limits.
 
-Facts are from the provider's documentation as of `PRICES_AS_OF` (docs.bigmodel.cn and docs.z.ai, "CogView-4", "GLM-Image",
-"Pricing"); the in-flight limits were seen by users and can differ by account.
+The facts are from the provider's documentation as of `PRICES_AS_OF` (docs.bigmodel.cn and docs.z.ai, "CogView-4", "GLM-Image",
+"Pricing"). The in-flight limits are what users observed, and can differ by account.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Region = Literal["china", "international"]
+"""The platform: BigModel in mainland China, or Z.ai internationally."""
 Quality = Literal["standard", "hd"]
+"""The qualities that the endpoint knows; `hd` has finer detail and takes longer."""
 
 DEFAULT_MODEL: Final = "cogview-4-250304"
+"""The model of a generator that names none."""
 PRICES_AS_OF: Final = date(2026, 10, 1)
+"""The day on which the list prices were read from the provider's documentation."""
 
 SIZE_WORDS: Final[dict[str, tuple[int, int]]] = {
     **dict.fromkeys(("square", "方形", "正方形"), (1, 1)),
@@ -29,7 +33,7 @@ SIZE_WORDS: Final[dict[str, tuple[int, int]]] = {
     **dict.fromkeys(("landscape", "horizontal", "wide", "横版", "横屏", "横向"), (4, 3)),
     "widescreen": (16, 9),
 }
-"""Aspect ratio (width, height) behind each word that can be said in place of a size."""
+"""The aspect ratio (width, height) for each word that is accepted as a size."""
 
 QUALITY_WORDS: Final[dict[str, Quality]] = {
     **dict.fromkeys(("hd", "high", "higher", "highest", "best", "max", "maximum", "ultra", "premium"), "hd"),
@@ -39,7 +43,7 @@ QUALITY_WORDS: Final[dict[str, Quality]] = {
         ("medium", "mid", "low", "lower", "lowest", "draft", "fast", "quick", "标准", "低", "中"), "standard"
     ),
 }
-"""The quality behind each word that models and other image APIs use for one."""
+"""The quality for each word that chat models and other image APIs use for one."""
 
 _UNSPECIFIED: Final = frozenset(
     (
@@ -60,31 +64,58 @@ _UNSPECIFIED: Final = frozenset(
 _PIXELS = re.compile(r"(\d{1,6})(?:\s*px)?\s*(?:[x×*,]|by)\s*(\d{1,6})\s*(?:px|pixels?)?")
 _RATIO = re.compile(r"(?<![\d.])(\d{1,4}(?:\.\d{1,4})?)\s*[:/_]\s*(\d{1,4}(?:\.\d{1,4})?)(?![\d.])")
 _LARGEST_RATIO_TERM = 64
-_MAX_WORDY = 40
+_MAX_PHRASE = 40
 _LISTED_RATIO_TOLERANCE = 0.06
 _TYPICAL_PIXELS = 1024 * 1024
 
 
 def currency_of(region: Region) -> str:
-    """The ISO code of what a platform bills in."""
+    """The currency in which a platform bills.
+
+    Args:
+        region: The platform.
+
+    Returns:
+        ISO code, `CNY` or `USD`.
+    """
     return "CNY" if region == "china" else "USD"
 
 
 def money_text(amount: Decimal, currency: str | None) -> str:
-    """An amount of money as people read it, such as `0.06 CNY`."""
+    """Format an amount of money.
+
+    Args:
+        amount: The amount.
+        currency: ISO code; None where it is unknown.
+
+    Returns:
+        Text such as `0.06 CNY`.
+    """
     return f"{amount:f} {currency or ''}".rstrip()
 
 
 class SizeRule(NamedTuple):
-    """Which custom sizes a model takes: each side in pixels, and the product of both."""
+    """Which custom sizes a model accepts."""
 
     multiple: int
+    """Each side is divisible by this number of pixels."""
     max_pixels: int
+    """Largest product of both sides, in pixels."""
     min_side: int = 512
+    """Shortest side, in pixels."""
     max_side: int = 2048
+    """Longest side, in pixels."""
 
     def allows(self, width: int, height: int) -> bool:
-        """Whether `width`x`height` pixels is legal."""
+        """Check a size.
+
+        Args:
+            width: In pixels.
+            height: In pixels.
+
+        Returns:
+            Whether the model accepts the size.
+        """
         sides = (width, height)
         return (
             all(self.min_side <= side <= self.max_side and side % self.multiple == 0 for side in sides)
@@ -92,7 +123,15 @@ class SizeRule(NamedTuple):
         )
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """The legal size nearest to `width`x`height`, once both sides are within the bounds."""
+        """Find the legal size that is nearest to another one, of which both sides are first brought within the bounds.
+
+        Args:
+            width: In pixels.
+            height: In pixels.
+
+        Returns:
+            Width and height in pixels.
+        """
         width, height = self._fit(width), self._fit(height)
         candidates = (
             (side, min(height, self.max_pixels // side // self.multiple * self.multiple))
@@ -101,7 +140,7 @@ class SizeRule(NamedTuple):
         legal = (size for size in candidates if self.allows(*size))
 
         def distance(size: tuple[int, int]) -> float:
-            # In pixels, with a change of shape counted on top: a square stays one.
+            # The distance in pixels, increased by a change of the aspect ratio, so that a square remains a square.
             shape = abs(math.log(size[0] / size[1] * height / width))
             return ((size[0] - width) ** 2 + (size[1] - height) ** 2) * (1 + 4 * shape)
 
@@ -118,39 +157,43 @@ class SizeRule(NamedTuple):
 
 
 class ModelInfo(NamedTuple):
-    """What is known of one model.
-
-    Attributes:
-        name: As it is sent.
-        regions: The platforms that offer it.
-        sizes: The documented sizes, `WIDTHxHEIGHT` in pixels; the first is the default.
-        rule: Which other sizes are legal; None where nothing is known.
-        qualities: Allowed values of `quality`; the first is the default.
-        prices: Per picture, by ISO currency code; None where unknown.
-        in_flight: Requests under way at once that an ordinary account is allowed.
-        max_prompt_characters: None where no limit is documented.
-        tasks: Whether the task endpoint takes it.
-        documented: False for models that are gone from the documentation.
-    """
+    """The facts about one model."""
 
     name: str
+    """Name of the model in a request body."""
     regions: frozenset[Region] = frozenset({"china"})
+    """The platforms that offer the model."""
     sizes: tuple[str, ...] = ()
+    """The documented sizes, `WIDTHxHEIGHT` in pixels; the first is the default."""
     rule: SizeRule | None = None
+    """Which other sizes are legal; None where no rule is known."""
     qualities: tuple[Quality, ...] = ("standard", "hd")
+    """The allowed values of `quality`; the first is the default."""
     prices: Mapping[str, Decimal] | None = None
+    """Price of one image by ISO currency code; None where it is unknown."""
     in_flight: int = 5
+    """The number of requests in flight that an ordinary account is allowed."""
     max_prompt_characters: int | None = None
+    """The length limit of the prompt; None where none is documented."""
     tasks: bool = False
+    """Whether the task endpoint accepts the model."""
     documented: bool = True
+    """Whether the provider's documentation still lists the model."""
 
     @property
     def default_size(self) -> str | None:
-        """The size that the service draws when none is sent."""
+        """The size of the image if the request has none; None where it is unknown."""
         return self.sizes[0] if self.sizes else None
 
     def price(self, region: Region) -> tuple[Decimal, str] | None:
-        """The price of one picture and its currency on a platform; None where unknown."""
+        """The list price of one image on a platform.
+
+        Args:
+            region: The platform.
+
+        Returns:
+            Amount and ISO currency code; None where the price is unknown.
+        """
         currency = currency_of(region)
         amount = (self.prices or {}).get(currency)
         return None if amount is None else (amount, currency)
@@ -190,51 +233,75 @@ MODELS: Final[dict[str, ModelInfo]] = {
 
 
 def find_model(name: str) -> ModelInfo | None:
-    """What is known of a model; its name is compared without regard to case. None for an unknown one."""
+    """Look up a model.
+
+    Args:
+        name: Name of the model; case does not matter.
+
+    Returns:
+        The facts about the model; None if it is unknown.
+    """
     return MODELS.get(name.strip().lower())
 
 
 def model_info(name: str) -> ModelInfo:
-    """What is known of a model; for an unknown one, a record that allows everything."""
+    """Look up a model, which may be unknown.
+
+    Args:
+        name: Name of the model; case does not matter.
+
+    Returns:
+        The facts about the model; for an unknown model, a record that allows everything.
+    """
     return find_model(name) or ModelInfo(name, _BOTH, documented=False)
 
 
 def price_of(model: str, region: Region, prices: Mapping[str, Decimal] | None = None) -> tuple[Decimal | None, str]:
-    """The price of one picture, None where unknown, and the currency of a platform.
+    """The price of one image.
 
     Args:
-        model: Compared without regard to case.
+        model: Name of the model; case does not matter.
         region: The platform.
-        prices: By model, in place of the list prices.
+        prices: Prices by model that replace the list prices.
+
+    Returns:
+        Amount, None where it is unknown, and ISO code of the platform's currency.
     """
     info = model_info(model)
-    own = {model_info(each).name: amount for each, amount in prices.items()} if prices else {}
+    overrides = {model_info(name).name: amount for name, amount in prices.items()} if prices else {}
     listed = info.price(region)
-    return own.get(info.name, listed[0] if listed else None), currency_of(region)
+    return overrides.get(info.name, listed[0] if listed else None), currency_of(region)
 
 
 def model_warning(name: str) -> str | None:
-    """What to tell somebody who uses a model that is not in the documentation; None for a documented one."""
+    """The warning about a model that the provider's documentation does not list.
+
+    Args:
+        name: Name of the model; case does not matter.
+
+    Returns:
+        The warning; None for a documented model.
+    """
     info = find_model(name)
     if info is not None:
         return (
             None
             if info.documented
-            else f"The model {info.name!r} is gone from the provider's documentation; it may no longer answer."
+            else f"The provider's documentation no longer lists the model {info.name!r}, which may have been withdrawn."
         )
     close = difflib.get_close_matches(name.strip().lower(), MODELS, n=1, cutoff=0.7)
-    guess = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(MODELS)}."
-    return f"The model {name!r} is not known to this version; it is sent as it is, with its sizes unchecked.{guess}"
+    guess = f" Did you mean {close[0]!r}?" if close else f" Known models: {', '.join(MODELS)}."
+    return f"This version does not know the model {name!r}: it is sent as it is, and its sizes are not checked.{guess}"
 
 
 def is_unspecified(text: str) -> bool:
-    """Whether a text says that nothing is chosen, as models do for an argument that they would leave out.
+    """Whether a text means that nothing was chosen, which chat models send for an argument that they would leave out.
 
     Args:
-        text: A size or a quality, such as `""`, `"auto"` or `"null"`.
+        text: A size or a quality.
 
     Returns:
-        False for every text that names something, known or not.
+        True for `""`, `"auto"`, `"null"` and similar; False for every other text, even an unknown word.
     """
     return _plain(text) in _UNSPECIFIED
 
@@ -244,13 +311,13 @@ def _plain(text: str) -> str:
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
-    """Width and height in pixels of a text such as `1024x1024`, `1024 × 1024 px` or `1024 by 1024`.
+    """Read a size in pixels, such as `1024x1024`, `1024 × 1024 px` or `1024 by 1024`.
 
     Args:
-        text: What somebody said of a size.
+        text: A size in the words of a user or a chat model.
 
     Returns:
-        None where the text is no such size; `16x9` is a ratio.
+        Width and height in pixels; None if the text is not such a size. `16x9` is a ratio and not a size.
     """
     match = _PIXELS.fullmatch(_plain(text))
     if match is None or _is_ratio(match):
@@ -259,55 +326,62 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 
 def parse_ratio(text: str) -> float | None:
-    """Width divided by height of a ratio or a word, such as `16:9`, `portrait` or `landscape (16:9)`.
+    """Read an aspect ratio or a word for one, such as `16:9`, `portrait` or `landscape (16:9)`.
 
     Args:
-        text: What somebody said of a size.
+        text: A size in the words of a user or a chat model.
 
     Returns:
-        None where the text has neither.
+        Width divided by height; None if the text has neither a ratio nor such a word.
     """
-    said = _plain(text)
-    pixels = _PIXELS.fullmatch(said)
-    wordy = said if len(said) <= _MAX_WORDY else ""
-    numbers = pixels if pixels and _is_ratio(pixels) else _RATIO.search(wordy)
-    shape = next((SIZE_WORDS[word] for word in re.split(r"[\W_]+", wordy) if word in SIZE_WORDS), None)
+    plain = _plain(text)
+    pixels = _PIXELS.fullmatch(plain)
+    phrase = plain if len(plain) <= _MAX_PHRASE else ""
+    numbers = pixels if pixels and _is_ratio(pixels) else _RATIO.search(phrase)
+    shape = next((SIZE_WORDS[word] for word in re.split(r"[\W_]+", phrase) if word in SIZE_WORDS), None)
     if numbers is None:
         return shape and shape[0] / shape[1]
     width, height = float(numbers[1]), float(numbers[2])
     if not width or not height:
         return None
-    # `portrait 16:9` is upright.
+    # In `portrait 16:9` the word decides which side is longer.
     upright = shape is not None and (shape[0] - shape[1]) * (width - height) < 0
     return height / width if upright else width / height
 
 
 def _is_ratio(match: re.Match[str]) -> bool:
-    # `16x9` and `3x2` are ratios. `1x1` is a size that no model has.
+    # `16x9` and `3x2` are ratios. `1x1` is a size, which no model accepts.
     width, height = int(match[1]), int(match[2])
     return width != height and min(width, height) > 0 and max(width, height) <= _LARGEST_RATIO_TERM
 
 
 def parse_quality(text: str) -> Quality | None:
-    """The quality that a word stands for, such as `high` for `hd` and `medium` for `standard`.
+    """Read a quality, such as `high` for `hd` and `medium` for `standard`.
 
     Args:
-        text: What somebody said of a quality; case does not matter.
+        text: A quality in the words of a user or a chat model; case does not matter.
 
     Returns:
-        None where the word is not known.
+        The quality; None if the word is unknown.
     """
     words = " ".join(re.split(r"[\W_]+", _plain(text))).removesuffix(" quality")
     return QUALITY_WORDS.get(words)
 
 
 def legal_size(model: ModelInfo, text: str) -> str:
-    """Turn what somebody said of a size into a legal `WIDTHxHEIGHT` of the model.
+    """Turn a size into a legal one of a model.
 
-    A word or ratio becomes the nearest documented size, or where none is near, a custom one of about a megapixel.
+    A word or a ratio becomes the nearest documented size or, if none is near, a custom size of about a megapixel.
+
+    Args:
+        model: The model.
+        text: A size in the words of a user or a chat model.
+
+    Returns:
+        `WIDTHxHEIGHT` in pixels.
 
     Raises:
-        ValueError: With the rule and the nearest legal size in its text.
+        ValueError: The size is illegal. The text has the rule and the nearest legal size.
     """
     pixels = parse_size(text)
     if pixels:
@@ -328,7 +402,7 @@ def _size_of_ratio(model: ModelInfo, ratio: float) -> str | None:
     listed = min(model.sizes or _COGVIEW_SIZES, key=lambda size: _distance(size, ratio))
     if _distance(listed, ratio) <= _LISTED_RATIO_TOLERANCE:
         return listed
-    if model.rule is None or not 1 / 4 <= ratio <= 4:  # noqa: PLR2004  2048/512, the widest legal picture
+    if model.rule is None or not 1 / 4 <= ratio <= 4:  # noqa: PLR2004  2048/512, the widest legal image
         return None
     width, height = math.sqrt(_TYPICAL_PIXELS * ratio), math.sqrt(_TYPICAL_PIXELS / ratio)
     stretch = max(1.0, model.rule.min_side / min(width, height))
@@ -343,7 +417,7 @@ def _distance(size: str, ratio: float) -> float:
 
 def _illegal_size(model: ModelInfo, text: str, pixels: tuple[int, int] | None) -> str:
     shown = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
-    # The nearest size goes first: an agent's model may get a shortened text.
+    # The nearest size comes first, because an agent's model may get a shortened text.
     sentence = f"The size {shown!r} is not legal for {model.name}"
     if pixels and model.rule:
         width, height = model.rule.nearest(*pixels)

@@ -1,10 +1,10 @@
-"""Money: what images cost, what was spent, and what may still be spent. In decimal numbers, where unknown is not zero."""
+"""Money: what images cost, and what may be spent on them. Amounts are decimal numbers, and an unknown amount is not zero."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 MAX_AMOUNT: Final = 10**9
-"""The largest price and the largest budget."""
+"""The largest price and the largest budget, in any currency."""
 _DECIMALS: Final = 12
 _DIGITS: Final = 28
 
 
 def checked_amount(value: Any) -> Decimal:
-    """An amount of money, such as a price or a budget.
+    """Check an amount of money, such as a price or a budget.
 
     Args:
-        value: A number, or its text.
+        value: A number, or the text of one.
 
     Returns:
         The amount as a decimal number.
 
     Raises:
-        ValueError: Not a number, negative, not finite, or beyond what an amount of money can be.
+        ValueError: The value is not a finite number from 0 to `MAX_AMOUNT`, or it has too many digits.
     """
     try:
         amount = Decimal(value if isinstance(value, Decimal | int) else str(value))
@@ -49,22 +49,22 @@ def checked_amount(value: Any) -> Decimal:
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """An amount of money, such as the price of one image.
-
-    Attributes:
-        amount: None where it is unknown.
-        currency: ISO code; None where the amount is unknown.
-    """
+    """An amount of money, such as the price of one image."""
 
     amount: Decimal | None = None
+    """The amount; None where it is unknown."""
     currency: str | None = None
+    """ISO code of the currency; None where the amount is unknown."""
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Money:
-        """Read the cost of an event, or of an image in an artifact; a cached or sandbox image costs nothing.
+        """Read the cost of an image from an event or an artifact. A cached image and a sandbox image cost nothing.
+
+        Args:
+            event: The event, or the record of the image in an artifact.
 
         Returns:
-            The cost; unknown where it is missing, or no amount of money.
+            The cost; unknown if it is missing or not an amount of money.
         """
         currency = event.get("currency")
         if event.get("sandbox") or event.get("cached"):
@@ -73,12 +73,19 @@ class Money:
             amount = checked_amount(event.get("cost"))
         except ValueError:
             return cls()
-        # An amount of no currency can be added to nothing, unless it is nothing itself.
+        # An amount without a currency cannot be added to anything, unless it is zero.
         return cls(amount, currency) if currency or not amount else cls()
 
     @classmethod
     def of_image(cls, image: Any) -> Money:
-        """What a `GeneratedImage` costs; a cached one and one of the sandbox cost nothing."""
+        """Read the cost of a `GeneratedImage`. A cached image and a sandbox image cost nothing.
+
+        Args:
+            image: The image.
+
+        Returns:
+            The cost, which may be unknown.
+        """
         facts = ("cost", "currency", "sandbox", "cached")
         return cls.of({name: getattr(image, name) for name in facts})
 
@@ -88,24 +95,21 @@ class Money:
 
 @dataclass(slots=True)
 class Charges:
-    """What a number of images costs, by currency.
-
-    Attributes:
-        count: How many images.
-        amounts: What those of known price cost, by currency (ISO code).
-        unpriced: How many of them are of unknown price, and in no amount.
-    """
+    """What a number of images costs, by currency."""
 
     count: int = 0
+    """The number of images."""
     amounts: dict[str, Decimal] = field(default_factory=dict)
+    """The cost of the images of known price, by ISO currency code."""
     unpriced: int = 0
+    """The number of images of unknown price, which are in no amount."""
 
     def add(self, money: Money, count: int = 1) -> None:
-        """Count images.
+        """Add images.
 
         Args:
-            money: What one of them costs.
-            count: How many.
+            money: The cost of one image.
+            count: The number of images.
         """
         self.count += count
         if money.amount is None:
@@ -113,12 +117,12 @@ class Charges:
         elif money.currency:
             self.amounts[money.currency] = self.amounts.get(money.currency, Decimal(0)) + count * money.amount
 
-    def copy(self) -> Charges:
-        """The same figures, to be changed apart."""
-        return Charges(self.count, dict(self.amounts), self.unpriced)
-
     def in_text(self) -> dict[str, str]:
-        """The amounts as JSON takes them: decimal numbers in text, by currency."""
+        """Write the amounts for JSON.
+
+        Returns:
+            Decimal numbers as text, by ISO currency code.
+        """
         return {currency: f"{amount:f}" for currency, amount in self.amounts.items()}
 
     def __str__(self) -> str:
@@ -130,34 +134,19 @@ class Charges:
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """What the pictures of one model cost in one currency.
-
-    Attributes:
-        count: How many pictures, those that cost nothing included.
-        amount: None where a price among them is unknown.
-    """
+    """What the images of one model cost in one currency."""
 
     count: int = 0
+    """The number of images, including those that cost nothing."""
     amount: Decimal | None = Decimal(0)
-
-    def plus(self, price: Money) -> ModelCosts:
-        """With one more picture."""
-        known = self.amount is not None and price.amount is not None
-        return ModelCosts(self.count + 1, self.amount + price.amount if known else None)  # type: ignore[operator]
+    """The total cost; None if the price of an image is unknown."""
 
 
 class ImageCosts:
-    """What pictures cost, and what became of those that did not come. Thread-safe.
+    """What images cost, including those that were not received. Thread-safe.
 
-    It is filled by `collect_image_costs` or `CostCallbackHandler`. Prices are list prices, or those that `prices=` on the
-    generator gives in their place.
-
-    Attributes:
-        cached: Of them, those that came from the cache: no cost.
-        sandbox: Of them, placeholders of the offline service: no cost.
-        blocked: Pictures that the content filter blocked: no cost.
-        failed: Pictures that failed otherwise; `uncertain` says which of them may have been charged.
-        prices_as_of: The day of the table of list prices.
+    `collect_image_costs` and `CostCallbackHandler` fill it. Prices are list prices, unless `prices=` of the generator replaces
+    them.
 
     Example:
         >>> with collect_image_costs() as costs:    # doctest: +SKIP
@@ -168,11 +157,16 @@ class ImageCosts:
 
     def __init__(self) -> None:
         self.cached = 0
+        """The number of images from a cache, which cost nothing."""
         self.sandbox = 0
+        """The number of placeholder images of the sandbox, which cost nothing."""
         self.blocked = 0
+        """The number of images that the content filter blocked, which cost nothing."""
         self.failed = 0
+        """The number of images that failed otherwise; `uncertain` has those that may have been charged."""
         self.prices_as_of: date = PRICES_AS_OF
-        self._by_model: dict[tuple[str, str | None], ModelCosts] = {}
+        """The day of the list prices."""
+        self._by_model: dict[tuple[str, str | None], Charges] = {}
         self._charges = Charges()
         self._under_way: dict[str, Money] = {}
         self._uncertain: dict[Hashable, Money] = {}
@@ -180,44 +174,54 @@ class ImageCosts:
 
     @property
     def images(self) -> int:
-        """Images made, the cached and the placeholders included."""
+        """The number of images received, including cached ones and sandbox placeholders."""
         return self._charges.count
 
     @property
     def unpriced(self) -> int:
-        """Of them, those of unknown price: they are in no amount."""
+        """The number of images of unknown price, which are in no amount."""
         return self._charges.unpriced
 
     @property
     def by_model(self) -> dict[tuple[str, str | None], ModelCosts]:
-        """Count and amount of the pictures, by model and currency; the currency is None where the price is unknown."""
+        """Number and cost of the images, by model and currency; the currency is None where the price is unknown."""
         with self._lock:
-            return dict(self._by_model)
+            return {
+                row: ModelCosts(made.count, None if made.unpriced else sum(made.amounts.values(), Decimal(0)))
+                for row, made in self._by_model.items()
+            }
 
     @property
     def by_currency(self) -> dict[str, Decimal]:
-        """What the pictures of known price cost, by currency."""
+        """The cost of the images of known price, by ISO currency code."""
         with self._lock:
             return dict(self._charges.amounts)
 
     def total(self, currency: str) -> Decimal:
-        """What the pictures of known price cost in one currency (ISO code); `complete` tells whether that is all."""
+        """The cost of the images of known price in one currency; `complete` says whether that covers all images.
+
+        Args:
+            currency: ISO code; case does not matter.
+
+        Returns:
+            The amount.
+        """
         return self.by_currency.get(currency.upper(), Decimal(0))
 
     @property
     def complete(self) -> bool:
-        """Whether every picture's price is known, so that the amounts cover all pictures."""
+        """Whether the price of every image is known, so that the amounts cover all images."""
         return not self.unpriced
 
     @property
     def charges(self) -> Charges:
-        """What the pictures cost, in all currencies."""
+        """The cost of all images, in all currencies."""
         with self._lock:
-            return self._charges.copy()
+            return replace(self._charges, amounts=dict(self._charges.amounts))
 
     @property
     def uncertain(self) -> Charges:
-        """What may have been charged though no picture came; in no other amount."""
+        """What may have been charged for images that were not received; it is in no other amount."""
         with self._lock:
             uncertain = Charges()
             for money in self._uncertain.values():
@@ -226,11 +230,16 @@ class ImageCosts:
 
     @property
     def in_flight(self) -> int:
-        """Pictures that were sent and have not ended; after the work, those whose caller left before the end."""
+        """The number of images that were requested and have not ended; after the work, those whose caller was cancelled."""
         return len(self._under_way)
 
     def on_event(self, name: str, event: Mapping[str, Any]) -> None:
-        """Count an event of this package; others are passed over."""
+        """Count an event of this package; other events are ignored.
+
+        Args:
+            name: Name of the event.
+            event: Its payload.
+        """
         with self._lock:
             if name == GENERATED_EVENT:
                 self._made(event)
@@ -239,20 +248,20 @@ class ImageCosts:
             elif name == PROGRESS_EVENT:
                 self._under_way.setdefault(event["request_id"], Money.of(event))
             elif name == RETRY_EVENT and event["outcome"] == Outcome.UNKNOWN:
-                # It is sent again all the same: what it may have cost comes besides the picture's price.
+                # The request is sent again anyway: what this attempt may have cost is added to the price of the image.
                 attempt = (event["request_id"], event["attempt"])
                 self._uncertain[attempt] = self._under_way.get(event["request_id"], Money())
 
     def _made(self, event: Mapping[str, Any]) -> None:
         price = Money.of(event)
         self._under_way.pop(event["request_id"], None)
-        # A task whose end was not seen, and which was resumed: it came after all.
+        # The image of a task that had not ended in time was received after the task was resumed.
         for name in (event["request_id"], event.get("task_id")):
             self._uncertain.pop(name, None)
         self.cached += bool(event["cached"])
         self.sandbox += bool(event["sandbox"])
         row = event["model"], price.currency
-        self._by_model[row] = self._by_model.get(row, ModelCosts()).plus(price)
+        self._by_model.setdefault(row, Charges()).add(price)
         self._charges.add(price)
 
     def _lost(self, event: Mapping[str, Any]) -> None:
@@ -262,7 +271,7 @@ class ImageCosts:
             return
         self.failed += 1
         if event["outcome"] == Outcome.UNKNOWN:
-            # It tells of the attempts before the last one, too; the last one itself may not have been sent.
+            # The event also covers the attempts before the last one; the last one itself may not have been sent.
             for attempt in [key for key in self._uncertain if isinstance(key, tuple) and key[0] == event["request_id"]]:
                 del self._uncertain[attempt]
             name = event["task_id"] or event["request_id"]
@@ -270,7 +279,11 @@ class ImageCosts:
                 self._uncertain[(event["request_id"], number) if number else name] = Money.of(event)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON; amounts are decimal numbers in text."""
+        """Convert to plain JSON.
+
+        Returns:
+            All figures; amounts are decimal numbers as text.
+        """
         with self._lock:
             uncertain = self.uncertain
             return {
@@ -290,7 +303,7 @@ class ImageCosts:
                         "count": costs.count,
                         "amount": None if costs.amount is None else f"{costs.amount:f}",
                     }
-                    for (model, currency), costs in self._by_model.items()
+                    for (model, currency), costs in self.by_model.items()
                 ],
                 "uncertain": {
                     "count": uncertain.count,
@@ -303,26 +316,18 @@ class ImageCosts:
     def __str__(self) -> str:
         with self._lock:
             charges, uncertain = self.charges, self.uncertain
-            free = [
-                f"{count} {what}"
-                for count, what in ((self.cached, "cached"), (self.sandbox, "of the sandbox"))
-                if count
-            ]
-            besides = [
-                f"{count} {what}"
-                for count, what in (
-                    (self.blocked, "blocked"),
-                    (self.failed, "failed"),
-                    (self.in_flight, "under way"),
-                    (uncertain.count, f"may have been charged besides ({uncertain})"),
-                )
-                if count
-            ]
+            free = _named((self.cached, "cached"), (self.sandbox, "of the sandbox"))
+            others = _named(
+                (self.blocked, "blocked"),
+                (self.failed, "failed"),
+                (self.in_flight, "in flight"),
+                (uncertain.count, f"not received but possibly charged ({uncertain})"),
+            )
         text = "1 image" if charges.count == 1 else f"{charges.count} images"
         text += f" ({', '.join(free)})" if free else ""
         text += f", {charges}" if charges.count else ""
         text += f" (list prices of {self.prices_as_of})" if any(charges.amounts.values()) else ""
-        return "; ".join((text, *besides))
+        return "; ".join((text, *others))
 
     def __repr__(self) -> str:
         return f"<ImageCosts: {self}>"
@@ -334,14 +339,22 @@ class ImageCosts:
         self.__dict__.update(state, _lock=threading.RLock())
 
 
+def _named(*counts: tuple[int, str]) -> list[str]:
+    return [f"{count} {name}" for count, name in counts if count]
+
+
 class Spending:
-    """What counts as spent, what is held for requests under way included. Thread-safe."""
+    """What was spent, including what is reserved for requests in flight. Thread-safe."""
 
     def __init__(self) -> None:
         self.images = 0
+        """The number of images."""
         self.amount = Decimal(0)
+        """The amount of money."""
         self.currency: str | None = None
+        """ISO code of the currency; None until the first image."""
         self.lock = threading.RLock()
+        """Held while the figures are read or changed."""
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
@@ -351,21 +364,21 @@ class Spending:
 
 
 class Budget:
-    """How many images, and how much money, may be spent; for a tool, a job, or calls of your own. Thread-safe.
+    """A limit of images and of money for a tool, a job, or your own calls. Thread-safe.
 
-    Images are reserved before a request, committed one by one when a POST that may be charged is sent, and released when the
-    POST made no image for sure, or was never sent. What may have been charged stays committed. Prices are list prices, or those
-    of `prices=` on the generator; images of the sandbox count alike, and images from a cache cost nothing.
+    Images are reserved before a request. Each image is committed when a POST that may be charged is sent, and released if the
+    POST certainly made no image or was never sent. What may have been charged stays committed. Prices are list prices, unless
+    `prices=` of the generator replaces them. Sandbox images count at these prices too; images from a cache cost nothing.
 
     Args:
-        amount: Money in all. None: no limit.
-        currency: Its ISO code. None: that of the first image.
-        max_images: Images in all. None: no limit.
-        owner: What has this budget, as errors name it.
-        spending: What counts as spent so far; budgets can share it. None: nothing.
+        amount: Limit of the money. None: no limit.
+        currency: ISO code of the currency. None: the currency of the first image.
+        max_images: Limit of the number of images. None: no limit.
+        owner: Name of the budget's owner in errors.
+        spending: What was spent so far; several budgets can share it. None: nothing.
 
     Raises:
-        CogViewConfigurationError: `amount` is no amount of money.
+        CogViewConfigurationError: `amount` is not an amount of money.
 
     Example:
         >>> budget = Budget("0.30", "CNY")
@@ -388,47 +401,49 @@ class Budget:
         except ValueError:
             raise CogViewConfigurationError(
                 f"A budget is an amount of money, from 0 to {MAX_AMOUNT:,}, not {printable(str(amount), 40)!r}.",
-                hint="Give it in the platform's currency, such as 2.5.",
+                hint="Pass a number in the platform's currency, such as 2.5.",
             ) from None
         self.max_images = max_images
+        """Limit of the number of images; None for no limit."""
         self.owner = owner
+        """Name of the budget's owner in errors."""
         self._spending = spending or Spending()
         if currency:
             self._spending.currency = currency
 
     @property
     def images(self) -> int:
-        """Images that count as spent, those of requests under way included."""
+        """The number of images that count as spent, including those of requests in flight."""
         return self._spending.images
 
     @property
     def spent(self) -> Money:
-        """Money that counts as spent, for requests under way included."""
+        """The money that counts as spent, including that of requests in flight."""
         return Money(self._spending.amount, self._spending.currency)
 
     def reserve(self, price: Money, count: int = 1) -> Reservation:
-        """Hold images for one request.
+        """Reserve images for one request.
 
         Args:
-            price: Of one image.
-            count: How many.
+            price: The price of one image.
+            count: The number of images.
 
         Returns:
-            What is held.
+            The reservation.
 
         Raises:
-            CogViewBudgetError: The budget does not cover all of them; nothing has been sent.
+            CogViewBudgetError: The budget does not cover all images. Nothing was sent.
         """
-        each = price.amount or Decimal(0)
-        self._take(price, count, count * each)
-        return Reservation(self, count, each)
+        amount = price.amount or Decimal(0)
+        self._add(price, count, count * amount)
+        return Reservation(self, count, amount)
 
     def commit(self, price: Money, count: int = 1) -> None:
-        """Count images that were paid before, whether or not the budget covers them.
+        """Add images that were paid before, whether or not the budget covers them.
 
         Args:
-            price: Of one image.
-            count: How many.
+            price: The price of one image.
+            count: The number of images.
         """
         with self._spending.lock:
             self._spending.images += count
@@ -436,16 +451,15 @@ class Budget:
             self._spending.currency = self._spending.currency or price.currency
 
     def release(self, price: Money, count: int = 1) -> None:
-        """Count images as not spent after all.
-
-        Args:
-            price: What one of them was counted with.
-            count: How many.
-        """
-        self._give_back(count, count * (price.amount or Decimal(0)))
+        """Subtract images that were not spent after all; the arguments are those of `commit`."""
+        self._subtract(count, count * (price.amount or Decimal(0)))
 
     def copy(self) -> Budget:
-        """A budget with the same limits, of which the same is spent, to be used up apart."""
+        """Copy the budget.
+
+        Returns:
+            A budget with the same limits and the same spending, which is then counted independently.
+        """
         spending = Spending()
         with self._spending.lock:
             spending.images, spending.amount = self._spending.images, self._spending.amount
@@ -453,14 +467,14 @@ class Budget:
             self.amount, self._spending.currency, max_images=self.max_images, owner=self.owner, spending=spending
         )
 
-    def _take(self, price: Money, count: int, amount: Decimal) -> None:
+    def _add(self, price: Money, count: int, amount: Decimal) -> None:
         with self._spending.lock:
             self._refuse_over(price, count, amount)
             self._spending.images += count
             self._spending.amount += amount
             self._spending.currency = self._spending.currency or price.currency
 
-    def _give_back(self, count: int, amount: Decimal) -> None:
+    def _subtract(self, count: int, amount: Decimal) -> None:
         with self._spending.lock:
             self._spending.images -= count
             self._spending.amount -= amount
@@ -474,8 +488,8 @@ class Budget:
             return
         if price.amount is None:
             raise CogViewBudgetError(
-                "The price of the model is not known, so a budget cannot be kept; nothing was sent.",
-                hint="Tell it with prices={model: price} on the generator.",
+                "Nothing was sent: a budget needs the price of the model, which is not known.",
+                hint="Pass prices={model: price} to the generator.",
             )
         if spending.currency not in {None, price.currency}:
             raise CogViewBudgetError(
@@ -490,55 +504,54 @@ class Budget:
 
 
 class Reservation:
-    """Images that a budget holds for one request. Thread-safe.
+    """Images that a budget reserved for one request. Thread-safe."""
 
-    Attributes:
-        count: How many are held and not yet committed.
-        released: How many were held and not spent, once the request has ended.
-    """
-
-    def __init__(self, budget: Budget, count: int, each: Decimal) -> None:
+    def __init__(self, budget: Budget, count: int, amount: Decimal) -> None:
         self.count = count
+        """The number of images that are reserved and not yet committed."""
         self.released = 0
+        """The number of images that were reserved and not spent, once the request has ended."""
         self._budget = budget
-        self._each = each
+        self._amount = amount
         self._lock = threading.Lock()
         self._ended = False
 
     def commit(self, price: Money) -> Charge:
-        """Spend one image, right before a POST that may be charged; one that is not held is taken from the budget.
+        """Commit one image, right before a POST that may be charged.
+
+        If none is reserved any more, the image is reserved first.
 
         Args:
-            price: Of the model that is asked, which may be another than the one that was counted with.
+            price: The price of the model that is called, which may differ from the one that the images are reserved at.
 
         Returns:
-            The charge, to be released where the POST made no image for sure.
+            The charge, which is released if the POST certainly made no image.
 
         Raises:
-            CogViewBudgetError: The budget does not cover it; the POST must not be sent.
+            CogViewBudgetError: The budget does not cover the image. The POST must not be sent.
         """
         amount = price.amount or Decimal(0)
         with self._lock:
-            held = min(self.count, 1)
-            # Only the difference is taken: another model may cost more or less.
-            self._budget._take(price, 1 - held, amount - held * self._each)  # noqa: SLF001  of the same module
-            self.count -= held
+            reserved = min(self.count, 1)
+            # Only the difference is added: another model may cost more or less.
+            self._budget._add(price, 1 - reserved, amount - reserved * self._amount)  # noqa: SLF001  of the same module
+            self.count -= reserved
         return Charge(self, amount)
 
-    def give_back(self, amount: Decimal) -> None:
-        """Hold an image again that was committed."""
+    def _restore(self, amount: Decimal) -> None:
+        # An image that was committed is reserved again, unless the request has ended.
         with self._lock:
             if self._ended:
-                self._budget._give_back(1, amount)  # noqa: SLF001
+                self._budget._subtract(1, amount)  # noqa: SLF001
                 self.released += 1
             else:
-                self._budget._give_back(0, amount - self._each)  # noqa: SLF001
+                self._budget._subtract(0, amount - self._amount)  # noqa: SLF001
                 self.count += 1
 
     def release(self) -> None:
-        """Give back what was not spent: the request has ended."""
+        """Release what was not spent, when the request has ended."""
         with self._lock:
-            self._budget._give_back(self.count, self.count * self._each)  # noqa: SLF001
+            self._budget._subtract(self.count, self.count * self._amount)  # noqa: SLF001
             self.released += self.count
             self.count, self._ended = 0, True
 
@@ -547,8 +560,8 @@ class Charge:
     """One image that was committed.
 
     Args:
-        reservation: Where it came from.
-        amount: What it costs.
+        reservation: The reservation that it was committed from.
+        amount: The price of the image.
     """
 
     def __init__(self, reservation: Reservation, amount: Decimal) -> None:
@@ -556,26 +569,23 @@ class Charge:
         self._amount = amount
 
     def release(self) -> None:
-        """The POST made no image for sure. Has an effect once."""
+        """Return the image to its reservation, because the POST certainly made none. Only the first call has an effect."""
         reservation, self._reservation = self._reservation, None
         if reservation is not None:
-            reservation.give_back(self._amount)
+            reservation._restore(self._amount)  # noqa: SLF001
 
 
 @contextmanager
 def reserved(budget: Budget | Reservation | None, price: Money, count: int) -> Iterator[Reservation | None]:
-    """Hold the images of one request while it is under way; what was not spent is released at the end.
+    """Reserve the images of one request until it ends; what was not spent is released then.
 
     Args:
-        budget: One that was reserved before is used as it is. None: nothing is counted.
-        price: Of one image.
-        count: How many.
+        budget: The budget, or a reservation that was made before. None: nothing is counted.
+        price: The price of one image.
+        count: The number of images.
 
     Yields:
-        What is held.
-
-    Raises:
-        CogViewBudgetError: The budget does not cover all of them; nothing has been sent.
+        The reservation; None without a budget.
     """
     reservation = budget.reserve(price, count) if isinstance(budget, Budget) else budget
     try:

@@ -1,6 +1,6 @@
 """The errors of this package.
 
-    CogViewError(ModelError)                     everything below; says what happened, then what to do
+    CogViewError(ModelError)                     base of all below; says what happened, then what to do
     ├── CogViewConfigurationError                key, base URL, proxy or certificate settings, before any request
     ├── CogViewInvalidRequestError               400: an argument is wrong            [the model can act on it]
     │   └── CogViewPromptTooLongError            1261: over the model's limit         [the model can act on it]
@@ -8,26 +8,27 @@
     ├── CogViewBudgetError                       max_images or budget is used up      [the model can pass it on]
     ├── CogViewAuthenticationError               401, 1000-1005: the key was refused
     ├── CogViewPermissionError                   403, 111x, 112x: the account may not do this
-    │   └── CogViewBalanceError                  1113 and kin: balance, plan or cap; answered 429 but never sent again
+    │   └── CogViewBalanceError                  1113 and similar: balance, plan or cap; HTTP 429, but never sent again
     ├── CogViewNotFoundError                     404, 1211, 1221, 1222: no such model or route
     ├── CogViewRateLimitError                    429, 1302, 1303: too many requests in flight; retryable
     │   └── CogViewBusyError                     1305, 1312: the model is overloaded; retryable
     ├── CogViewServerError                       503: the service says that it did not run; retryable
     ├── CogViewConnectionError                   the request was never sent; retryable
     ├── CogViewTimeoutError                      the deadline passed before the request was sent; retryable
-    ├── CogViewStoppedError                      the caller stopped before the request was sent
-    ├── CogViewOutcomeUnknownError               a picture may have been made and charged; never sent again
+    ├── CogViewStoppedError                      the caller cancelled the work before the request was sent
+    ├── CogViewOutcomeUnknownError               an image may have been made and charged; never sent again
     │   ├── CogViewMalformedReplyError           the reply could not be understood
     │   └── CogViewTaskUnfinishedError           a task was accepted but has not ended; it can be resumed
-    ├── CogViewTaskFailedError                   a task ended without a picture
+    ├── CogViewTaskFailedError                   a task ended without an image
     ├── CogViewDownloadError                     the image's bytes could not be fetched; its URL may still work
-    │   └── CogViewExpiredURLError               the link has ended
+    │   └── CogViewExpiredURLError               the link has expired
     └── CogViewStorageError                      the bytes could not be written, or are no longer there
 
-Each is also the LangChain class that says the same (`ModelRateLimitError`, ...), so that LangChain's retry middleware decides
-right. Each that must not be retried is also a `RuntimeError` or a `ValueError`, which LangGraph's `RetryPolicy()` does not retry;
-`RETRYABLE_ERRORS` and `is_retryable` are for other retry mechanisms. Those marked are also a `ToolException`: the tool gives the
-model a text, and the agent goes on. `CogViewOutcomeUnknownError` is one so that the model is told not to call again by itself.
+Each class is also the LangChain class with the same meaning (`ModelRateLimitError`, ...), so that LangChain's retry middleware
+decides correctly. Each class that must not be retried is also a `RuntimeError` or a `ValueError`, which LangGraph's
+`RetryPolicy()` does not retry; `RETRYABLE_ERRORS` and `is_retryable` serve other retry mechanisms. The marked classes are also a
+`ToolException`: the tool gives the model a text, and the agent continues. `CogViewOutcomeUnknownError` is one as well, so that
+the model is told not to call the tool again.
 """
 
 from __future__ import annotations
@@ -59,24 +60,25 @@ except ImportError:  # since langchain-core 1.8
     ModelRefusalError = ModelInvalidRequestError  # type: ignore[assignment,misc,unused-ignore]
 
 MAX_MODEL_TEXT: Final = 500
+"""The largest number of characters of a text for an agent's model."""
 
 
 class Outcome(StrEnum):
-    """What became of a paid request that did not give a picture."""
+    """What happened to a paid request that returned no image."""
 
     NOT_RUN = "not_run"
-    """It provably did not run: it may be sent again."""
+    """It certainly did not run, and may be sent again."""
     UNKNOWN = "unknown"
-    """A picture may have been made and charged: it must not be sent again."""
+    """An image may have been made and charged, so the request must not be sent again."""
     FINAL = "final"
     """It was refused, and would be refused again."""
 
 
 class Scope(StrEnum):
-    """What an error concerns, and so what has to change before a request can succeed."""
+    """What an error is about, and therefore what has to change before a request can succeed."""
 
     PROMPT = "prompt"
-    """What the prompt says: the content filter blocks it, and another wording may pass."""
+    """The prompt: the content filter blocked it, and another wording may pass."""
     REQUEST = "request"
     """This request alone, such as an argument of it."""
     MODEL = "model"
@@ -84,11 +86,11 @@ class Scope(StrEnum):
     ACCOUNT = "account"
     """Every request with this key: the key, its permissions or its balance."""
     SERVICE = "service"
-    """The service or the network at the moment: a later request may succeed."""
+    """The service or the network, at the moment: a later request may succeed."""
     LOCAL = "local"
-    """Every request from here: a setting, a limit that the application set, or the disk."""
+    """Every request from this process: a setting, a limit of the application, or the disk."""
     CANCELLED = "cancelled"
-    """Nothing is wrong: the caller stopped the work."""
+    """Nothing is wrong: the caller cancelled the work."""
 
 
 _FINAL_ADVICE: Final = "This is final: do not call this tool again. Tell the user."
@@ -103,47 +105,44 @@ _CLASSES: Final[dict[str, type[CogViewError]]] = {}
 
 
 def error_class(name: object) -> type[CogViewError] | None:
-    """The class that a record of an error names.
+    """Find an error class by its name.
 
     Args:
-        name: Name of a class, as in `ImageFailure.error` or a job's manifest.
+        name: The class name, as in `ImageFailure.error` or a job's manifest.
 
     Returns:
-        None where no class of this package has that name.
+        The class, or None if this package has no class of that name.
     """
     return _CLASSES.get(name) if isinstance(name, str) else None
 
 
 class CogViewError(ModelError):
-    """Base of all errors of this package.
+    """Base class of all errors of this package.
 
     Args:
-        message: What happened, in our words.
-        hint: What to do.
-        code: The service's business code, such as `"1113"`.
-        status: The HTTP status.
-        request_id: The id under which the request was sent; quote it to the provider.
-        detail: What the service, or the network, said; cut to 200 printable characters.
+        message: What happened, in one sentence. None: the `default_message` of the class.
+        hint: What to do, in one sentence. None: the `default_hint` of the class.
+        code: Business code of the service, such as `"1113"`.
+        status: HTTP status of the reply.
+        request_id: Request id that this client generated and sent.
+        detail: Text of the service or the network, which is cut to 200 printable characters.
 
     Attributes:
-        outcome: What became of the request. A fact of the class.
-        scope: What the error concerns. A fact of the class.
-        is_retryable: Whether the same request may succeed later and may be sent again safely. A fact of the class.
-        prompt: What was asked for, on errors of a call; in no text of the error.
-        attempts: How often the request was sent.
-        task_id: Of the task endpoint, where the request was taken as a task; None elsewhere.
-        retry_after: Seconds that the service asked to wait; None where it said nothing.
-        failures: Of a call with several pictures of which none was made: an `ImageFailure` for each, in order.
-        batch_results: On an error raised by `batch` or `abatch`: one result or exception for each input, in order.
+        is_retryable: Whether the same request may succeed later and is safe to send again. It is the same for all errors of a
+            class.
     """
 
     outcome: Outcome = Outcome.FINAL
+    """What happened to the request. It is the same for all errors of a class."""
     scope: Scope = Scope.REQUEST
-    default_message = "The picture could not be made."
+    """What the error is about. It is the same for all errors of a class."""
+    default_message = "The image could not be made."
+    """The message of an error that is created without one."""
     default_hint = ""
+    """The hint of an error that is created without one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Register the class under its name, by which records of errors name it."""
+        """Register the class, so that `error_class` finds it by its name."""
         super().__init_subclass__(**kwargs)
         _CLASSES.setdefault(cls.__name__, cls)
 
@@ -158,29 +157,41 @@ class CogViewError(ModelError):
         detail: str | None = None,
     ) -> None:
         self.message = message or self.default_message
+        """What happened, in one sentence."""
         self.hint = self.default_hint if hint is None else hint
+        """What to do, in one sentence; empty where nothing can be done."""
         self.code = code
+        """Business code of the service, such as `"1113"`; None if it sent none."""
         self.status = status
+        """HTTP status of the reply; None if there was no reply."""
         self.request_id = request_id
+        """Request id that this client generated; quote it to the provider."""
         self.detail = printable(detail) if detail else None
+        """Text of the service or the network, at most 200 printable characters; None if there was none."""
         self.prompt: str | None = None
+        """Prompt of the request, on errors of a call. It is in no text of the error."""
         self.attempts = 0
+        """How many times the request was sent."""
         self.task_id: str | None = None
+        """Id of the task, if the task endpoint accepted the request; else None."""
         self.retry_after: float | None = None
+        """Seconds that the service asked to wait; None if it did not say."""
         self.failures: tuple[Any, ...] = ()
+        """An `ImageFailure` for each image, in order, if the call asked for several images and none was made."""
         self.batch_results: list[Any] | None = None
+        """One result or exception for each input, in order, if `batch` or `abatch` raised the error; else None."""
         super().__init__(self.message)
 
     @property
     def may_have_been_charged(self) -> bool:
-        """Whether a picture may have been paid for."""
+        """Whether an image may have been charged."""
         return self.outcome is Outcome.UNKNOWN
 
     @property
     def text_for_model(self) -> str:
-        """What an agent's model reads: our own words, at most 500 characters, never the service's.
+        """The text that an agent's model reads: at most 500 characters, none of them written by the service.
 
-        After an error that no other arguments can avoid, it says not to call the tool again.
+        If no other arguments can avoid the error, the text says not to call the tool again.
         """
         advice = _ADVICE.get(self.scope, "") if self.is_retryable or self.scope is not Scope.SERVICE else ""
         text = printable(f"No image was made. {self.message} {self.hint}", MAX_MODEL_TEXT - len(advice) - 1)
@@ -200,7 +211,7 @@ class CogViewError(ModelError):
         return f"{text} ({known})" if known else text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # State goes apart from the constructor, so that `batch_results` may hold this very error.
+        # The state is passed separately from the constructor's arguments, because `batch_results` may hold this same error.
         return _rebuild, (type(self), self.message), self.__dict__
 
     @classmethod
@@ -218,31 +229,33 @@ def _rebuild(cls: type[CogViewError], message: str) -> CogViewError:
 
 
 class CogViewConfigurationError(CogViewError, RuntimeError):
-    """When a setting is missing or wrong; nothing was sent."""
+    """A setting is missing or wrong. Nothing was sent."""
 
     scope = Scope.LOCAL
     outcome = Outcome.NOT_RUN
 
 
 class CogViewInvalidRequestError(CogViewError, ModelInvalidRequestError, ToolException, ValueError):
-    """When an argument is wrong, by our check before the request or by the service's."""
+    """An argument is wrong, according to the check before the request or to the service."""
 
     default_message = "The request was refused as invalid."
     default_hint = "Check the prompt, size, quality and user_id."
 
 
 class CogViewPromptTooLongError(CogViewInvalidRequestError):
-    """When the prompt is over the model's limit."""
+    """The prompt is longer than the model allows."""
 
     default_message = "The prompt is longer than the model allows."
     default_hint = "Shorten the prompt."
 
 
 class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException, RuntimeError):  # type: ignore[misc,unused-ignore]
-    """When the content filter blocked the prompt or the picture. The same prompt is blocked again; nothing is charged.
+    """The content filter blocked the prompt or the image. The same prompt is blocked again, and nothing is charged.
 
-    Attributes:
-        content_filter: The entries that the service sent; may be empty.
+    Args:
+        message: What happened. None: it is made of the most severe entry.
+        content_filter: Entries of the content filter that the service sent; may be empty.
+        **facts: Further arguments of `CogViewError`.
     """
 
     scope = Scope.PROMPT
@@ -255,6 +268,7 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException, 
         from langchain_cogview.content_filter import most_severe  # noqa: PLC0415
 
         self.content_filter = tuple(content_filter)
+        """Entries of the content filter that the service sent; may be empty."""
         worst = most_severe(self.content_filter)
         if message is None and worst is not None:
             message = f"The content filter blocked the {worst.stage if worst.stage != 'other' else 'request'}"
@@ -263,7 +277,7 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException, 
 
 
 class CogViewBudgetError(CogViewError, ToolException, RuntimeError):
-    """When a tool's `max_images` or `budget` does not cover the request; refused before it was sent."""
+    """The budget, or the `max_images` of a tool, does not cover the request. Nothing was sent."""
 
     scope = Scope.LOCAL
     outcome = Outcome.NOT_RUN
@@ -271,26 +285,26 @@ class CogViewBudgetError(CogViewError, ToolException, RuntimeError):
 
 
 class CogViewAuthenticationError(CogViewError, ModelAuthenticationError, RuntimeError):
-    """When the key was refused."""
+    """The service refused the API key."""
 
     scope = Scope.ACCOUNT
     default_message = "The API key was refused."
     default_hint = (
-        "Keys are per platform: one from open.bigmodel.cn (ZHIPUAI_API_KEY, region='china') is not good on z.ai "
-        "(ZAI_API_KEY, region='international'), nor the other way round. Check the key and the region."
+        "Check the key and the region: a key of open.bigmodel.cn (ZHIPUAI_API_KEY, region='china') is not valid on z.ai "
+        "(ZAI_API_KEY, region='international'), nor the other way round."
     )
 
 
 class CogViewPermissionError(CogViewError, ModelPermissionDeniedError, RuntimeError):
-    """When the account may not do this."""
+    """The account does not have the permission."""
 
     scope = Scope.ACCOUNT
     default_message = "The account is not allowed to do this."
-    default_hint = "Look at the account's state and its access to the model in the provider's console."
+    default_hint = "Check the account's state and its access to the model in the provider's console."
 
 
 class CogViewBalanceError(CogViewPermissionError):
-    """When balance, plan or a cap is used up."""
+    """The balance or the plan is used up, or a spending cap is reached."""
 
     default_message = "The account has no balance or no resource package for this model, or a cap is reached."
     default_hint = (
@@ -299,15 +313,15 @@ class CogViewBalanceError(CogViewPermissionError):
 
 
 class CogViewNotFoundError(CogViewError, ModelNotFoundError, RuntimeError):
-    """When the model or the route does not exist there."""
+    """The model or the URL path does not exist at the service."""
 
     scope = Scope.MODEL
-    default_message = "The service does not know this model or route."
+    default_message = "The service does not know this model or URL path."
     default_hint = "Check the model's name, the region and the base URL."
 
 
 class CogViewRateLimitError(CogViewError, ModelRateLimitError):
-    """When more requests are in flight than the account is allowed, after all attempts."""
+    """More requests are in flight than the account is allowed, after all attempts."""
 
     scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
@@ -316,14 +330,14 @@ class CogViewRateLimitError(CogViewError, ModelRateLimitError):
 
 
 class CogViewBusyError(CogViewRateLimitError):
-    """When the model is overloaded, after all attempts."""
+    """The model is overloaded, after all attempts."""
 
     default_message = "The model is overloaded at the moment."
     default_hint = "Try again in a few minutes, or raise max_retries and timeout."
 
 
 class CogViewServerError(CogViewError, ModelAPIError):
-    """When the service says that it is unavailable and did not run the request, after all attempts."""
+    """The service says that it is unavailable and did not run the request, after all attempts."""
 
     scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
@@ -332,7 +346,7 @@ class CogViewServerError(CogViewError, ModelAPIError):
 
 
 class CogViewConnectionError(CogViewError, ModelConnectionError):
-    """When the service could not be reached; the request was never sent."""
+    """The service could not be reached. The request was never sent."""
 
     scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
@@ -341,7 +355,7 @@ class CogViewConnectionError(CogViewError, ModelConnectionError):
 
 
 class CogViewTimeoutError(CogViewError, ModelTimeoutError):
-    """When the deadline passed before the request was sent."""
+    """The deadline passed before the request was sent."""
 
     scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
@@ -350,29 +364,29 @@ class CogViewTimeoutError(CogViewError, ModelTimeoutError):
 
 
 class CogViewStoppedError(CogViewError, RuntimeError):
-    """When the caller stopped the work, by an interrupt or a job's `stop`, before the request was sent."""
+    """The caller cancelled the work, by an interrupt or a job's `stop`, before the request was sent."""
 
     scope = Scope.CANCELLED
     outcome = Outcome.NOT_RUN
-    default_message = "The work was stopped before the request was sent."
+    default_message = "The work was cancelled before the request was sent."
     default_hint = "Run it again to continue."
 
 
 class CogViewOutcomeUnknownError(CogViewError, ToolException, RuntimeError):
-    """When the request was sent but no answer tells what became of it. It is not sent again by itself."""
+    """The request was sent, but no answer says what happened to it. It is not sent again automatically."""
 
     outcome = Outcome.UNKNOWN
-    default_message = "The request was sent, but no answer tells whether a picture was made; it may have been charged."
+    default_message = "The request was sent, but no answer says whether an image was made; it may have been charged."
     default_hint = (
-        "It is not sent again by itself, for that can pay twice: look in the provider's console first. "
-        "retry_unknown=True sends it again all the same."
+        "Check the provider's console: sending the request again can be charged twice, so it is not done automatically "
+        "(unless retry_unknown=True)."
     )
 
     @property
     def text_for_model(self) -> str:
-        """What an agent's model reads."""
+        """The text that an agent's model reads, at most 500 characters."""
         return printable(
-            f"No image was received. {self.message} Do NOT call this tool again for this picture by yourself: "
+            f"No image was received. {self.message} Do NOT call this tool again for this image on your own: "
             "it can be charged twice. Tell the user what happened and let them decide."
             + (f" Request id: {self.request_id}." if self.request_id else ""),
             MAX_MODEL_TEXT,
@@ -380,56 +394,52 @@ class CogViewOutcomeUnknownError(CogViewError, ToolException, RuntimeError):
 
 
 class CogViewMalformedReplyError(CogViewOutcomeUnknownError):
-    """When the reply could not be understood; a picture may have been made and charged."""
+    """The reply could not be understood. An image may have been made and charged."""
 
-    default_message = "The service's reply could not be understood; a picture may have been made and charged."
+    default_message = "The service's reply could not be understood; an image may have been made and charged."
 
 
 class CogViewTaskUnfinishedError(CogViewOutcomeUnknownError):
-    """When a task was accepted by the service, and its end was not seen. `task_id` holds its id."""
+    """The service accepted a task, which did not end in time. `task_id` holds its id."""
 
     default_message = (
-        "The service took the request as a task, but its end was not seen in time; it may become a picture."
+        "The service accepted the request as a task, which did not end in time; it may still make an image."
     )
     default_hint = "Polling again is free: ImageTask.resume(error.task_id).result()."
 
 
 class CogViewTaskFailedError(CogViewError, ToolException, RuntimeError):
-    """When a task ended without a picture. Billing is per picture, so nothing should be charged."""
+    """A task ended without an image. The service bills images, so nothing should be charged."""
 
     scope = Scope.SERVICE
-    default_message = "The service took the request as a task, which failed without a picture."
+    default_message = "The service accepted the request as a task, which failed without an image."
     default_hint = "Try again later, or reword the prompt."
 
 
 class CogViewDownloadError(CogViewError, RuntimeError):
-    """When the bytes of an image that was made could not be fetched. Fetching is free and may be repeated.
-
-    Attributes:
-        transient: Whether a later try may do better.
-    """
+    """The image was made, but its bytes could not be fetched. Fetching is free and may be repeated."""
 
     transient = False
-
-    default_message = "The picture was made, but its bytes could not be fetched."
-    default_hint = "Its URL is on the result; fetching again costs nothing: image.read() tries again."
+    """Whether a later attempt may succeed."""
+    default_message = "The image was made, but its bytes could not be fetched."
+    default_hint = "Call image.read() to fetch it again, which is free; its URL is on the result."
 
 
 class CogViewExpiredURLError(CogViewDownloadError):
-    """When the link has ended, or the host refuses it."""
+    """The link has expired, or the host refuses it."""
 
-    default_message = "The picture's link has expired or is refused."
+    default_message = "The image's link has expired or is refused."
     default_hint = (
-        "Links live from a day to a week: set output_dir, or call save() in time. "
-        "Where the link has ended, the picture has to be made again."
+        "Set output_dir, or call save() in time: links expire after a day to a week. "
+        "An image whose link has expired has to be made again."
     )
 
 
 class CogViewStorageError(CogViewError, RuntimeError):
-    """When bytes could not be written, or a saved file is gone."""
+    """The bytes could not be written, or a saved file no longer exists."""
 
     scope = Scope.LOCAL
-    default_message = "The picture could not be written."
+    default_message = "The image could not be written."
     default_hint = "Check that the folder exists, is writable and has space left; image.save(path) writes it elsewhere."
 
 
@@ -439,20 +449,20 @@ RETRYABLE_ERRORS: Final[tuple[type[CogViewError], ...]] = (
     CogViewConnectionError,
     CogViewTimeoutError,
 )
-"""The errors after which the same request may be sent again: it did not run, and may succeed later. For options that take
-exception types, such as `retry_if_exception_type` of `with_retry` and `exceptions_to_handle` of `with_fallbacks`."""
+"""The errors after which the same request may be sent again: it did not run, and may succeed later. They are for options that
+take exception types, such as `retry_if_exception_type` of `with_retry` and `exceptions_to_handle` of `with_fallbacks`."""
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the work that raised an error may be repeated as it is, without the risk of paying twice.
+    """Whether the work that raised an error may be repeated unchanged, without the risk of paying twice.
 
-    A predicate for `RetryPolicy(retry_on=...)` of LangGraph, `retry_on` of LangChain's middleware and
+    It is a predicate for `RetryPolicy(retry_on=...)` of LangGraph, `retry_on` of LangChain's middleware and
     `tenacity.retry_if_exception`.
 
     Args:
-        error: What was raised; of this package, or of another integration of LangChain.
+        error: An exception of this package, or of another LangChain integration.
 
     Returns:
-        `error.is_retryable` of a LangChain `ModelError`; False for every other exception, of which nothing is known.
+        `error.is_retryable` of a LangChain `ModelError`, and False for every other exception.
     """
     return isinstance(error, ModelError) and error.is_retryable

@@ -497,7 +497,7 @@ def transport_error(  # noqa: PLR0911
             "The proxy did not pass the request on; nothing was sent.",
             hint=(
                 "Ask its operator to allow the API's host, put name and password into the proxy's URL if it wants them, or "
-                "go context it with NO_PROXY."
+                "go around it with NO_PROXY."
             ),
             detail=detail,
         )

@@ -60,8 +60,8 @@ _SHELL_WORDS: Final = (
     ("run the job again", "run the same command"),
     ("skip_bad=True", "--skip-bad"),
     ("region='", "--region '"),
-    (": set output_dir, or call save() in time", ""),
-    ("Its URL is on the result; fetching again costs nothing: image.read() tries again.", ""),
+    ("Set output_dir, or call save() in time: links", "Links"),
+    ("Call image.read() to fetch it again, which is free; its URL is on the result.", ""),
 )
 _KITTY_CHUNK: Final = 4096
 _MAX_SHOWN_BYTES: Final = 8 << 20

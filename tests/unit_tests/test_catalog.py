@@ -78,9 +78,9 @@ def test_model_names_are_found_whatever_their_case():
 
 def test_an_unknown_model_passes_and_a_typo_gets_a_suggestion():
     assert "Did you mean 'cogview-4'?" in model_warning("cogview4")
-    assert "Known are" in model_warning("dall-e-3")
+    assert "Known models" in model_warning("dall-e-3")
     assert model_warning("cogview-4") is None
-    assert "gone from" in model_warning("cogview-3-plus")
+    assert "no longer lists" in model_warning("cogview-3-plus")
     assert legal_size(model_info("cogview-9"), "640x480") == "640x480"
 
 

@@ -113,7 +113,7 @@ def test_what_may_have_been_charged_is_in_no_total():
     assert costs.complete
     assert str(costs) == (
         "1 image, 0.06 CNY (list prices of 2026-10-01); 3 failed; "
-        "3 may have been charged besides (0.16 CNY and 1 of unknown price)"
+        "3 not received but possibly charged (0.16 CNY and 1 of unknown price)"
     )
 
 
@@ -139,7 +139,7 @@ def test_an_attempt_of_unknown_outcome_that_is_sent_again_may_be_charged_besides
 def test_an_unknown_outcome_in_the_sandbox_costs_nothing():
     costs = costs_of(unknown(sandbox=True))
     assert costs.uncertain == Charges(1, {"CNY": Decimal(0)}, 0)
-    assert "1 may have been charged besides (nothing)" in str(costs)
+    assert "1 not received but possibly charged (nothing)" in str(costs)
 
 
 def test_pictures_under_way_are_told():
@@ -152,7 +152,7 @@ def test_pictures_under_way_are_told():
     costs.on_event(*blocked(ids[1]))
     costs.on_event(*unknown(ids[2]))
     assert costs.in_flight == 1
-    assert str(costs).endswith("; 1 under way; 1 may have been charged besides (0.06 CNY)")
+    assert str(costs).endswith("; 1 in flight; 1 not received but possibly charged (0.06 CNY)")
 
 
 # --- how it is told
@@ -160,7 +160,7 @@ def test_pictures_under_way_are_told():
 
 def test_the_text_is_one_line_and_names_the_day_of_the_prices():
     costs = costs_of(*[generated() for _ in range(3)], unknown())
-    line = "3 images, 0.18 CNY (list prices of 2026-10-01); 1 failed; 1 may have been charged besides (0.06 CNY)"
+    line = "3 images, 0.18 CNY (list prices of 2026-10-01); 1 failed; 1 not received but possibly charged (0.06 CNY)"
     assert str(costs) == line
     assert repr(costs) == f"<ImageCosts: {line}>"
     assert str(ImageCosts()) == "0 images"
@@ -400,7 +400,7 @@ def test_real_work_is_counted_once_by_handler_and_block(generator, work):
     assert (
         str(costs)
         == str(handler.costs)
-        == ("3 images (3 of the sandbox), nothing; 1 blocked; 1 failed; 1 may have been charged besides (nothing)")
+        == ("3 images (3 of the sandbox), nothing; 1 blocked; 1 failed; 1 not received but possibly charged (nothing)")
     )
     assert costs.by_model == {(MODEL, "CNY"): ModelCosts(3, Decimal(0))}
 
@@ -440,4 +440,4 @@ async def test_a_picture_whose_caller_left_stays_under_way(generator):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert str(handler.costs) == "0 images; 1 under way"
+    assert str(handler.costs) == "0 images; 1 in flight"

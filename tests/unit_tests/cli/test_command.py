@@ -201,7 +201,9 @@ def test_ctrl_c_ends_with_130_and_says_that_it_may_cost(tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert process.stderr.readline().startswith("Warning: The model 'cogview-3'")  # it is about to draw
+    assert process.stderr.readline().startswith(
+        "Warning: The provider's documentation no longer lists the model 'cogview-3'"
+    )  # it is about to draw
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
@@ -531,7 +533,7 @@ FAULTS = [
     ("[[balance]]", 4, "Error: The account has no balance"),
     ("[[auth]]", 4, "Error: The API key was refused.\n"),
     ("[[malformed]]", 7, "Error: The service's reply could not be understood;"),
-    ("[[server-error]]", 7, "Error: The request was sent, but no answer tells"),
+    ("[[server-error]]", 7, "Error: The request was sent, but no answer says"),
 ]
 
 
@@ -696,7 +698,7 @@ def test_an_unknown_model_is_one_plain_line(folder):
     result = cogview("schema", "--model", "glm-imag")
     assert result.exit_code == 0
     (line,) = result.stderr.splitlines()
-    assert line.startswith("Warning: The model 'glm-imag' is not known to this version;")
+    assert line.startswith("Warning: This version does not know the model 'glm-imag':")
     assert "Did you mean 'glm-image'?" in line
     unknown = drawn("a cat", "--model", "cogview-3", "-o", "cat.png")
     assert unknown.stderr.count("Warning: ") == 1
