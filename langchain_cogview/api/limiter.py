@@ -1,11 +1,12 @@
-"""The limiter in flight: how many requests of one account and model are under way at once, over threads and event loops.
+"""An adaptive concurrency limiter (AIMD) for the requests of one account and model, shared by threads and event loops.
 
-A call takes a slot, sends, and ends the slot by what came back: `done`, `dropped` (1302) or `release` (anything else). First
-come, first served. The limiter learns from refusals how many the service accepts, and from successes when to try more.
+A call acquires a slot, sends its request, and ends the slot by the outcome: `done` after an answer, `dropped` when the service
+refused it because too many requests were in flight (code 1302), `release` after anything else. Calls queue first in, first out.
+Refusals lower the limit multiplicatively, successes raise it by one.
 
-Of HTTP, and of what is sent, this module knows nothing.
+This module knows nothing of HTTP or of what is sent.
 """
-# ruff: noqa: SLF001  a limiter and its slots are one thing in two halves
+# ruff: noqa: SLF001  a limiter and its slots share their state
 
 from __future__ import annotations
 
@@ -29,36 +30,37 @@ if TYPE_CHECKING:
     from langchain_cogview.concurrency import Deadline
 
 MAX_LIMITERS: Final = 1000
-"""Limiters that are remembered while nobody uses them; the one unused for longest is forgotten first."""
+"""How many unused limiters are kept; the least recently used one is forgotten first."""
 POLL: Final = 0.1
-"""Seconds between two looks of a waiting thread at whether it was cancelled, by its caller or by an interrupt: one that comes
-just before the wait for a lock, and on Windows any, would not end that."""
+"""Seconds after which a waiting thread checks whether it was cancelled or interrupted. A signal that arrives just before the wait
+for a lock does not end that wait; on Windows none does."""
 PROBE: Final = 10
-"""How many times slower than elsewhere the limit rises to the level that was last refused."""
-FEWEST_BEFORE_PROBE: Final = 30
-"""Successes that such a step takes at least: where only one is accepted, one request in eleven would be refused."""
+"""The limit rises this many times slower to the level that was last refused than to any other level."""
+MIN_PROBE_SUCCESSES: Final = 30
+"""The fewest successes before the limit rises to that level. Without this minimum, an account that accepts one request at a time
+would have one request in eleven refused."""
 _COMPACT_AT: Final = 64
 _LOOK_SECONDS: Final = 0.5
-"""Seconds between two looks of a waiting task at whether somebody holds a slot for too long."""
+"""Seconds after which a waiting task checks for slots that are held beyond their time limit."""
 _PICK_UP_SECONDS: Final = 5.0
-"""Seconds that a slot is kept for a waiting task whose event loop does not get to it."""
+"""Seconds that a granted slot is reserved for a task whose event loop does not run it."""
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
 class Slot:
-    """One request's slot in flight. The first of `done`, `dropped` and `release` ends it; the others then change nothing.
+    """Permission for one request in flight. The first of `done`, `dropped` and `release` ends it; later ones have no effect.
 
-    A slot that is dropped without an end (an interrupted thread, a coroutine that is never resumed) leaves by itself.
-    One that is held beyond its call's time limit (by an event loop that was abandoned in the middle) is free for others.
+    A slot that is garbage collected before it has ended (after an interrupted thread, or a coroutine that is never resumed) is
+    released. A slot that is held beyond its call's time limit (by an abandoned event loop) is given to others.
 
     Attributes:
-        ticket: The slot in the queue. Given to `acquire` again after a refusal, the call does not lose its turn.
+        ticket: The position in the queue. A call that passes it to `acquire` after a refusal keeps that position.
     """
 
     __slots__ = ("__weakref__", "_cap", "_ends_at", "_epoch", "_limiter", "_over", "ticket")
 
     def __init__(self, limiter: Limiter, cap: int, ticket: int, epoch: int) -> None:
-        self._over = True  # until the limiter has counted it
+        self._over = True  # until the limiter counts it
         self._limiter = limiter
         self._cap = cap
         self._epoch = epoch
@@ -66,27 +68,27 @@ class Slot:
         self.ticket: Final = ticket
 
     def end_after(self, seconds: float | None) -> None:
-        """Say when its call is over at the latest: so many seconds from now, or never.
+        """Set a time limit, after which the slot is given to others.
 
         Args:
-            seconds: None for no limit.
+            seconds: Seconds from now; None for no limit.
         """
         self._limiter._limit_time(self, seconds)
 
     def done(self) -> None:
-        """End it: the service took the request and answered it. Raises the limiter's limit, slowly."""
+        """End the slot after an answer of the service. Enough of these raise the limit."""
         self._limiter._post(self, success=True)
 
     def release(self) -> None:
-        """End it in any other way (an error, a cancelled call, a busy model): nothing is learned."""
+        """End the slot after anything else (an error, a cancelled call, a busy model). The limit stays as it is."""
         self._limiter._post(self, success=False)
 
     def dropped(self) -> bool:
-        """End it: too many requests were in flight. Halves the limiter's limit, once for a burst of refusals.
+        """End the slot after a refusal for too many requests in flight. Halves the limit, once for a burst of refusals.
 
         Returns:
-            Whether others are in flight: then the queue is the wait, and `acquire` may be called at once. Otherwise the caller
-            has to wait by itself before.
+            Whether other requests are in flight. If so, the queue is the wait, and the caller can call `acquire` at once. If not,
+            the caller has to wait before its next attempt.
         """
         return self._limiter._drop(self)
 
@@ -96,18 +98,18 @@ class Slot:
 
 
 class Limiter:
-    """A queue before a number of slots that adapts to what the service accepts.
+    """A queue for slots, whose number adapts to what the service accepts.
 
-    The waiter with the lowest ticket goes first, as soon as fewer are in flight than `limit` and than its own cap; those
-    behind it wait for it even where their cap is higher. After a refusal with others in flight nobody goes until one of those
-    has ended: the same refusal would come at once.
+    The waiter with the lowest ticket is served first, as soon as fewer requests are in flight than `limit` and than its own cap.
+    Waiters behind it wait even if their caps are higher. After a refusal with other requests in flight, no slot is granted until
+    one of those has ended, because the next request would be refused as well.
 
-    The limit is unknown at first, so that the caps alone count. The first refusal of a burst halves it, but to no more than what
-    is left in flight; each further one of the same burst brings it down to what is left in flight then, never below 1. It
-    rises by 1 after as many successes as it is high, each of a request sent since the last refusal and with all slots taken;
-    only the step back to the level that was last refused takes ten times as many, and 30 at least.
+    The limit is infinite at first, so that only the caps count. The first refusal of a burst halves it, at most to the number of
+    requests that are still in flight. Each further refusal of the same burst lowers it to the number that is in flight then, but
+    never below 1. The limit rises by 1 after as many successes as its value, counting only requests that were sent after the last
+    refusal while all slots were in use. The step to the level that was last refused needs ten times as many, and at least 30.
 
-    All methods may be called from any thread. `limiter_for` gives the one that callers share.
+    All methods are thread-safe. `limiter_for` returns the limiter that callers share.
     """
 
     def __init__(self) -> None:
@@ -117,12 +119,12 @@ class Limiter:
         self._start_over()
 
     def _start_over(self) -> None:
-        """Forget everything, also the slots that were granted: they are the parent process's."""
+        """Reset everything. Slots that were granted before belong to the parent process."""
         for _, _, waiter in self._heap:
             waiter.gone = True
         self._lock = threading.Lock()
-        # Ends and withdrawals, handled by whoever has the lock. The garbage collector can end a slot (a coroutine that is
-        # never resumed) in a thread that holds the lock at that moment, so that nobody who ends one may wait for the lock.
+        # Ended slots and withdrawn waiters, handled by the holder of the lock. The garbage collector can end a slot in a thread
+        # that holds the lock at that moment, so that ending a slot must not wait for the lock.
         self._mail: deque[tuple[Slot | _Waiter, bool]] = deque()
         self._heap = []
         self._in_flight = 0
@@ -133,24 +135,24 @@ class Limiter:
         self._successes = 0
         self._epoch += 1
         self._first_epoch = self._epoch
-        # Slots with a time limit; with the event loop of one that was granted to a waiting task and not picked up yet.
+        # Slots with a time limit, each with the event loop of its task while that task has not received it yet.
         self._timed: weakref.WeakKeyDictionary[Slot, asyncio.AbstractEventLoop | None] = weakref.WeakKeyDictionary()
         self._abandoned: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._look_at: float = math.inf
 
     @property
     def in_flight(self) -> int:
-        """Slots that are taken."""
+        """The number of slots in use."""
         return self._in_flight
 
     @property
     def limit(self) -> float:
-        """Slots that it allows now, besides each caller's cap: a whole number, or infinity while none was refused."""
+        """The number of slots allowed, besides each caller's cap: a whole number, or infinity before the first refusal."""
         return self._limit
 
     @property
     def waiting(self) -> int:
-        """Calls in the queue."""
+        """The number of calls in the queue."""
         return self._waiting
 
     def __repr__(self) -> str:
@@ -167,14 +169,13 @@ class Limiter:
         """Wait for a slot.
 
         Args:
-            cap: What may be in flight at most when the slot is granted, 1 or more.
-            deadline: When to wait no longer; one that has not started never passes.
-            cancelled: Set when to wait no longer; looked at each 0.1 s.
-            ticket: That of a refused slot, to keep its turn.
+            cap: The most requests that may be in flight when the slot is granted, this one included; 1 or more.
+            deadline: Ends the wait; a deadline that has not started never passes.
+            cancelled: Ends the wait when it is set; checked every 0.1 s.
+            ticket: The ticket of a dropped slot, to keep its position in the queue.
 
         Returns:
-            The slot; None when the deadline passed or `cancelled` was set before there was one. Where there is one at
-            once, neither is looked at.
+            The slot, or None if the deadline passed or `cancelled` was set first. Neither is checked if a slot is free.
 
         Raises:
             ValueError: When `cap` is below 1.
@@ -199,7 +200,7 @@ class Limiter:
         cancelled: threading.Event | None = None,
         ticket: int | None = None,
     ) -> Slot | None:
-        """Async version of `acquire`; a call that is cancelled leaves the queue."""
+        """Async version of `acquire`. A task that is cancelled leaves the queue."""
         slot = self._slot_at_once(cap, ticket)
         if slot is not None:
             return slot
@@ -211,16 +212,16 @@ class Limiter:
             if not granted:
                 self._post(waiter)
         if granted and waiter.slot is not None:
-            waiter.slot.end_after(None)  # it was picked up
+            waiter.slot.end_after(None)  # the task has received it
         return waiter.slot if granted else None
 
     def _look(self, waiter: _Waiter, ticket: int | None) -> None:
         self.reclaim()
-        if waiter.passed_over:
+        if waiter.was_skipped:
             self._queue_again(waiter, ticket)
 
     def reclaim(self) -> None:
-        """Free the slots that are held beyond their call's time limit, and let those who wait have them."""
+        """Release the slots that are held beyond their time limit, and grant them to waiters."""
         now = time.monotonic()
         if now < self._look_at:
             return
@@ -240,7 +241,7 @@ class Limiter:
             if self._mail:
                 self._settle()
 
-    # --- what takes the lock
+    # --- acquire the lock
 
     def _limit_time(self, slot: Slot, seconds: float | None) -> None:
         with self._lock:
@@ -249,10 +250,10 @@ class Limiter:
             self._settle()
 
     def _queue_again(self, waiter: _Waiter, ticket: int | None) -> None:
-        """Put a waiter that was passed over back into the queue."""
+        """Put a waiter back into the queue that was skipped because its event loop seemed abandoned."""
         with self._lock:
-            again = waiter.passed_over and waiter.slot is None
-            waiter.passed_over = False
+            again = waiter.was_skipped and waiter.slot is None
+            waiter.was_skipped = False
         if again:
             self._queue(waiter, ticket)
 
@@ -271,12 +272,12 @@ class Limiter:
                 self._settle()
 
     def _queue(self, waiter: _Waiter, ticket: int | None) -> None:
-        """Put a waiter into the queue; it may be granted before this returns."""
+        """Put a waiter into the queue. It can be granted a slot before this returns."""
         try:
             with self._lock:
                 arrival = self._next_ticket()
                 heapq.heappush(self._heap, (ticket or arrival, arrival, waiter))
-                # Only now: what an interrupt leaves behind before is as good as withdrawn.
+                # Only now, so that a waiter that an interrupt leaves behind counts as withdrawn.
                 waiter.gone = False
                 self._waiting += 1
                 self._read_mail()
@@ -305,14 +306,14 @@ class Limiter:
         self._settle()
 
     def _settle(self) -> None:
-        # Whoever does not get the lock may go: its holder looks at the mail after giving it back.
+        # Without the lock there is nothing to do: its holder reads the mail after releasing it.
         while self._mail and self._lock.acquire(blocking=False):
             try:
                 self._read_mail()
             finally:
                 self._lock.release()
 
-    # --- what is called with the lock held
+    # --- called with the lock held
 
     def _set_limit(self, slot: Slot, seconds: float | None, loop: asyncio.AbstractEventLoop | None = None) -> None:
         slot._ends_at = math.inf if seconds is None else time.monotonic() + seconds
@@ -327,7 +328,7 @@ class Limiter:
             ended, success = self._mail.popleft()
             if isinstance(ended, Slot):
                 self._end(ended, success=success)
-            elif ended.slot is not None:  # granted at the same moment: for the next
+            elif ended.slot is not None:  # granted at the same moment: for the next waiter
                 self._end(ended.slot)
             else:
                 self._withdraw(ended)
@@ -340,7 +341,7 @@ class Limiter:
             self._held = False
 
     def _closed(self, slot: Slot) -> bool:
-        """Take a slot out of the count; False when it is over already, or the parent process's."""
+        """Stop counting a slot. Returns False if it has ended already or belongs to the parent process."""
         fresh = not slot._over and slot._epoch >= self._first_epoch
         slot._over = True
         self._in_flight -= fresh
@@ -365,7 +366,7 @@ class Limiter:
 
     def _new_slot(self, cap: int, ticket: int) -> Slot:
         slot = Slot(self, cap, ticket, self._epoch)
-        # No interrupt comes between these two.
+        # An interrupt cannot come between these two.
         self._in_flight += 1
         slot._over = False
         return slot
@@ -380,7 +381,7 @@ class Limiter:
                 waiter.gone = True
                 self._waiting -= 1
                 if waiter.loop is not None and waiter.loop in self._abandoned and not waiter.loop.is_running():
-                    waiter.passed_over = True
+                    waiter.was_skipped = True
                     continue
                 waiter.slot = self._new_slot(waiter.cap, ticket)
                 if waiter.wake():
@@ -390,13 +391,13 @@ class Limiter:
                     self._closed(waiter.slot)
 
     def _learn_success(self, slot: Slot) -> None:
-        """Called after the slot was taken out of the count."""
-        # What was sent before the last refusal, or with slots left over, does not show that there is room for more.
+        """Called when the slot is no longer counted."""
+        # A request from before the last refusal, or one sent while slots were free, does not show that more are accepted.
         if slot._epoch < self._epoch or not self._in_flight + 1 >= self._limit < slot._cap:
             return
         self._successes += 1
         probes = self._limit + 1 == self._refused_at
-        if self._successes >= (max(PROBE * self._limit, FEWEST_BEFORE_PROBE) if probes else self._limit):
+        if self._successes >= (max(PROBE * self._limit, MIN_PROBE_SUCCESSES) if probes else self._limit):
             self._limit += 1
             self._successes = 0
 
@@ -411,20 +412,20 @@ class Limiter:
 
 
 class _Waiter(ABC):
-    """Somebody who waits. `gone` says that it is not in the queue: not yet, granted, or withdrawn."""
+    """A thread or task that waits. `gone` means that it is not in the queue: not yet, granted, or withdrawn."""
 
     loop: asyncio.AbstractEventLoop | None = None
-    """Of a task that waits."""
+    """The event loop of a waiting task; None for a thread."""
 
     def __init__(self, cap: int) -> None:
         self.cap = cap
         self.gone = True
-        self.passed_over = False
+        self.was_skipped = False
         self.slot: Slot | None = None
 
     @abstractmethod
     def wake(self) -> bool:
-        """Let it go on; False when it never will."""
+        """Resume the waiter. Returns False if it can never resume."""
 
 
 class _ThreadWaiter(_Waiter):
@@ -438,7 +439,7 @@ class _ThreadWaiter(_Waiter):
         return True
 
     def wait(self, deadline: Deadline | None, cancelled: threading.Event | None, look: Callable[[], None]) -> bool:
-        """Whether the slot came before the deadline passed or `cancelled` was set; calls `look` now and then."""
+        """Whether a slot was granted before the deadline passed or `cancelled` was set. Calls `look` regularly."""
         while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
             left = deadline.remaining() if deadline else None
             if self._granted.acquire(timeout=POLL if left is None else min(left, POLL)):
@@ -470,15 +471,17 @@ class _TaskWaiter(_Waiter):
     async def wait(
         self, deadline: Deadline | None, look: Callable[[], None], cancelled: threading.Event | None
     ) -> bool:
-        """Whether the slot came before the deadline passed or `cancelled` was set; calls `look` now and then."""
+        """Async version of `_ThreadWaiter.wait`."""
         timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
         try:
-            if deadline is None and cancelled is None:  # as almost always: a wait with a limit takes four times as long
+            if (
+                deadline is None and cancelled is None
+            ):  # the usual case: a wait with a time limit costs four times as much
                 await self._granted
                 return True
             while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
                 left = [] if deadline is None or (rest := deadline.remaining()) is None else [rest]
-                # Not `wait_for`: it would cancel the future, on which a grant may be on its way.
+                # Not `wait_for`, which would cancel the future while another thread is about to grant the slot.
                 await asyncio.wait([self._granted], timeout=min([*left, POLL] if cancelled else left, default=None))
                 if self._granted.done():
                     return True
@@ -508,15 +511,18 @@ _recent: OrderedDict[_LimiterName, Limiter] = OrderedDict()
 
 
 def limiter_for(base_url: str, model: str, key: str) -> Limiter:
-    """The limiter that all calls of one account share in this process.
+    """Return the limiter that all calls of one account and model share in this process.
 
-    A limiter that somebody waits at or has a slot of is never forgotten; what an unused one has learned is, once a
-    thousand others were asked for after it. After a fork the child's limiters start afresh.
+    A limiter with waiters or slots in use is never forgotten. An unused one is forgotten once a thousand others were asked for
+    after it. After a fork, the limiters of the child process start afresh.
 
     Args:
-        base_url: Only the host and port count, or all of it for a sandbox.
-        model: In any case of letters.
-        key: The API key; only a hash of it is kept.
+        base_url: Only its host and port count; for a sandbox, all of it.
+        model: The model's name; upper and lower case are the same.
+        key: The API key, of which only a hash is kept.
+
+    Returns:
+        The shared limiter.
     """
     name = (_host(base_url), model.lower(), hashlib.sha256(key.encode()).digest())
     with _registry_lock:
