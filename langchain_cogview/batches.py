@@ -12,8 +12,8 @@ from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list, merge_configs
 
 from langchain_cogview.errors import CogViewError
-from langchain_cogview.many import astream_tasks, numbered, stream_in_threads
 from langchain_cogview.request import ImageRequest
+from langchain_cogview.worker_pool import astream_tasks, numbered, stream_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -34,13 +34,12 @@ from langchain_cogview.cache_entries import (
     is_picture,
     whole,
 )
-from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
+from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, in_thread, raised_by_signal, runs_event_loop
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.images.store import image_names, local_path, read_regular_file, write_whole
-from langchain_cogview.turns import TURNS, runs_event_loop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -168,7 +167,7 @@ class CachedRequest:
     timeout: float | None
     notes: list[str] = field(default_factory=list)
 
-    def turn(self, index: int, seconds: float | None) -> AbstractContextManager[None]:
+    def flight(self, index: int, seconds: float | None) -> AbstractContextManager[None]:
         """Wait until no other call in this process is at the same picture, then keep others waiting until the block ends.
 
         Looking up, drawing and storing inside it makes equal requests pay once. Nobody may wait in it for a place in flight
@@ -178,11 +177,11 @@ class CachedRequest:
             index: Which of the `n`.
             seconds: How long to wait at most; after that the block begins all the same. None: as long as it takes.
         """
-        return TURNS.turn((self.entries.place, self._key(index).digest), seconds)
+        return SINGLE_FLIGHT.flight((self.entries.place, self._key(index).digest), seconds)
 
-    def aturn(self, index: int, seconds: float | None) -> AbstractAsyncContextManager[None]:
-        """The twin of `turn`."""
-        return TURNS.aturn((self.entries.place, self._key(index).digest), seconds)
+    def aflight(self, index: int, seconds: float | None) -> AbstractAsyncContextManager[None]:
+        """The twin of `flight`."""
+        return SINGLE_FLIGHT.aflight((self.entries.place, self._key(index).digest), seconds)
 
     def lookup(
         self, index: int, refetch: Callable[[str], DownloadedImage | CogViewError | None]

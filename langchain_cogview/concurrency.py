@@ -1,8 +1,9 @@
-"""Deadlines, cancel tokens, and work in threads for callers on an event loop."""
+"""Deadlines, cancel tokens, single-flight, and work in threads for callers on an event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -10,12 +11,12 @@ import threading
 import time
 import traceback
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Hashable, Iterator
     from contextlib import AbstractContextManager
 
 T = TypeVar("T")
@@ -197,8 +198,8 @@ MAX_THREADS: Final = 128
 """More than images are in flight as a rule: a folder that hangs, such as a dead network mount, holds up no other."""
 
 
-def _new_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="cogview-io")
+def _new_pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="cogview-io")
 
 
 _pool = _new_pool()
@@ -275,9 +276,94 @@ async def entered_in_thread(context: AbstractContextManager[T]) -> AsyncIterator
         await in_thread(context.__exit__, None, None, None)
 
 
+# --- single-flight
+
+_Entry = concurrent.futures.Future[None]
+"""A place in a queue; done once it is its turn."""
+
+
+class SingleFlight:
+    """Who is at what.
+
+    A wait lasts no longer than its caller says; then the caller goes on without the turn. So nobody hangs on another who
+    never comes back, such as a task of an event loop that was left behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[Hashable, deque[_Entry]] = {}
+
+    @contextlib.contextmanager
+    def flight(self, key: Hashable, seconds: float | None) -> Iterator[None]:
+        """Wait for the turn, and have it until the block ends.
+
+        In a thread that runs an event loop there is no wait: whose turn it is may be a task of that very loop.
+
+        Args:
+            key: What is done once at a time.
+            seconds: How long to wait at most; None: as long as it takes.
+        """
+        place = self._enter(key)
+        try:
+            if not runs_event_loop():
+                concurrent.futures.wait([place], seconds)
+            yield
+        finally:
+            self._leave(key, place)
+
+    @contextlib.asynccontextmanager
+    async def aflight(self, key: Hashable, seconds: float | None) -> AsyncIterator[None]:
+        """The twin of `flight`."""
+        place = self._enter(key)
+        try:
+            if not place.done():
+                await asyncio.wait([asyncio.wrap_future(place)], timeout=seconds)
+            yield
+        finally:
+            self._leave(key, place)
+
+    def forget(self) -> None:
+        """Start anew, in a forked process: whose turn it was is not there."""
+        self._lock = threading.Lock()
+        self._queues = {}
+
+    def _enter(self, key: Hashable) -> _Entry:
+        place = _Entry()
+        with self._lock:
+            queue = self._queues.setdefault(key, deque())
+            queue.append(place)
+            if len(queue) == 1:
+                place.set_result(None)
+        return place
+
+    def _leave(self, key: Hashable, place: _Entry) -> None:
+        with self._lock:
+            queue = self._queues.get(key)
+            if queue is None or place not in queue:
+                return  # entered before a fork
+            queue.remove(place)
+            if not queue:
+                del self._queues[key]
+            elif not queue[0].done():
+                queue[0].set_result(None)
+
+
+def runs_event_loop() -> bool:
+    """Whether this thread runs an event loop."""
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        return True
+    return False
+
+
+SINGLE_FLIGHT: Final = SingleFlight()
+"""Those of this process."""
+
+
 def _after_fork() -> None:
     global _pool  # noqa: PLW0603  the threads are the parent's
     _pool = _new_pool()
+    SINGLE_FLIGHT.forget()
 
 
 if hasattr(os, "register_at_fork"):

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 ImageOutcome = list[GeneratedImage] | Exception
 """What became of one paid call: its pictures (one in practice), or why there is none."""
 
-_TURN_SECONDS = 600.0
+_FLIGHT_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
 _CACHE_SECONDS = 60.0
 _MOST_LOGGED_CHARACTERS = 1000
@@ -197,7 +197,7 @@ class ImageCall:
         hit = self.cache.lookup(index, self._refetched)
         if hit is None:
             # Who waits here for another's equal request holds no place in flight.
-            with self.cache.turn(index, self.settings.timeout or _TURN_SECONDS):
+            with self.cache.flight(index, self.settings.timeout or _FLIGHT_SECONDS):
                 hit = self.cache.lookup(index, self._refetched)
                 if hit is None:
                     outcome = self._generate_new()
@@ -214,7 +214,7 @@ class ImageCall:
             return await self._agenerate_new()
         hit = await self.cache.alookup(index, self._arefetched)
         if hit is None:
-            async with self.cache.aturn(index, self.settings.timeout or _TURN_SECONDS):
+            async with self.cache.aflight(index, self.settings.timeout or _FLIGHT_SECONDS):
                 hit = await self.cache.alookup(index, self._arefetched)
                 if hit is None:
                     outcome = await self._agenerate_new()

@@ -40,7 +40,6 @@ from langchain_cogview.catalog import DEFAULT_MODEL, Quality, Region, model_info
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher
-from langchain_cogview.many import in_tasks, in_threads
 from langchain_cogview.notebook import status_line
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.request import (
@@ -56,6 +55,7 @@ from langchain_cogview.request import (
 )
 from langchain_cogview.result import ImageResult
 from langchain_cogview.tasks import ImageTask, checked_task
+from langchain_cogview.worker_pool import in_tasks, in_threads
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -36,7 +36,7 @@ from langchain_cogview.jobs.plan import (
 from langchain_cogview.jobs.prompts import Problem, checked_prompts, counted
 from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, reported
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
-from langchain_cogview.many import astream_tasks, stream_in_threads
+from langchain_cogview.worker_pool import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
     import threading

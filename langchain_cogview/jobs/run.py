@@ -39,11 +39,11 @@ from langchain_cogview.jobs.manifest import (
     saved_entry,
 )
 from langchain_cogview.jobs.plan import price_of
-from langchain_cogview.many import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageFailure, ImageResult
 from langchain_cogview.tasks import ImageTask
 from langchain_cogview.text import visible
+from langchain_cogview.worker_pool import aor_error, or_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -865,11 +865,11 @@ def test_equal_requests_in_turns_are_paid_once(sandbox, cache, how):
     room = Room(sandbox, cache)
 
     def one():
-        with room.of("a kitten").turn(0, 30):
+        with room.of("a kitten").flight(0, 30):
             return room.image("a kitten")
 
     async def aone():
-        async with room.of("a kitten").aturn(0, 30):
+        async with room.of("a kitten").aflight(0, 30):
             return await room._aimage(room.of("a kitten"), "a kitten", 0, None, {})
 
     async def all_of_them():
@@ -907,7 +907,7 @@ def test_a_thousand_entries_are_found_without_listing_any(sandbox, tmp_path, mon
 
 def test_sync_and_async_have_the_same_arguments():
     cached = image_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
-    for name in ("lookup", "store", "turn"):
+    for name in ("lookup", "store", "flight"):
         pair = [list(inspect.signature(getattr(cached, each)).parameters) for each in (name, f"a{name}")]
         assert pair[0] == pair[1]
 

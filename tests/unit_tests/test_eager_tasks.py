@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from langchain_cogview import CogViewImageGenerator, arun_job
-from langchain_cogview.many import astream_tasks
+from langchain_cogview.worker_pool import astream_tasks
 
 LONG = 60
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewImageGenerator, Sandbox
-from langchain_cogview.many import astream_tasks, stream_in_threads
+from langchain_cogview.worker_pool import astream_tasks, stream_in_threads
 
 both = pytest.mark.parametrize("how", ["sync", "async"])
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from langchain_cogview.many import in_threads
+from langchain_cogview.worker_pool import in_threads
 
 
 def test_results_come_in_the_order_of_the_tasks_and_no_more_run_than_there_are_places():

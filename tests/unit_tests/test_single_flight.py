@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from langchain_cogview.turns import Turns
+from langchain_cogview.concurrency import SingleFlight
 
 LONG = 30
 
@@ -16,20 +16,20 @@ LONG = 30
 class Waiter(threading.Thread):
     """A thread that takes a turn and keeps it until it is let go."""
 
-    def __init__(self, turns, key="key", seconds=LONG):
+    def __init__(self, flights, key="key", seconds=LONG):
         super().__init__(daemon=True)
-        self.turns, self.key, self.seconds = turns, key, seconds
+        self.flights, self.key, self.seconds = flights, key, seconds
         self.has, self.let_go = threading.Event(), threading.Event()
 
     def run(self):
-        with self.turns.turn(self.key, self.seconds):
+        with self.flights.flight(self.key, self.seconds):
             self.has.set()
             self.let_go.wait(LONG)
 
     def in_line(self, number):
         """Start, and wait until `number` are in the queue."""
         self.start()
-        while len(self.turns._queues.get(self.key, ())) < number:
+        while len(self.flights._queues.get(self.key, ())) < number:
             os.sched_yield()
         return self
 
@@ -39,36 +39,36 @@ class Waiter(threading.Thread):
 
 
 def test_threads_take_turns_in_the_order_of_coming():
-    turns = Turns()
-    waiters = [Waiter(turns).in_line(number) for number in (1, 2, 3)]
+    flights = SingleFlight()
+    waiters = [Waiter(flights).in_line(number) for number in (1, 2, 3)]
     for number, waiter in enumerate(waiters):
         assert waiter.has.wait(LONG)
         assert [each.has.is_set() for each in waiters[number + 1 :]] == [False] * (2 - number)
         waiter.leave()
-    assert turns._queues == {}
+    assert flights._queues == {}
 
 
 def test_another_key_does_not_wait():
-    turns = Turns()
-    with turns.turn("one", LONG), turns.turn("another", LONG):
-        assert len(turns._queues) == 2
-    assert turns._queues == {}
+    flights = SingleFlight()
+    with flights.flight("one", LONG), flights.flight("another", LONG):
+        assert len(flights._queues) == 2
+    assert flights._queues == {}
 
 
 async def test_tasks_wait_for_threads_without_stopping_the_loop_and_threads_for_tasks():
-    turns = Turns()
-    thread = Waiter(turns).in_line(1)
+    flights = SingleFlight()
+    thread = Waiter(flights).in_line(1)
     has = asyncio.Event()
 
     async def task():
-        async with turns.aturn("key", LONG):
+        async with flights.aflight("key", LONG):
             has.set()
             await let_go.wait()
 
     let_go = asyncio.Event()
     waiting = asyncio.create_task(task())
     await asyncio.sleep(0)
-    after = Waiter(turns).in_line(3)
+    after = Waiter(flights).in_line(3)
     assert not has.is_set()
     await asyncio.to_thread(thread.leave)
     await has.wait()
@@ -77,34 +77,34 @@ async def test_tasks_wait_for_threads_without_stopping_the_loop_and_threads_for_
     await waiting
     assert await asyncio.to_thread(after.has.wait, LONG)
     await asyncio.to_thread(after.leave)
-    assert turns._queues == {}
+    assert flights._queues == {}
 
 
 async def test_a_cancelled_waiter_leaves_no_hole():
-    turns = Turns()
+    flights = SingleFlight()
 
     async def task():
-        async with turns.aturn("key", LONG):
+        async with flights.aflight("key", LONG):
             return "had it"
 
-    async with turns.aturn("key", LONG):
+    async with flights.aflight("key", LONG):
         first, second = asyncio.create_task(task()), asyncio.create_task(task())
         await asyncio.sleep(0)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
     assert await second == "had it"
-    assert turns._queues == {}
+    assert flights._queues == {}
 
 
 async def test_a_task_cancelled_at_the_very_moment_of_its_turn_hands_it_on():
-    turns = Turns()
+    flights = SingleFlight()
 
     async def task():
-        async with turns.aturn("key", LONG):
+        async with flights.aflight("key", LONG):
             return "had it"
 
-    async with turns.aturn("key", LONG):
+    async with flights.aflight("key", LONG):
         first, second = asyncio.create_task(task()), asyncio.create_task(task())
         await asyncio.sleep(0)
     first.cancel()
@@ -114,47 +114,47 @@ async def test_a_task_cancelled_at_the_very_moment_of_its_turn_hands_it_on():
 
 
 def test_what_is_raised_in_a_turn_ends_it():
-    turns = Turns()
-    with pytest.raises(KeyError), turns.turn("key", LONG):
+    flights = SingleFlight()
+    with pytest.raises(KeyError), flights.flight("key", LONG):
         raise KeyError
-    with turns.turn("key", LONG):
+    with flights.flight("key", LONG):
         pass
-    assert turns._queues == {}
+    assert flights._queues == {}
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_after_its_time_a_waiter_goes_on_without_the_turn(how):
-    turns = Turns()
-    first = Waiter(turns).in_line(1)
+    flights = SingleFlight()
+    first = Waiter(flights).in_line(1)
     assert first.has.wait(LONG)
 
     async def atimed_out():
-        async with turns.aturn("key", 0.01):
+        async with flights.aflight("key", 0.01):
             return True
 
     if how == "sync":
-        with turns.turn("key", 0.01):
+        with flights.flight("key", 0.01):
             pass
     else:
         assert asyncio.run(atimed_out())
     first.leave()
-    assert turns._queues == {}
+    assert flights._queues == {}
 
 
 async def test_a_sync_call_inside_an_event_loop_does_not_wait_for_a_task_of_that_loop():
-    turns, start = Turns(), time.monotonic()
-    async with turns.aturn("key", LONG):
-        with turns.turn("key", LONG):  # would stop the loop, and with it the task that has the turn
+    flights, start = SingleFlight(), time.monotonic()
+    async with flights.aflight("key", LONG):
+        with flights.flight("key", LONG):  # would stop the loop, and with it the task that has the turn
             assert time.monotonic() - start < LONG
-    assert turns._queues == {}
+    assert flights._queues == {}
 
 
 def test_a_loop_that_was_left_behind_gives_its_turn_back():
-    turns = Turns()
+    flights = SingleFlight()
     stay = []
 
     async def task():
-        async with turns.aturn("key", LONG):
+        async with flights.aflight("key", LONG):
             stay.append(True)
             await asyncio.Event().wait()
 
@@ -165,22 +165,22 @@ def test_a_loop_that_was_left_behind_gives_its_turn_back():
     running.cancel()
     loop.run_until_complete(asyncio.gather(running, return_exceptions=True))
     loop.close()
-    with turns.turn("key", None):
+    with flights.flight("key", None):
         pass
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_does_not_wait_for_turns_of_its_parent():
-    from langchain_cogview.turns import TURNS
+    from langchain_cogview.concurrency import SINGLE_FLIGHT
 
     with ExitStack() as had:
-        had.enter_context(TURNS.turn("forked", LONG))
+        had.enter_context(SINGLE_FLIGHT.flight("forked", LONG))
         process = os.fork()
         if process == 0:
             code = 1
             try:
-                with TURNS.turn("forked", LONG):
-                    code = 0 if len(TURNS._queues["forked"]) == 1 else 2
+                with SINGLE_FLIGHT.flight("forked", LONG):
+                    code = 0 if len(SINGLE_FLIGHT._queues["forked"]) == 1 else 2
                 had.close()
             finally:
                 os._exit(code)
