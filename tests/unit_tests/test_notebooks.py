@@ -13,7 +13,7 @@ from PIL import Image
 
 from langchain_cogview import Sandbox
 from langchain_cogview.sandbox.server import SandboxServer
-from tests.unit_tests.test_display_browser import CHROMIUM, COUNTED, opened
+from tests.unit_tests.notebook.test_html_browser import CHROMIUM, COUNTED, opened
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 PICTURE = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)")
