@@ -225,7 +225,7 @@ class LinkRules:
         """
         link = _Origin.of(url)
         if link is None:
-            raise link_refused("it is not a plain link", subject)
+            raise link_refused("it is not a valid link", subject)
         is_named = self._is_named(link, subject)
         is_local = self._is_local(link)
         if link.scheme != "https" and not (link.scheme == "http" and (is_named or is_local)):
@@ -286,7 +286,7 @@ class _Origin:
 def link_refused(why: str, subject: str = "The image's link") -> CogViewDownloadError:
     """The error for a link that may not be fetched; fetching it again would not help."""
     return CogViewDownloadError(
-        f"{subject} was not fetched: {why}.", hint="Its URL is on the result: look at it before opening it."
+        f"{subject} was not opened: {why}.", hint="Its URL is on the result: look at it before opening it."
     )
 
 

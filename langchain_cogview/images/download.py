@@ -1,9 +1,9 @@
-"""Fetch an image from a URL that somebody else chose, and save it.
+"""Download an image from a URL that somebody else chose, check it and save it.
 
-The request carries no key and no cookie, and goes to public addresses only: the connection itself asks `LinkRules.check` for
-every address. Three redirects are followed at most, each under the rules of a first link. Just after the paid reply a link can
-answer 404, or for a moment with something that is not an image; fetching is free, so it is tried again after about 1, 2, 4 and
-8 seconds, inside the deadline.
+The request carries no key and no cookie. It goes to public addresses only: the connection checks every address with the
+result of `LinkRules.check`. At most three redirects are followed, each under the rules for a first link. Just after the paid
+reply a link can answer 404, or with something that is not an image. Downloads are free, so they are repeated after 1, 2, 4
+and 8 seconds, until the deadline.
 """
 
 from __future__ import annotations
@@ -33,22 +33,21 @@ from langchain_cogview.images.formats import (
     inspect,
     sniff,
 )
+from langchain_cogview.images.remote import RemoteFolder
 from langchain_cogview.images.store import ImageFile, reason
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
-    from langchain_cogview.images.remote import RemoteFolder
-
 
 MAX_REDIRECTS: Final = 3
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before the second, third, ... GET."""
+"""Seconds before the second, third, fourth and fifth GET."""
 
 _MAX_URL_CHARACTERS: Final = 8192
 _PIECE_BYTES: Final = 2**20
-"""What is written at once: on an event loop each write costs a turn of a thread."""
+"""Bytes that are written in one piece: on an event loop, every write runs in a thread."""
 _SNIFF_BYTES: Final = 16
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _NOT_YET: Final = frozenset({404, 408, 425, 429})
@@ -56,16 +55,16 @@ _NOT_YET: Final = frozenset({404, 408, 425, 429})
 
 @dataclass(frozen=True, slots=True)
 class DownloadedImage:
-    """An image that came whole.
+    """An image that was received whole.
 
     Attributes:
-        info: Type and dimensions, read from the bytes.
+        info: Format and dimensions, read from the bytes.
         size_bytes: Number of bytes.
-        sha256: SHA-256 of the bytes, in hexadecimal.
-        path: The file of this machine that holds them.
-        uri: The file elsewhere that holds them, such as `s3://bucket/name.png`.
-        content: The bytes, when they are in no file.
-        problem: Why they could not be written into the folder asked for.
+        sha256: SHA-256 of the image bytes, in hexadecimal.
+        path: The file on this machine that holds the bytes.
+        uri: The file in remote storage that holds the bytes, such as `s3://bucket/name.png`.
+        content: The bytes, when no file holds them.
+        problem: Why the bytes could not be saved in the folder that was asked for.
     """
 
     info: ImageInfo
@@ -78,7 +77,14 @@ class DownloadedImage:
 
 
 def expires_at(url: str) -> datetime | None:
-    """When a signed link ends, as its `Expires` (Unix seconds) tells; None where it does not."""
+    """Read when a signed link expires, from `Expires` (Unix seconds) in its query.
+
+    Args:
+        url: The link.
+
+    Returns:
+        The time, or None when the link does not say.
+    """
     try:
         query = dict(parse_qsl(urlsplit(url).query, max_num_fields=100))
         seconds = next((value for name, value in query.items() if name.lower() == "expires"), "")
@@ -87,7 +93,7 @@ def expires_at(url: str) -> datetime | None:
         return None
 
 
-# --- which faults may pass by themselves
+# --- which failures are worth another attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +101,10 @@ class _Fault:
     """One kind of transport failure.
 
     Attributes:
-        kinds: Exception classes; one of them is the error or stands in its chain of causes.
-        text: What happened.
-        is_transient: Whether fetching again may do better.
-        without: Exception classes of which none may be in the chain.
+        kinds: Exception classes; the error, or one in its chain of causes, is an instance of one of them.
+        text: What happened, for the error message.
+        is_transient: Whether another attempt may succeed.
+        without: Exception classes that must not be in the chain.
     """
 
     kinds: tuple[type[BaseException], ...]
@@ -117,23 +123,23 @@ _CONNECTING = (httpx.ConnectError, httpcore.ConnectError)
 _BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 _IN_TRANSIT = (httpx.ReadError, httpcore.ReadError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _FAULTS: Final = (
-    _Fault((AddressRefusedError,), "{link} was not fetched: its host has no address that may be connected to."),
+    _Fault((AddressRefusedError,), "{link} was not opened: its host has no address that may be connected to."),
     _Fault((ssl.SSLCertVerificationError,), "The certificate of the image's host is not trusted."),
     _Fault(
         (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError),
-        "{link} was not fetched: it is not a plain link.",
+        "{link} was not opened: it is not a valid link.",
     ),
-    _Fault(_TIMEOUTS, "The time limit passed while the image was fetched.", is_transient=True),
-    # What follows is of the network; a host that refuses connections may be starting, a name server may be asleep.
+    _Fault(_TIMEOUTS, "The time limit passed while the image was downloaded.", is_transient=True),
+    # The network is at fault from here on; a host that refuses connections may be starting.
     _Fault(_BROKEN_TLS, "The connection to the image's host broke ({error}).", is_transient=True),
-    _Fault((ssl.SSLError,), "The image's host does not speak TLS as it must.", without=_IN_TRANSIT),
+    _Fault((ssl.SSLError,), "The TLS handshake with the image's host failed.", without=_IN_TRANSIT),
     _Fault(
-        (httpx.ProxyError, httpcore.ProxyError), "The proxy did not pass the image on ({error}).", is_transient=True
+        (httpx.ProxyError, httpcore.ProxyError), "The proxy did not forward the download ({error}).", is_transient=True
     ),
     _Fault(_CONNECTING, "The image's host could not be reached ({error}).", is_transient=True),
     _Fault((Exception,), "The image's host could not be read ({error}).", is_transient=True),
 )
-"""Transient or final, per kind of failure: the first that fits decides."""
+"""Whether a failure is transient or final: the first entry that matches decides."""
 
 _TRANSPORT_ERRORS: Final = (
     httpx.HTTPError,
@@ -166,16 +172,16 @@ def _too_large() -> CogViewDownloadError:
     return CogViewDownloadError(f"The image is larger than {MAX_IMAGE_BYTES // 2**20} MiB.")
 
 
-# --- one download without its I/O
+# --- the decisions of one download, without I/O
 
 
 class _Download:
-    """What is asked, what an answer means, and when to ask again.
+    """Decides what is requested, what a response means, and when to try again.
 
     Args:
         url: The link.
-        deadline: For everything.
-        rules: Which links may be fetched.
+        deadline: For the whole download, waits included.
+        rules: Which links may be opened.
     """
 
     def __init__(self, url: str, deadline: Deadline, rules: LinkRules) -> None:
@@ -186,22 +192,36 @@ class _Download:
         self.start()
 
     def start(self) -> None:
-        """Begin at the link, once or once more."""
+        """Start an attempt at the first link."""
         self._at, self._check, self._subject = self._url, self._first_check, "The image's link"
         self._visited = [self._url]
         self._buffer, self._head, self._size = bytearray(), bytearray(), 0
         self.has_written = False
 
     def wait_after(self, error: CogViewDownloadError) -> float | None:
-        """Seconds until the link is asked again after an error; None when that would not help or would be too late."""
+        """Decide about another attempt after an error.
+
+        Args:
+            error: Why the attempt failed.
+
+        Returns:
+            Seconds to wait before the next attempt; None when it would not help, or would be too late.
+        """
         wait = next(self._waits, None) if error.transient else None
         return wait if wait is not None and self.deadline.allows(wait) else None
 
     def request(self) -> httpx.Request:
-        """The next GET."""
+        """Make the next GET request.
+
+        Returns:
+            The request, for the link or for the target of a redirect.
+
+        Raises:
+            CogViewDownloadError: The time limit has passed, or the link is not valid.
+        """
         left = self.deadline.remaining()
         if left is not None and left <= 0:
-            raise CogViewDownloadError("The time limit passed before the image was fetched.")
+            raise CogViewDownloadError("The time limit passed before the image was downloaded.")
         try:
             return httpx.Request(
                 "GET",
@@ -214,26 +234,37 @@ class _Download:
                 },
             )
         except (httpx.InvalidURL, ValueError):
-            raise link_refused("it is not a plain link", self._subject) from None
+            raise link_refused("it is not a valid link", self._subject) from None
 
     def is_image(self, response: httpx.Response) -> bool:
-        """Whether the body of a reply is to be read; False after a redirect, which the next request follows."""
+        """Check the head of a response.
+
+        Args:
+            response: The response, with its body unread.
+
+        Returns:
+            True when the body is to be read; False after a redirect, which the next request follows.
+
+        Raises:
+            CogViewExpiredURLError: The link has expired or is refused.
+            CogViewDownloadError: The response has no image.
+        """
         status = response.status_code
         if status in _REDIRECTS:
             self._redirect(response.headers.get("location", ""), status)
             return False
         if status in {401, 403}:
             ended = expires_at(self._at)
-            when = f" It ended at {ended:%Y-%m-%d %H:%M} UTC." if ended and ended <= datetime.now(UTC) else ""
+            when = f" It expired at {ended:%Y-%m-%d %H:%M} UTC." if ended and ended <= datetime.now(UTC) else ""
             raise CogViewExpiredURLError(
-                f"The picture's link has expired or is refused (HTTP {status}).{when}", status=status
+                f"The image's link has expired or is refused (HTTP {status}).{when}", status=status
             )
         if status in _NOT_YET or status >= 500:  # noqa: PLR2004
             raise _not_yet(f"The image is not there yet (HTTP {status}).", status=status)
         if status != 200:  # noqa: PLR2004
             raise CogViewDownloadError(f"The image's link answered with HTTP {status}.", status=status)
         if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
-            raise CogViewDownloadError("The image came compressed, which was not asked for.")
+            raise CogViewDownloadError("The image was sent in a content encoding that the request did not accept.")
         length = response.headers.get("content-length", "")
         if length.isascii() and length.isdigit() and int(length[:20]) > MAX_IMAGE_BYTES:
             raise _too_large()
@@ -243,23 +274,33 @@ class _Download:
         text = location.strip().replace(" ", "%20")
         self._subject = "The target of the image's redirect"
         if not text or len(text) > _MAX_URL_CHARACTERS or not text.isprintable():
-            raise CogViewDownloadError("The image's link redirects, but not to an address.", status=status)
+            raise CogViewDownloadError("The image's link redirects, but not to a valid link.", status=status)
         if len(self._visited) > MAX_REDIRECTS:
             raise CogViewDownloadError(f"The image's link redirects more than {MAX_REDIRECTS} times.", status=status)
         try:
             target = urljoin(self._at, text)
         except ValueError:
-            raise link_refused("it is not a plain link", self._subject) from None
+            raise link_refused("it is not a valid link", self._subject) from None
         if target in self._visited:
-            raise CogViewDownloadError("The image's link redirects in a circle.", status=status)
+            raise CogViewDownloadError("The image's link redirects in a loop.", status=status)
         if self._at.lower().startswith("https:") and not target.lower().startswith("https:"):
             raise link_refused("it is not https", self._subject)
         self._check = self._rules.check(target, self._subject)
         self._visited.append(target)
         self._at = target
 
-    def take(self, chunk: bytes) -> bytes | None:
-        """Check one chunk; gives what is to be written, when enough has come."""
+    def add(self, chunk: bytes) -> bytes | None:
+        """Check one chunk of the body.
+
+        Args:
+            chunk: The bytes.
+
+        Returns:
+            The bytes to write, once enough have been received; None before.
+
+        Raises:
+            CogViewDownloadError: The bytes are not an image, or too many.
+        """
         if len(self._head) < _SNIFF_BYTES:
             self._head += chunk[:_SNIFF_BYTES]
             if len(self._head) >= _SNIFF_BYTES and sniff(bytes(self._head)) is None:
@@ -271,24 +312,35 @@ class _Download:
         return self.rest() if len(self._buffer) >= _PIECE_BYTES else None
 
     def rest(self) -> bytes:
-        """What has come and is not written yet."""
+        """Take the bytes that were received and are not written yet.
+
+        Returns:
+            The bytes; the buffer is empty afterwards.
+        """
         rest, self._buffer = bytes(self._buffer), bytearray()
         self.has_written = True
         return rest
 
     def error(self, error: Exception) -> CogViewDownloadError:
-        """Our error for a failure of the transport."""
+        """Turn a failure of the transport into an error of this package.
+
+        Args:
+            error: An exception of the HTTP library or of the system.
+
+        Returns:
+            The error, transient or final.
+        """
         chain = _chain(error)
         fault = next(fault for fault in _FAULTS if fault.is_in(chain))
-        # A proxy that wants a password, or forbids the host, says the same a second later.
+        # A proxy that asks for a password, or forbids the host, answers the same a second later.
         is_refusal = isinstance(error, httpx.ProxyError | httpcore.ProxyError) and str(error).startswith("4")
         text = fault.text.format(link=self._subject, error=type(error).__name__)
-        ours = CogViewDownloadError(text, detail=str(error))
-        ours.transient = fault.is_transient and not is_refusal
-        return ours
+        found = CogViewDownloadError(text, detail=str(error))
+        found.transient = fault.is_transient and not is_refusal
+        return found
 
 
-# --- saving: blocks, so that async callers have a thread for each of these
+# --- saving; these functions block, and async callers run them in threads
 
 
 def _write(file: ImageFile, piece: bytes | memoryview) -> None:
@@ -313,41 +365,62 @@ def _inspected(file: ImageFile, rest: bytes) -> ImageInfo:
         raise CogViewStorageError(f"The image's bytes could not be read back: {reason(error)}.") from None
 
 
-def _saved(info: ImageInfo, file: ImageFile, kept: Path | str | None) -> DownloadedImage:
-    """The image, wherever its bytes are now."""
+def _image(info: ImageInfo, file: ImageFile, saved: Path | str | None) -> DownloadedImage:
+    """Describe the image, wherever its bytes are now."""
     try:
-        content = None if kept else file.read()
+        content = None if saved else file.read()
     except OSError as error:
         raise CogViewStorageError(f"The image's bytes could not be read back: {reason(error)}.") from None
-    path, uri = (None, kept) if isinstance(kept, str) else (kept, None)
+    path, uri = (None, saved) if isinstance(saved, str) else (saved, None)
     return DownloadedImage(info, file.size, file.sha256, path, uri, content, file.problem)
 
 
-def _save(file: ImageFile, rest: bytes, deadline: Deadline) -> DownloadedImage:
-    """Write the last bytes, check the image and give its file a name; closes the file."""
+def _new_file(folder: Path | RemoteFolder | None, label: str) -> ImageFile:
+    """Make the file for a download; for a remote folder the bytes are in memory until they are uploaded."""
+    return ImageFile(None if isinstance(folder, RemoteFolder) else folder, label=label)
+
+
+def _save(file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, deadline: Deadline) -> DownloadedImage:
+    """Write the last bytes, check the image, and save or upload the file; closes the file."""
     with contextlib.closing(file):
         info = _inspected(file, rest)
-        return _saved(info, file, file.keep(info, deadline))
+        if isinstance(folder, RemoteFolder):
+            return _image(info, file, _upload(file, info, folder, deadline))
+        return _image(info, file, file.save(info))
 
 
-async def _asave(file: ImageFile, rest: bytes, deadline: Deadline) -> DownloadedImage:
-    """Async version of `_save`; a local file is saved to its end by a thread also when the caller is cancelled."""
-    if file.remote is None:
-        return await in_thread(_save, file, rest, deadline)
+async def _asave(
+    file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, deadline: Deadline
+) -> DownloadedImage:
+    """Async version of `_save`. A thread saves a local file to its end even when the caller is cancelled."""
+    if not isinstance(folder, RemoteFolder):
+        return await in_thread(_save, file, rest, folder, deadline)
     info = await in_thread(_inspected, file, rest)
-    return _saved(info, file, await file.aupload(info, deadline))
+    return _image(info, file, await _aupload(file, info, folder, deadline))
+
+
+def _upload(file: ImageFile, info: ImageInfo, folder: RemoteFolder, deadline: Deadline) -> str | None:
+    with file.noting_problems():
+        return folder.upload(file.names(info), file.read(), deadline)
+    return None
+
+
+async def _aupload(file: ImageFile, info: ImageInfo, folder: RemoteFolder, deadline: Deadline) -> str | None:
+    with file.noting_problems():
+        return await folder.aupload(file.names(info), file.read(), deadline)
+    return None
 
 
 def save_content(
     content: bytes, *, deadline: Deadline, folder: Path | RemoteFolder | None = None, label: str = ""
 ) -> DownloadedImage:
-    """Check and save an image whose bytes came in the reply itself. Blocks.
+    """Check and save an image whose bytes were part of the reply. Blocks.
 
     Args:
-        content: The bytes.
+        content: The image bytes.
         deadline: For an upload.
-        folder: Where the file goes; None keeps the bytes in memory.
-        label: Part of the file's name.
+        folder: Where the file is saved; None: the bytes stay in memory.
+        label: Part of the file name.
 
     Returns:
         The image, and where its bytes are.
@@ -361,17 +434,15 @@ def save_content(
         raise CogViewDownloadError(f"The reply did not hold a whole image: {error}.", hint="") from None
     if folder is None:
         return DownloadedImage(info, len(content), hashlib.sha256(content).hexdigest(), content=content)
-    file = ImageFile(folder, label=label)
+    file = _new_file(folder, label)
     with contextlib.closing(file):
         whole = memoryview(content)
         for start in range(0, len(content), _PIECE_BYTES):
             _write(file, whole[start : start + _PIECE_BYTES])
-        kept = file.keep(info, deadline)
-    path, uri = (None, kept) if isinstance(kept, str) else (kept, None)
-    return DownloadedImage(info, file.size, file.sha256, path, uri, None if kept else content, file.problem)
+        return _save(file, b"", folder, deadline)
 
 
-# --- the download, twice
+# --- the download
 
 
 def fetch(
@@ -383,31 +454,31 @@ def fetch(
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
 ) -> DownloadedImage:
-    """Fetch, check and save one image.
+    """Download, check and save one image.
 
     Args:
-        send: Sends one request and gives the response with its body unread.
-        url: Where the image is.
-        deadline: For everything, waits, writing and uploading included.
-        folder: Where the file goes; None keeps the bytes in memory.
-        label: Part of the file's name.
-        rules: Which links may be fetched.
+        send: Sends a request and returns the response with its body unread.
+        url: The link of the image.
+        deadline: For the whole download, waits and upload included.
+        folder: Where the file is saved; None: the bytes stay in memory.
+        label: Part of the file name.
+        rules: Which links may be opened.
 
     Returns:
         The image, and where its bytes are.
 
     Raises:
-        CogViewDownloadError: When no whole image came.
-        CogViewStorageError: When the bytes could be held nowhere.
+        CogViewDownloadError: No whole image was received.
+        CogViewStorageError: The bytes could be written nowhere.
     """
     download = _Download(url, deadline, rules)
     while True:
-        file = ImageFile(folder, label=label)
+        file = _new_file(folder, label)
         try:
             with contextlib.closing(file):
-                with _as_ours(download):
+                with _own_errors(download):
                     _receive(send, download, file)
-                return _save(file, download.rest(), deadline)
+                return _save(file, download.rest(), folder, deadline)
         except CogViewDownloadError as error:
             wait = download.wait_after(error)
             if wait is None:
@@ -425,20 +496,20 @@ async def afetch(
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
 ) -> DownloadedImage:
-    """Async version of `fetch`; files are written by threads."""
+    """Async version of `fetch`. Files are written in threads."""
     download = _Download(url, deadline, rules)
     while True:
-        file = ImageFile(folder, label=label)
+        file = _new_file(folder, label)
         try:
             try:
-                with _as_ours(download):
+                with _own_errors(download):
                     async with asyncio.timeout(deadline.remaining()):
                         await _areceive(asend, download, file)
             except BaseException:
-                if download.has_written:  # perhaps in a thread that writes still
+                if download.has_written:  # a thread may still be writing
                     await in_thread(file.close)
                 raise
-            return await _asave(file, download.rest(), deadline)
+            return await _asave(file, download.rest(), folder, deadline)
         except CogViewDownloadError as error:
             wait = download.wait_after(error)
             if wait is None:
@@ -454,7 +525,7 @@ def _receive(send: Callable[[httpx.Request], httpx.Response], download: _Downloa
             if not download.is_image(response):
                 continue
             for chunk in response.iter_raw():
-                piece = download.take(chunk)
+                piece = download.add(chunk)
                 if piece:
                     _write(file, piece)
                 if download.deadline.passed:
@@ -471,15 +542,15 @@ async def _areceive(
             if not download.is_image(response):
                 continue
             async for chunk in response.aiter_raw():
-                piece = download.take(chunk)
+                piece = download.add(chunk)
                 if piece:
                     await in_thread(_write, file, piece)
             return
 
 
 @contextlib.contextmanager
-def _as_ours(download: _Download) -> Iterator[None]:
-    """Turn failures of the transport into our errors; anything else passes through."""
+def _own_errors(download: _Download) -> Iterator[None]:
+    """Raise errors of this package for failures of the transport; other exceptions pass through."""
     try:
         yield
     except _TRANSPORT_ERRORS as error:

@@ -25,7 +25,7 @@ from urllib.request import url2pathname
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES
-from langchain_cogview.images.store import checked, read_regular_file
+from langchain_cogview.images.store import checked_image, read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -181,7 +181,9 @@ class ImageAccess:
                 f"The saved file {printable(path.name, 120)} cannot be read: {printable(reason, 80)}.",
                 hint="If it was moved, open it where it is now; while the link lives, the URL still gives it.",
             ) from None
-        return checked(content, f"The saved file {printable(path.name, 120)}", size_bytes=size_bytes, sha256=sha256)
+        return checked_image(
+            content, f"The saved file {printable(path.name, 120)}", size_bytes=size_bytes, sha256=sha256
+        )
 
     def read_uri(
         self,
@@ -203,7 +205,7 @@ class ImageAccess:
             CogViewStorageError: When it lies outside of `storage`, cannot be read, or is not the image that is recorded.
         """
         content = read_uri(uri, self._options(uri), seconds=seconds)
-        return checked(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
+        return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
     async def aread_uri(
         self,
@@ -215,7 +217,7 @@ class ImageAccess:
     ) -> bytes:
         """Async version of `read_uri`."""
         content = await aread_uri(uri, self._options(uri), seconds=seconds)
-        return checked(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
+        return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
     def covers(self, uri: str) -> bool:
         """Whether a URI lies in one of the remote folders."""

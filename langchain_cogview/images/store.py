@@ -1,8 +1,8 @@
-"""Where the bytes of an image are saved: whole or absent, under a name of ours, never over another file.
+"""Save and read image files on this machine: whole or absent, under a new name, never over another file.
 
-On Linux the bytes go into a file without a name, which gets one only when it is whole: a process that is killed leaves
-nothing behind. On other systems, and where the file system has no such files, a temporary file takes its place. Where the file
-system has no hard links, the temporary file is renamed. To a remote folder the bytes go in one request when all are there.
+On Linux the bytes are written into a file without a name, which gets its name once it is whole: a process that is killed
+leaves nothing behind. On other systems, and on file systems without such files, a temporary file takes its place. On file
+systems without hard links, the temporary file is renamed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.formats import EXTENSIONS, ImageFormatError, inspect
 
@@ -29,19 +28,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from langchain_cogview.images.formats import ImageInfo
-    from langchain_cogview.images.remote import RemoteFolder
 
 MAX_NAMES: Final = 999
-"""Under how many names a picture may be saved: the number at the end tells those apart that would have the same."""
+"""How many names are tried for one image; a number at the end tells images with the same name apart."""
 IMAGE_NAME: Final = re.compile(
     r"\d{8}T\d{6}Z-(?:(?P<label>[0-9A-Za-z_]+)-)?(?P<start_of_hash>[0-9a-f]{16})(?:-\d{1,3})?"
     rf"(?:{'|'.join(map(re.escape, EXTENSIONS.values()))})"
 )
-"""The names that `image_names` gives, with the parts by which a picture is found again."""
+"""The names that `image_names` gives, with the parts by which an image is found again."""
 _UNSAFE: Final = re.compile(r"[^0-9A-Za-z_-]")
 _DEVICE: Final = re.compile(r"(?i)con|prn|aux|nul|com\d|lpt\d")
 _MAX_NAME: Final = 64
-_NO_LIMIT: Final = Deadline(None)
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS}
 _COPY_BYTES: Final = 1 << 16
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
@@ -54,22 +51,34 @@ _AT_FDCWD: Final = -100
 
 
 def safe_name(text: str) -> str:
-    """A text from outside, such as an id, as a part of a file's name: letters, digits, `_` and `-`, at most 64 characters."""
+    """Make a part of a file name of text from outside, such as an id.
+
+    Args:
+        text: May be foreign.
+
+    Returns:
+        Letters, digits, `_` and `-`; 1 to 64 characters, and never the name of a Windows device.
+    """
     name = _UNSAFE.sub("_", text[:_MAX_NAME]).lstrip("-") or "image"
     return f"_{name}"[:_MAX_NAME] if _DEVICE.fullmatch(name) else name  # Windows keeps these names for devices
 
 
 def image_names(label: str, sha256: str, extension: str, *, moment: float | None = None) -> Iterator[str]:
-    """The names of a picture's file, in the order in which they are tried.
+    """Make the names that an image file may have.
 
     Args:
-        label: By which the file is found: the beginning of its request id; may be empty.
-        sha256: Of the bytes, in hexadecimal; its beginning stands in the name.
-        extension: With its dot.
-        moment: When it was made, in Unix seconds; None: now.
+        label: The beginning of the request id, by which the file is found again; may be empty.
+        sha256: SHA-256 of the image bytes, in hexadecimal; the name holds its beginning.
+        extension: The file's extension, with its dot.
+        moment: When the image was made, in Unix seconds; None: now.
+
+    Returns:
+        The names, in the order in which they are tried.
 
     Raises:
-        ValueError, OverflowError, OSError: The moment is none of a calendar.
+        ValueError: The moment is outside of the calendar.
+        OverflowError: The moment is outside of the system's clock.
+        OSError: The moment is outside of the system's clock.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(moment))
     # The label's own hyphens would end it too early for IMAGE_NAME.
@@ -78,25 +87,24 @@ def image_names(label: str, sha256: str, extension: str, *, moment: float | None
 
 
 class ImageFile:
-    """The bytes of one image on their way: written into the folder as they come, or kept in memory where that cannot be done.
+    """The bytes of one image while they arrive: written into a folder, or held in memory where that is not possible.
 
-    Every method blocks; a caller on an event loop has a thread for them. One thread at a time is let in, so that a caller that
-    was cancelled can close a file which a thread is still writing.
+    Every method blocks; async callers run them in threads. A lock lets one thread in at a time, so that a caller that was
+    cancelled can close a file that a thread still writes.
 
     Args:
-        folder: Where the file will be; made when missing. A remote one gets it in `upload`. None: the bytes stay in memory.
-        label: Part of the name, between time and hash, by which the file is found.
+        folder: The folder on this machine where the file will be; it is made when missing. None: the bytes stay in memory.
+        label: Part of the file name, between time and hash, by which the file is found again.
 
     Attributes:
-        problem: Why the folder could not be used; the bytes are in memory all the same.
-        size: Number of bytes so far.
+        problem: Why the bytes could not be saved where they should be; they are in memory then. None: no problem.
+        size: Number of bytes written so far.
     """
 
-    def __init__(self, folder: Path | RemoteFolder | None, *, label: str = "") -> None:
+    def __init__(self, folder: Path | None, *, label: str = "") -> None:
         self.problem: str | None = None
         self.size = 0
-        self.remote = None if isinstance(folder, Path) else folder
-        self._folder = folder if isinstance(folder, Path) else None
+        self._folder = folder
         self._label = label
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()
@@ -105,10 +113,13 @@ class ImageFile:
         self._is_closed = False
 
     def write(self, chunk: bytes | memoryview) -> None:
-        """Append bytes; those of a full disk move into memory. After `close` nothing is written.
+        """Append bytes. On a full disk all bytes move into memory; after `close` nothing is written.
+
+        Args:
+            chunk: The bytes to append.
 
         Raises:
-            OSError: When the bytes that were written cannot be read back.
+            OSError: The bytes that were written cannot be read back.
         """
         with self._lock:
             if self._is_closed:
@@ -129,45 +140,62 @@ class ImageFile:
         return self._hash.hexdigest()
 
     def inspect(self) -> ImageInfo:
-        """Read type and dimensions from the bytes.
+        """Read format and dimensions from the bytes.
+
+        Returns:
+            What the bytes say about the image.
 
         Raises:
-            ImageFormatError: They are not one whole image.
-            OSError: They cannot be read back.
+            ImageFormatError: The bytes are not one whole image.
+            OSError: The bytes cannot be read back.
         """
         with self._lock:
             file = self._opened()
             file.seek(0)
             return inspect(file)
 
-    def keep(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> Path | str | None:
+    def save(self, info: ImageInfo) -> Path | None:
         """Give the file a name made of time, label and hash.
 
         Args:
-            info: Type of the image, which gives the ending.
-            deadline: For an upload; a local file has its name at once.
+            info: Decides the extension.
 
         Returns:
-            The path of a local file, or the URI of a remote one; None where the bytes are in memory only.
+            The path of the file; None when the bytes are in memory only.
         """
-        if self.remote:
-            with self._noting_problems():
-                return self.remote.upload(self._names(info), self.read(), deadline)
-            return None
-        with self._lock, self._noting_problems():
+        with self._lock, self.noting_problems():
             return self._named_file(info)
         return None
 
-    async def aupload(self, info: ImageInfo, deadline: Deadline = _NO_LIMIT) -> str | None:
-        """Async version of `keep` for a remote folder."""
-        if self.remote is None:
-            return None
-        with self._noting_problems():
-            return await self.remote.aupload(self._names(info), self.read(), deadline)
-        return None
+    def names(self, info: ImageInfo) -> Iterator[str]:
+        """Make the names that the file may have, once all bytes are written.
+
+        Args:
+            info: Decides the extension.
+
+        Returns:
+            The names, in the order in which they are tried.
+        """
+        return image_names(self._label, self.sha256, info.extension)
+
+    @contextlib.contextmanager
+    def noting_problems(self) -> Iterator[None]:
+        """Put the reason into `problem` when the block raises an OSError, and go on after the block.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except OSError as error:
+            self.problem = reason(error)
 
     def read(self) -> bytes:
-        """All bytes."""
+        """Read all bytes.
+
+        Returns:
+            The bytes.
+        """
         with self._lock:
             file = self._opened()
             if isinstance(file, io.BytesIO):
@@ -176,7 +204,7 @@ class ImageFile:
             return file.read()
 
     def close(self) -> None:
-        """Close the file; one that has no name of its own by now is gone."""
+        """Close the file. A file that was not saved is removed."""
         with self._lock:
             self._is_closed = True
             self._close_file()
@@ -190,20 +218,10 @@ class ImageFile:
                 self._temporary.unlink()
             self._temporary = None
 
-    @contextlib.contextmanager
-    def _noting_problems(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.problem = reason(error)
-
-    def _names(self, info: ImageInfo) -> Iterator[str]:
-        return image_names(self._label, self.sha256, info.extension)
-
     def _named_file(self, info: ImageInfo) -> Path | None:
         if self._folder is None or self.problem:
             return None
-        for name in self._names(info):
+        for name in self.names(info):
             path = self._folder / name
             with contextlib.suppress(FileExistsError):
                 self._give_name(path)
@@ -246,7 +264,7 @@ class ImageFile:
             self._link(path)
         except FileExistsError:
             raise
-        except OSError:  # no hard links here, in whatever words the file system says so
+        except OSError:  # the file system has no hard links; which error says so differs between file systems
             self._rename(path)
 
     def _link(self, path: Path) -> None:
@@ -309,19 +327,30 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Why a file could not be written, in the words of the system."""
+    """Describe why a file could not be written.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The system's words, or the name of the exception's class.
+    """
     return getattr(error, "strerror", None) or type(error).__name__
 
 
 def rename_new(source: Path, target: Path) -> None:
     """Rename a file to a name that no file has, on any file system.
 
-    Linux does that in one step on most file systems. Elsewhere an empty file claims the name first, and the whole one replaces
-    it: a process that is killed in between leaves the empty file.
+    Linux does that in one step on most file systems. Elsewhere an empty file claims the name first, and the whole file
+    replaces it: a process that is killed in between leaves the empty file.
+
+    Args:
+        source: The file.
+        target: Its new path, in the same file system.
 
     Raises:
-        FileExistsError: When the name is taken.
-        OSError: As the system says.
+        FileExistsError: A file has that name.
+        OSError: The file system refused.
     """
     if _rename_at_once(source, target):
         return
@@ -356,17 +385,17 @@ def _temporary_file(folder: Path) -> tuple[Path, int]:
 
 
 def local_path(path: str | os.PathLike[str], argument: str) -> Path:
-    """A path of this machine, with `~` as the user's home folder.
+    """Replace `~` at the beginning of a path by the home folder.
 
     Args:
-        path: As it was given.
-        argument: Which argument holds it, for the error.
+        path: The path as the user passed it.
+        argument: The name of the argument, for the error.
 
     Returns:
-        The path; a relative one stays so.
+        The path; a relative path stays relative.
 
     Raises:
-        CogViewConfigurationError: It begins with `~`, and there is no such home folder.
+        CogViewConfigurationError: The path begins with `~`, and the home folder is not known.
     """
     try:
         return Path(path).expanduser()
@@ -378,11 +407,16 @@ def local_path(path: str | os.PathLike[str], argument: str) -> Path:
 
 
 def checked_folder(value: Any) -> Any:
-    """A folder or a URL.
+    """Check what the user passed as `output_dir`.
+
+    Args:
+        value: A folder or a URL; other types are left to pydantic.
+
+    Returns:
+        The path, with `~` replaced by the home folder; a URL as it is.
 
     Raises:
-        ValueError: It is neither.
-        CogViewConfigurationError: It begins with `~`, and there is no such home folder.
+        ValueError: The value is blank or holds a null character.
     """
     if isinstance(value, str) and not value.strip():
         raise ValueError("output_dir takes a folder, such as 'pictures', or a URL, such as 's3://bucket/pictures'.")
@@ -394,10 +428,14 @@ def checked_folder(value: Any) -> Any:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of the caller's naming, whole or not at all; an existing one is replaced.
+    """Write a file whole or not at all. An existing file is replaced.
+
+    Args:
+        path: The file; its folder is made when missing. A device or a pipe is written to as it is.
+        content: The bytes.
 
     Raises:
-        OSError: As the system says.
+        OSError: The file could not be written.
     """
     if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
         path.write_bytes(content)
@@ -417,17 +455,20 @@ def write_whole(path: Path, content: bytes) -> None:
 # --- reading
 
 
-def checked(content: bytes, name: str, *, size_bytes: int | None, sha256: str | None) -> bytes:
-    """The bytes, once they are found to be an image, and the recorded one where size and hash are recorded.
+def checked_image(content: bytes, name: str, *, size_bytes: int | None, sha256: str | None) -> bytes:
+    """Check that bytes are an image, and the recorded image where size and hash are recorded.
 
     Args:
-        content: What was read.
-        name: What it is called in an error.
-        size_bytes: The recorded number of bytes.
-        sha256: The recorded hash, in hexadecimal.
+        content: The bytes that were read.
+        name: What an error calls them.
+        size_bytes: The recorded number of bytes; None: not recorded.
+        sha256: The recorded SHA-256, in hexadecimal; None: not recorded.
+
+    Returns:
+        The same bytes.
 
     Raises:
-        CogViewStorageError: When they are not.
+        CogViewStorageError: The bytes are not an image, or not the recorded one.
     """
     hint = (
         "Something else was written there, or the record is wrong; while the link lives, the URL still gives the image."
@@ -443,16 +484,18 @@ def checked(content: bytes, name: str, *, size_bytes: int | None, sha256: str | 
 
 
 def read_regular_file(path: Path, limit: int, *, within: Path | None = None) -> bytes:
-    """The bytes of a regular file. A link at its end is not followed, and a pipe or device is not waited for.
+    """Read a regular file. A symbolic link in its last part is not followed; pipes and devices are refused without waiting.
 
     Args:
         path: The file.
-        limit: The largest number of bytes.
-        within: The only folder that it may lie in, with symbolic links of its folders resolved; None: any.
+        limit: The largest number of bytes that is read.
+        within: The only folder that the file may lie in, after symbolic links of folders are resolved; None: any folder.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
-        OSError: When it cannot be opened or is none; `strerror` says why.
-        ValueError: The path is not one.
+        OSError: The file cannot be read, is no regular file, is too large or lies elsewhere; `strerror` says why.
     """
     descriptor = _opened(path, within)
     try:
@@ -476,18 +519,18 @@ def _opened(path: Path, within: Path | None) -> int:
     if within is None:
         return os.open(path, _OPEN)
     root = within.resolve()
-    place = path.parent.resolve() / path.name
-    if not place.is_relative_to(root) or place == root:
+    resolved = path.parent.resolve() / path.name
+    if not resolved.is_relative_to(root) or resolved == root:
         raise PermissionError(errno.EACCES, "it is outside the folder that images are read from")
     if os.open not in os.supports_dir_fd:
-        return os.open(place, _OPEN)
-    # From folder to folder, so that none of them can become a link meanwhile.
+        return os.open(resolved, _OPEN)
+    # Each folder is opened from the one above, so that none of them can become a link in the meantime.
     folder = os.open(root, _FOLDER)
     try:
-        for name in place.relative_to(root).parts[:-1]:
+        for name in resolved.relative_to(root).parts[:-1]:
             below = os.open(name, _FOLDER, dir_fd=folder)
             os.close(folder)
             folder = below
-        return os.open(place.name, _OPEN, dir_fd=folder)
+        return os.open(resolved.name, _OPEN, dir_fd=folder)
     finally:
         os.close(folder)

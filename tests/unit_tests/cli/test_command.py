@@ -576,7 +576,7 @@ def test_a_picture_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folde
     result = drawn("a cat [[expired-url]]", "-o", "cat.png")
     assert (result.exit_code, result.stdout) == (6, "")
     assert "https://sandbox.invalid/files/" in result.stderr
-    assert "Warning: The picture's link has expired or is refused" in result.stderr
+    assert "Warning: The image's link has expired or is refused" in result.stderr
     as_json = drawn("a cat [[expired-url]]", "-o", "cat.png", "--json")
     (image,) = json.loads(as_json.stdout)["images"]
     assert (as_json.exit_code, image["path"]) == (6, None)

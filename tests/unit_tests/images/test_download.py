@@ -150,7 +150,7 @@ def test_a_redirect_leads_nowhere_that_a_first_link_may_not(how):
         ("https://other.example/b.png", "allowed_image_hosts"),
         ("https://a.wild.example:8443/b.png", "allowed_image_hosts"),
         ("https://10.0.0.5:8081/b.png", "allowed_image_hosts"),
-        ("https://user@cdn.example/b.png", "plain link"),
+        ("https://user@cdn.example/b.png", "valid link"),
         ("file:///etc/passwd", "not https"),
         ("javascript:alert(1)", "not https"),
     ):
@@ -208,14 +208,14 @@ async def test_files_are_opened_written_and_named_by_threads_alone(tmp_path, mon
 
 async def test_a_caller_that_leaves_while_its_image_is_saved_finds_it_in_the_folder(tmp_path, monkeypatch):
     reached, go = threading.Event(), threading.Event()
-    real = store.ImageFile.keep
+    real = store.ImageFile.save
 
     def held(*args, **more):
         reached.set()
         assert go.wait(30)
         return real(*args, **more)
 
-    monkeypatch.setattr(store.ImageFile, "keep", held)
+    monkeypatch.setattr(store.ImageFile, "save", held)
 
     async def asend(request):
         return httpx.Response(200, stream=Body(PICTURE))

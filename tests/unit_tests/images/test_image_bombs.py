@@ -136,7 +136,7 @@ def test_the_jpeg_with_three_thousand_scans_takes_no_memory():
 
 
 def test_a_terminal_is_sent_no_image_that_takes_gigabytes():
-    from langchain_cogview.terminal import Terminal, picture_on
+    from langchain_cogview.cli.output import Terminal, picture_on
 
     assert picture_on(Terminal.KITTY, WEBP, (SIDE, SIDE), (80, 24)) == ""
     assert picture_on(Terminal.KITTY, jpeg(), (64, 64), (80, 24)).startswith("\x1b_G")

@@ -254,14 +254,14 @@ def test_a_folder_that_cannot_be_used_costs_no_image_of_a_reply(how, tmp_path):
 
 async def test_a_caller_that_leaves_while_the_bytes_of_a_reply_are_saved_finds_them(tmp_path, monkeypatch):
     reached, go = threading.Event(), threading.Event()
-    real = store.ImageFile.keep
+    real = store.ImageFile.save
 
     def held(*args, **more):
         reached.set()
         assert go.wait(30)
         return real(*args, **more)
 
-    monkeypatch.setattr(store.ImageFile, "keep", held)
+    monkeypatch.setattr(store.ImageFile, "save", held)
     with FaultServer() as server:
         server.api = says({"data": [{"b64_json": b64(LARGE)}]})
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=FAKE_KEY, output_dir=tmp_path)

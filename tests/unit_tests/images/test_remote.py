@@ -174,13 +174,17 @@ def folder(request, shelf):
     return remote_folder(f"memory://{uuid.uuid4().hex}/pictures")
 
 
-async def kept(how, folder, content=b"bytes", seconds=30.0):
-    """A picture file after `keep`, and what that gave."""
-    file = ImageFile(folder)
+async def uploaded(how, folder, content=b"bytes", seconds=30.0):
+    """The URI of an upload, what went wrong, and the bytes of the file afterwards."""
+    file = ImageFile(None)
     file.write(content)
     with contextlib.closing(file):
-        deadline = Deadline(seconds)
-        uri = await file.aupload(PNG, deadline) if how == "async" else await asyncio.to_thread(file.keep, PNG, deadline)
+        names, deadline, uri = file.names(PNG), Deadline(seconds), None
+        with file.noting_problems():
+            if how == "async":
+                uri = await folder.aupload(names, file.read(), deadline)
+            else:
+                uri = await asyncio.to_thread(folder.upload, names, file.read(), deadline)
         return uri, file.problem, file.read()
 
 
@@ -317,7 +321,7 @@ async def test_a_fetched_picture_stays_elsewhere_and_can_be_read_back(how, folde
 
 
 def test_another_process_reads_a_picture_by_its_uri_alone(server, bucket):
-    uri = asyncio.run(kept("sync", remote_folder(f"s3://{bucket}/a b"), PICTURE))[0]
+    uri = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}/a b"), PICTURE))[0]
     assert server.names(bucket) == [uri.removeprefix(f"s3://{bucket}/")]
     program = "import hashlib, sys; from langchain_cogview.images.remote import read_uri; print(hashlib.sha256(read_uri(sys.argv[1])).hexdigest())"
     assert python(program, uri).strip() == hashlib.sha256(PICTURE).hexdigest()
@@ -345,7 +349,7 @@ print(os.waitpid(child, 0)[1])
 
 def test_a_large_picture_is_one_put(server, bucket):
     content = os.urandom(MAX_IMAGE_BYTES)
-    uri, problem, _ = asyncio.run(kept("sync", remote_folder(f"s3://{bucket}"), content))
+    uri, problem, _ = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}"), content))
     assert problem is None
     assert [method for method, _, _ in server.seen] == ["PUT"]
     assert read_uri(uri) == content
@@ -411,7 +415,7 @@ async def test_refused_credentials_cost_no_picture_and_are_not_shown(how, server
     folder = remote_folder(f"s3://{bucket}", {"key": f"AKIA{CANARY}", "secret": CANARY, "token": CANARY})
     httpx.post(f"{server.url}/moto-api/reset-auth", content="0").raise_for_status()
     try:
-        uri, problem, content = await kept(how, folder)
+        uri, problem, content = await uploaded(how, folder)
         with pytest.raises(CogViewStorageError, match="access was denied") as caught:
             await read(how, f"s3://{bucket}/x.png", options=folder.options)
     finally:
@@ -424,13 +428,13 @@ async def test_refused_credentials_cost_no_picture_and_are_not_shown(how, server
 async def test_no_credentials_are_said_to_be_missing(how, monkeypatch, bucket):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert (await kept(how, remote_folder(f"s3://{bucket}")))[:2] == (None, "no credentials were found")
+    assert (await uploaded(how, remote_folder(f"s3://{bucket}")))[:2] == (None, "no credentials were found")
 
 
 @HOWS
 async def test_options_that_the_store_does_not_understand_cost_no_picture(how, bucket):
     folder = remote_folder(f"s3://{bucket}", {"client_kwargs": {"nonsense": CANARY}})
-    assert await kept(how, folder) == (None, "its storage_options were not understood", b"bytes")
+    assert await uploaded(how, folder) == (None, "its storage_options were not understood", b"bytes")
 
 
 @HOWS
@@ -439,7 +443,7 @@ async def test_a_server_that_is_gone_is_told_within_the_deadline(how, monkeypatc
     httpx.put(f"{gone.url}/bucket").raise_for_status()
     gone.stop()
     monkeypatch.setenv("AWS_ENDPOINT_URL", gone.url)
-    uri, problem, content = await asyncio.wait_for(kept(how, remote_folder("s3://bucket"), seconds=1.0), 20)
+    uri, problem, content = await asyncio.wait_for(uploaded(how, remote_folder("s3://bucket"), seconds=1.0), 20)
     assert (uri, content) == (None, b"bytes")
     assert problem in {"the time limit passed while it was uploaded", "the store could not be reached"}
     assert await asyncio.to_thread(nobody_is_left)
@@ -449,7 +453,7 @@ async def test_a_server_that_is_gone_is_told_within_the_deadline(how, monkeypatc
 async def test_the_deadline_stops_an_upload_and_leaves_nothing(how, server, bucket):
     go = server.hold()
     content = os.urandom(MAX_IMAGE_BYTES)  # more than the sockets between hold
-    uri, problem, back = await kept(how, remote_folder(f"s3://{bucket}"), content, seconds=1.0)
+    uri, problem, back = await uploaded(how, remote_folder(f"s3://{bucket}"), content, seconds=1.0)
     assert (uri, problem) == (None, "the time limit passed while it was uploaded")
     assert back == content
     assert await asyncio.to_thread(nobody_is_left)
@@ -459,7 +463,7 @@ async def test_the_deadline_stops_an_upload_and_leaves_nothing(how, server, buck
 
 @HOWS
 async def test_nothing_is_sent_when_no_time_is_left(how, shelf):
-    assert (await kept(how, remote_folder(f"shelf://{shelf}"), seconds=0.0))[1].startswith("the time limit passed")
+    assert (await uploaded(how, remote_folder(f"shelf://{shelf}"), seconds=0.0))[1].startswith("the time limit passed")
     assert await asyncio.to_thread(nobody_is_left)
     assert not Shelf.started.is_set()
 
@@ -468,7 +472,7 @@ async def test_nothing_is_sent_when_no_time_is_left(how, shelf):
 async def test_a_passed_deadline_does_not_wait_for_a_store_that_blocks(how, shelf, monkeypatch):
     monkeypatch.setattr(Shelf, "go", threading.Event())
     shelf.mkdir()
-    uri, problem, content = await kept(how, remote_folder(f"shelf://{shelf}"), seconds=0.2)
+    uri, problem, content = await uploaded(how, remote_folder(f"shelf://{shelf}"), seconds=0.2)
     assert (uri, problem, content) == (None, "the time limit passed while it was uploaded", b"bytes")
     assert storage_threads()
     Shelf.go.set()
@@ -479,7 +483,7 @@ async def test_a_passed_deadline_does_not_wait_for_a_store_that_blocks(how, shel
 async def test_a_cancelled_upload_ends_and_leaves_nothing(server, bucket):
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     go = server.hold(lambda: loop.call_soon_threadsafe(arrived.set))
-    task = asyncio.create_task(kept("async", remote_folder(f"s3://{bucket}"), os.urandom(MAX_IMAGE_BYTES), None))
+    task = asyncio.create_task(uploaded("async", remote_folder(f"s3://{bucket}"), os.urandom(MAX_IMAGE_BYTES), None))
     await asyncio.wait_for(arrived.wait(), 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -494,7 +498,7 @@ async def test_a_cancelled_upload_ends_and_leaves_nothing(server, bucket):
 async def test_a_half_upload_is_removed(how, shelf, monkeypatch):
     monkeypatch.setattr(Shelf, "breaks", True)
     shelf.mkdir()
-    uri, problem, content = await kept(how, remote_folder(f"shelf://{shelf}"))
+    uri, problem, content = await uploaded(how, remote_folder(f"shelf://{shelf}"))
     assert (uri, problem, content) == (None, "No space left on device", b"bytes")
     assert list(shelf.iterdir()) == []
 

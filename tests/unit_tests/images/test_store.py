@@ -26,14 +26,14 @@ def _no_room(*_):
 
 def test_a_full_disk_moves_every_byte_into_memory(tmp_path):
     with resource_limit(resource.RLIMIT_FSIZE, 100):
-        kept = ImageFile(tmp_path)
+        file = ImageFile(tmp_path)
         for piece in (b"a" * 70, b"b" * 70, b"c" * 70):
-            kept.write(piece)
-        assert kept.read() == b"a" * 70 + b"b" * 70 + b"c" * 70
-        assert kept.keep(PNG) is None
-        assert kept.problem == "File too large"
-        assert kept.size == 210
-        kept.close()
+            file.write(piece)
+        assert file.read() == b"a" * 70 + b"b" * 70 + b"c" * 70
+        assert file.save(PNG) is None
+        assert file.problem == "File too large"
+        assert file.size == 210
+        file.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,28 +52,28 @@ def resource_limit(which, value):
 def test_the_same_bytes_at_the_same_moment_get_two_files(tmp_path):
     paths = set()
     for _ in range(3):
-        kept = ImageFile(tmp_path)
-        kept.write(b"same")
-        paths.add(kept.keep(PNG))
-        kept.close()
+        file = ImageFile(tmp_path)
+        file.write(b"same")
+        paths.add(file.save(PNG))
+        file.close()
     assert set(tmp_path.iterdir()) == paths
     assert len(paths) == 3
 
 
 def test_a_file_that_is_not_kept_leaves_nothing(tmp_path):
-    kept = ImageFile(tmp_path)
-    kept.write(b"half")
-    kept.close()
+    file = ImageFile(tmp_path)
+    file.write(b"half")
+    file.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_unnamed_files_a_temporary_one_takes_their_place(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    kept = ImageFile(tmp_path)
-    kept.write(b"bytes")
+    file = ImageFile(tmp_path)
+    file.write(b"bytes")
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
-    path = kept.keep(PNG)
-    kept.close()
+    path = file.save(PNG)
+    file.close()
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"bytes"
     ImageFile(tmp_path).close()
@@ -83,10 +83,10 @@ def test_without_unnamed_files_a_temporary_one_takes_their_place(tmp_path, monke
 def test_files_have_the_rights_that_the_user_asks_of_new_ones(tmp_path):
     before = os.umask(0o027)
     try:
-        kept = ImageFile(tmp_path)
-        kept.write(b"x")
-        path = kept.keep(PNG)
-        kept.close()
+        file = ImageFile(tmp_path)
+        file.write(b"x")
+        path = file.save(PNG)
+        file.close()
         write_whole(tmp_path / "named.png", b"x")
     finally:
         os.umask(before)
@@ -112,18 +112,18 @@ def test_without_hard_links_files_are_whole_and_never_over_another(tmp_path, mon
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101T000000Z")
     paths = []
     for _ in range(3):
-        kept = ImageFile(tmp_path, label="label")
-        kept.write(b"same")
-        paths.append(kept.keep(PNG))
-        assert kept.problem is None
-        kept.close()
+        file = ImageFile(tmp_path, label="label")
+        file.write(b"same")
+        paths.append(file.save(PNG))
+        assert file.problem is None
+        file.close()
     assert set(tmp_path.iterdir()) == set(paths)
     assert [path.read_bytes() for path in paths] == [b"same"] * 3
     paths[0].write_text("a letter")
-    kept = ImageFile(tmp_path, label="label")
-    kept.write(b"same")
-    assert kept.keep(PNG) not in paths
-    kept.close()
+    file = ImageFile(tmp_path, label="label")
+    file.write(b"same")
+    assert file.save(PNG) not in paths
+    file.close()
     assert paths[0].read_text() == "a letter"
     write_whole(tmp_path / "saved.png", b"saved")
     assert (tmp_path / "saved.png").read_bytes() == b"saved"
@@ -148,11 +148,11 @@ def test_without_hard_links_two_threads_never_get_one_name(tmp_path, monkeypatch
     paths = []
 
     def save():
-        kept = ImageFile(tmp_path)
-        kept.write(b"same")
+        file = ImageFile(tmp_path)
+        file.write(b"same")
         start.wait(30)
-        paths.append(kept.keep(PNG))
-        kept.close()
+        paths.append(file.save(PNG))
+        file.close()
 
     threads = [threading.Thread(target=save) for _ in range(8)]
     for thread in threads:
@@ -169,12 +169,12 @@ def test_a_disk_that_is_full_when_the_name_is_given_costs_no_byte(tmp_path, monk
     for unnamed in (True, False):
         if not unnamed:
             monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-        kept = ImageFile(tmp_path)
-        kept.write(b"bytes")
-        assert kept.keep(PNG) is None
-        assert kept.problem == "No space left on device"
-        assert kept.read() == b"bytes"
-        kept.close()
+        file = ImageFile(tmp_path)
+        file.write(b"bytes")
+        assert file.save(PNG) is None
+        assert file.problem == "No space left on device"
+        assert file.read() == b"bytes"
+        file.close()
         assert list(tmp_path.iterdir()) == []
 
 
@@ -190,10 +190,10 @@ def test_a_kill_where_there_are_no_hard_links_leaves_whole_or_empty_files(tmp_pa
         sys.platform = "freebsd"
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
         while True:
-            kept = ImageFile(Path({str(tmp_path)!r}))
-            kept.write(b"x" * 100_000)
-            kept.keep(ImageInfo("image/png", ".png", 1, 1))
-            kept.close()
+            file = ImageFile(Path({str(tmp_path)!r}))
+            file.write(b"x" * 100_000)
+            file.save(ImageInfo("image/png", ".png", 1, 1))
+            file.close()
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL
@@ -203,19 +203,19 @@ def test_a_kill_where_there_are_no_hard_links_leaves_whole_or_empty_files(tmp_pa
 
 
 def test_a_file_that_was_closed_takes_nothing_more_and_opens_nothing(tmp_path):
-    kept = ImageFile(tmp_path / "below")
-    kept.close()
-    kept.write(b"late")
+    file = ImageFile(tmp_path / "below")
+    file.close()
+    file.write(b"late")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_when_every_name_is_taken_the_bytes_stay_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile, "_names", lambda kept, info: iter(["taken.png"]))
+    monkeypatch.setattr(ImageFile, "names", lambda file, info: iter(["taken.png"]))
     (tmp_path / "taken.png").write_bytes(b"a letter")
-    kept = ImageFile(tmp_path)
-    kept.write(b"bytes")
-    assert kept.keep(PNG) is None
-    assert kept.problem == "File exists"
-    assert kept.read() == b"bytes"
+    file = ImageFile(tmp_path)
+    file.write(b"bytes")
+    assert file.save(PNG) is None
+    assert file.problem == "File exists"
+    assert file.read() == b"bytes"
     assert (tmp_path / "taken.png").read_bytes() == b"a letter"
-    kept.close()
+    file.close()

@@ -890,7 +890,7 @@ class NoRoom:
         self.before: Callable[[], object] = bool
         aside.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(aside))
-        monkeypatch.setattr(store.ImageFile, "_named_file", _no_room)
+        monkeypatch.setattr(store.ImageFile, "save", _no_room_for_a_file)
         monkeypatch.setattr(manifest, "write_whole", self.write)
         monkeypatch.setattr(JobFolder, "add", self.add)
 
@@ -952,6 +952,10 @@ def test_a_picture_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_
     monkeypatch.undo()
     assert run(["a cat"]).made == 1
     assert sandbox.images_made == 1
+
+
+def _no_room_for_a_file(file, info):
+    file.problem = "No space left on device"
 
 
 def _no_room(*arguments):
