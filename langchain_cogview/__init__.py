@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RETRYABLE_ERRORS,
         CogViewAuthenticationError,
         CogViewBalanceError,
+        CogViewBatchError,
         CogViewBudgetError,
         CogViewBusyError,
         CogViewConfigurationError,
@@ -76,6 +77,7 @@ _ROOMS = {
     "errors": (
         "CogViewAuthenticationError",
         "CogViewBalanceError",
+        "CogViewBatchError",
         "CogViewBudgetError",
         "CogViewBusyError",
         "CogViewConfigurationError",
@@ -123,6 +125,7 @@ __all__ = [
     "Budget",
     "CogViewAuthenticationError",
     "CogViewBalanceError",
+    "CogViewBatchError",
     "CogViewBudgetError",
     "CogViewBusyError",
     "CogViewConfigurationError",

@@ -11,7 +11,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list, merge_configs
 
-from langchain_cogview.errors import CogViewError
+from langchain_cogview.errors import CogViewBatchError, CogViewError, is_retryable
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.worker_pool import astream_tasks, numbered, stream_in_threads
 
@@ -142,19 +142,23 @@ class Collected:
 
 
 def all_or_first_error(results: list[Any]) -> list[ImageResult]:
-    """The results of a batch, or its first error with all of them."""
-    for result in results:
-        if isinstance(result, CogViewError):
-            result.batch_results = results
-            raise result
-    for result in results:
-        if isinstance(result, Exception):
-            carrier = CogViewError(
-                f"An input failed with {type(result).__name__}.", hint="See __cause__ and batch_results."
-            )
-            carrier.batch_results = results
-            raise carrier from result
-    return results
+    """The results of a batch, or an error with all of them: one that may have been charged first, then one that is final.
+
+    A retryable error is raised only where it is safe to repeat the whole batch, that is, where no input was made.
+    """
+    errors = [result for result in results if isinstance(result, Exception)]
+    if not errors:
+        return results
+    ours = [error for error in errors if isinstance(error, CogViewError)]
+    raised = [error for error in ours if not error.is_retryable]
+    if all(map(is_retryable, results)):
+        raised = ours
+    if not raised:
+        raised = [CogViewBatchError(f"{len(errors)} of the {len(results)} inputs failed: {type(errors[0]).__name__}.")]
+        raised[0].__cause__ = errors[0]
+    error = next((error for error in raised if error.may_have_been_charged), raised[0])
+    error.batch_results = results
+    raise error
 
 
 def _count(generator: Generator, inputs: Any) -> int | None:

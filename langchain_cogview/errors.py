@@ -19,6 +19,7 @@
     ├── CogViewOutcomeUnknownError               an image may have been made and charged; never sent again
     │   ├── CogViewMalformedReplyError           the reply could not be understood
     │   └── CogViewTaskUnfinishedError           a task was accepted but has not ended; it can be resumed
+    ├── CogViewBatchError                        some inputs of a batch were made, and others failed
     ├── CogViewTaskFailedError                   a task ended without an image
     ├── CogViewDownloadError                     the image's bytes could not be fetched; its URL may still work
     │   └── CogViewExpiredURLError               the link has expired
@@ -414,6 +415,18 @@ class CogViewTaskFailedError(CogViewError, ToolException, RuntimeError):
     scope = Scope.SERVICE
     default_message = "The service accepted the request as a task, which failed without an image."
     default_hint = "Try again later, or reword the prompt."
+
+
+class CogViewBatchError(CogViewError, RuntimeError):
+    """Some inputs of a batch were made, and others failed with retryable errors or with exceptions of other libraries.
+
+    The batch must not be repeated as a whole, because that pays again for the inputs that were made. `batch_results` holds one
+    result or exception for each input; the first exception is the cause of this error.
+    """
+
+    outcome = Outcome.UNKNOWN
+    default_message = "Some inputs of the batch failed."
+    default_hint = "Repeat only the inputs whose entry in batch_results is an exception."
 
 
 class CogViewDownloadError(CogViewError, RuntimeError):

@@ -419,7 +419,8 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
             **kwargs: As for `invoke`.
 
         Raises:
-            CogViewError: After all were drawn, the first error; its `batch_results` holds every result and exception in order.
+            CogViewError: After all were drawn, one of the errors; its `batch_results` holds every result and exception in order.
+                Retryable only where no input was made; else `CogViewBatchError` stands for errors that are retryable or foreign.
         """
         tasks, workers = batch_of(self, self.invoke, inputs, config, kwargs)
         results = in_threads(tasks, workers)
@@ -449,7 +450,7 @@ class CogViewImageGenerator(SafeErrors, RunnableSerializable[ImageInput, ImageRe
         """Make the pictures of many requests; gives number and result as they finish.
 
         Raises:
-            CogViewError: Unless `return_exceptions`: after all were drawn, the first error, as `batch` does.
+            CogViewError: Unless `return_exceptions`: after all were drawn, one of the errors, as `batch` does.
         """
         return as_completed(self, inputs, config, return_exceptions=return_exceptions, overrides=kwargs)
 

@@ -60,9 +60,10 @@ def test_no_message_shows_a_key_or_a_place_of_this_machine(told):
 def test_different_troubles_have_different_classes(told):
     kinds = {message.kind.strip("`") for message in told.values() if message.kind.startswith("`CogView")}
     known = {name for name in vars(errors) if name.startswith("CogView")}
-    # Those left are a tool's budget, an account without leave, and what only a task or a download can bring.
+    # Those left are a tool's budget, an account without leave, and what only a batch, a task or a download can bring.
     assert known - kinds == {
         "CogViewError",
+        "CogViewBatchError",
         "CogViewBudgetError",
         "CogViewPermissionError",
         "CogViewStoppedError",

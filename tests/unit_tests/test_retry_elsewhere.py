@@ -7,11 +7,13 @@ import pytest
 import tenacity
 from langchain.agents.middleware import ToolRetryMiddleware
 from langchain_core.exceptions import ModelError, ModelTimeoutError
+from langchain_core.rate_limiters import BaseRateLimiter
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
 
 from langchain_cogview import (
     RETRYABLE_ERRORS,
+    CogViewBatchError,
     CogViewError,
     CogViewImageGenerator,
     CogViewImageTool,
@@ -103,6 +105,63 @@ def test_a_policy_of_langgraph_takes_the_predicate_and_the_types(sandbox, retry_
     with pytest.raises(errors.CogViewBusyError):
         graph.invoke({"prompt": "[[busy]]"})
     assert len(sandbox.requests) == 4
+
+
+@pytest.mark.parametrize("how", ["batch", "abatch", "batch_as_completed", "abatch_as_completed"])
+@pytest.mark.parametrize("prompt", ["[[busy]]", "[[unavailable]]", "[[rate-limit:9]]"])
+def test_a_batch_of_which_a_part_was_paid_is_repeated_by_nobody(sandbox, how, prompt):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    inputs = ["a kitten", prompt, "a foal"]
+
+    def draw(state):
+        done = getattr(generator, how)(inputs)
+        if how == "abatch":
+            asyncio.run(done)
+        elif how == "batch_as_completed":
+            list(done)
+        elif how == "abatch_as_completed":
+            asyncio.run(exhausted(done))
+
+    async def exhausted(results):
+        return [result async for result in results]
+
+    for policy in ({}, {"retry_on": is_retryable}):
+        sandbox.reset()
+        with pytest.raises(CogViewBatchError, match="1 of the 3 inputs failed") as caught:
+            graph_of(draw, **policy).invoke({})
+        assert (len(sandbox.requests), sandbox.images_made) == (3, 2)
+        assert [type(result).__name__ for result in caught.value.batch_results][::2] == ["ImageResult", "ImageResult"]
+        assert caught.value.__cause__ is caught.value.batch_results[1]
+
+
+def test_a_batch_of_which_nothing_ran_may_be_repeated(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    with pytest.raises(errors.CogViewBusyError):
+        graph_of(lambda state: generator.batch(["[[busy]] a", "[[busy]] b"])).invoke({})
+    assert len(sandbox.requests) == 6
+
+
+def test_a_batch_tells_first_what_may_have_been_charged(sandbox):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    with pytest.raises(CogViewOutcomeUnknownError):
+        generator.batch(["[[busy]]", "[[content-filter]]", "[[server-error]]"])
+    with pytest.raises(errors.CogViewContentFilterError):
+        generator.batch(["[[busy]]", "[[content-filter]]"])
+
+
+def test_a_batch_that_fails_in_a_foreign_way_is_not_repeated(sandbox):
+    class Broken(BaseRateLimiter):
+        def acquire(self, *, blocking=True):
+            raise OSError("The limiter is down.")
+
+        async def aacquire(self, *, blocking=True):
+            raise NotImplementedError
+
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, rate_limiter=Broken())
+    runs = []
+    with pytest.raises(CogViewBatchError, match="OSError"):
+        graph_of(lambda state: runs.append(1) or generator.batch(["a kitten"])).invoke({})
+    assert len(runs) == 1
 
 
 def test_with_retry_and_with_fallbacks_take_the_types(sandbox):
