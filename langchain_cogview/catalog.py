@@ -14,6 +14,8 @@ from datetime import date
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from langchain_cogview.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -28,40 +30,44 @@ PRICES_AS_OF: Final = date(2026, 10, 1)
 """The day on which the list prices were read from the provider's documentation."""
 
 SIZE_WORDS: Final[dict[str, tuple[int, int]]] = {
-    **dict.fromkeys(("square", "方形", "正方形"), (1, 1)),
-    **dict.fromkeys(("portrait", "vertical", "tall", "竖版", "竖屏", "纵向"), (3, 4)),
-    **dict.fromkeys(("landscape", "horizontal", "wide", "横版", "横屏", "横向"), (4, 3)),
-    "widescreen": (16, 9),
+    **dict.fromkeys(("square", "方形", "正方", "方图"), (1, 1)),
+    **dict.fromkeys(("portrait", "vertical", "tall", "竖版", "竖屏", "竖图", "竖向", "纵向"), (3, 4)),
+    **dict.fromkeys(("landscape", "horizontal", "wide", "横版", "横屏", "横图", "横向"), (4, 3)),
+    **dict.fromkeys(("widescreen", "宽屏"), (16, 9)),
 }
-"""The aspect ratio (width, height) for each word that is accepted as a size."""
+"""The aspect ratio (width, height) for each word that is accepted as a size; a Chinese one may be part of a longer word."""
 
 QUALITY_WORDS: Final[dict[str, Quality]] = {
-    **dict.fromkeys(("hd", "high", "higher", "highest", "best", "max", "maximum", "ultra", "premium"), "hd"),
-    **dict.fromkeys(("high definition", "hi def", "detailed", "fine", "uhd", "高清", "高"), "hd"),
-    **dict.fromkeys(("standard", "standard definition", "std", "sd", "normal", "regular", "basic"), "standard"),
+    **dict.fromkeys(("hd", "uhd", "fhd", "qhd", "high", "higher", "highest", "hi", "hires", "hq", "best", "max"), "hd"),
     **dict.fromkeys(
-        ("medium", "mid", "low", "lower", "lowest", "draft", "fast", "quick", "标准", "低", "中"), "standard"
+        ("maximum", "ultra", "premium", "detailed", "fine", "finest", "excellent", "superior", "pro"), "hd"
     ),
+    **dict.fromkeys(("professional", "1080p", "1440p", "2160p", "2k", "4k", "8k"), "hd"),
+    **dict.fromkeys(("高", "最高", "超高", "极高", "更高", "最好", "最佳", "高清", "超清", "超高清", "全高清"), "hd"),
+    **dict.fromkeys(("精细", "优质", "高级"), "hd"),
+    **dict.fromkeys(("standard", "std", "sd", "normal", "regular", "basic", "average", "medium", "mid"), "standard"),
+    **dict.fromkeys(
+        ("low", "lower", "lowest", "lq", "draft", "preview", "fast", "quick", "speed", "turbo"), "standard"
+    ),
+    **dict.fromkeys(("标准", "标清", "普通", "一般", "正常", "中", "中等", "低", "较低", "最低"), "standard"),
+    **dict.fromkeys(("快速", "草稿"), "standard"),
 }
 """The quality for each word that chat models and other image APIs use for one."""
 
 _UNSPECIFIED: Final = frozenset(
     (
-        "",
-        "auto",
-        "automatic",
-        "default",
-        "none",
-        "null",
-        "nil",
-        "undefined",
-        "unspecified",
-        "not specified",
-        "any",
-        "n/a",
+        *("", "-", "auto", "automatic", "default", "none", "null", "nil", "undefined", "unspecified", "not specified"),
+        *("any", "n/a", "no preference", "not set", "unset"),
+        *("自动", "自适应", "默认", "默认值", "缺省", "无", "空", "任意", "随意", "不限", "未指定", "不指定", "未设置"),
     )
 )
-_PIXELS = re.compile(r"(\d{1,6})(?:\s*px)?\s*(?:[x×*,]|by)\s*(\d{1,6})\s*(?:px|pixels?)?")
+_PIXELS = re.compile(
+    r"(?:w(?:idth)?\s*[=:]?\s*)?(\d{1,6})\s*(?:px|pixels?|像素|w)?\s*(?:[x×*,乘]|by)"
+    r"\s*(?:h(?:eight)?\s*[=:]?\s*)?(\d{1,6})\s*(?:px|pixels?|像素|h)?"
+)
+_PIXELS_AMONG_WORDS = re.compile(r"(?<![\w.,])(\d{1,6})\s*[x×*]\s*(\d{1,6})(?!\d|[.,]\d|\s*[x×*])")
+_OF_A_SIZE = re.compile(r"(?:\s+size|尺寸|大小|比例|分辨率|选择)$")
+_OF_A_QUALITY = re.compile(r"(?:\s+quality|质量|品质|画质|清晰度|分辨率|选择)$")
 _RATIO = re.compile(r"(?<![\d.])(\d{1,4}(?:\.\d{1,4})?)\s*[:/_]\s*(\d{1,4}(?:\.\d{1,4})?)(?![\d.])")
 _LARGEST_RATIO_TERM = 64
 _MAX_PHRASE = 40
@@ -291,7 +297,8 @@ def model_warning(name: str) -> str | None:
         )
     close = difflib.get_close_matches(name.strip().lower(), MODELS, n=1, cutoff=0.7)
     guess = f" Did you mean {close[0]!r}?" if close else f" Known models: {', '.join(MODELS)}."
-    return f"This version does not know the model {name!r}: it is sent as it is, and its sizes are not checked.{guess}"
+    shown = printable(name, 128)
+    return f"This version does not know the model {shown!r}: it is sent as it is, and its sizes are not checked.{guess}"
 
 
 def is_unspecified(text: str) -> bool:
@@ -303,7 +310,8 @@ def is_unspecified(text: str) -> bool:
     Returns:
         True for `""`, `"auto"`, `"null"` and similar; False for every other text, even an unknown word.
     """
-    return _plain(text) in _UNSPECIFIED
+    word = _plain(text).partition("(")[0].strip()
+    return any(each in _UNSPECIFIED for each in (word, _OF_A_SIZE.sub("", word), _OF_A_QUALITY.sub("", word)))
 
 
 def _plain(text: str) -> str:
@@ -311,18 +319,24 @@ def _plain(text: str) -> str:
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
-    """Read a size in pixels, such as `1024x1024`, `1024 × 1024 px` or `1024 by 1024`.
+    """Read a size in pixels, such as `1024x1024`, `1024 × 1024 px`, `1024 by 1024` or `1344x768 (landscape)`.
 
     Args:
         text: A size in the words of a user or a chat model.
 
     Returns:
-        Width and height in pixels; None if the text is not such a size. `16x9` is a ratio and not a size.
+        Width and height in pixels; None if the text has no such size, or several. `16x9` is a ratio and not a size.
     """
-    match = _PIXELS.fullmatch(_plain(text))
-    if match is None or _is_ratio(match):
-        return None
-    return int(match[1]), int(match[2])
+    match = _pixels(_plain(text))
+    return None if match is None or _is_ratio(match) else (int(match[1]), int(match[2]))
+
+
+def _pixels(plain: str) -> re.Match[str] | None:
+    match = _PIXELS.fullmatch(plain)
+    if match or len(plain) > _MAX_PHRASE:
+        return match
+    found = list(_PIXELS_AMONG_WORDS.finditer(plain))
+    return found[0] if len(found) == 1 else None
 
 
 def parse_ratio(text: str) -> float | None:
@@ -335,10 +349,11 @@ def parse_ratio(text: str) -> float | None:
         Width divided by height; None if the text has neither a ratio nor such a word.
     """
     plain = _plain(text)
-    pixels = _PIXELS.fullmatch(plain)
+    pixels = _pixels(plain)
     phrase = plain if len(plain) <= _MAX_PHRASE else ""
     numbers = pixels if pixels and _is_ratio(pixels) else _RATIO.search(phrase)
-    shape = next((SIZE_WORDS[word] for word in re.split(r"[\W_]+", phrase) if word in SIZE_WORDS), None)
+    words = re.split(r"[\W_]+", phrase)
+    shape = next((SIZE_WORDS[word] for word in SIZE_WORDS if word in (words if word.isascii() else phrase)), None)
     if numbers is None:
         return shape and shape[0] / shape[1]
     width, height = float(numbers[1]), float(numbers[2])
@@ -362,10 +377,11 @@ def parse_quality(text: str) -> Quality | None:
         text: A quality in the words of a user or a chat model; case does not matter.
 
     Returns:
-        The quality; None if the word is unknown.
+        The quality; None if no word is known, or if the words differ, as in `standard or hd`.
     """
-    words = " ".join(re.split(r"[\W_]+", _plain(text))).removesuffix(" quality")
-    return QUALITY_WORDS.get(words)
+    words = (_OF_A_QUALITY.sub("", word) for word in re.split(r"[\W_]+", _plain(text)))
+    found = {QUALITY_WORDS[word] for word in words if word in QUALITY_WORDS}
+    return found.pop() if len(found) == 1 else None
 
 
 def legal_size(model: ModelInfo, text: str) -> str:
@@ -388,13 +404,10 @@ def legal_size(model: ModelInfo, text: str) -> str:
         size = f"{pixels[0]}x{pixels[1]}"
         if size in model.sizes or (min(pixels) > 0 if model.rule is None else model.rule.allows(*pixels)):
             return size
-        raise ValueError(_illegal_size(model, text, pixels))
     ratio = parse_ratio(text)
-    if ratio is None:
-        raise ValueError(_illegal_size(model, text, None))
-    nearest = _size_of_ratio(model, ratio)
+    nearest = None if ratio is None else _size_of_ratio(model, ratio)
     if nearest is None:
-        raise ValueError(_illegal_size(model, text, None))
+        raise ValueError(_illegal_size(model, text, pixels))
     return nearest
 
 
@@ -416,9 +429,9 @@ def _distance(size: str, ratio: float) -> float:
 
 
 def _illegal_size(model: ModelInfo, text: str, pixels: tuple[int, int] | None) -> str:
-    shown = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
+    shown = printable(text, 40)
     # The nearest size comes first, because an agent's model may get a shortened text.
-    sentence = f"The size {shown!r} is not legal for {model.name}"
+    sentence = f"The size {shown!r} is not legal for {printable(model.name, 128)}"
     if pixels and model.rule:
         width, height = model.rule.nearest(*pixels)
         sentence += f"; the nearest legal size is {width}x{height}"

@@ -89,11 +89,15 @@ class ImageTask:
 
         task_id = task_id.strip() if isinstance(task_id, str) else ""
         if not is_task_id(task_id):
+            settings.clear()  # the key may be among them: the frame of an error holds none
             raise CogViewInvalidRequestError(BAD_TASK_ID, hint="Pass task.id or error.task_id.")
         if generator is None:
             from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
-            generator = CogViewImageGenerator(**({"model": model or TASK_MODEL} | settings))
+            try:
+                generator = CogViewImageGenerator(**({"model": model or TASK_MODEL} | settings))
+            finally:
+                settings.clear()
         if model is None:
             model = generator.model if model_info(generator.model).tasks else TASK_MODEL
         request = ImageRequest(prompt=prompt, model=model)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from langchain_cogview.api.settings import SANDBOX_KEY
+from langchain_cogview.text import without_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +41,6 @@ _ESCAPE = re.compile(
     re.IGNORECASE,
 )
 _ESCAPE_SIGNS = (b"\\", b"%", b"&#", b"0x")
-_USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 _BASES = (16, 16, 16, 16, 16, 16, 10, 8)
 
 
@@ -265,6 +265,32 @@ class SafeErrors(BaseModel):
         return cast("Self", made)
 
     @classmethod
+    def model_validate_strings(cls, obj: Any, **options: Any) -> Self:
+        """Construct an instance from a dict of texts.
+
+        Args:
+            obj: The values by field name.
+            options: As in pydantic.
+
+        Returns:
+            The instance.
+
+        Raises:
+            ValidationError: A value is invalid; the error does not hold the values.
+        """
+        made, failure = attempt(super().model_validate_strings, obj, **options)
+        if failure is not None:
+            del obj, options
+            raise failure
+        return cast("Self", made)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _, failure = attempt(super().__setattr__, name, value)
+        if failure is not None:
+            del value
+            raise failure
+
+    @classmethod
     def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:  # type: ignore[override]
         """Construct an instance without validation. Only the key is wrapped in a `SecretStr`.
 
@@ -323,4 +349,4 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 def _without_key(value: Any) -> Any:
     """Return a text without keys of the usual form: a key under a misspelled name is not known to be one."""
-    return _USUAL_KEY.sub("[key]", value) if isinstance(value, str) else value
+    return without_key(value) if isinstance(value, str) else value

@@ -48,6 +48,8 @@ _CONSOLES: Final[dict[Region, str]] = {
 _ROUTES = ("/async/images/generations", "/images/generations", "/chat/completions", "/async-result")
 _warned_hosts: Final[set[str]] = set()
 _HOSTS: Final[dict[str, Region]] = {"open.bigmodel.cn": "china", "api.z.ai": "international"}
+_DOMAINS: Final = (".bigmodel.cn", ".z.ai")
+"""Ends of the names of the provider's own hosts."""
 
 
 def environment(name: str) -> str | None:
@@ -83,6 +85,10 @@ def normal_base_url(text: str) -> str:
             "The base URL holds a query, a fragment or a user name.",
             hint="Give scheme, host and path alone; the key goes into api_key.",
         )
+    if parts.scheme != "https" and f".{_host(parts)}".endswith(_DOMAINS):
+        raise CogViewConfigurationError(
+            "The base URL is http: the key would go over the network in plain text.", hint="Use https."
+        )
     path = parts.path.rstrip("/")
     for route in _ROUTES:
         path = path.removesuffix(route)
@@ -106,10 +112,6 @@ def _parts(url: str) -> SplitResult | None:
 
 def _known_path(parts: SplitResult, path: str) -> str:
     """The path at one of the provider's own hosts."""
-    if parts.scheme != "https":
-        raise CogViewConfigurationError(
-            "The base URL is http: the key would go over the network in plain text.", hint="Use https."
-        )
     if "/coding/" in f"{path}/":
         raise CogViewConfigurationError(
             "The base URL is the coding plan's, which does not cover images.",

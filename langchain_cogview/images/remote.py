@@ -25,7 +25,7 @@ from urllib.request import url2pathname
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES
-from langchain_cogview.images.store import checked_image, read_regular_file
+from langchain_cogview.images.store import checked_image, local_path, read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -253,7 +253,8 @@ def image_access(
         allowed_image_hosts: The only hosts from which links are fetched, as on `CogViewImageGenerator`.
 
     Raises:
-        CogViewConfigurationError: When a URL is not one of a remote folder, or options are given without one.
+        CogViewConfigurationError: When a URL is not one of a remote folder, options are given without one, or `within` begins
+            with `~` and there is no such home folder.
     """
     urls = [storage] if isinstance(storage, str) else list(storage or ())
     if storage_options and not urls:
@@ -265,7 +266,7 @@ def image_access(
     return ImageAccess(
         allowed_hosts=None if hosts is None else tuple(hosts),
         storage=tuple(folder for folder in folders if isinstance(folder, RemoteFolder)),
-        within=None if within is None else Path(within).expanduser(),
+        within=None if within is None else local_path(within, "within"),
     )
 
 

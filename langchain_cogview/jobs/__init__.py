@@ -110,7 +110,10 @@ def run_job(
             is damaged, another job is writing to it, or it holds something else than a job. Nothing was sent.
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
-    job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+    try:
+        job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+    finally:
+        settings.clear()  # the key may be among them: the frame of an error holds none
     with job.running(
         limit=limit,
         budget=budget,
@@ -155,7 +158,10 @@ async def arun_job(
     Files are read and written in threads. The line before a paid request, and that of a task's id, are on the disk before the
     next step is taken.
     """
-    job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
+    try:
+        job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
+    finally:
+        settings.clear()
     running = job.running(
         limit=limit,
         budget=budget,
@@ -198,7 +204,10 @@ def plan_job(
     Raises:
         CogViewConfigurationError: As `run_job`.
     """
-    job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+    try:
+        job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+    finally:
+        settings.clear()  # the key may be among them: the frame of an error holds none
     with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
         job.begun(folder, into_existing=into_existing)
         attempts, manifest = (files.enter_context(opened(folder)) for opened in (attempts_of, manifest_of))

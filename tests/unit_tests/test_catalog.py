@@ -58,6 +58,22 @@ def test_a_size_may_be_written_as_people_write_it(text):
     assert legal_size(MODELS["cogview-4"], text) == "1024x1024"
 
 
+@pytest.mark.parametrize(
+    ("text", "model", "size"),
+    [
+        ("1344x768 (landscape)", "cogview-4", "1344x768"),
+        ("landscape (1344x768)", "cogview-4", "1344x768"),
+        ("1024x1024 (square)", "glm-image", "1024x1024"),
+        ("1024 x 768, 4:3", "cogview-4", "1024x768"),
+        ("landscape 16x9", "cogview-4", "1344x768"),
+        ("1920x1080 (16:9)", "cogview-4", "1344x768"),
+        ("portrait: 768x1344 or 864x1152", "cogview-4", "864x1152"),
+    ],
+)
+def test_pixels_go_before_the_words_around_them(text, model, size):
+    assert legal_size(MODELS[model], text) == size
+
+
 @pytest.mark.parametrize("text", ["", "big", "1024", "x", "0:1", "1:0", "0x0", "-1x5", "1024x1024x3", "9" * 500])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="not legal"):

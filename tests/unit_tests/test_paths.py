@@ -14,6 +14,7 @@ from langchain_cogview import (
     CogViewImageGenerator,
     CogViewImageTool,
     gallery,
+    images_from_messages,
     run_job,
 )
 from langchain_cogview.errors import CogViewStorageError
@@ -112,3 +113,9 @@ def test_a_cache_may_be_configured_for_a_call_on_the_event_loop(sandbox, tmp_pat
         assert not asyncio.run(ask(folder)).cached
         assert asyncio.run(ask(folder)).cached
         assert (tmp_path / folder / "entries").is_dir()
+
+
+@NO_HOME
+def test_a_folder_to_read_from_in_an_unknown_home_is_an_error_of_ours(path):
+    with pytest.raises(CogViewConfigurationError, match="within begins with '~'.*HOME"):
+        images_from_messages([], within=path)

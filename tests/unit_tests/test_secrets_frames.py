@@ -29,7 +29,7 @@ from pydantic import SecretStr
 from pydantic_core import PydanticSerializationError
 from rich.console import Console
 
-from langchain_cogview import CogViewError, CogViewImageGenerator, CogViewImageTool
+from langchain_cogview import CogViewError, CogViewImageGenerator, CogViewImageTool, ImageTask, arun_job, run_job
 from langchain_cogview.sandbox import SandboxServer
 from tests.conftest import FAKE_KEY
 
@@ -210,13 +210,35 @@ WAYS = {
     "a wrong argument of a call": lambda: CogViewImageGenerator(api_key=KEY).invoke({"prompt": "x", "size": "2000x7"}),
     "an argument of a call": lambda: CogViewImageGenerator(api_key=KEY).invoke("x", sise="1"),
     "a wrong task": lambda: CogViewImageGenerator(api_key=KEY).submit("x"),
+    "a key as attribute": lambda: setattr(CogViewImageGenerator(base_url="sandbox:"), "api_key", KEY),
+    "a key as a tool's attribute": lambda: setattr(CogViewImageTool(base_url="sandbox:"), "apikey", KEY),
+    "validation of texts": lambda: CogViewImageGenerator.model_validate_strings({"apikey": KEY}),
+    "a task's wrong id": lambda: ImageTask.resume("x/..", api_key=KEY),
+    "a task's mistyped name": lambda: ImageTask.resume("x", apikey=KEY),
+    "a job's mistyped name": lambda: run_job(["x"], "job", apikey=KEY),
+    "a job's wrong prompts": lambda: run_job([{"n": "many"}], "job", api_key=KEY),
+    "a job's mistyped name, async": lambda: asyncio.run(arun_job(["x"], "job", apikey=KEY)),
     "no image": lambda: CogViewImageTool(api_key=KEY).invoke({"prompt": ""}).no,
 }
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_no_other_way_to_fail_shows_the_key(way):
+def test_no_other_way_to_fail_shows_the_key(way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert assert_safe(way) is not None
+
+
+@pytest.mark.parametrize("field", ["model", "size", "fallback_models"])
+def test_a_key_in_another_field_is_not_in_what_is_said_of_it(field):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            CogViewImageGenerator(base_url="sandbox:", **{field: KEY}).invoke("x", size=KEY)
+        except (ValueError, CogViewError) as error:
+            caught.append(error)
+    assert caught
+    # Nor a part of it that is cut off.
+    assert not [each for each in map(str, caught) if KEY[:20] in each]
 
 
 @pytest.mark.parametrize("configurable", [{"key": f"{KEY}\n"}, {"key": KEY, "size": "2000x7"}, {"key": [KEY]}])

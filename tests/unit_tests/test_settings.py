@@ -167,7 +167,13 @@ def test_an_unknown_model_warns_when_the_generator_is_made():
 
 @pytest.mark.parametrize(
     ("base_url", "text"),
-    [("sandbox", "Did you mean 'sandbox:'"), ("foo", "not an http"), ("http://api.z.ai/api/paas/v4", "plain text")],
+    [
+        ("sandbox", "Did you mean 'sandbox:'"),
+        ("foo", "not an http"),
+        ("http://api.z.ai/api/paas/v4", "plain text"),
+        ("http://dev.bigmodel.cn", "plain text"),
+        ("HTTP://Z.AI.:8080", "plain text"),
+    ],
 )
 def test_slips_in_the_base_url_are_explained(base_url, text):
     with pytest.raises(CogViewConfigurationError, match=text):

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import logging
 import pickle
 import warnings
 from decimal import Decimal
@@ -207,7 +208,10 @@ def test_wrong_arguments_become_a_text_that_the_model_can_act_on(tool, sandbox, 
     assert sandbox.requests == []
 
 
-UNSPECIFIED = ["", " ", "auto", "AUTO", "default", "none", "null", "undefined", "any", "N/A", None]
+UNSPECIFIED = [
+    *("", " ", "auto", "AUTO", "default", "none", "null", "undefined", "any", "N/A", "-", "no preference", None),
+    *("Auto (model decides)", "自动", "默认", "无", "不限", "未指定", "默认尺寸", "自动选择"),
+]
 SIZES = {
     **dict.fromkeys(("1024 x 1024", "1024*1024", "1024×1024", "1024X1024", "1024x1024px", "1024 by 1024"), "1024x1024"),
     **dict.fromkeys(("(1024, 1024)", "square", "Square", "1:1", "square_hd"), "1024x1024"),
@@ -215,9 +219,13 @@ SIZES = {
     **dict.fromkeys(("landscape", "horizontal", "wide", "4:3", "横版"), "1152x864"),
     **dict.fromkeys(("portrait", "vertical", "tall", "3:4", "竖版"), "864x1152"),
     **dict.fromkeys(("9:16", "portrait_16_9", "portrait (9:16)"), "768x1344"),
+    **dict.fromkeys(("1024×1024 像素", "1024乘1024", "正方形图片", "方图", "width=1024, height=1024"), "1024x1024"),
+    **dict.fromkeys(("竖图", "竖版海报"), "864x1152"), "横图": "1152x864", "宽屏": "1344x768",
 }  # fmt: skip
 QUALITIES = {
     **dict.fromkeys(("hd", "HD", "high", "High quality", "high-definition", "best", "ultra"), "hd"),
+    **dict.fromkeys(("ultra hd", "4K", "hi-res", "hd (best)", "高质量", "高画质", "超清", "最高"), "hd"),
+    **dict.fromkeys(("Standard (fast)", "turbo", "标清", "普通", "中等", "低质量"), "standard"),
     **dict.fromkeys(("standard", "Standard", "medium", "low", "low_quality", "normal", "draft"), "standard"),
 }
 
@@ -248,6 +256,13 @@ def test_a_quality_that_models_put_otherwise_costs_no_turn(tool, sandbox):
     for said, quality in QUALITIES.items():
         assert tool.invoke(call(prompt="x", quality=said)).status == "success", said
         assert sandbox.requests[-1].body["quality"] == quality, said
+
+
+@both
+def test_langchain_reads_the_annotations_of_a_run(tool, how, caplog):
+    with caplog.at_level(logging.DEBUG):
+        assert run(tool, call(prompt="x"), how).status == "success"
+    assert not [record for record in caplog.records if record.exc_info or "NameError" in record.getMessage()]
 
 
 def test_a_model_with_one_quality_takes_every_word_for_one(sandbox, tmp_path):
