@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from langchain_cogview.errors import CogViewInvalidRequestError, printable
 
@@ -49,13 +50,19 @@ def _text(value: str) -> str:
     return value
 
 
+def _written(value: datetime) -> str:
+    return value.isoformat().replace("+00:00", "Z")
+
+
+# Amounts, moments and paths are written as text by `model_dump()` in Python mode too: LangServe writes what that gives as JSON.
 Text = Annotated[str, AfterValidator(_text)]
 Number = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER)]
 Pixels = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER, allow_inf_nan=False)]
 Currency = Annotated[str, Field(pattern=r"^[A-Za-z]{0,12}$")]
-Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded)]
-Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc)]
+Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded), PlainSerializer(str)]
+Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc), PlainSerializer(_written)]
+LocalPath = Annotated[Path, PlainSerializer(str)]
 
 
 class ContentFilterArtifact(TypedDict):

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
 from langchain_cogview.artifact import (
     ARTIFACT_TYPE,
@@ -20,6 +20,7 @@ from langchain_cogview.artifact import (
     Amount,
     Currency,
     ImageArtifact,
+    LocalPath,
     Moment,
     Number,
     Pixels,
@@ -100,7 +101,7 @@ class GeneratedImage(BaseModel):
     id: Text
     url: Text | None = None
     expires_at: Moment | None = None
-    path: Path | None = None
+    path: LocalPath | None = None
     uri: Text | None = None
     mime_type: Text | None = None
     width: Pixels | None = None
@@ -125,11 +126,6 @@ class GeneratedImage(BaseModel):
 
     _content: bytes | None = PrivateAttr(default=None)
     _access: Any = PrivateAttr(default=None)
-
-    @field_serializer("path", "cost")
-    def _as_text(self, value: Path | Decimal | None) -> str | None:
-        # In Python mode too: servers such as LangServe write what `model_dump()` gives as JSON.
-        return None if value is None else str(value)
 
     def with_content(self, content: bytes | None, access: ImageAccess | None = None) -> Self:
         """The same image holding its bytes in memory, and where more may be read from; in no repr, JSON or trace."""
@@ -345,8 +341,8 @@ class ImageFailure(BaseModel):
     status: Number | None = None
     request_id: Text | None = None
     task_id: Text | None = None
-    outcome: Outcome = Outcome.FINAL
-    scope: Scope | None = None
+    outcome: Annotated[Outcome, PlainSerializer(str)] = Outcome.FINAL
+    scope: Annotated[Scope, PlainSerializer(str)] | None = None
     is_retryable: bool = False
     content_filter: Entries = ()
 
@@ -411,10 +407,6 @@ class ImageResult(BaseModel):
     currency: Currency | None = None
     sandbox: bool = False
     warnings: tuple[Text, ...] = ()
-
-    @field_serializer("cost")
-    def _as_text(self, value: Decimal | None) -> str | None:
-        return None if value is None else str(value)
 
     @property
     def image(self) -> GeneratedImage:

@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 from langchain_cogview.api.redaction import SafeErrors, attempt
+from langchain_cogview.artifact import ImageArtifact  # noqa: TC001  LangChain reads the annotations of `_run`
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
 from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.cost import Budget, Spending, checked_amount
@@ -43,7 +44,6 @@ from langchain_cogview.request import GeneratorSettings, check_names, checked_pr
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
-    from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.result import GeneratedImage, ImageResult
 
 TOOL_NAME: Final = "cogview_generate_image"

@@ -1,6 +1,7 @@
 """Results where others write them down: LangGraph's checkpoints, JSON servers, another process."""
 
 import concurrent.futures
+import json
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,21 @@ def test_a_result_is_json_in_pythons_form_too(generator):
     # As LangServe, FastAPI's encoders and LangGraph's serializer do it.
     plain = orjson.loads(orjson.dumps(result.model_dump()))
     assert ImageResult.model_validate(plain) == ImageResult.model_validate(result.model_dump()) == result
+
+
+def test_a_result_in_pythons_form_is_plain_json(generator, sandbox):
+    sandbox.fail_next("balance")
+    result = generator.invoke("[[flagged]] a kitten")
+    assert (len(result.images), len(result.failures)) == (1, 1)
+    assert json.loads(json.dumps(result.model_dump())) == result.model_dump(mode="json")
+
+
+def test_a_result_with_a_failure_in_a_strict_checkpoint_comes_back(generator, sandbox, caplog):
+    sandbox.fail_next("balance")
+    result = generator.invoke("a kitten")
+    serde = JsonPlusSerializer(allowed_msgpack_modules=[ImageResult])
+    assert serde.loads_typed(serde.dumps_typed(result)) == result
+    assert not caplog.records
 
 
 class State(TypedDict, total=False):
@@ -94,6 +110,7 @@ def test_a_result_in_a_strict_checkpoint_comes_back_where_the_state_names_its_ty
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_langserve_sends_the_result(generator, sandbox):
+    pytest.importorskip("langserve", reason="needs the extra integrations")
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
     from langserve import add_routes
