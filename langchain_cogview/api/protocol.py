@@ -306,7 +306,7 @@ def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
     has_succeeded = fields.get("success") is True or code in {"0", "200"}
     has_failed = fields.get("success") is False or (code is not None and not has_succeeded)
     if enveloped and has_failed and not fields.get("data"):
-        # The gateway's own envelope, context a route that it does not serve; its message starts with the true status.
+        # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
         named = re.match(r"\s*([45]\d\d)\b", message or "") or re.fullmatch(r"([45]\d\d)", code or "")
         return _Failure(None if named else code, message, int(named[1]) if named else None)
     # Other gateways: {"message": ...}, {"detail": ...}, without anything that a program could read.
