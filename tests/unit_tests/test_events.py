@@ -120,7 +120,7 @@ def test_an_international_key_is_billed_in_dollars():
 
 
 def test_an_unknown_price_is_unknown_and_not_zero():
-    with pytest.warns(UserWarning, match="not known"):
+    with pytest.warns(UserWarning, match="does not know"):
         generator = paid(model="tomorrow-1")
     assert generator.price() is None
     assert generator.invoke("x").cost is None

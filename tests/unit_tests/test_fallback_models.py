@@ -81,7 +81,7 @@ def test_one_model_may_be_given_as_text_and_an_unknown_one_warns(sandbox):
     assert CogViewImageGenerator(base_url=sandbox.base_url, fallback_models="cogview-4").fallback_models == (
         "cogview-4",
     )
-    with pytest.warns(UserWarning, match="not known"):
+    with pytest.warns(UserWarning, match="does not know"):
         made(sandbox, "tomorrow-1")
 
 

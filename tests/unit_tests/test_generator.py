@@ -435,7 +435,7 @@ def test_an_injected_clients_own_headers_are_sent():
 def test_a_model_that_is_not_known_is_warned_of_once():
     from langchain_cogview import CogViewImageTool
 
-    with pytest.warns(UserWarning, match="not known") as warned:
+    with pytest.warns(UserWarning, match="does not know") as warned:
         CogViewImageTool(base_url="sandbox:", model="cogview-9")
     assert len(warned) == 1
 
