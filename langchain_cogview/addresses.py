@@ -1,18 +1,26 @@
-"""Which links may be fetched, and which addresses a connection may go to: the rules for scheme, host, port and address."""
+"""Which links may be fetched, which addresses a connection may go to, and how host names are looked up."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
+import queue
 import re
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import httpcore
 import httpx
 
 from langchain_cogview.errors import CogViewDownloadError, printable
+
+if TYPE_CHECKING:
+    from langchain_cogview.concurrency import Deadline
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 AddressCheck = Callable[[Address, bool], bool]
@@ -323,3 +331,91 @@ def _normal_host(host: str) -> str | None:
     except (httpx.InvalidURL, ValueError):
         return None
     return name if len(name) <= _MAX_NAME and _NAME.fullmatch(name) else None
+
+
+# --- name look-ups
+
+
+@lru_cache(maxsize=256)
+def literal_address(host: str) -> str | None:
+    """The address that a host spells out in its usual form; None for a name."""
+    try:
+        return str(ipaddress.ip_address(host.partition("%")[0]))
+    except ValueError:
+        return None
+
+
+def _look_up(host: str, port: int) -> list[str]:
+    return list(dict.fromkeys(str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+
+
+def _look_up_in_thread(host: str, port: int, deliver: Callable[[list[str] | Exception], None]) -> None:
+    # A daemon thread: the system's resolver cannot be interrupted, and must hold up neither the call nor the exit.
+    def work() -> None:
+        try:
+            answer: list[str] | Exception = _look_up(host, port)
+        except (OSError, UnicodeError) as error:
+            answer = error
+        deliver(answer)
+
+    threading.Thread(target=work, daemon=True, name="cogview-look-up").start()
+
+
+def _allowed(
+    host: str, answer: list[str] | Exception, check: AddressCheck | None, *, literal: bool = False
+) -> list[str]:
+    if isinstance(answer, Exception):
+        raise httpcore.ConnectError(f"The name {host[:100]!r} could not be looked up: {answer}")
+    if check is None:
+        return answer
+    addresses = [address for address in answer if check(ipaddress.ip_address(address.partition("%")[0]), literal)]
+    if not addresses:
+        raise AddressRefusedError(f"The host {host[:100]!r} has no address that may be connected to.")
+    return addresses
+
+
+def check_literal(host: str, check: AddressCheck | None) -> None:
+    """Check a host that is an address; a name passes, because behind a proxy the proxy looks it up.
+
+    Raises:
+        AddressRefusedError: When the check refuses the address.
+    """
+    if literal := literal_address(host):
+        _allowed(host, [literal], check, literal=True)
+
+
+def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline) -> list[str]:
+    """The addresses of a host that may be connected to.
+
+    Raises:
+        httpcore.ConnectError: When there is none; `AddressRefusedError` when the check refused them all.
+        httpcore.ConnectTimeout: When the look-up takes longer than the deadline.
+    """
+    if literal := literal_address(host):
+        return _allowed(host, [literal], check, literal=True)
+    answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+    _look_up_in_thread(host, port, answers.put)
+    try:
+        answer = answers.get(timeout=deadline.remaining())
+    except queue.Empty:
+        raise httpcore.ConnectTimeout("The name look-up took too long.") from None
+    return _allowed(host, answer, check)
+
+
+async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str]:
+    """Async version of `resolve`; the caller's `asyncio.timeout` bounds it."""
+    if literal := literal_address(host):
+        return _allowed(host, [literal], check, literal=True)
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[list[str] | Exception] = loop.create_future()
+
+    def settle(answer: list[str] | Exception) -> None:
+        if not future.done():
+            future.set_result(answer)
+
+    def deliver(answer: list[str] | Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+            loop.call_soon_threadsafe(settle, answer)
+
+    _look_up_in_thread(host, port, deliver)
+    return _allowed(host, await future, check)

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import queue
 import re
 import select
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import httpcore
 import httpx
 
-from langchain_cogview.addresses import AddressRefusedError
+from langchain_cogview.addresses import aresolve, resolve
 from langchain_cogview.concurrency import Deadline, raised_by_signal
 
 if TYPE_CHECKING:
@@ -30,100 +26,17 @@ if TYPE_CHECKING:
 
 _FIRST_ADDRESSES_SECONDS: Final = 5.0
 _READ_BYTES: Final = 2**18
-_WRITE_BYTES: Final = 2**16
+_WRITE_BYTES: Final = 2**14
+"""The size of one write. A socket that is writable takes this much at once."""
+_EARLY_CHECK_SECONDS: Final = 0.05
+_INTERIM_HEAD = rb"HTTP/1\.[01] 1(?:(?!\n\r?\n).)*"
+_INTERIM: Final = re.compile(rb"(?:%s\n\r?\n)*(?:%s)?" % (_INTERIM_HEAD, _INTERIM_HEAD), re.DOTALL)
+"""Replies of class 1xx, the last one perhaps incomplete. A server may send them before it has the whole request."""
 _SocketOptions = Iterable[Any] | None
 
 
 class UnexpectedDataError(httpcore.ConnectError, httpx.ConnectError):
     """When the other side sent something, or left, before the request: nothing of the request was sent."""
-
-
-# --- names and addresses
-
-
-@lru_cache(maxsize=256)
-def literal_address(host: str) -> str | None:
-    """The address that a host spells out in its usual form; None for a name."""
-    try:
-        return str(ipaddress.ip_address(host.partition("%")[0]))
-    except ValueError:
-        return None
-
-
-def _look_up(host: str, port: int) -> list[str]:
-    return list(dict.fromkeys(str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
-
-
-def _look_up_in_thread(host: str, port: int, deliver: Callable[[list[str] | Exception], None]) -> None:
-    # A daemon thread: the system's resolver cannot be interrupted, and must hold up neither the call nor the exit.
-    def work() -> None:
-        try:
-            answer: list[str] | Exception = _look_up(host, port)
-        except (OSError, UnicodeError) as error:
-            answer = error
-        deliver(answer)
-
-    threading.Thread(target=work, daemon=True, name="cogview-look-up").start()
-
-
-def _allowed(
-    host: str, answer: list[str] | Exception, check: AddressCheck | None, *, literal: bool = False
-) -> list[str]:
-    if isinstance(answer, Exception):
-        raise httpcore.ConnectError(f"The name {host[:100]!r} could not be looked up: {answer}")
-    if check is None:
-        return answer
-    addresses = [address for address in answer if check(ipaddress.ip_address(address.partition("%")[0]), literal)]
-    if not addresses:
-        raise AddressRefusedError(f"The host {host[:100]!r} has no address that may be connected to.")
-    return addresses
-
-
-def check_literal(host: str, check: AddressCheck | None) -> None:
-    """Check a host that is an address; a name passes, because behind a proxy the proxy looks it up.
-
-    Raises:
-        AddressRefusedError: When the check refuses the address.
-    """
-    if literal := literal_address(host):
-        _allowed(host, [literal], check, literal=True)
-
-
-def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline) -> list[str]:
-    """The addresses of a host that may be connected to.
-
-    Raises:
-        httpcore.ConnectError: When there is none; `AddressRefusedError` when the check refused them all.
-        httpcore.ConnectTimeout: When the look-up takes longer than the deadline.
-    """
-    if literal := literal_address(host):
-        return _allowed(host, [literal], check, literal=True)
-    answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
-    _look_up_in_thread(host, port, answers.put)
-    try:
-        answer = answers.get(timeout=deadline.remaining())
-    except queue.Empty:
-        raise httpcore.ConnectTimeout("The name look-up took too long.") from None
-    return _allowed(host, answer, check)
-
-
-async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str]:
-    """Async version of `resolve`; the caller's `asyncio.timeout` bounds it."""
-    if literal := literal_address(host):
-        return _allowed(host, [literal], check, literal=True)
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[str] | Exception] = loop.create_future()
-
-    def settle(answer: list[str] | Exception) -> None:
-        if not future.done():
-            future.set_result(answer)
-
-    def deliver(answer: list[str] | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
-            loop.call_soon_threadsafe(settle, answer)
-
-    _look_up_in_thread(host, port, deliver)
-    return _allowed(host, await future, check)
 
 
 def _connect_share(timeout: float | None, *, last: bool) -> float | None:
@@ -161,6 +74,7 @@ class ReplyGuard:
     def expect_reply(self) -> None:
         """A request is about to be sent: what comes now is its reply."""
         self._is_head = True
+        self._is_request_sent = False
         self._head_size = 0
         self._unproductive = 0
         self._tail = b""
@@ -174,6 +88,25 @@ class ReplyGuard:
     def put(self, data: bytes) -> None:
         """Take what was received; call it only when empty."""
         self._waiting, self._at = data, 0
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether another request may follow a reply that was read to its end."""
+        return self.is_empty and self._is_request_sent
+
+    def put_early(self, data: bytes | None) -> bool:
+        """Store bytes that were received while the request was being sent.
+
+        Returns:
+            Whether they are more than interim replies (1xx), so that the rest of the request need not be sent.
+        """
+        self._waiting += data or b""
+        is_interim = _INTERIM.fullmatch(self._waiting) or b"HTTP/1.1 1".startswith(self._waiting)
+        return not is_interim or len(self._waiting) > self._MOST_HEAD
+
+    def request_was_sent(self) -> None:
+        """The last byte of the request was written."""
+        self._is_request_sent = True
 
     def take(self, max_bytes: int) -> bytes:
         """The next piece for httpcore.
@@ -209,10 +142,16 @@ class ReplyGuard:
                 raise httpcore.RemoteProtocolError("There is too much between two chunks of the reply.")
         return piece
 
-    def head_was_read(self) -> None:
-        """The head is with httpcore; what follows is the body."""
+    def head_was_read(self, status: int) -> None:
+        """The head is with httpcore; what follows is the body.
+
+        Raises:
+            httpcore.ReadError: When the reply is a success that came before the request was sent: it answers another request.
+        """
         self._is_head = False
         self._tail = b""
+        if 200 <= status < 300 and not self._is_request_sent:  # noqa: PLR2004
+            raise httpcore.ReadError("The server answered with a success before it had the whole request.")
 
     def chunk_was_read(self, size: int) -> None:
         """A part of the body was given by httpcore.
@@ -269,32 +208,42 @@ class SyncStream(httpcore.NetworkStream):
             return
         buffer = b"".join(self._outgoing)
         self._outgoing.clear()
-        if not self.guard.is_empty or _is_spoiled(self._input(), was_used=self._was_used):
+        if not self.guard.is_empty or _is_spoiled(self._receive_now(), was_used=self._was_used):
             raise UnexpectedDataError("The server sent something, or closed the connection, before the request.")
         self._was_used = True
         self.guard.expect_reply()
         for start in range(0, len(buffer), _WRITE_BYTES):
+            if start and self.guard.put_early(self._wait_until_writable(timeout)):
+                return
             left = self._backend.time_left(timeout, httpcore.WriteTimeout)
             try:
                 self._inner.write(buffer[start : start + _WRITE_BYTES], left)
             except httpcore.WriteError as error:
-                # httpcore passes over this one, because a server may answer before it has read everything, and close.
+                # httpcore ignores this error, because a server may answer before it has read everything, and close.
                 raise raised_by_signal(error) or error from None
+        self.guard.request_was_sent()
 
-    def _input(self) -> bytes | None:
-        """What has come, without waiting; None when nothing has, and nothing at the end."""
+    def _wait_until_writable(self, timeout: float | None) -> bytes | None:
+        """Wait until more of the request can be written, or something is received; returns what was received."""
+        sock = self._inner.get_extra_info("socket")
+        while True:
+            left = self._backend.time_left(timeout, httpcore.WriteTimeout)
+            is_writable = _wait_until_ready(sock, left)
+            received = self._receive_now()
+            if is_writable or received is not None:
+                return received
+
+    def _receive_now(self) -> bytes | None:
+        """Receive without waiting. Returns None when nothing is there, and no bytes at the end."""
         try:
-            if self._is_encrypted:  # what can be read of the socket itself may be a session ticket
-                return self._inner.read(1, timeout=0)
-            if not self._inner.get_extra_info("is_readable"):
+            # With TLS, what can be read from the socket itself may be a session ticket.
+            if not self._is_encrypted and not self._inner.get_extra_info("is_readable"):
                 return None
-            return bytes(self._inner.get_extra_info("socket").recv(1, socket.MSG_PEEK))
+            return self._inner.read(_READ_BYTES, timeout=0)
         except httpcore.ReadTimeout:
             return None
         except httpcore.ReadError as error:
             return None if isinstance(error.__cause__, BlockingIOError | ssl.SSLWantReadError) else b""
-        except OSError:
-            return b""
 
     def close(self) -> None:
         """Close it; a second time changes nothing."""
@@ -461,6 +410,15 @@ class _TLSChannel:
             self._incoming.write_eof()
 
 
+def _wait_until_ready(sock: socket.socket, timeout: float | None) -> bool:
+    """Wait until a socket can be read from or written to; returns whether it can be written to."""
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([sock], [sock], [], timeout)[1])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLOUT)
+    return any(event & select.POLLOUT for _, event in poll.poll(None if timeout is None else timeout * 1000))
+
+
 def _is_readable(sock: socket.socket) -> bool:
     if sock.fileno() < 0:
         return True
@@ -511,9 +469,29 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         self._was_used = True
         self.guard.expect_reply()
         try:
-            await self._channel.send(buffer)
+            is_sent = await self._send_parts(buffer)
         except OSError as error:
             raise httpcore.WriteError(str(error)) from error
+        if is_sent:
+            self.guard.request_was_sent()
+
+    async def _send_parts(self, buffer: bytes) -> bool:
+        """Send a request; returns False when the server answers before it is sent."""
+        if len(buffer) <= _WRITE_BYTES:
+            await self._channel.send(buffer)
+            return True
+        for start in range(0, len(buffer), _WRITE_BYTES):
+            if start and self.guard.put_early(self._channel.receive_now()):
+                return False
+            sending = asyncio.ensure_future(self._channel.send(buffer[start : start + _WRITE_BYTES]))
+            try:
+                while not (await asyncio.wait([sending], timeout=_EARLY_CHECK_SECONDS))[0]:
+                    if self.guard.put_early(self._channel.receive_now()):
+                        return False
+                sending.result()
+            finally:
+                sending.cancel()
+        return True
 
     async def aclose(self) -> None:
         """Close it; a second time changes nothing."""

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NoReturn, Typ
 import httpcore
 import httpx
 
-from langchain_cogview.addresses import ADDRESSES, AddressCheck
-from langchain_cogview.api.network import AsyncBackend, SyncBackend, UnexpectedDataError, check_literal
+from langchain_cogview.addresses import ADDRESSES, AddressCheck, check_literal
+from langchain_cogview.api.network import AsyncBackend, SyncBackend, UnexpectedDataError
 from langchain_cogview.api.settings import httpcore_proxy, is_sandbox, proxy_for, tls_context
 from langchain_cogview.concurrency import DEADLINE, Deadline
 from langchain_cogview.errors import CogViewConfigurationError
@@ -156,13 +156,13 @@ class _SyncConnection:
         with _ours():
             response = self._pool.handle_request(_httpcore_request(request))
             if self.backend.stream:
-                self.backend.stream.guard.head_was_read()
+                self.backend.stream.guard.head_was_read(response.status)
         return response
 
     def is_usable(self) -> bool:
         """Whether another request may follow, as far as can be seen from here."""
         stream = self.backend.stream
-        whole = stream is not None and not stream.is_closed and stream.guard.is_empty
+        whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
         return whole and any(not each.has_expired() for each in self._pool.connections)
 
     def close(self) -> None:
@@ -215,12 +215,12 @@ class _AsyncConnection:
         with _ours():
             response = await self._pool.handle_async_request(_httpcore_request(request))
             if self.backend.stream:
-                self.backend.stream.guard.head_was_read()
+                self.backend.stream.guard.head_was_read(response.status)
         return response
 
     def is_usable(self) -> bool:
         stream = self.backend.stream
-        whole = stream is not None and not stream.is_closed and stream.guard.is_empty
+        whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
         return whole and any(not each.has_expired() for each in self._pool.connections)
 
     def close(self) -> None:

@@ -25,8 +25,8 @@ import httpcore
 import httpx
 from pydantic import SecretStr
 
+from langchain_cogview.addresses import resolve
 from langchain_cogview.api.endpoint import Call, Endpoint
-from langchain_cogview.api.network import resolve
 from langchain_cogview.api.protocol import read_reply
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,

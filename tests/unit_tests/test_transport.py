@@ -10,10 +10,14 @@ import httpcore
 import httpx
 import pytest
 import trustme
+from pydantic import SecretStr
 
-from langchain_cogview import CogViewImageGenerator
+from langchain_cogview import CogViewImageGenerator, CogViewOutcomeUnknownError
+from langchain_cogview.api.endpoint import Call, Endpoint
 from langchain_cogview.api.network import ReplyGuard
-from langchain_cogview.api.transport import AsyncTransport, SyncTransport
+from langchain_cogview.api.protocol import read_reply
+from langchain_cogview.api.transport import AsyncTransport, SyncTransport, asender, sender
+from langchain_cogview.concurrency import Deadline
 from tests.conftest import FAKE_KEY
 from tests.faults.server import FaultServer, at
 from tests.faults.tokens import token
@@ -21,12 +25,12 @@ from tests.faults.tokens import token
 both = pytest.mark.parametrize("how", ["sync", "async"])
 
 
-def ask(url, how, times=1, *, pause=None, timeout=5.0, **extensions):
+def ask(url, how, times=1, *, pause=None, timeout=5.0, content=b"{}", **extensions):
     """Status, body, and whether an error came, of several requests over one transport."""
 
     def request():
         limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout)
-        return httpx.Request("POST", url, content=b"{}", extensions={"timeout": limits, **extensions})
+        return httpx.Request("POST", url, content=content, extensions={"timeout": limits, **extensions})
 
     def sync():
         transport = SyncTransport()
@@ -198,7 +202,7 @@ def test_the_head_comes_alone_and_the_last_byte_too():
     guard = ReplyGuard()
     guard.put(SIZED)
     assert guard.take(2**16) == SIZED[:-3]
-    guard.head_was_read()
+    guard.head_was_read(404)
     assert [guard.take(2**16), guard.take(2**16), guard.is_empty] == [b"ab", b"c", True]
 
 
@@ -283,3 +287,87 @@ def test_a_reply_with_another_request_id_is_an_unknown_outcome_and_ends_its_conn
         ]
         assert "another request" in outcomes[1].message
         assert (server.posts, server.connections) == (3, 2)
+
+
+# Replies that come before the request was sent.
+
+
+LARGE = b"x" * 2**25 + b"end"
+"""More than the system's buffers hold, so that the server decides when the request goes on."""
+
+
+def before_the_body(reply, then=None):
+    """Replies to the head of a request, and then reads its body, waits, or closes."""
+
+    @at("head")
+    def fault(connection, request):
+        connection.send(reply)
+        if then == "hang":
+            connection.hang()
+        elif then:
+            read = b""
+            while not read.endswith(b"end"):
+                read = read[-3:] + connection.sock.recv(2**16)
+            connection.send(then)
+
+    return fault
+
+
+def large_request(how, way, server, monkeypatch):
+    url = server.base_url
+    if way == "proxied":
+        monkeypatch.setenv("HTTP_PROXY", server.origin)
+        url = "http://api.invalid/v4"
+    return ask(url, how, content=LARGE)[0]
+
+
+ways = pytest.mark.parametrize("way", ["http", "https", "proxied"])
+
+
+@both
+@ways
+@pytest.mark.parametrize("status", [b"200 OK", b"201 Created"])
+def test_a_success_that_comes_before_the_whole_request_is_not_taken_for_its_reply(status, way, how, tls, monkeypatch):
+    reply = SIZED.replace(b"200 OK", status)
+    with (
+        FaultServer(before_the_body(reply, "hang"), tls=tls if way == "https" else None) as server,
+        pytest.raises(httpx.ReadError, match="before it had the whole request"),
+    ):
+        large_request(how, way, server, monkeypatch)
+
+
+@both
+@ways
+def test_an_error_that_comes_before_the_whole_request_is_read_and_ends_the_connection(way, how, tls, monkeypatch):
+    reply = SIZED.replace(b"200 OK", b"413 Too Large")
+    with FaultServer(before_the_body(reply, "hang"), tls=tls if way == "https" else None) as server:
+        response = large_request(how, way, server, monkeypatch)
+        assert (response.status_code, response.content) == (413, b"abc")
+        end = time.monotonic() + 5
+        while not server.seen_closing:
+            assert time.monotonic() < end, "the connection stays open"
+            time.sleep(0.01)
+
+
+@both
+@ways
+def test_an_interim_reply_before_the_whole_request_changes_nothing(way, how, tls, monkeypatch):
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    with FaultServer(before_the_body(hints, SIZED), tls=tls if way == "https" else None) as server:
+        response = large_request(how, way, server, monkeypatch)
+        assert (response.status_code, response.content) == (200, b"abc")
+
+
+@both
+def test_a_paid_request_with_an_early_success_has_an_unknown_outcome(how):
+    body = {"prompt": "x" * 2**25, "request_id": "r-1"}
+    found = b'{"data":[{"url":"https://images.example/a.png"}]}'
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(found), found)
+    with FaultServer(before_the_body(reply, "hang")) as server:
+        endpoint = Endpoint(server.base_url, SecretStr(FAKE_KEY), server.base_url, sender(None), asender(None))
+        call = Call("POST", "/images/generations", body)
+        with pytest.raises(CogViewOutcomeUnknownError, match="may have been made and charged"):
+            if how == "sync":
+                endpoint.exchange(call, Deadline(5), read_reply)
+            else:
+                asyncio.run(endpoint.aexchange(call, Deadline(5), read_reply))
