@@ -24,7 +24,7 @@ SYNC_CALLS = {
     "langchain_cogview/jobs/job.py": {"run_job", "plan_job"},
     # In callbacks of tests:
     "tests/unit_tests/test_jobs.py": {"lines"},
-    "tests/unit_tests/test_transport.py": {"wait_a_moment"},
+    "tests/unit_tests/api/test_transport.py": {"wait_a_moment"},
 }
 FAKE_KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 
