@@ -21,9 +21,9 @@ SYNC_CALLS = {
     "langchain_cogview/tool.py": {"_run"},
     "langchain_cogview/result.py": {"read", "save", "to_pil"},
     "langchain_cogview/notebook/gallery.py": {"gallery", "save"},
-    "langchain_cogview/jobs/job.py": {"run_job", "plan_job"},
+    "langchain_cogview/jobs/__init__.py": {"run_job", "plan_job"},
     # In callbacks of tests:
-    "tests/unit_tests/test_jobs.py": {"lines"},
+    "tests/unit_tests/jobs/test_run.py": {"lines"},
     "tests/unit_tests/api/test_transport.py": {"wait_a_moment"},
 }
 FAKE_KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"

@@ -17,19 +17,19 @@ from langchain_cogview.catalog import DEFAULT_MODEL
 from langchain_cogview.cli.output import (
     EXIT_CODES,
     Terminal,
+    detect_terminal,
     exit_code,
-    finish,
     hint_of,
-    in_shell_words,
+    inline_image,
     json_text,
     open_file,
-    path_on,
-    picture_on,
-    say,
+    path_link,
+    print_stderr,
+    print_stdout,
+    run_command,
     shows_on_terminal,
-    terminal_of,
-    write,
-    write_bytes,
+    with_cli_options,
+    write_stdout,
 )
 from langchain_cogview.text import visible
 
@@ -52,8 +52,8 @@ _CLOSE: Final = 0.75
 """How much alike a word and a command are where it is taken for mistyped, of 1."""
 
 
-class DrawByDefault(TyperGroup):
-    """The group of commands, where anything that names none is the prompt and options of `draw`."""
+class GenerateByDefault(TyperGroup):
+    """The group of commands, where anything that names none is the prompt and options of `generate`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put in the word that may be left out."""
@@ -66,8 +66,8 @@ class DrawByDefault(TyperGroup):
         }:
             close = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=_CLOSE)
             if close:  # a mistyped command is not painted: that would cost money
-                ctx.fail(f"Did you mean the command {close[0]}? To paint the word: cogview draw {args[0]}")
-            args = ["draw", *args]
+                ctx.fail(f"Did you mean the command {close[0]}? To paint the word: cogview generate {args[0]}")
+            args = ["generate", *args]
         return super().parse_args(ctx, args)
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
@@ -81,19 +81,22 @@ class DrawByDefault(TyperGroup):
             return super().invoke(ctx)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """The first word is a command, an option of the group, or one of `draw`, which may be left out."""
-        draw = self.commands["draw"]
-        return [*super().shell_complete(ctx, incomplete), *draw.shell_complete(draw.context_class(draw), incomplete)]
+        """The first word is a command, an option of the group, or one of `generate`, which may be left out."""
+        command = self.commands["generate"]
+        return [
+            *super().shell_complete(ctx, incomplete),
+            *command.shell_complete(command.context_class(command), incomplete),
+        ]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line is the one of `draw`."""
-        return self.commands["draw"].collect_usage_pieces(ctx)
+        """The usage line is the one of `generate`."""
+        return self.commands["generate"].collect_usage_pieces(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """One page for all: the options of `draw` stand with the group's own."""
+        """One page for all: the options of `generate` stand with the group's own."""
         page = copy.copy(self)
-        page.params = [*self.commands["draw"].params, *self.params]
-        super(DrawByDefault, page).format_help(ctx, formatter)
+        page.params = [*self.commands["generate"].params, *self.params]
+        super(GenerateByDefault, page).format_help(ctx, formatter)
 
 
 @contextlib.contextmanager
@@ -112,14 +115,14 @@ def application() -> typer.Typer:
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
     codes = "\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
     app = typer.Typer(
-        cls=DrawByDefault,
+        cls=GenerateByDefault,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich" if terminal else None,
         context_settings={"help_option_names": ["-h", "--help"]},
         epilog=("" if terminal else "\b\n") + f"Exit codes, of several pictures the highest:\n{codes}",
     )
     app.callback(invoke_without_command=True)(_common)
-    app.command("draw")(draw)
+    app.command("generate")(generate)
     app.command("schema")(schema)
     from langchain_cogview.cli.batch import batch  # noqa: PLC0415  which needs typer
 
@@ -131,7 +134,7 @@ def application() -> typer.Typer:
 def main() -> int:
     """Run the command with the arguments of this process, which typer ends; 2 where there is no typer."""
     if typer is None:
-        say(TYPER_MISSING)
+        print_stderr(TYPER_MISSING)
         return 2
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold bytes or letters that the stream's encoding does not have
@@ -145,10 +148,10 @@ def _common(*, version: Annotated[bool, typer.Option("--version", help="Show the
     if version:
         from importlib.metadata import version as installed  # noqa: PLC0415
 
-        raise typer.Exit(write(f"langchain-cogview {installed('langchain-cogview')}"))
+        raise typer.Exit(print_stdout(f"langchain-cogview {installed('langchain-cogview')}"))
 
 
-def draw(
+def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="What the picture shows; - reads the standard input.")
     ],
@@ -172,26 +175,26 @@ def draw(
     ] = True,
     open_saved: Annotated[bool, typer.Option("--open", help="Open the saved file with the system's viewer.")] = False,
 ) -> None:
-    """Make a picture. The word draw can be left out, unless the prompt is the word draw, schema, batch or doctor."""
+    """Make a picture. The word generate can be left out, unless the prompt is the word generate, schema, batch or doctor."""
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
     if output == "-":
         _check_bytes_can_be_written(alone=n == 1 and not as_json and not open_saved)
-    given = {"size": size, "quality": quality, "user_id": user_id, "region": region}
-    given["base_url"] = "sandbox:" if sandbox else base_url
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    overrides = {"size": size, "quality": quality, "user_id": user_id, "region": region}
+    overrides["base_url"] = "sandbox:" if sandbox else base_url
+    settings: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     settings |= {"model": model, "n": n, "timeout": timeout}
     try:
         text = prompt if prompt != "-" else sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
     except UnicodeDecodeError:
         raise typer.BadParameter("The prompt on the standard input is not text in UTF-8.") from None
-    shown = _Shown(show=show and not as_json, open_saved=open_saved, as_json=as_json)
-    finish(lambda: _draw(text, output, settings, shown))
+    display = _Display(show=show and not as_json, open_saved=open_saved, as_json=as_json)
+    run_command(lambda: _generate(text, output, settings, display))
 
 
 def schema(model: Annotated[str, typer.Option(help="The model that the tool would use.")] = DEFAULT_MODEL) -> None:
     """Write the tool's JSON schema, as an LLM gets it. Needs no key."""
-    finish(lambda: _schema(model))
+    run_command(lambda: _schema(model))
 
 
 def _schema(model: str) -> int:
@@ -199,7 +202,7 @@ def _schema(model: str) -> int:
 
     from langchain_cogview.tool import CogViewImageTool  # noqa: PLC0415
 
-    return write(json_text(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
+    return print_stdout(json_text(convert_to_openai_tool(CogViewImageTool(base_url="sandbox:", model=model))))
 
 
 def check(
@@ -221,7 +224,7 @@ def check(
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
     if region not in {None, "china", "international"}:
         raise typer.BadParameter("--region is china or international.")
-    finish(lambda: _check(region, "sandbox:" if sandbox else base_url, offline=offline, as_json=as_json))
+    run_command(lambda: _check(region, "sandbox:" if sandbox else base_url, offline=offline, as_json=as_json))
 
 
 def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: bool) -> int:
@@ -229,12 +232,12 @@ def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: 
     from langchain_cogview.errors import error_class  # noqa: PLC0415
 
     diagnosis = diagnose(base_url=base_url, region=region, offline=offline)  # type: ignore[arg-type]
-    written = write(json_text(diagnosis.to_dict()) if as_json else in_shell_words(str(diagnosis)))
+    written = print_stdout(json_text(diagnosis.to_dict()) if as_json else with_cli_options(str(diagnosis)))
     failed = diagnosis.first_failed
     return exit_code(error_class(failed.error)) if failed else written
 
 
-class _Shown(NamedTuple):
+class _Display(NamedTuple):
     """What is done with a picture besides saving it."""
 
     show: bool
@@ -249,7 +252,7 @@ def _check_bytes_can_be_written(*, alone: bool) -> None:
         raise typer.BadParameter("-o - writes the picture's bytes, which no terminal shows: pipe them, or name a file.")
 
 
-def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Shown) -> int:
+def _generate(prompt: str, output: str | None, settings: dict[str, Any], display: _Display) -> int:
     from langchain_cogview.catalog import model_warning  # noqa: PLC0415
     from langchain_cogview.errors import error_class  # noqa: PLC0415
     from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
@@ -259,44 +262,44 @@ def _draw(prompt: str, output: str | None, settings: dict[str, Any], shown: _Sho
     result = generator.invoke(prompt)
     codes, images = [0], []
     for number, image in enumerate(result.images, 1):
-        written = output == "-" and _bytes_written(image)
-        path = None if written else _saved(image, number, target, codes)
+        written = output == "-" and _write_bytes(image)
+        path = None if written else _save(image, number, target, codes)
         images.append(image.model_copy(update={"path": path}))
         if path and output == "-":
-            say("" if any(codes) else f"The picture was made and is kept in {path}")
+            print_stderr("" if any(codes) else f"The picture was made and is kept in {path}")
             codes.append(6)
-        elif path and not shown.as_json:
-            codes.append(_shown_path(image, path, show=shown.show))
-        if path and shown.open_saved and (problem := open_file(path)):
-            say(f"Warning: {path} could not be opened: {problem}.")
-        say(*(f"Content filter: {entry}" for entry in image.content_filter))
+        elif path and not display.as_json:
+            codes.append(_show_path(image, path, show=display.show))
+        if path and display.open_saved and (problem := open_file(path)):
+            print_stderr(f"Warning: {path} could not be opened: {problem}.")
+        print_stderr(*(f"Content filter: {entry}" for entry in image.content_filter))
     known = model_warning(result.model)  # told when the generator was made
-    say(*(f"Warning: {each}" for each in result.warnings if each != known))
-    say("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
+    print_stderr(*(f"Warning: {item}" for item in result.warnings if item != known))
+    print_stderr("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
     for failure in result.failures:
         which, kind = f"Picture {failure.index + 1} of {generator.n}", error_class(failure.error)
         hint = hint_of(kind, failure.hint)
-        say(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
+        print_stderr(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
         codes.append(exit_code(kind))
-    if shown.as_json:
-        codes.append(write(json_text(result.model_copy(update={"images": tuple(images)}).to_artifact())))
+    if display.as_json:
+        codes.append(print_stdout(json_text(result.model_copy(update={"images": tuple(images)}).to_artifact())))
     return max(codes)
 
 
-def _bytes_written(image: GeneratedImage) -> bool:
+def _write_bytes(image: GeneratedImage) -> bool:
     content = image.local_bytes()
-    return content is not None and write_bytes(content)
+    return content is not None and write_stdout(content)
 
 
-def _shown_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
+def _show_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
     """Write the path, and before it the picture, as far as the terminal behind the standard output can show them."""
-    terminal = terminal_of(os.environ, is_terminal=shows_on_terminal())
+    terminal = detect_terminal(os.environ, is_terminal=shows_on_terminal())
     content = image.local_bytes() if show and image.width and image.height else None
-    picture = ""
+    sequence = ""
     if content is not None:
         size = (image.width or 1, image.height or 1)
-        picture = picture_on(terminal, content, size, shutil.get_terminal_size())
-    return write(picture + path_on(terminal, path), sequences=terminal is not Terminal.PLAIN)
+        sequence = inline_image(terminal, content, size, shutil.get_terminal_size())
+    return print_stdout(sequence + path_link(terminal, path), sequences=terminal is not Terminal.PLAIN)
 
 
 def _target(output: str | None) -> Path | None:
@@ -325,7 +328,7 @@ def _target(output: str | None) -> Path | None:
     return target if output else None
 
 
-def _saved(image: GeneratedImage, number: int, target: Path | None, codes: list[int]) -> Path | None:
+def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[int]) -> Path | None:
     """The file that holds the picture: the target, else one in the current folder, else in the temporary one."""
     from langchain_cogview.errors import CogViewStorageError  # noqa: PLC0415
     from langchain_cogview.images.formats import EXTENSIONS  # noqa: PLC0415
@@ -338,14 +341,16 @@ def _saved(image: GeneratedImage, number: int, target: Path | None, codes: list[
         try:
             path = image.save(place or Path(tempfile.gettempdir(), name))
         except (CogViewStorageError, OSError) as error:
-            say(f"Error: {getattr(error, 'message', error)}")
+            print_stderr(f"Error: {getattr(error, 'message', error)}")
             continue
         if place is not target:
-            say(f"The picture was made and is kept in {path}")
+            print_stderr(f"The picture was made and is kept in {path}")
             codes.append(6)
         elif path.suffix.lower().replace(".jpeg", ".jpg") != EXTENSIONS[image.mime_type or ""]:
-            say(f"Warning: {path} holds a picture of type {image.mime_type}, whatever its ending says.")
+            print_stderr(f"Warning: {path} holds a picture of type {image.mime_type}, whatever its ending says.")
         return path
-    say(f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}")
+    print_stderr(
+        f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}"
+    )
     codes.append(6)
     return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.cli.output import exit_code, finish, in_shell_words, json_text, say, write
+from langchain_cogview.cli.output import exit_code, json_text, print_stderr, print_stdout, run_command, with_cli_options
 from langchain_cogview.text import printable
 
 if TYPE_CHECKING:
@@ -85,17 +85,17 @@ def batch(
         raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
     if Path(output).is_file():
         raise typer.BadParameter(f"--output is the folder of the job; {printable(output)} is a file.")
-    given: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
-    given |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
-    settings = {name: value for name, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
+    overrides |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
+    settings = {name: value for name, value in overrides.items() if value is not None}
     settings |= {"model": model, "n": n, "timeout": timeout}
     job: dict[str, Any] = {"limit": limit, "budget": budget}
     job |= {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
     job |= {"into_existing": into_existing, "unique": unique, "format": form.value if form else None, **settings}
     if dry_run:
-        finish(lambda: _plan(prompts, output, job, as_json=as_json, skip_bad=skip_bad))
+        run_command(lambda: _plan(prompts, output, job, as_json=as_json, skip_bad=skip_bad))
     job |= {"skip_bad": skip_bad, "progress": False if no_progress else None}
-    finish(lambda: _run(prompts, output, job, as_json=as_json))
+    run_command(lambda: _run(prompts, output, job, as_json=as_json))
 
 
 def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip_bad: bool) -> int:
@@ -104,7 +104,7 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
     # Nothing is sent, so any key will do; the one that is set still tells the region.
     plan = plan_job(prompts, output, **job, api_key="dry-run")
     code = 2 if plan.problems and not skip_bad else 0
-    return max(code, write(json_text(plan.to_dict()) if as_json else in_shell_words(str(plan))))
+    return max(code, print_stdout(json_text(plan.to_dict()) if as_json else with_cli_options(str(plan))))
 
 
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
@@ -113,24 +113,24 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
 
     stop = threading.Event()
     try:
-        with _asked_first(stop):
-            report = run_job(prompts, output, **job, on_plan=lambda plan: say(str(plan)), stop=stop)
+        with _graceful_signals(stop):
+            report = run_job(prompts, output, **job, on_plan=lambda plan: print_stderr(str(plan)), stop=stop)
     except KeyboardInterrupt:
         from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY  # noqa: PLC0415
 
-        say(INTERRUPTED, UNDER_WAY)
+        print_stderr(INTERRUPTED, UNDER_WAY)
         return 130
-    say(*_not_made(report), str(report))
+    print_stderr(*_failure_lines(report), str(report))
     codes = [exit_code(error_class(name)) for name in report.errors]
     codes += [130] if report.interrupted else []
     codes += [7] if report.unknown else []
     codes += [2] if report.over_budget else []
     codes += [exit_code(type(report.stopped))] if report.stopped else []
     shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
-    return max([0, *codes, write(shown)])
+    return max([0, *codes, print_stdout(shown)])
 
 
-def _not_made(report: JobReport) -> Iterator[str]:
+def _failure_lines(report: JobReport) -> Iterator[str]:
     """The prompts that were blocked or failed, a line each, the first twenty."""
     lines = (line for line in report.items() if line["failures"])
     for line in nsmallest(_SHOWN, lines, key=lambda line: int(line["line"])):
@@ -143,7 +143,7 @@ def _not_made(report: JobReport) -> Iterator[str]:
 
 
 @contextmanager
-def _asked_first(stop: threading.Event) -> Iterator[None]:
+def _graceful_signals(stop: threading.Event) -> Iterator[None]:
     """Ctrl-C and SIGTERM let what was paid for end, and the second one ends the block at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -77,7 +77,7 @@ PROBE: Final = {"model": "cogview-doctor-probe"}
 """The body of the probe: no such model, and no prompt."""
 STEP_SECONDS: Final = 5.0
 _KEY_SHOWN_FROM: Final = 16  # characters; of a shorter one, four would be much
-_UNREAD: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "ZAI_BASE_URL", "ZHIPUAI_API_BASE")
+_UNUSED_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "ZAI_BASE_URL", "ZHIPUAI_API_BASE")
 _SKEW_SECONDS: Final = 60
 _KEY_IS_GOOD: Final = {"1210", "1211", "1212", "1213", "1214", "1215", "1231", "1261"}
 _STEPS: Final = (  # the end of httpcore's event, and what it is called here
@@ -125,11 +125,11 @@ class Diagnosis:
     @property
     def first_failed(self) -> Finding | None:
         """The one to mend first; None where all is well."""
-        return next((each for each in self.findings if each.state == "failed"), None)
+        return next((item for item in self.findings if item.state == "failed"), None)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"ok": self.first_failed is None, "findings": [asdict(each) for each in self.findings]}
+        return {"ok": self.first_failed is None, "findings": [asdict(item) for item in self.findings]}
 
     def __str__(self) -> str:
         return "\n".join(("### cogview doctor", "", *map(str, self.findings)))
@@ -146,13 +146,13 @@ def diagnose(*, base_url: str | None = None, region: Region | None = None, offli
     home = str(Path.home())
     return Diagnosis(
         tuple(
-            Finding(**{**asdict(each), "text": _homeless(each.text, home), "hint": _homeless(each.hint, home)})
-            for each in _findings(base_url, region, offline=offline)
+            Finding(**{**asdict(item), "text": _without_home(item.text, home), "hint": _without_home(item.hint, home)})
+            for item in _findings(base_url, region, offline=offline)
         )
     )
 
 
-def _homeless(text: str, home: str) -> str:
+def _without_home(text: str, home: str) -> str:
     return text.replace(home, "~") if len(home) > 1 else text
 
 
@@ -160,7 +160,7 @@ def _findings(base_url: str | None, region: Region | None, *, offline: bool) -> 
     yield from _versions()
     service, found = _service(base_url, region)
     yield from found
-    yield from (each for each in (_unread(), _folder()) if each)
+    yield from (item for item in (_unused_variables(), _folder()) if item)
     if service is None:
         return
     if is_sandbox(service.base_url):
@@ -171,7 +171,7 @@ def _findings(base_url: str | None, region: Region | None, *, offline: bool) -> 
     yield from ready
     if offline:
         yield Finding("network", "skipped", "Nothing was asked, as told (offline).")
-    elif not any(each.state == "failed" for each in ready):
+    elif not any(item.state == "failed" for item in ready):
         yield from network(service)
 
 
@@ -196,30 +196,30 @@ def _failed(name: str, error: CogViewError, **more: Any) -> Finding:
     return Finding(name, "failed", error.message, error.hint, error=type(error).__name__, **more)
 
 
-def _service(base_url: str | None, region: Region | None) -> tuple[Service | None, list[Finding]]:
+def _service(base_url: str | None, region: Region | None) -> tuple[Target | None, list[Finding]]:
     """Where a picture would be asked for and with what key; None where that cannot be known."""
-    given = environment(BASE_URL_VARIABLE) if base_url is None else base_url
-    source = "as given" if base_url is not None else f"set by {BASE_URL_VARIABLE}" if given else "the region's"
+    configured = environment(BASE_URL_VARIABLE) if base_url is None else base_url
+    source = "as given" if base_url is not None else f"set by {BASE_URL_VARIABLE}" if configured else "the region's"
     try:
-        normal = None if given is None else normal_base_url(given)
+        normal = None if configured is None else normal_base_url(configured)
         found = region_of(normal, region)
         address = normal or BASE_URLS[found]
     except CogViewError as error:
         return None, [_failed("base URL", error, seconds=None)]
     findings = [Finding("region", "ok", f"{found}."), Finding("base URL", "ok", f"{address} ({source}).")]
     if is_sandbox(address):
-        return Service(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs none.")]
+        return Target(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs none.")]
     key = None
     try:
         key = resolve_key(None, found)
     except CogViewError as error:
         findings.append(_failed("key", error))
     else:
-        both = not (region or given) and both_keys_are_set()
+        both = not (region or configured) and both_keys_are_set()
         hint = f"{' and '.join(KEY_VARIABLES.values())} are both set: --region chooses." if both else ""
         text = f"from {KEY_VARIABLES[found]}, {_end_of(key)}."
         findings.append(Finding("key", "note" if both else "ok", text, hint))
-    return Service(address, key), findings
+    return Target(address, key), findings
 
 
 def _end_of(key: SecretStr) -> str:
@@ -227,8 +227,8 @@ def _end_of(key: SecretStr) -> str:
     return f"ends in {text[-4:]}" if len(text) >= _KEY_SHOWN_FROM else "too short to show its end"
 
 
-def _unread() -> Finding | None:
-    names = [name for name in _UNREAD if environment(name)]
+def _unused_variables() -> Finding | None:
+    names = [name for name in _UNUSED_VARIABLES if environment(name)]
     text = f"This package does not read {', '.join(names)}."
     hint = "Its own are SSL_CERT_FILE and SSL_CERT_DIR, and COGVIEW_BASE_URL."
     return Finding("other settings", "note", text, hint) if names else None
@@ -284,7 +284,7 @@ def _certificates(url: httpx.URL) -> Iterator[Finding]:
 # --- the way to the API and the key
 
 
-class Service(NamedTuple):
+class Target(NamedTuple):
     """Where a picture would be asked for, and with what key.
 
     Attributes:
@@ -301,7 +301,7 @@ class Service(NamedTuple):
         return httpx.URL(SANDBOX_ENDPOINT if is_sandbox(self.base_url) else self.base_url)
 
 
-def network(service: Service) -> Iterator[Finding]:
+def network(service: Target) -> Iterator[Finding]:
     """Look the host up, connect to it, and ask it what it must refuse; each step within 5 s."""
     url, proxy = service.url, proxy_for(service.url)
     first = httpx.URL(proxy) if proxy else url
@@ -322,7 +322,7 @@ def network(service: Service) -> Iterator[Finding]:
 
 
 @dataclass(slots=True)
-class _Watch:
+class _ProbeTrace:
     """Listens to one request on its way, as httpcore's trace and the reply tell it."""
 
     steps: list[Finding]
@@ -334,16 +334,16 @@ class _Watch:
         """Take times for each step, and take the header for a key that is not there away."""
         trace = request.extensions["trace"]
 
-        def tell(event: str, info: dict[str, Any]) -> None:
-            self.hear(event, info)
+        def on_trace(event: str, info: dict[str, Any]) -> None:
+            self.on_event(event, info)
             trace(event, info)
 
         limits = dict.fromkeys(request.extensions["timeout"], STEP_SECONDS)
-        request.extensions.update(trace=tell, timeout=limits)
+        request.extensions.update(trace=on_trace, timeout=limits)
         if not has_key:
             del request.headers["Authorization"]
 
-    def hear(self, event: str, info: dict[str, Any]) -> None:
+    def on_event(self, event: str, info: dict[str, Any]) -> None:
         name, _, end = event.rpartition(".")
         step = next((shown for traced, shown in _STEPS if name.endswith(traced)), None)
         if name.endswith("send_request_headers") and getattr(info.get("request"), "method", b"CONNECT") != b"CONNECT":
@@ -353,9 +353,9 @@ class _Watch:
         if end == "started" and step != "HTTP answer":
             self.begun[step] = time.monotonic()
         elif end in {"complete", "failed"}:
-            self.note(step, info, failed=end == "failed")
+            self.add_step(step, info, failed=end == "failed")
 
-    def note(self, step: str, info: dict[str, Any], *, failed: bool) -> None:
+    def add_step(self, step: str, info: dict[str, Any], *, failed: bool) -> None:
         seconds = time.monotonic() - self.begun.pop(step, time.monotonic())
         if failed:
             said = printable(str(info.get("exception", "")) or "no answer in time")
@@ -367,15 +367,15 @@ class _Watch:
         self.steps.append(Finding(step, "ok", f"{text.get(step, 'the API answers')}.", seconds=seconds))
 
 
-def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
+def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
     """Ask for what must be refused, and judge by the refusal. Adds the steps of the way to `steps`."""
-    watch = _Watch(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
+    trace = _ProbeTrace(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
     send = sender(service.base_url)
 
     def sent(request: httpx.Request) -> httpx.Response:
-        watch.prepare(request, has_key=service.key is not None)
+        trace.prepare(request, has_key=service.key is not None)
         response = send(request)
-        watch.date = response.headers.get("date")
+        trace.date = response.headers.get("date")
         return response
 
     endpoint = Endpoint(
@@ -391,14 +391,14 @@ def probe(service: Service, steps: list[Finding]) -> Iterator[Finding]:
         refusal = None
     except CogViewError as error:
         refusal = error
-        for step in list(watch.begun):
-            watch.note(step, {}, failed=True)
-    yield from _clock(watch.date)
+        for step in list(trace.begun):
+            trace.add_step(step, {}, failed=True)
+    yield from _clock(trace.date)
     took = time.monotonic() - begun
     if refusal is not None and refusal.status is None:
         yield from _unreached(refusal, steps, took)
     else:
-        yield _judged(refusal, service.key is not None, took)
+        yield _judge_refusal(refusal, service.key is not None, took)
 
 
 def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterator[Finding]:
@@ -408,13 +408,13 @@ def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterat
     message = "The probe got no answer, or a broken one." if sent else error.message
     hint = "Try again later, and check the proxy settings and the base URL." if sent else error.hint
     kind = CogViewConnectionError.__name__ if sent else type(error).__name__
-    failed = [each for each in steps if each.state == "failed"]
-    steps[:] = [each for each in steps if each.state != "failed"]
+    failed = [item for item in steps if item.state == "failed"]
+    steps[:] = [item for item in steps if item.state != "failed"]
     name = failed[-1].name if failed else "API"
     yield Finding(name, "failed", f"{message}{detail}", hint, failed[-1].seconds if failed else took, kind)
 
 
-def _judged(refusal: CogViewError | None, has_key: bool, took: float) -> Finding:  # noqa: FBT001
+def _judge_refusal(refusal: CogViewError | None, has_key: bool, took: float) -> Finding:  # noqa: FBT001
     if refusal is None:
         text = "The service answered the probe, which it has to refuse, with a picture: it is not the provider's API."
         return Finding("probe", "failed", text, "Check the base URL.", took, CogViewMalformedReplyError.__name__)

@@ -49,7 +49,7 @@ _CODES_OF_SCOPES: Final = {
     "local": 2,
     "cancelled": 130,
 }
-_SHELL_WORDS: Final = (
+_CLI_OPTIONS: Final = (
     ("; or pass api_key=...", ""),
     ("base_url='sandbox:'", "--sandbox"),
     ("Pass prices={model: price}, or leave the budget out.", "Leave --budget out."),
@@ -105,20 +105,20 @@ def hint_of(kind: type[BaseException] | None, hint: str) -> str:
         errors.CogViewTimeoutError: "Raise --timeout (seconds), or try again later.",
         errors.CogViewOutcomeUnknownError: "Look in the provider's console before you run it again: that can pay twice.",
     }
-    return next((hints[each] for each in getattr(kind, "__mro__", ()) if each in hints), hint)
+    return next((hints[item] for item in getattr(kind, "__mro__", ()) if item in hints), hint)
 
 
-class _SayHandler(logging.Handler):
+class _LogHandler(logging.Handler):
     """Writes what the package logs as a line of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, without its traceback."""
-        say(f"Warning: {record.getMessage()}")
+        print_stderr(f"Warning: {record.getMessage()}")
 
 
 @contextlib.contextmanager
-def _logs_said() -> Iterator[None]:
-    logger, handler = logging.getLogger("langchain_cogview"), _SayHandler(logging.WARNING)
+def _logs_on_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("langchain_cogview"), _LogHandler(logging.WARNING)
     before = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
@@ -129,7 +129,7 @@ def _logs_said() -> Iterator[None]:
         logger.propagate = before
 
 
-def finish(work: Callable[[], int]) -> NoReturn:
+def run_command(work: Callable[[], int]) -> NoReturn:
     """End a command with the exit code of its work, or of the error that it raised, which is told."""
     import typer  # noqa: PLC0415  so that a command can say what to install where it is missing
     from pydantic import ValidationError  # noqa: PLC0415
@@ -137,23 +137,23 @@ def finish(work: Callable[[], int]) -> NoReturn:
     from langchain_cogview.errors import CogViewError  # noqa: PLC0415
     from langchain_cogview.request import describe_validation  # noqa: PLC0415
 
-    with warnings.catch_warnings(), _logs_said():
+    with warnings.catch_warnings(), _logs_on_stderr():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
+        warnings.showwarning = lambda message, *_, **__: print_stderr(f"Warning: {message}")
         try:
             code = work()
         except CogViewError as error:
-            say(f"Error: {error.message}", hint_of(type(error), error.hint))
+            print_stderr(f"Error: {error.message}", hint_of(type(error), error.hint))
             facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
             said = ", ".join(fact for fact in facts if fact)
             about = error.request_id and f"Request id: {error.request_id}"
-            say(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
+            print_stderr(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
             code = exit_code(type(error))
         except ValidationError as error:
-            say(f"Error: {describe_validation(error)}")
+            print_stderr(f"Error: {describe_validation(error)}")
             code = 2
         except KeyboardInterrupt:
-            say("Interrupted. A request that was already sent may have been charged.")
+            print_stderr("Interrupted. A request that was already sent may have been charged.")
             code = 130
     raise typer.Exit(code)
 
@@ -172,7 +172,7 @@ def json_text(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # a path's byte that is no letter: JSON writes it alike
 
 
-def write(text: str, *, sequences: bool = False) -> int:
+def print_stdout(text: str, *, sequences: bool = False) -> int:
     """Write to the standard output; 1 where nobody takes it.
 
     Args:
@@ -186,12 +186,12 @@ def write(text: str, *, sequences: bool = False) -> int:
             sys.stdout.flush()
     except OSError as error:
         _drop_output()
-        say(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
+        print_stderr(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
         return 1
     return 0
 
 
-def write_bytes(content: bytes) -> bool:
+def write_stdout(content: bytes) -> bool:
     """Write bytes to the standard output; False where it did not take them all, which is told."""
     try:
         sys.stdout.flush()
@@ -199,7 +199,7 @@ def write_bytes(content: bytes) -> bool:
         sys.stdout.buffer.flush()
     except OSError as error:
         _drop_output()
-        say(f"Error: The standard output cannot be written ({error.strerror}).")
+        print_stderr(f"Error: The standard output cannot be written ({error.strerror}).")
         return False
     return True
 
@@ -209,17 +209,17 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(*lines: str | None) -> None:
+def print_stderr(*lines: str | None) -> None:
     """Write lines to the error output, in a shell's words where they name Python's arguments."""
     for line in filter(None, lines if sys.stderr else ()):
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"{visible(in_shell_words(line))}\n")
+            sys.stderr.write(f"{visible(with_cli_options(line))}\n")
             sys.stderr.flush()
 
 
-def in_shell_words(text: str) -> str:
+def with_cli_options(text: str) -> str:
     """A text with a shell's options in place of Python's arguments."""
-    for python, shell in _SHELL_WORDS:
+    for python, shell in _CLI_OPTIONS:
         text = text.replace(python, shell)
     return text
 
@@ -248,7 +248,7 @@ _PROGRAMS: Final = {
 }
 
 
-def terminal_of(environment: Mapping[str, str], *, is_terminal: bool) -> Terminal:
+def detect_terminal(environment: Mapping[str, str], *, is_terminal: bool) -> Terminal:
     """What the terminal behind the standard output can show.
 
     Nothing is asked of the terminal itself: its answer would come on the standard input, which may be the prompt.
@@ -273,21 +273,21 @@ def terminal_of(environment: Mapping[str, str], *, is_terminal: bool) -> Termina
     return Terminal.ITERM2 if environment.get("LC_TERMINAL") == "iTerm2" else Terminal.LINK
 
 
-def picture_on(terminal: Terminal, content: bytes, size: tuple[int, int], room: tuple[int, int]) -> str:
+def inline_image(terminal: Terminal, content: bytes, size: tuple[int, int], terminal_size: tuple[int, int]) -> str:
     """The text that shows a picture, with the line's end behind it.
 
     Args:
         terminal: From `terminal_of`.
         content: A whole PNG, JPEG or WebP. kitty takes PNG alone; the others need Pillow there.
         size: Width and height of the picture, in pixels.
-        room: Columns and rows of the terminal.
+        terminal_size: Columns and rows of the terminal.
 
     Returns:
         Empty where it cannot be shown.
     """
     if terminal in {Terminal.PLAIN, Terminal.LINK} or len(content) > _MAX_SHOWN_BYTES:
         return ""
-    columns = _columns(size, room)
+    columns = _columns(size, terminal_size)
     if terminal is Terminal.ITERM2:
         encoded = base64.b64encode(content).decode()
         return f"\x1b]1337;File=inline=1;size={len(content)};width={columns};preserveAspectRatio=1:{encoded}\x07\n"
@@ -303,11 +303,11 @@ def picture_on(terminal: Terminal, content: bytes, size: tuple[int, int], room: 
     return "".join(pieces) + "\n" if pieces else ""
 
 
-def _columns(size: tuple[int, int], room: tuple[int, int]) -> int:
+def _columns(size: tuple[int, int], terminal_size: tuple[int, int]) -> int:
     """Columns for a picture that leaves a few rows of the terminal free; a cell is twice as high as it is wide."""
     width, height = size
-    by_height = 2 * max(room[1] - 4, 4) * width // max(height, 1)
-    return max(1, min(_WIDEST, room[0], by_height))
+    by_height = 2 * max(terminal_size[1] - 4, 4) * width // max(height, 1)
+    return max(1, min(_WIDEST, terminal_size[0], by_height))
 
 
 def _as_png(content: bytes) -> bytes:
@@ -323,7 +323,7 @@ def _as_png(content: bytes) -> bytes:
         return b""
 
 
-def path_on(terminal: Terminal, path: Path) -> str:
+def path_link(terminal: Terminal, path: Path) -> str:
     """A path as the terminal shows it: a link to the file where it can, its plain text where it cannot.
 
     In a link, characters of a file's name that are not printable are shown as question marks.

@@ -22,8 +22,8 @@ from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.jobs.folder import JobFolder, spare_descriptors
 from langchain_cogview.jobs.manifest import attempts_of, manifest_of, read_history
 from langchain_cogview.jobs.plan import (
+    Backlog,
     JobPlan,
-    Survey,
     UnknownAttempt,
     job_budget,
     job_settings,
@@ -33,8 +33,8 @@ from langchain_cogview.jobs.plan import (
     refuse_other_settings,
     write_settings,
 )
-from langchain_cogview.jobs.prompts import Problem, checked_prompts, counted
-from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, reported
+from langchain_cogview.jobs.prompts import Problem, check_prompts, count_text
+from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, make_report
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
 from langchain_cogview.worker_pool import astream_tasks, stream_in_threads
 
@@ -114,7 +114,7 @@ def run_job(
         job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
-    with job.running(
+    with job.locked_run(
         limit=limit,
         budget=budget,
         retry_failed=retry_failed,
@@ -122,16 +122,26 @@ def run_job(
         skip_bad=skip_bad,
         into_existing=into_existing,
     ) as run:
-        run.asked_to_stop = stop
+        run.stop_event = stop
         if on_plan:
             on_plan(job.plan)
-        with run.cancel_token(), job.watched(progress, config) as each:
-            _drained(stream_in_threads((partial(run.collect, work, each) for work in run.free()), job.places))
+        with run.cancel_token(), job.with_progress(progress, config) as run_config:
+            _run_all(
+                stream_in_threads(
+                    (partial(run.collect, work_item, run_config) for work_item in run.free_work_items()),
+                    job.max_workers,
+                )
+            )
             again = True
             while again:
-                _drained(stream_in_threads((partial(run.draw, work, each) for work in run.draws()), job.places))
-                again = run.reaches_further()
-        return reported(run, job.started, job.skipped)
+                _run_all(
+                    stream_in_threads(
+                        (partial(run.generate, work_item, run_config) for work_item in run.work_items()),
+                        job.max_workers,
+                    )
+                )
+                again = run.should_continue()
+        return make_report(run, job.started, job.skipped)
 
 
 async def arun_job(
@@ -162,7 +172,7 @@ async def arun_job(
         job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
     finally:
         settings.clear()
-    running = job.running(
+    context = job.locked_run(
         limit=limit,
         budget=budget,
         retry_failed=retry_failed,
@@ -170,17 +180,27 @@ async def arun_job(
         skip_bad=skip_bad,
         into_existing=into_existing,
     )
-    async with entered_in_thread(running) as run:
-        run.asked_to_stop = stop
+    async with entered_in_thread(context) as run:
+        run.stop_event = stop
         if on_plan:
             on_plan(job.plan)
-        with run.cancel_token(), job.watched(progress, config) as each:
-            await _adrained(astream_tasks((partial(run.acollect, work, each) for work in run.free()), job.places))
+        with run.cancel_token(), job.with_progress(progress, config) as run_config:
+            await _arun_all(
+                astream_tasks(
+                    (partial(run.acollect, work_item, run_config) for work_item in run.free_work_items()),
+                    job.max_workers,
+                )
+            )
             again = True
             while again:
-                await _adrained(astream_tasks((partial(run.adraw, work, each) for work in run.draws()), job.places))
-                again = run.reaches_further()
-        return await in_thread(reported, run, job.started, job.skipped)
+                await _arun_all(
+                    astream_tasks(
+                        (partial(run.agenerate, work_item, run_config) for work_item in run.work_items()),
+                        job.max_workers,
+                    )
+                )
+                again = run.should_continue()
+        return await in_thread(make_report, run, job.started, job.skipped)
 
 
 def plan_job(
@@ -209,23 +229,23 @@ def plan_job(
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
     with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
-        job.begun(folder, into_existing=into_existing)
+        job.was_begun(folder, into_existing=into_existing)
         attempts, manifest = (files.enter_context(opened(folder)) for opened in (attempts_of, manifest_of))
-        survey = Survey(
+        backlog = Backlog(
             job.prompts,
             read_history(attempts, manifest),
             folder,
             retry_failed=retry_failed,
             retry_unknown=retry_unknown,
         )
-        return survey.plan(job.generator, job.budget(survey, budget), limit=limit)
+        return backlog.plan(job.generator, job.budget(backlog, budget), limit=limit)
 
 
 class _Job:
     """A job's prompts, folder and generator; the steps that both twins share."""
 
     plan: JobPlan
-    there: tuple[int, int]
+    ready_and_running: tuple[int, int]
     """Pictures that need not be drawn: those in the folder, and those under way at the service."""
 
     def __init__(
@@ -243,11 +263,11 @@ class _Job:
         self.generator = _generator(generator, settings, self.folder)
         self.settings = job_settings(self.generator)
         defaults = {name: value for name, value in self.settings.items() if name != "service"}
-        self.prompts = checked_prompts(prompts, defaults, format=format, unique=unique)
+        self.prompts = check_prompts(prompts, defaults, format=format, unique=unique)
         models = {item.model for item in self.prompts.items} or {self.generator.model}
-        self.places = max(self.generator.max_workers(model) for model in models)
+        self.max_workers = max(self.generator.max_workers(model) for model in models)
 
-    def begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
+    def was_begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
         """Whether the folder's job was begun before.
 
         Raises:
@@ -260,15 +280,15 @@ class _Job:
             refuse_other_settings(self.folder, settings, self.settings)
         return settings is not None
 
-    def budget(self, survey: Survey, amount: Any) -> Budget:
+    def budget(self, backlog: Backlog, amount: Any) -> Budget:
         """What may be spent, and what is spent of it."""
         budget = job_budget(self.generator, amount, (item.model for item in self.prompts.items))
-        for model in survey.spent_models():
+        for model in backlog.spent_models():
             budget.commit(price_of(self.generator, model))
         return budget
 
     @contextmanager
-    def running(
+    def locked_run(
         self,
         *,
         limit: int | None,
@@ -286,13 +306,13 @@ class _Job:
         job_budget(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is made
         with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
             folder.lock()
-            begun = self.begun(folder, into_existing=into_existing)
+            begun = self.was_begun(folder, into_existing=into_existing)
             attempts, manifest = (
                 stack.enter_context(opened(folder, writable=True)) for opened in (attempts_of, manifest_of)
             )
             history = read_history(attempts, manifest)
-            survey = Survey(self.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
-            left = self.budget(survey, budget)
+            backlog = Backlog(self.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
+            left = self.budget(backlog, budget)
             if not begun:
                 write_settings(folder, self.settings)
             attempts.ready()
@@ -300,14 +320,15 @@ class _Job:
             if history.superseded:
                 manifest.compact(history.finished)
                 history.superseded = 0
-            self.skipped = sum(survey.work(item).made for item in self.prompts.items)
-            self.plan = survey.plan(self.generator, left.copy(), limit=limit)
+            self.skipped = sum(backlog.work_item(item).made for item in self.prompts.items)
+            self.plan = backlog.plan(self.generator, left.copy(), limit=limit)
             self._fit_open_files()
-            run = JobRun(folder, self.generator, survey, left, attempts=attempts, manifest=manifest, limit=limit)
+            run = JobRun(folder, self.generator, backlog, left, attempts=attempts, manifest=manifest, limit=limit)
             stack.callback(run.close)
-            run.enter_found()
-            works = [survey.work(item) for item in self.prompts.items]
-            self.there = sum(work.finished.made for work in works if work.finished), sum(len(w.running) for w in works)
+            run.record_recovered()
+            work_items = [backlog.work_item(item) for item in self.prompts.items]
+            ready = sum(work_item.finished.made for work_item in work_items if work_item.finished)
+            self.ready_and_running = ready, sum(len(work_item.running) for work_item in work_items)
             try:
                 yield run
             except KeyboardInterrupt as interrupt:
@@ -321,42 +342,42 @@ class _Job:
             CogViewConfigurationError: That is none.
         """
         spare = spare_descriptors()
-        if spare is None or spare >= self.places * FILES_PER_IMAGE:
+        if spare is None or spare >= self.max_workers * FILES_PER_IMAGE:
             return
-        self.places = spare // FILES_PER_IMAGE
-        if not self.places:
+        self.max_workers = spare // FILES_PER_IMAGE
+        if not self.max_workers:
             raise CogViewConfigurationError(
                 f"This process may open only {spare} further files, and an image takes {FILES_PER_IMAGE}; nothing was sent.",
                 hint="Raise the limit (ulimit -n), or close files.",
             )
-        note = f"At most {counted(self.places, 'prompt')} at a time: this process may open only {spare} further files."
+        note = f"At most {count_text(self.max_workers, 'prompt')} at a time: this process may open only {spare} further files."
         self.plan = replace(self.plan, notes=(*self.plan.notes, note))
 
     @contextmanager
-    def watched(self, progress: bool | None, config: RunnableConfig | None) -> Iterator[RunnableConfig]:  # noqa: FBT001
+    def with_progress(self, progress: bool | None, config: RunnableConfig | None) -> Iterator[RunnableConfig]:  # noqa: FBT001
         """The config of every call: with a bar over all of them."""
         # A run id names one run, and these are many.
-        own = {name: value for name, value in ensure_config(config).items() if name != "run_id"}
+        options = {name: value for name, value in ensure_config(config).items() if name != "run_id"}
         if progress is False:
-            yield own  # type: ignore[misc]
+            yield options  # type: ignore[misc]
             return
         from langchain_cogview.progress import ProgressCallbackHandler  # noqa: PLC0415
 
-        there, running = self.there
-        with ProgressCallbackHandler(there + running + self.plan.pictures, show=progress) as bar:
-            if there:
-                bar.skip(there)
-            yield merge_configs(own, {"callbacks": [bar]})  # type: ignore[arg-type]
+        ready, running = self.ready_and_running
+        with ProgressCallbackHandler(ready + running + self.plan.images, show=progress) as bar:
+            if ready:
+                bar.skip(ready)
+            yield merge_configs(options, {"callbacks": [bar]})  # type: ignore[arg-type]
 
 
-def _drained(results: Any) -> None:
+def _run_all(results: Any) -> None:
     with contextlib.closing(results):
         for _, result in results:
             if isinstance(result, Exception):  # the tasks raise nothing of their own accord
                 raise result
 
 
-async def _adrained(results: Any) -> None:
+async def _arun_all(results: Any) -> None:
     async with contextlib.aclosing(results):
         async for _, result in results:
             if isinstance(result, Exception):

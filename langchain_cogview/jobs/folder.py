@@ -60,9 +60,9 @@ class JobFolder:
                 self._identity = _identity(os.stat(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             if create:
-                raise unwritable(path, error) from None
+                raise write_error(path, error) from None
         except OSError as error:
-            raise unwritable(path, error) from None
+            raise write_error(path, error) from None
 
     # --- one job at a time
 
@@ -78,14 +78,14 @@ class JobFolder:
                 # Windows, and file systems over a network that lock only files that are open for writing.
                 self._lock = self.open(LOCK, os.O_RDWR | os.O_CREAT)
                 if not _locked(self._lock):
-                    raise unwritable(self.path, OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
+                    raise write_error(self.path, OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
         except OSError as error:
             if isinstance(error, PermissionError) or error.errno in _BUSY:
                 raise CogViewConfigurationError(
                     f"Another job is writing to {printable(str(self.path), 120)}; nothing was sent.",
                     hint="Wait until it has ended, or choose another folder.",
                 ) from None
-            raise unwritable(self.path, error) from None
+            raise write_error(self.path, error) from None
 
     def check(self) -> None:
         """See that the path still leads to this folder: images are saved by their path.
@@ -127,7 +127,7 @@ class JobFolder:
         try:
             names = os.listdir(self.path if self._descriptor is None else self._descriptor)
         except OSError as error:
-            raise unreadable(self.path, error) from None
+            raise read_error(self.path, error) from None
         return {name for name in names if not _LEFTOVER.fullmatch(name)}
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
@@ -170,7 +170,7 @@ class JobFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise unreadable(self.path / name, error) from None
+            raise read_error(self.path / name, error) from None
 
     def is_file(self, name: str, descriptor: int) -> bool:
         """Whether a name still belongs to an open file."""
@@ -274,7 +274,7 @@ class JobFolder:
 # --- files of lines
 
 
-class DamagedError(ValueError):
+class DamagedRecordError(ValueError):
     """A line is not one of its file; the message says why. `incomplete`: its JSON may go on behind it."""
 
     def __init__(self, message: str, *, incomplete: bool = False) -> None:
@@ -282,14 +282,14 @@ class DamagedError(ValueError):
         self.incomplete = incomplete
 
 
-class Placed(Protocol):
+class RecordPosition(Protocol):
     """What knows where its line is: at which byte it begins, and how many bytes it has."""
 
     start: int
     size: int
 
 
-class Record(NamedTuple):
+class StoredRecord(NamedTuple):
     """One line: where it begins, how many bytes it has, and what it says."""
 
     start: int
@@ -325,11 +325,11 @@ class RecordFile:
             self._descriptor = folder.open(name, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
         except FileNotFoundError as error:
             if writable:
-                raise unwritable(self.path, error) from None
+                raise write_error(self.path, error) from None
         except OSError as error:
-            raise (unwritable if writable else unreadable)(self.path, error) from None
+            raise (write_error if writable else read_error)(self.path, error) from None
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[StoredRecord]:
         """All lines, checked; of a last one that is cut nothing. Appending goes on behind the last whole line.
 
         Raises:
@@ -346,20 +346,20 @@ class RecordFile:
                     number += 1
                     torn = not raw.endswith(b"\n")
                     if torn and len(raw) == MAX_RECORD:
-                        raise damaged(self.path, number, f"longer than {MAX_RECORD:,} bytes")
+                        raise damaged_record(self.path, number, f"longer than {MAX_RECORD:,} bytes")
                     try:
                         values = self._parse(raw)
-                    except DamagedError as problem:
+                    except DamagedRecordError as problem:
                         # Only what a job begins to write is cut off: a line of its own, or the zeros of a power cut.
                         began = raw[: len(_START)] == _START[: len(raw)] or not raw.strip(b"\0")
                         if torn and problem.incomplete and began:
                             break
-                        raise damaged(self.path, number, str(problem)) from None
-                    yield Record(start, len(raw), values)
+                        raise damaged_record(self.path, number, str(problem)) from None
+                    yield StoredRecord(start, len(raw), values)
                     start += len(raw)
                 self._end = start
         except OSError as error:
-            raise unreadable(self.path, error) from None
+            raise read_error(self.path, error) from None
 
     def ready(self) -> None:
         """Cut off the torn end that `records` left out, as a process leaves it that was killed.
@@ -374,7 +374,7 @@ class RecordFile:
                 if os.read(self._descriptor, 1) != b"\n":
                     self._write(b"\n")  # an editor took the last line's end away
         except OSError as error:
-            raise unwritable(self.path, error) from None
+            raise write_error(self.path, error) from None
         self._folder.sync()
 
     def read(self, start: int, size: int) -> dict[str, Any]:
@@ -387,8 +387,8 @@ class RecordFile:
         try:
             return self._parse(self._bytes(start, size))
         except OSError as error:
-            raise unreadable(self.path, error) from None
-        except DamagedError as problem:
+            raise read_error(self.path, error) from None
+        except DamagedRecordError as problem:
             raise CogViewConfigurationError(
                 f"{printable(str(self.path), 120)} was changed by another program while the job ran ({problem}).",
                 hint="Put it back as it was, then run the job again.",
@@ -409,28 +409,28 @@ class RecordFile:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._descriptor, start)
-                raise unwritable(self.path, error) from None
+                raise write_error(self.path, error) from None
             return start, len(line)
 
-    def compact(self, finished: Mapping[str, Placed]) -> None:
+    def compact(self, finished: Mapping[str, RecordPosition]) -> None:
         """Leave only the lines of these prompts, each at its new place.
 
         Raises:
             CogViewStorageError: It cannot be written; the file is as it was.
         """
-        kept = sorted(finished.values(), key=lambda each: each.start)
+        kept = sorted(finished.values(), key=lambda item: item.start)
         try:
             self._check_end()
-            self._folder.replace(self.path.name, (self._bytes(each.start, each.size) for each in kept))
+            self._folder.replace(self.path.name, (self._bytes(item.start, item.size) for item in kept))
             descriptor = self._folder.open(self.path.name, os.O_RDWR)
         except OSError as error:
-            raise unwritable(self.path, error) from None
+            raise write_error(self.path, error) from None
         with self._lock:
             os.close(self._descriptor)
             self._descriptor, self._end = descriptor, 0
-            for each in kept:
-                each.start = self._end
-                self._end += each.size
+            for item in kept:
+                item.start = self._end
+                self._end += item.size
 
     def __enter__(self) -> Self:
         return self
@@ -491,7 +491,7 @@ def record_bytes(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def damaged(path: Path, number: int, why: str) -> CogViewConfigurationError:
+def damaged_record(path: Path, number: int, why: str) -> CogViewConfigurationError:
     """That a line of one of the job's files is damaged."""
     return CogViewConfigurationError(
         f"Line {number} of {printable(str(path), 120)} is damaged ({why}); nothing was sent.",
@@ -514,7 +514,7 @@ def spare_descriptors() -> int | None:
     return None if limit == resource.RLIM_INFINITY else max(0, limit - taken)
 
 
-def unreadable(path: Path, error: OSError) -> CogViewStorageError:
+def read_error(path: Path, error: OSError) -> CogViewStorageError:
     """That a file of the job's folder cannot be read."""
     return CogViewStorageError(
         f"{printable(str(path), 120)} cannot be read: {error.strerror or type(error).__name__}.",
@@ -522,7 +522,7 @@ def unreadable(path: Path, error: OSError) -> CogViewStorageError:
     )
 
 
-def unwritable(path: Path, error: OSError) -> CogViewError:
+def write_error(path: Path, error: OSError) -> CogViewError:
     """That a file of the job's folder cannot be written."""
     return CogViewStorageError(
         f"{printable(str(path), 120)} cannot be written: {error.strerror or type(error).__name__}.",

@@ -46,8 +46,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from langchain_cogview.errors import CogViewDownloadError, CogViewError, Scope, error_class, printable
 from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import image_names, write_whole
-from langchain_cogview.jobs.folder import DamagedError, RecordFile, damaged, unwritable
-from langchain_cogview.jobs.prompts import drawn_arguments
+from langchain_cogview.jobs.folder import DamagedRecordError, RecordFile, damaged_record, write_error
+from langchain_cogview.jobs.prompts import resolved_arguments
 from langchain_cogview.result import GeneratedImage, ImageFailure
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class _Failure(_Checked):
         return self
 
 
-class _GivenUp(_Checked):
+class _GivenUpRequest(_Checked):
     request_id: _RequestId
     model: _Name
 
@@ -155,14 +155,16 @@ class _Arguments(_Checked):
     prompt: str
 
 
-class _ManifestLine(_Checked):
+class ManifestRecord(_Checked):
+    """One line of the manifest: what became of one prompt."""
+
     key: _Name
     line: Annotated[int, Field(ge=0, le=1 << 53)]
     status: _Name
     arguments: _Arguments
     images: list[_Image]
     failures: list[_Failure]
-    given_up: list[_GivenUp]
+    given_up: list[_GivenUpRequest]
     cost: _Amount | None
     currency: Annotated[str, Field(max_length=16)] | None
     sandbox: bool
@@ -197,19 +199,19 @@ def _parsed(raw: bytes, schema: Callable[[dict[str, Any]], type[_Checked]]) -> d
     try:
         values = json.loads(raw)
     except UnicodeDecodeError:
-        raise DamagedError("not UTF-8", incomplete=True) from None
+        raise DamagedRecordError("not UTF-8", incomplete=True) from None
     except RecursionError:
-        raise DamagedError("nested too deeply") from None
+        raise DamagedRecordError("nested too deeply") from None
     except ValueError:
-        raise DamagedError("not valid JSON", incomplete=True) from None
+        raise DamagedRecordError("not valid JSON", incomplete=True) from None
     if not isinstance(values, dict):
-        raise DamagedError("not a JSON object")
+        raise DamagedRecordError("not a JSON object")
     try:
         schema(values).model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the record"
-        raise DamagedError(printable(f"{where}: {first['msg']}", 120)) from None
+        raise DamagedRecordError(printable(f"{where}: {first['msg']}", 120)) from None
     return values
 
 
@@ -224,7 +226,7 @@ def attempts_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
 
 def manifest_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
     """The file of what is finished."""
-    return RecordFile(folder, MANIFEST, lambda raw: _parsed(raw, lambda _: _ManifestLine), writable=writable)
+    return RecordFile(folder, MANIFEST, lambda raw: _parsed(raw, lambda _: ManifestRecord), writable=writable)
 
 
 # --- what the records say
@@ -302,8 +304,8 @@ class History:
         """Note a checked line of the manifest."""
         key, images, failures = values["key"], values["images"], values["failures"]
         paid = [image["model"] for image in images if not image["cached"]]
-        paid += [each["model"] for each in failures if each.get("url")]
-        paid += [each["model"] for each in values["given_up"]]
+        paid += [item["model"] for item in failures if item.get("url")]
+        paid += [item["model"] for item in values["given_up"]]
         self.superseded += key in self.finished
         self.finished[key] = Finished(
             start,
@@ -313,8 +315,8 @@ class History:
             values["cost"] if images else None,
             values["currency"] and sys.intern(values["currency"]),
             tuple(map(sys.intern, paid)),
-            tuple(sys.intern(each["error"]) for each in failures),
-            sum(bool(each.get("url")) for each in failures),
+            tuple(sys.intern(item["error"]) for item in failures),
+            sum(bool(item.get("url")) for item in failures),
         )
         self.sandbox = self.sandbox or values["sandbox"]
         self.files.update(image["file"] for image in images)
@@ -365,7 +367,7 @@ def read_history(attempts: RecordFile, manifest: RecordFile) -> History:
         try:
             history.note(record.values)
         except KeyError:
-            raise damaged(attempts.path, number, "it names a request that was never sent") from None
+            raise damaged_record(attempts.path, number, "it names a request that was never sent") from None
     for record in manifest.records():
         history.take(*record)
     return history
@@ -375,7 +377,7 @@ def read_history(attempts: RecordFile, manifest: RecordFile) -> History:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RecoveredImage:
     """A picture that was paid for, is whole in the folder, and is not in the manifest."""
 
     attempt: Attempt
@@ -402,14 +404,14 @@ def now() -> str:
     return datetime.now(UTC).strftime(_TIME)
 
 
-def image_entry(image: GeneratedImage, path: Path) -> dict[str, Any]:
+def image_record(image: GeneratedImage, path: Path) -> dict[str, Any]:
     """A picture whose file is in the folder."""
     values = image.model_dump(mode="json", include=_IMAGE)
     warnings = values.pop("warnings")
     return {"file": path.name, **values, **({"warnings": warnings} if warnings else {})}
 
 
-class Kept(NamedTuple):
+class SavedImage(NamedTuple):
     """What became of the bytes of a picture that was made.
 
     Attributes:
@@ -417,32 +419,32 @@ class Kept(NamedTuple):
         problem: Why they are not in the folder; its notes say where they are.
     """
 
-    entry: dict[str, Any] | None
+    record: dict[str, Any] | None
     problem: Exception | None = None
 
 
-def keep(folder: JobFolder, image: GeneratedImage) -> Kept:
+def save_image(folder: JobFolder, image: GeneratedImage) -> SavedImage:
     """See that a picture that was made is safe: in the folder, else aside, else by its link."""
     try:
         if image.path is not None and image.path.parent == folder.path and is_in_folder(folder, image.path.name):
-            return Kept(image_entry(image, image.path))
-        content = _at_hand(image)
+            return SavedImage(image_record(image, image.path))
+        content = _local_bytes(image)
         if content is None:
-            return Kept(lost_entry(image))
+            return SavedImage(undownloaded_record(image))
     except Exception as error:  # noqa: BLE001  told at the end; the other pictures are kept all the same
-        return Kept(None, unwritable(folder.path, error) if isinstance(error, OSError) else error)
+        return SavedImage(None, write_error(folder.path, error) if isinstance(error, OSError) else error)
     try:
-        return Kept(saved_entry(folder, image, content))
+        return SavedImage(write_image(folder, image, content))
     except Exception as problem:  # noqa: BLE001  the same
-        aside = _kept_aside(image, content)
-        if aside:
+        elsewhere = _save_elsewhere(image, content)
+        if elsewhere:
             problem.add_note(
-                f"A picture that was paid for is kept in {aside}: move it into the folder before the next run."
+                f"A picture that was paid for is kept in {elsewhere}: move it into the folder before the next run."
             )
-            return Kept(None, problem)
+            return SavedImage(None, problem)
         link = f"; its link is {printable(image.url, MAX_URL)}" if image.url else ""
         problem.add_note(f"A picture that was paid for could be kept nowhere (request id {image.request_id}){link}")
-        return Kept(lost_entry(image) if image.url else None, problem)
+        return SavedImage(undownloaded_record(image) if image.url else None, problem)
 
 
 def is_in_folder(folder: JobFolder, name: str) -> bool:
@@ -454,7 +456,7 @@ def is_in_folder(folder: JobFolder, name: str) -> bool:
     return True
 
 
-def _at_hand(image: GeneratedImage) -> bytes | None:
+def _local_bytes(image: GeneratedImage) -> bytes | None:
     try:
         # Without a type it is what a gateway put into its reply in place of an image; the image's warnings say so.
         return image.local_bytes() if image.mime_type else None
@@ -462,25 +464,25 @@ def _at_hand(image: GeneratedImage) -> bytes | None:
         return None
 
 
-def found_entry(found: Found, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
+def recovered_record(recovered: RecoveredImage, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
     """A picture that was found in the folder."""
     image = GeneratedImage(
-        id=found.attempt.request_id[:8],
-        mime_type=found.info.mime_type,
-        width=found.info.width,
-        height=found.info.height,
-        size_bytes=found.size_bytes,
-        sha256=found.sha256,
-        request_id=found.attempt.request_id,
-        model=found.attempt.model,
-        prompt=found.attempt.prompt,
+        id=recovered.attempt.request_id[:8],
+        mime_type=recovered.info.mime_type,
+        width=recovered.info.width,
+        height=recovered.info.height,
+        size_bytes=recovered.size_bytes,
+        sha256=recovered.sha256,
+        request_id=recovered.attempt.request_id,
+        model=recovered.attempt.model,
+        prompt=recovered.attempt.prompt,
         cost=Decimal(0) if sandbox else price,
         sandbox=sandbox,
     )
-    return image_entry(image, found.path)
+    return image_record(image, recovered.path)
 
 
-def lost_entry(image: GeneratedImage) -> dict[str, Any]:
+def undownloaded_record(image: GeneratedImage) -> dict[str, Any]:
     """A picture that was made and paid, but whose bytes could not be had: its link may still give them."""
     return {
         "error": CogViewDownloadError.__name__,
@@ -494,23 +496,23 @@ def lost_entry(image: GeneratedImage) -> dict[str, Any]:
     }
 
 
-def linked_image(entry: Mapping[str, Any], prompt: str) -> GeneratedImage | None:
+def image_with_link(record: Mapping[str, Any], prompt: str) -> GeneratedImage | None:
     """The picture of a `lost_entry`; None of another one, and of one whose link has ended."""
-    if not entry.get("url") or (entry["expires_at"] or now()) < now():
+    if not record.get("url") or (record["expires_at"] or now()) < now():
         return None
-    facts = {name: entry[name] for name in _LINK if name in entry}
+    facts = {name: record[name] for name in _LINK if name in record}
     try:
-        return GeneratedImage(id=entry["request_id"][:8], prompt=prompt, **facts)
+        return GeneratedImage(id=record["request_id"][:8], prompt=prompt, **facts)
     except ValidationError:  # a manifest that somebody else wrote
         return None
 
 
-def failure_entry(failure: ImageFailure, model: str) -> dict[str, Any]:
+def failure_record(failure: ImageFailure, model: str) -> dict[str, Any]:
     """A picture that was not made."""
     return {**failure.model_dump(mode="json", include=_FAILURE), "model": model}
 
 
-def prompt_line(
+def manifest_record(
     item: PromptItem,
     request: ImageRequest,
     images: list[dict[str, Any]],
@@ -520,24 +522,24 @@ def prompt_line(
     unknown: bool,
 ) -> dict[str, Any]:
     """What a line says of a prompt, its requests and times apart; `unknown`: whether a request of it has no end."""
-    costs = [each["cost"] for each in images]
+    costs = [image["cost"] for image in images]
     made = len(images) >= item.n
-    rest = kind_of(each["error"] for each in failures)
+    rest = kind_of(failure["error"] for failure in failures)
     return {
         "key": item.key,
         "line": item.number,
         "status": "made" if made else "left" if rest == "unknown" and not unknown else rest,
-        "arguments": {name: value for name, value in drawn_arguments(request).items() if value is not None},
+        "arguments": {name: value for name, value in resolved_arguments(request).items() if value is not None},
         **({"extra": item.extra} if item.extra else {}),
         "images": images,
         "failures": failures,
         "cost": None if None in costs else str(sum(map(Decimal, costs), Decimal(0))),
         "currency": currency,
-        "sandbox": any(each["sandbox"] for each in images),
+        "sandbox": any(image["sandbox"] for image in images),
     }
 
 
-def saved_entry(folder: JobFolder, image: GeneratedImage, content: bytes) -> dict[str, Any]:
+def write_image(folder: JobFolder, image: GeneratedImage, content: bytes) -> dict[str, Any]:
     """Write a picture's bytes into the folder, under the name that it has in every folder.
 
     Raises:
@@ -548,18 +550,18 @@ def saved_entry(folder: JobFolder, image: GeneratedImage, content: bytes) -> dic
     try:
         path = folder.path / folder.add(image_names(image.request_id[:8], sha256, info.extension), content)
     except OSError as error:
-        raise unwritable(folder.path, error) from None
+        raise write_error(folder.path, error) from None
     facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
-    return image_entry(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
+    return image_record(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
 
 
-def _kept_aside(image: GeneratedImage, content: bytes) -> Path | None:
+def _save_elsewhere(image: GeneratedImage, content: bytes) -> Path | None:
     """Where the bytes are that have no room in the folder, under the name by which the folder's next run finds them."""
     try:
         extension = inspect(io.BytesIO(content)).extension
         names = image_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)
-        aside = Path(tempfile.gettempdir(), next(names))
-        write_whole(aside, content)
+        elsewhere = Path(tempfile.gettempdir(), next(names))
+        write_whole(elsewhere, content)
     except (OSError, ImageFormatError):
         return None
-    return aside
+    return elsewhere

@@ -18,9 +18,9 @@ from langchain_cogview.cost import Budget, Charges, Money
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import IMAGE_NAME
-from langchain_cogview.jobs.folder import unwritable
-from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, Found, kind_of
-from langchain_cogview.jobs.prompts import MAX_LISTED, Problem, PromptItem, PromptList, counted, listed
+from langchain_cogview.jobs.folder import write_error
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecoveredImage, kind_of
+from langchain_cogview.jobs.prompts import MAX_LISTED, Problem, PromptItem, PromptList, bullet_list, count_text
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class JobPlan:
     unknown: tuple[UnknownAttempt, ...]
     recovered: int
     prompts: int
-    pictures: int
+    images: int
     cost: Mapping[str, Decimal]
     unpriced: int
 
@@ -100,33 +100,33 @@ class JobPlan:
         """Plain JSON."""
         plain = {name: getattr(self, name) for name in self.__slots__}
         return plain | {
-            "problems": [{"line": each.line, "text": each.text} for each in self.problems],
-            "unknown": [unknown_dict(each) for each in self.unknown],
+            "problems": [{"line": item.line, "text": item.text} for item in self.problems],
+            "unknown": [unknown_dict(item) for item in self.unknown],
             "cost": {currency: str(amount) for currency, amount in self.cost.items()},
         }
 
     def __str__(self) -> str:
-        found = f"{counted(self.lines, 'line')} with a prompt"
-        found += f", {counted(self.blank, 'blank line')} skipped" if self.blank else ""
+        summary = f"{count_text(self.lines, 'line')} with a prompt"
+        summary += f", {count_text(self.blank, 'blank line')} skipped" if self.blank else ""
         old = [
             f"{count} {word}"
             for count, word in ((self.done, "done"), (self.blocked, "blocked"), (self.failed, "failed"))
             if count
         ]
-        found += f"; {', '.join(old)} before" if old else ""
+        summary += f"; {', '.join(old)} before" if old else ""
         return visible(
             "\n".join(
                 (
-                    f"{found}.",
-                    *listed("Not valid", self.problems),
+                    f"{summary}.",
+                    *bullet_list("Not valid", self.problems),
                     *self.warnings(),
-                    f"To generate: {counted(self.prompts, 'prompt')}, {self._amount()}.",
+                    f"To generate: {count_text(self.prompts, 'prompt')}, {self._amount()}.",
                 )
             )
         )
 
     def _amount(self) -> str:
-        return f"{counted(self.pictures, 'picture')}, {money(self.cost, self.unpriced)}"
+        return f"{count_text(self.images, 'image')}, {cost_text(self.cost, self.unpriced)}"
 
     def warnings(self) -> list[str]:
         """What the sender should know before anything is sent, a line each."""
@@ -136,27 +136,27 @@ class JobPlan:
                 ", ..." if len(self.duplicates) > MAX_LISTED else ""
             )
             lines.append(
-                f"{counted(len(self.duplicates), 'duplicate line')} (the same as one before): {shown}. "
+                f"{count_text(len(self.duplicates), 'duplicate line')} (the same as one before): {shown}. "
                 + ("They are left out." if self.unique else "Each is generated and paid for, unless unique=True.")
             )
         if self.recovered:
             lines.append(
-                f"{counted(self.recovered, 'picture')} paid for before will be recovered without paying again."
+                f"{count_text(self.recovered, 'image')} paid for before will be recovered without paying again."
             )
         if self.unknown:
-            lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
+            lines += bullet_list("May have been charged, and repeated only with retry_unknown=True", self.unknown)
         return lines
 
 
-def unknown_dict(each: UnknownAttempt) -> dict[str, Any]:
+def unknown_dict(item: UnknownAttempt) -> dict[str, Any]:
     """Plain JSON."""
-    return {"line": each.line, "prompt": each.prompt, "request_id": each.request_id}
+    return {"line": item.line, "prompt": item.prompt, "request_id": item.request_id}
 
 
-def money(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
+def cost_text(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
     """`0.06 CNY`; what has no price is told beside."""
     known = [money_text(amount, currency) for currency, amount in cost.items()]
-    unknown = [f"{counted(unpriced, 'picture')} of unknown price"] if unpriced else []
+    unknown = [f"{count_text(unpriced, 'image')} of unknown price"] if unpriced else []
     return " and ".join(known + unknown) or "no cost"
 
 
@@ -164,7 +164,7 @@ def money(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
 
 
 @dataclass(slots=True)
-class Work:
+class WorkItem:
     """What is left to do for one prompt.
 
     Attributes:
@@ -179,34 +179,34 @@ class Work:
         reservation: What the budget holds for `draw`.
     """
 
-    item: PromptItem
+    prompt: PromptItem
     finished: Finished | None
-    found: list[Found]
+    recovered: list[RecoveredImage]
     running: list[Attempt]
     unknown: list[Attempt]
-    draw: int = 0
+    missing: int = 0
     repeats_unknown: bool = False
     repeats_failed: bool = False
     reservation: Reservation | None = None
 
     def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
         """Find out how many pictures to draw."""
-        made = (self.finished.made if self.finished else 0) + len(self.found) + len(self.running)
-        missing = max(0, self.item.n - made)
-        failed = min(missing, len(self.finished.errors) if self.finished else 0)
-        unknown = min(missing - failed, len(self.unknown))
+        made = (self.finished.made if self.finished else 0) + len(self.recovered) + len(self.running)
+        absent = max(0, self.prompt.n - made)
+        failed = min(absent, len(self.finished.errors) if self.finished else 0)
+        unknown = min(absent - failed, len(self.unknown))
         self.repeats_failed, self.repeats_unknown = retry_failed and failed > 0, retry_unknown and unknown > 0
-        self.draw = missing - (0 if retry_failed else failed) - (0 if retry_unknown else unknown)
+        self.missing = absent - (0 if retry_failed else failed) - (0 if retry_unknown else unknown)
 
     @property
     def made(self) -> bool:
         """Whether all its pictures are in the manifest."""
-        return self.finished is not None and self.finished.made >= self.item.n
+        return self.finished is not None and self.finished.made >= self.prompt.n
 
     @property
-    def free(self) -> bool:
+    def is_free(self) -> bool:
         """Whether something is left that costs nothing."""
-        return bool(self.found or self.running or (self.finished and self.finished.links and not self.made))
+        return bool(self.recovered or self.running or (self.finished and self.finished.links and not self.made))
 
 
 def _reaches(budget: Budget, price: Money, count: int) -> bool:
@@ -217,7 +217,7 @@ def _reaches(budget: Budget, price: Money, count: int) -> bool:
     return True
 
 
-class Survey:
+class Backlog:
     """The prompts of a job beside what its folder tells.
 
     Args:
@@ -238,18 +238,20 @@ class Survey:
         self.history = history
         self.unfinished: set[str] = set()
         self._retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
-        self._found = found_pictures(folder, history)
+        self._recovered = recovered_images(folder, history)
 
-    def work(self, item: PromptItem) -> Work:
+    def work_item(self, item: PromptItem) -> WorkItem:
         """What is left to do for a prompt."""
         attempts = tuple(self.history.open.get(item.key, {}).values())
-        found = [self._found[each.request_id] for each in attempts if each.request_id in self._found]
-        left = [each for each in attempts if each.request_id not in self._found]
-        running = [each for each in left if each.task_id and each.request_id not in self.unfinished]
-        unknown = [each for each in left if each not in running]
-        work = Work(item, self.history.finished.get(item.key), found, running, unknown)
-        work.decide(**self._retry)
-        return work
+        recovered = [
+            self._recovered[attempt.request_id] for attempt in attempts if attempt.request_id in self._recovered
+        ]
+        left = [attempt for attempt in attempts if attempt.request_id not in self._recovered]
+        running = [attempt for attempt in left if attempt.task_id and attempt.request_id not in self.unfinished]
+        unknown = [attempt for attempt in left if attempt not in running]
+        work_item = WorkItem(item, self.history.finished.get(item.key), recovered, running, unknown)
+        work_item.decide(**self._retry)
+        return work_item
 
     def spent_models(self) -> Iterator[str]:
         """The model of each picture that was paid, or may have been."""
@@ -260,11 +262,11 @@ class Survey:
 
     def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
         """The requests of this job's prompts of which nothing is known; `with_running`: those of tasks too."""
-        works = (self.work(item) for item in self.prompts.items if item.key in self.history.open)
+        work_items = (self.work_item(item) for item in self.prompts.items if item.key in self.history.open)
         return tuple(
-            UnknownAttempt(work.item.number, each.prompt, each.request_id)
-            for work in works
-            for each in (*work.unknown, *(work.running if with_running else ()))
+            UnknownAttempt(work_item.prompt.number, attempt.prompt, attempt.request_id)
+            for work_item in work_items
+            for attempt in (*work_item.unknown, *(work_item.running if with_running else ()))
         )
 
     def plan(self, generator: CogViewImageGenerator, budget: Budget, *, limit: int | None = None) -> JobPlan:
@@ -272,23 +274,23 @@ class Survey:
         counts: Counter[str] = Counter()
         cost = Charges()
         for item in self.prompts.items:
-            work = self.work(item)
-            counts["recovered"] += len(work.found) + len(work.running)
-            counts["running"] += len(work.running)
-            if work.draw:
+            work_item = self.work_item(item)
+            counts["recovered"] += len(work_item.recovered) + len(work_item.running)
+            counts["running"] += len(work_item.running)
+            if work_item.missing:
                 if limit is not None and counts["prompts"] >= limit:
                     continue
                 price = price_of(generator, item.model)
-                if counts["over"] or not _reaches(budget, price, work.draw):
+                if counts["over"] or not _reaches(budget, price, work_item.missing):
                     counts["over"] += 1
                     continue
                 counts["prompts"] += 1
-                counts["pictures"] += work.draw
-                cost.add(price, work.draw)
-            elif work.made or work.found or work.running:
-                counts["done"] += work.made
-            elif not work.unknown:
-                counts[kind_of(work.finished.errors) if work.finished else "done"] += 1
+                counts["images"] += work_item.missing
+                cost.add(price, work_item.missing)
+            elif work_item.made or work_item.recovered or work_item.running:
+                counts["done"] += work_item.made
+            elif not work_item.unknown:
+                counts[kind_of(work_item.finished.errors) if work_item.finished else "done"] += 1
         return JobPlan(
             lines=self.prompts.lines,
             blank=self.prompts.blank,
@@ -300,23 +302,23 @@ class Survey:
             cost=cost.amounts,
             unpriced=cost.unpriced,
             **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
-            **{name: counts[name] for name in ("prompts", "pictures")},
+            **{name: counts[name] for name in ("prompts", "images")},
         )
 
     def _notes(self, counts: Counter[str]) -> Iterator[str]:
         """What a plan tells besides."""
         if counts["over"]:
-            yield f"The budget does not reach for {counted(counts['over'], 'further prompt')}."
+            yield f"The budget does not reach for {count_text(counts['over'], 'further prompt')}."
         if counts["running"] and self._retry["retry_unknown"]:
             yield (
-                f"{counted(counts['running'], 'picture')} under way at the service will be asked for; what has not ended "
+                f"{count_text(counts['running'], 'image')} under way at the service will be asked for; what has not ended "
                 "by the time limit of a call is generated and paid for again."
             )
         keys = {item.key for item in self.prompts.items}
         gone = sum(attempt.key not in keys for attempt in self.history.attempts())
         if gone:
             yield (
-                f"{counted(gone, 'request')} of prompts that are no longer among these may have been charged too: "
+                f"{count_text(gone, 'request')} of prompts that are no longer among these may have been charged too: "
                 "attempts.jsonl names them."
             )
 
@@ -351,19 +353,19 @@ def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[s
     return budget
 
 
-def found_pictures(folder: JobFolder, history: History) -> dict[str, Found]:
+def recovered_images(folder: JobFolder, history: History) -> dict[str, RecoveredImage]:
     """By request id: whole pictures in the folder of requests without an end in the manifest."""
     wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
-    found: dict[str, Found] = {}
+    recovered: dict[str, RecoveredImage] = {}
     for name in sorted(folder.names()) if wanted else ():
         match = IMAGE_NAME.fullmatch(name)
         attempt = wanted.get(match["label"]) if match else None
-        picture = (
+        image = (
             _whole(folder, name, match["start_of_hash"]) if match and attempt and name not in history.files else None
         )
-        if attempt and picture:
-            found[attempt.request_id] = Found(attempt, folder.path / name, *picture)
-    return found
+        if attempt and image:
+            recovered[attempt.request_id] = RecoveredImage(attempt, folder.path / name, *image)
+    return recovered
 
 
 def _whole(folder: JobFolder, name: str, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
@@ -401,20 +403,20 @@ def read_settings(folder: JobFolder) -> dict[str, Any] | None:
     if raw is None:
         return None
     try:
-        found = _Settings.model_validate(json.loads(raw))
+        content = _Settings.model_validate(json.loads(raw))
     except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
-        found = None
-    if found is None or found.type != SETTINGS_TYPE:
+        content = None
+    if content is None or content.type != SETTINGS_TYPE:
         raise CogViewConfigurationError(
             f"The file {printable(str(folder.path / SETTINGS), 120)} is not one of a job, or is damaged.",
             hint="Choose another folder.",
         )
-    if found.version != SETTINGS_VERSION:
+    if content.version != SETTINGS_VERSION:
         raise CogViewConfigurationError(
             f"The job in {printable(str(folder.path), 120)} was begun by another version of this package.",
             hint="Go on with that version, or choose another folder.",
         )
-    return dict(found.settings)
+    return dict(content.settings)
 
 
 def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
@@ -427,7 +429,7 @@ def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
     try:
         folder.add([SETTINGS], json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n")
     except OSError as error:
-        raise unwritable(folder.path / SETTINGS, error) from None
+        raise write_error(folder.path / SETTINGS, error) from None
 
 
 def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
@@ -471,11 +473,11 @@ def refuse_other_settings(folder: Path, begun: Mapping[str, Any] | None, setting
         return
     names = [name for name in {**settings, **begun} if begun.get(name) != settings.get(name)]
     if names:
-        said = "; ".join(
+        changes = "; ".join(
             f"{name} was {_shown(begun.get(name))} and is now {_shown(settings.get(name))}" for name in names
         )
         raise CogViewConfigurationError(
-            f"The job in {printable(str(folder), 120)} was begun with other arguments; nothing was sent. {said}.",
+            f"The job in {printable(str(folder), 120)} was begun with other arguments; nothing was sent. {changes}.",
             hint="Go on with those arguments, or choose another folder.",
         )
 

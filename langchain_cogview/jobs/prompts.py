@@ -45,7 +45,7 @@ _ARGUMENTS: Final = frozenset(ImageRequest.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PromptLine:
     """One prompt.
 
     Attributes:
@@ -76,7 +76,7 @@ class PromptFile:
         self._format = format
         self._others: set[str] = set()
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[PromptLine]:
         if not isinstance(self._source, str | Path):
             _refuse_one(self._source)
             yield from self._from_values(self._source)
@@ -93,51 +93,55 @@ class PromptFile:
 
     # --- formats
 
-    def _txt(self, file: TextIO) -> Iterator[Line]:
+    def _txt(self, file: TextIO) -> Iterator[PromptLine]:
         for number, text, problem in self._lines(file):
-            yield Line(number, {"prompt": text}, problem=problem)
+            yield PromptLine(number, {"prompt": text}, problem=problem)
 
-    def _jsonl(self, file: TextIO) -> Iterator[Line]:
+    def _jsonl(self, file: TextIO) -> Iterator[PromptLine]:
         for number, text, problem in self._lines(file):
-            yield Line(number, problem=problem) if problem else self._of_json(number, text)
+            yield PromptLine(number, problem=problem) if problem else self._of_json(number, text)
 
-    def _of_json(self, number: int, text: str) -> Line:
+    def _of_json(self, number: int, text: str) -> PromptLine:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            return Line(number, problem=f"Not valid JSON: {error.msg} at character {error.colno}.")
+            return PromptLine(number, problem=f"Not valid JSON: {error.msg} at character {error.colno}.")
         except (ValueError, RecursionError):
-            return Line(number, problem="Its JSON is nested too deep, or holds a number that is too long.")
+            return PromptLine(number, problem="Its JSON is nested too deep, or holds a number that is too long.")
         return self._of_value(number, value)
 
-    def _of_value(self, number: int, value: Any) -> Line:
+    def _of_value(self, number: int, value: Any) -> PromptLine:
         if isinstance(value, str):
-            return Line(number, {"prompt": value})
+            return PromptLine(number, {"prompt": value})
         if not isinstance(value, Mapping):
-            return Line(number, problem=f"A prompt is a text or an object with the key 'prompt', not {_kind(value)}.")
+            return PromptLine(
+                number, problem=f"A prompt is a text or an object with the key 'prompt', not {_kind(value)}."
+            )
         if "prompt" not in value:
             close = next((name for name in value if str(name).strip().lower() == "prompt"), None)
-            return Line(
+            return PromptLine(
                 number,
                 problem="The key 'prompt' is missing." + (f" It is written {printable(close, 60)!r}." if close else ""),
             )
-        said = {name: each for name, each in value.items() if name in _ARGUMENTS and each is not None}
-        extra = {str(name): each for name, each in value.items() if name not in _ARGUMENTS}
+        arguments = {name: item for name, item in value.items() if name in _ARGUMENTS and item is not None}
+        extra = {str(name): item for name, item in value.items() if name not in _ARGUMENTS}
         self._note_others("key", extra)
         try:
             json.dumps(extra)
         except (TypeError, ValueError, RecursionError):
-            return Line(number, said, problem="It holds, besides its arguments, something that JSON cannot say.")
-        return Line(number, said, extra)
+            return PromptLine(
+                number, arguments, problem="It holds, besides its arguments, something that JSON cannot say."
+            )
+        return PromptLine(number, arguments, extra)
 
-    def _from_values(self, values: Iterable[str | Mapping[str, Any]]) -> Iterator[Line]:
+    def _from_values(self, values: Iterable[str | Mapping[str, Any]]) -> Iterator[PromptLine]:
         for number, value in enumerate(values, 1):
             if isinstance(value, str) and not value.strip():
                 self.blank += 1
             else:
                 yield self._of_value(number, value)
 
-    def _csv(self, file: TextIO) -> Iterator[Line]:
+    def _csv(self, file: TextIO) -> Iterator[PromptLine]:
         bounded = _Bounded(file)
         # strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
         rows = csv.reader(bounded, strict=True)
@@ -157,11 +161,11 @@ class PromptFile:
             elif header is None:
                 header = self._header(start, row, problem, "commas")
             else:
-                yield Line(start, problem=problem) if problem else self._of_row(start, header, row)
+                yield PromptLine(start, problem=problem) if problem else self._of_row(start, header, row)
         if header is None:
             raise _no_header(1, "it is empty")
 
-    def _tsv(self, file: TextIO) -> Iterator[Line]:
+    def _tsv(self, file: TextIO) -> Iterator[PromptLine]:
         # A tab cannot stand in a cell here, so quotes need no meaning: only a cell that is quoted as spreadsheets write it
         # (quotes at both ends, doubled within) loses them.
         header: list[str] | None = None
@@ -172,7 +176,7 @@ class PromptFile:
             elif not problem and not any(cell.strip() for cell in row):
                 self.blank += 1
             else:
-                yield Line(number, problem=problem) if problem else self._of_row(number, header, row)
+                yield PromptLine(number, problem=problem) if problem else self._of_row(number, header, row)
         if header is None:
             raise _no_header(1, "it is empty")
 
@@ -190,20 +194,20 @@ class PromptFile:
         self._note_others("column", [name for name in known if name not in _ARGUMENTS and name])
         return known
 
-    def _of_row(self, number: int, header: list[str], row: list[str]) -> Line:
+    def _of_row(self, number: int, header: list[str], row: list[str]) -> PromptLine:
         if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
-            return Line(
+            return PromptLine(
                 number,
                 problem=f"It has {len(row)} cells, the header {len(header)}: quote a cell that holds a separator.",
             )
         cells = dict(zip(header, row, strict=False))
-        said = {
+        arguments = {
             name: cell.replace("\r\n", "\n") if name == "prompt" else cell.strip()
             for name, cell in cells.items()
             if name in _ARGUMENTS and (name == "prompt" or cell.strip())
         }
         extra = {name: cell for name, cell in cells.items() if name not in _ARGUMENTS and name and cell}
-        return Line(number, said, cast("dict[str, Any]", extra))
+        return PromptLine(number, arguments, cast("dict[str, Any]", extra))
 
     # --- steps
 
@@ -421,7 +425,7 @@ class PromptItem:
 
     number: int
     key: str
-    said: dict[str, Any]
+    arguments: dict[str, Any]
     extra: dict[str, Any] | None
     model: str
     n: int
@@ -458,14 +462,14 @@ class PromptList:
         if not self.problems:
             return
         verb = "is" if len(self.problems) == 1 else "are"
-        bad = f"{counted(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
+        bad = f"{count_text(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
         error = CogViewInvalidRequestError(bad, hint="Fix them, or leave them out with skip_bad=True.")
-        for line in listed("Not valid", self.problems)[1:]:
+        for line in bullet_list("Not valid", self.problems)[1:]:
             error.add_note(line.strip())
         raise error
 
 
-def checked_prompts(
+def check_prompts(
     source: PromptSource,
     defaults: Mapping[str, Any],
     *,
@@ -477,50 +481,50 @@ def checked_prompts(
     Raises:
         CogViewConfigurationError: As `read_prompts`.
     """
-    found = PromptList(unique=unique)
+    result = PromptList(unique=unique)
     file = read_prompts(source, format=format)
     seen: Counter[str] = Counter()
     warned: dict[str, None] = {}
     for line in file:
-        found.lines += 1
+        result.lines += 1
         if line.problem:
-            found.problems.append(Problem(line.number, line.problem))
+            result.problems.append(Problem(line.number, line.problem))
             continue
         try:
             request = ImageRequest.model_validate({**defaults, **line.arguments})
         except ValidationError as error:
-            found.problems.append(Problem(line.number, describe_validation(error)))
+            result.problems.append(Problem(line.number, describe_validation(error)))
             continue
         warned |= dict.fromkeys(request.warnings)
         digest = _digest(request)
         seen[digest] += 1
         if seen[digest] > 1:
-            found.duplicates.append(line.number)
+            result.duplicates.append(line.number)
             if unique:
                 continue
         key = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        said = {name: getattr(request, name) for name in line.arguments}
-        found.items.append(PromptItem(line.number, key, said, line.extra or None, request.model, request.n))
-    found.blank, found.notes = file.blank, [*file.notes, *warned]
-    return found
+        arguments = {name: getattr(request, name) for name in line.arguments}
+        result.items.append(PromptItem(line.number, key, arguments, line.extra or None, request.model, request.n))
+    result.blank, result.notes = file.blank, [*file.notes, *warned]
+    return result
 
 
 def _digest(request: ImageRequest) -> str:
-    return hashlib.sha256(json.dumps(drawn_arguments(request), sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(resolved_arguments(request), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def drawn_arguments(request: ImageRequest) -> dict[str, Any]:
+def resolved_arguments(request: ImageRequest) -> dict[str, Any]:
     """All arguments, with the model's defaults where none was said."""
     return request.model_dump() | {"size": request.resolved_size, "quality": request.resolved_quality}
 
 
-def counted(count: int, what: str) -> str:
+def count_text(count: int, what: str) -> str:
     """`1 picture`, `1,632 pictures`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def listed(title: str, items: Iterable[Any]) -> list[str]:
+def bullet_list(title: str, items: Iterable[Any]) -> list[str]:
     """A title and a line for each, the first twenty of them."""
-    texts = [str(each) for each in items]
+    texts = [str(item) for item in items]
     more = [f"  and {len(texts) - MAX_LISTED:,} more"] if len(texts) > MAX_LISTED else []
     return [f"{title} ({len(texts):,}):", *(f"  {text}" for text in texts[:MAX_LISTED]), *more] if texts else []

@@ -13,8 +13,8 @@ from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, Outcome, error_class
 from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.jobs.manifest import kind_of, manifest_of
-from langchain_cogview.jobs.plan import UnknownAttempt, money, unknown_dict
-from langchain_cogview.jobs.prompts import counted, listed
+from langchain_cogview.jobs.plan import UnknownAttempt, cost_text, unknown_dict
+from langchain_cogview.jobs.prompts import bullet_list, count_text
 from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.text import visible
 
@@ -66,7 +66,7 @@ class JobReport:
     unknown: tuple[UnknownAttempt, ...]
     left: int
     bad: int
-    pictures: int
+    images: int
     cost: Mapping[str, Decimal]
     unpriced: int
     total_cost: Mapping[str, Decimal]
@@ -95,7 +95,7 @@ class JobReport:
             "notes": [*getattr(self.stopped, "__notes__", ())],
         }
         return plain | {
-            "unknown": [unknown_dict(each) for each in self.unknown],
+            "unknown": [unknown_dict(item) for item in self.unknown],
             "cost": {currency: str(amount) for currency, amount in self.cost.items()},
             "total_cost": {currency: str(amount) for currency, amount in self.total_cost.items()},
             "errors": dict(self.errors),
@@ -108,7 +108,7 @@ class JobReport:
 
     def __str__(self) -> str:
         counts = [
-            f"{counted(self.made, 'prompt')} made",
+            f"{count_text(self.made, 'prompt')} made",
             *(
                 f"{count:,} {word}"
                 for count, word in (
@@ -122,9 +122,9 @@ class JobReport:
                 if count
             ),
         ]
-        lines = [f"{', '.join(counts)}; {money(self.cost, self.unpriced)} in {self.seconds:,.1f} s."]
+        lines = [f"{', '.join(counts)}; {cost_text(self.cost, self.unpriced)} in {self.seconds:,.1f} s."]
         if self.total_cost != self.cost and any(self.total_cost.values()):
-            lines.append(f"All pictures of the folder: {money(self.total_cost)}.")
+            lines.append(f"All pictures of the folder: {cost_text(self.total_cost)}.")
         if self.over_budget:
             lines.append("The budget does not reach for the next prompt.")
         not_run = [f"{name} ({count:,})" for name, count in self.errors.items() if _not_run(name)]
@@ -132,7 +132,7 @@ class JobReport:
             lines.append(f"Did not run, and is left for the next run: {', '.join(not_run)}.")
         if self.stopped:
             lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
-        lines += listed("May have been charged, and repeated only with retry_unknown=True", self.unknown)
+        lines += bullet_list("May have been charged, and repeated only with retry_unknown=True", self.unknown)
         lines += self.notes
         if self.interrupted:
             lines.append(INTERRUPTED)
@@ -144,7 +144,7 @@ def _not_run(name: str) -> bool:
     return kind is not None and kind.outcome is Outcome.NOT_RUN
 
 
-def reported(run: JobRun, started: float, skipped: int) -> JobReport:
+def make_report(run: JobRun, started: float, skipped: int) -> JobReport:
     """What a run came to; the manifest gets its final form, and the page is written.
 
     Args:
@@ -152,34 +152,34 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
         started: When, on the monotonic clock.
         skipped: Prompts that were made before.
     """
-    survey = run.survey
+    backlog = run.backlog
     counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
     names = Counter(run.errors)
-    for item in survey.prompts.items:
-        finished = survey.history.finished.get(item.key)
+    for item in backlog.prompts.items:
+        finished = backlog.history.finished.get(item.key)
         if finished and finished.made >= item.n:
             counts["made"] += 1
             continue
         names.update(finished.errors if finished else ())
         if finished and finished.errors:
             counts[kind_of(finished.errors)] += 1
-        elif item.key not in survey.history.open:
+        elif item.key not in backlog.history.open:
             counts["left"] += 1
     counts["made"] -= skipped
     total, sheet, notes = _finish_folder(run)
     return JobReport(
         **counts,
         skipped=skipped,
-        unknown=survey.unknown(with_running=True),
-        bad=len(survey.prompts.problems),
-        pictures=run.made,
+        unknown=backlog.unknown(with_running=True),
+        bad=len(backlog.prompts.problems),
+        images=run.made,
         cost=run.charges.amounts,
         unpriced=run.charges.unpriced,
         total_cost=total,
         seconds=round(time.monotonic() - started, 3),
         over_budget=run.over_budget,
         stopped=run.stopped,
-        interrupted=run.asked_to_stop is not None and run.asked_to_stop.is_set(),
+        interrupted=run.stop_event is not None and run.stop_event.is_set(),
         errors=dict(names),
         folder=run.folder.path,
         manifest=run.manifest.path,
@@ -189,7 +189,7 @@ def reported(run: JobRun, started: float, skipped: int) -> JobReport:
 
 
 def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[str, ...]]:
-    history, folder = run.survey.history, run.folder
+    history, folder = run.backlog.history, run.folder
     total = Charges()
     for finished in history.finished.values():
         total.add(Money.of({"cost": finished.cost, "currency": finished.currency}))
@@ -198,9 +198,9 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
         if history.superseded:
             run.manifest.compact(history.finished)
         name = _sheet_name(folder)
-        order = sorted(history.finished.values(), key=lambda each: (each.line, each.start))
-        tiles = (tile for each in order for tile in _tiles(run.manifest.read(each.start, each.size)))
-        facts = (f"{counted(len(order), 'prompt')}, {money(total.amounts)}.",)
+        order = sorted(history.finished.values(), key=lambda item: (item.line, item.start))
+        tiles = (tile for item in order for tile in _tiles(run.manifest.read(item.start, item.size)))
+        facts = (f"{count_text(len(order), 'prompt')}, {cost_text(total.amounts)}.",)
         folder.replace(name, contact_sheet(tiles, title=f"CogView: {folder.path.name}", facts=facts))
     except (OSError, CogViewError) as error:
         reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."

@@ -28,15 +28,15 @@ from langchain_cogview.errors import (
     error_class,
 )
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.jobs.folder import spare_descriptors, unwritable
+from langchain_cogview.jobs.folder import spare_descriptors, write_error
 from langchain_cogview.jobs.manifest import (
-    failure_entry,
-    found_entry,
-    keep,
-    linked_image,
+    failure_record,
+    image_with_link,
+    manifest_record,
     now,
-    prompt_line,
-    saved_entry,
+    recovered_record,
+    save_image,
+    write_image,
 )
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.request import ImageRequest
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from langchain_cogview.cost import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.folder import JobFolder, RecordFile
-    from langchain_cogview.jobs.plan import Survey, Work
+    from langchain_cogview.jobs.plan import Backlog, WorkItem
     from langchain_cogview.jobs.prompts import PromptItem
     from langchain_cogview.result import GeneratedImage
 
@@ -61,7 +61,7 @@ MAX_NOT_RUN: Final = 5
 """Prompts in a row of which nothing ran (no network, service overloaded or unavailable), after which the job stops."""
 FILES_PER_IMAGE: Final = 4
 """Open files that one image in flight takes: two connections, its file, and the folder while it gets its name."""
-STOPPING: Final = frozenset({Scope.ACCOUNT, Scope.LOCAL, Scope.CANCELLED})
+STOPPING_SCOPES: Final = frozenset({Scope.ACCOUNT, Scope.LOCAL, Scope.CANCELLED})
 """Scopes of errors that every other prompt would meet too."""
 _PROMPT_CHARACTERS: Final = 200
 _NO_LINE: Final[dict[str, Any]] = {"images": [], "failures": [], "given_up": [], "request_ids": [], "seconds": 0.0}
@@ -92,7 +92,7 @@ class JobRun:
         self,
         folder: JobFolder,
         generator: CogViewImageGenerator,
-        survey: Survey,
+        backlog: Backlog,
         budget: Budget,
         *,
         attempts: RecordFile,
@@ -102,9 +102,9 @@ class JobRun:
         self.folder = folder
         self.manifest = manifest
         self.generator = generator
-        self.survey = survey
+        self.backlog = backlog
         self.stopped: Exception | None = None
-        self.asked_to_stop: threading.Event | None = None
+        self.stop_event: threading.Event | None = None
         self.over_budget = False
         self.errors: Counter[str] = Counter()
         self.made = 0
@@ -112,7 +112,7 @@ class JobRun:
         self._budget = budget
         self._limit = limit
         self._next = self._started = self._not_run = 0
-        self._given_back = False
+        self._has_released = False
         self._lock = threading.RLock()
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
         self._base_url = generator.resolved_base_url
@@ -130,7 +130,7 @@ class JobRun:
     @property
     def halts(self) -> bool:
         """Whether nothing more is sent: an error stopped the job, or its caller asked for it."""
-        return self.stopped is not None or (self.asked_to_stop is not None and self.asked_to_stop.is_set())
+        return self.stopped is not None or (self.stop_event is not None and self.stop_event.is_set())
 
     @contextmanager
     def cancel_token(self) -> Iterator[None]:
@@ -143,87 +143,95 @@ class JobRun:
 
     # --- what is next
 
-    def free(self) -> Iterator[Work]:
+    def free_work_items(self) -> Iterator[WorkItem]:
         """Work that costs nothing: tasks of the service, and links that may still be valid."""
-        for item in self.survey.prompts.items:
-            work = self._work(item)
-            if work.free and not self.halts:
-                yield work
+        for item in self.backlog.prompts.items:
+            work_item = self._work_item(item)
+            if work_item.is_free and not self.halts:
+                yield work_item
 
-    def draws(self) -> Iterator[Work]:
+    def work_items(self) -> Iterator[WorkItem]:
         """What is to be drawn, as far as limit and budget reach, from where the last pass ended."""
-        items = self.survey.prompts.items
+        items = self.backlog.prompts.items
         while self._next < len(items) and not self.halts:
-            work = self._work(items[self._next])
-            if work.draw:
+            work_item = self._work_item(items[self._next])
+            if work_item.missing:
                 if self._limit is not None and self._started >= self._limit:
                     return
                 try:
-                    work.reservation = self._budget.reserve(price_of(self.generator, work.item.model), work.draw)
+                    work_item.reservation = self._budget.reserve(
+                        price_of(self.generator, work_item.prompt.model), work_item.missing
+                    )
                 except CogViewBudgetError:
                     self.over_budget = True
                     return
                 self.over_budget = False
                 self._started += 1
             self._next += 1
-            if work.draw:
-                yield work
+            if work_item.missing:
+                yield work_item
 
-    def reaches_further(self) -> bool:
+    def should_continue(self) -> bool:
         """Whether what the budget did not reach for should be tried again: something that it counted was not made."""
-        again = self._given_back and self.over_budget and not self.halts
-        self._given_back = False
+        again = self._has_released and self.over_budget and not self.halts
+        self._has_released = False
         return again
 
-    def _work(self, item: PromptItem) -> Work:
+    def _work_item(self, item: PromptItem) -> WorkItem:
         with self._lock:
-            return self.survey.work(item)
+            return self.backlog.work_item(item)
 
     # --- one prompt, twice: only "invoke" and "wait" differ
 
-    def draw(self, work: Work, config: RunnableConfig) -> None:
+    def generate(self, work_item: WorkItem, config: RunnableConfig) -> None:
         """Draw the pictures of a prompt that are missing, and write down what became of them."""
-        call = Call(self, work, draws=True)
+        call = PromptCall(self, work_item, is_paid=True)
         if self.halts:
-            self._give_back(call, 0)
+            self._release(call, 0)
             return
-        with call.journaled():
+        with call.journal():
             outcome = or_error(
-                self.generator.invoke, {**work.item.said, "n": work.draw}, config, budget=work.reservation
+                self.generator.invoke,
+                {**work_item.prompt.arguments, "n": work_item.missing},
+                config,
+                budget=work_item.reservation,
             )
         self._finish(call, outcome)
 
-    async def adraw(self, work: Work, config: RunnableConfig) -> None:
+    async def agenerate(self, work_item: WorkItem, config: RunnableConfig) -> None:
         """The twin of `draw`."""
-        call = Call(self, work, draws=True)
+        call = PromptCall(self, work_item, is_paid=True)
         if self.halts:
-            self._give_back(call, 0)
+            self._release(call, 0)
             return
-        with call.journaled():
+        with call.journal():
             outcome = await aor_error(
-                self.generator.ainvoke, {**work.item.said, "n": work.draw}, config, budget=work.reservation
+                self.generator.ainvoke,
+                {**work_item.prompt.arguments, "n": work_item.missing},
+                config,
+                budget=work_item.reservation,
             )
         await in_thread(self._finish, call, outcome)
 
-    def collect(self, work: Work, config: RunnableConfig) -> None:
+    def collect(self, work_item: WorkItem, config: RunnableConfig) -> None:
         """Have what is free for a prompt."""
-        for call, task in self._tasks(work):
-            self._collected(call, or_error(task.result, config, timeout=self.generator.timeout))
-        for call, number, image in self._links(work):
-            self._fetched(call, number, image, or_error(image.read))
+        for call, task in self._tasks(work_item):
+            self._finish_task(call, or_error(task.result, config, timeout=self.generator.timeout))
+        for call, number, image in self._links(work_item):
+            self._record_download(call, number, image, or_error(image.read))
 
-    async def acollect(self, work: Work, config: RunnableConfig) -> None:
+    async def acollect(self, work_item: WorkItem, config: RunnableConfig) -> None:
         """The twin of `collect`."""
-        for call, task in self._tasks(work):
+        for call, task in self._tasks(work_item):
             outcome = await aor_error(task.aresult, config, timeout=self.generator.timeout)
-            await in_thread(self._collected, call, outcome)
-        links: list[tuple[Call, int, GeneratedImage]] = await in_thread(lambda: list(self._links(work)))
+            await in_thread(self._finish_task, call, outcome)
+        links: list[tuple[PromptCall, int, GeneratedImage]] = await in_thread(lambda: list(self._links(work_item)))
         for call, number, image in links:
-            await in_thread(self._fetched, call, number, image, await aor_error(image.aread))
+            await in_thread(self._record_download, call, number, image, await aor_error(image.aread))
 
     # --- before
 
-    def note_sending(self, item: PromptItem, request_id: str, model: str) -> None:
+    def record_attempt(self, item: PromptItem, request_id: str, model: str) -> None:
         """Write down that a request is about to be paid.
 
         Raises:
@@ -231,7 +239,7 @@ class JobRun:
         """
         if CANCEL_TOKEN.get().is_set():
             raise CogViewStoppedError
-        prompt = " ".join(str(item.said["prompt"]).split())[:_PROMPT_CHARACTERS]
+        prompt = " ".join(str(item.arguments["prompt"]).split())[:_PROMPT_CHARACTERS]
         values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}
         try:
             self.folder.check()
@@ -250,59 +258,63 @@ class JobRun:
         """Append to the attempts."""
         self._attempts.append(values)
         with self._lock:
-            self.survey.history.note(values)
+            self.backlog.history.note(values)
 
-    def _tasks(self, work: Work) -> Iterator[tuple[Call, ImageTask]]:
-        for attempt in work.running:
-            request = self._request(work.item).model_copy(update={"n": 1, "model": attempt.model})
+    def _tasks(self, work_item: WorkItem) -> Iterator[tuple[PromptCall, ImageTask]]:
+        for attempt in work_item.running:
+            request = self._request(work_item.prompt).model_copy(update={"n": 1, "model": attempt.model})
             task = ImageTask(
                 attempt.task_id or "", generator=self.generator, request=request, request_id=attempt.request_id
             )
-            yield Call(self, work, sent={attempt.request_id: attempt.model}), task
+            yield PromptCall(self, work_item, sent={attempt.request_id: attempt.model}), task
 
-    def _links(self, work: Work) -> Iterator[tuple[Call, int, GeneratedImage]]:
-        finished = self._work(work.item).finished
+    def _links(self, work_item: WorkItem) -> Iterator[tuple[PromptCall, int, GeneratedImage]]:
+        finished = self._work_item(work_item.prompt).finished
         failures = self.manifest.read(finished.start, finished.size)["failures"] if finished and finished.links else []
         # From the last on: an entry that is taken out leaves the places of those before it as they are.
         for number, failure in reversed([*enumerate(failures)]):
-            image = linked_image(failure, work.item.said["prompt"])
+            image = image_with_link(failure, work_item.prompt.arguments["prompt"])
             if image:
                 image.with_content(None, ImageAccess(self._base_url, self.generator.allowed_image_hosts))
-                yield Call(self, work), number, image
+                yield PromptCall(self, work_item), number, image
 
     def _request(self, item: PromptItem) -> ImageRequest:
-        return ImageRequest.model_validate({**self._defaults, **item.said})
+        return ImageRequest.model_validate({**self._defaults, **item.arguments})
 
     # --- after
 
-    def enter_found(self) -> None:
+    def record_recovered(self) -> None:
         """Enter the pictures that are in the folder already."""
-        for item in self.survey.prompts.items:
-            work = self.survey.work(item)
-            if work.found:
-                call = Call(self, work, sent={each.attempt.request_id: each.attempt.model for each in work.found})
-                self._guarded(call, self._enter_found, call)
+        for item in self.backlog.prompts.items:
+            work_item = self.backlog.work_item(item)
+            if work_item.recovered:
+                call = PromptCall(
+                    self,
+                    work_item,
+                    sent={attempt.attempt.request_id: attempt.attempt.model for attempt in work_item.recovered},
+                )
+                self._guarded(call, self._record_recovered, call)
 
-    def _enter_found(self, call: Call) -> None:
-        sandbox = self.survey.history.sandbox or is_sandbox(self._base_url)
-        entries = []
-        for found in call.work.found:
-            self.folder.sync(found.path.name)
-            price = self.generator.price(found.attempt.model)
-            entries.append(found_entry(found, price[0] if price else None, sandbox=sandbox))
-        self._enter(call, entries, [], {*call.sent})
+    def _record_recovered(self, call: PromptCall) -> None:
+        sandbox = self.backlog.history.sandbox or is_sandbox(self._base_url)
+        records = []
+        for recovered in call.work_item.recovered:
+            self.folder.sync(recovered.path.name)
+            price = self.generator.price(recovered.attempt.model)
+            records.append(recovered_record(recovered, price[0] if price else None, sandbox=sandbox))
+        self._record(call, records, [], {*call.sent})
 
-    def _finish(self, call: Call, outcome: Any) -> None:
+    def _finish(self, call: PromptCall, outcome: Any) -> None:
         self._guarded(call, self._judge, call, outcome)
 
-    def _guarded(self, call: Call, write: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, call: PromptCall, write: Callable[..., None], *arguments: Any) -> None:
         """Stop the job where something cannot be written down; the attempts say that it was sent."""
         try:
             write(*arguments)
         except Exception as error:  # noqa: BLE001  told at the end
-            self._stop_unwritten(call, unwritable(self.folder.path, error) if isinstance(error, OSError) else error)
+            self._stop_unwritten(call, write_error(self.folder.path, error) if isinstance(error, OSError) else error)
 
-    def _stop_unwritten(self, call: Call, error: Exception) -> None:
+    def _stop_unwritten(self, call: PromptCall, error: Exception) -> None:
         """Stop, and tell where the pictures are, here and at the end: of the first error and of all that follow."""
         notes = getattr(error, "__notes__", ())
         with self._lock:
@@ -312,99 +324,104 @@ class JobRun:
                 for note in notes:
                     self.stopped.add_note(note)
         if notes or not closed:
-            told = " ".join((str(error), *notes))
+            reported = " ".join((str(error), *notes))
             logger.warning(
-                "Line %s: what became of it could not be written down. %s", call.work.item.number, visible(told)
+                "Line %s: what became of it could not be written down. %s",
+                call.work_item.prompt.number,
+                visible(reported),
             )
 
-    def _judge(self, call: Call, outcome: Any) -> None:
+    def _judge(self, call: PromptCall, outcome: Any) -> None:
         """Write down what became of a call that paid."""
-        failures, unknown = failures_of(call, outcome)
+        failures, unknown = failures_in(call, outcome)
         images = list(outcome.images) if isinstance(outcome, ImageResult) else []
-        ends = {each.request_id: str(each.outcome) for each in failures}
-        failures = [each for each in failures if each.scope is not Scope.CANCELLED]
-        self._look_for_stops(call, outcome, failures)
-        own = [failure for failure in failures if is_the_prompts(failure, call.work.item)]
-        others = [failure for failure in failures if failure not in own]
+        ends = {item.request_id: str(item.outcome) for item in failures}
+        failures = [item for item in failures if item.scope is not Scope.CANCELLED]
+        self._stop_if_needed(call, outcome, failures)
+        prompt_failures = [failure for failure in failures if is_final_for_prompt(failure, call.work_item.prompt)]
+        others = [failure for failure in failures if failure not in prompt_failures]
         with self._lock:
             self.errors.update(failure.error for failure in others)
-        told = [failure_entry(each, call.sent.get(each.request_id or "", call.work.item.model)) for each in own]
-        self._give_back(call, sum(not image.cached for image in images) + len(unknown))
-        entries, elsewhere = self._keep(call, images)
+        reported = [
+            failure_record(item, call.sent.get(item.request_id or "", call.work_item.prompt.model))
+            for item in prompt_failures
+        ]
+        self._release(call, sum(not image.cached for image in images) + len(unknown))
+        records, elsewhere = self._save_images(call, images)
         settled = call.sent.keys() - unknown - elsewhere
-        if entries or told:
-            made = [each for each in entries if "file" in each]
-            self._enter(call, made, told + [each for each in entries if "file" not in each], settled)
+        if records or reported:
+            made = [item for item in records if "file" in item]
+            self._record(call, made, reported + [item for item in records if "file" not in item], settled)
             return
-        for each in settled:
-            self.note({"key": call.work.item.key, "request_id": each, "settled": ends.get(each, Outcome.FINAL)})
+        for item in settled:
+            self.note({"key": call.work_item.prompt.key, "request_id": item, "settled": ends.get(item, Outcome.FINAL)})
 
-    def _collected(self, call: Call, outcome: Any) -> None:
+    def _finish_task(self, call: PromptCall, outcome: Any) -> None:
         """Write down what became of a task that was paid before. Where its end was not seen, it can be asked again."""
         if isinstance(outcome, ImageResult | CogViewTaskFailedError | CogViewContentFilterError):
             self._finish(call, outcome)
         elif isinstance(outcome, CogViewNotFoundError):  # then it is like any request without an answer
             for request_id in call.sent:
-                end = {"key": call.work.item.key, "request_id": request_id, "task_id": None}
+                end = {"key": call.work_item.prompt.key, "request_id": request_id, "task_id": None}
                 self._guarded(call, self.note, end)
         elif isinstance(outcome, Exception):
             with self._lock:
                 self.errors[type(outcome).__name__] += 1
                 if isinstance(outcome, CogViewTaskUnfinishedError):
-                    self.survey.unfinished.update(call.sent)
-            if isinstance(outcome, CogViewError) and outcome.scope in STOPPING:
+                    self.backlog.unfinished.update(call.sent)
+            if isinstance(outcome, CogViewError) and outcome.scope in STOPPING_SCOPES:
                 self.stop(outcome)
 
-    def _fetched(self, call: Call, number: int, image: GeneratedImage, content: Any) -> None:
+    def _record_download(self, call: PromptCall, number: int, image: GeneratedImage, content: Any) -> None:
         """Enter a picture that was had from its link after all."""
         if isinstance(content, bytes):
-            entry = partial(saved_entry, self.folder, image, content)
-            self._guarded(call, lambda: self._enter(call, [entry()], [], set(), without=number))
+            record = partial(write_image, self.folder, image, content)
+            self._guarded(call, lambda: self._record(call, [record()], [], set(), without=number))
 
-    def _keep(self, call: Call, images: list[GeneratedImage]) -> tuple[list[dict[str, Any]], set[str]]:
+    def _save_images(self, call: PromptCall, images: list[GeneratedImage]) -> tuple[list[dict[str, Any]], set[str]]:
         """The entries of pictures that are safe, and the requests of those whose bytes are elsewhere than in the folder."""
-        entries, elsewhere = [], set()
+        records, elsewhere = [], set()
         for image in images:  # one that cannot be written keeps none of the others
-            kept = keep(self.folder, image)
-            if kept.problem:
-                self._stop_unwritten(call, kept.problem)
-            if kept.entry:
-                entries.append(kept.entry)
+            saved = save_image(self.folder, image)
+            if saved.problem:
+                self._stop_unwritten(call, saved.problem)
+            if saved.record:
+                records.append(saved.record)
             else:
                 elsewhere.add(image.request_id)
-        return entries, elsewhere
+        return records, elsewhere
 
-    def _look_for_stops(self, call: Call, outcome: Any, failures: list[ImageFailure]) -> None:
+    def _stop_if_needed(self, call: PromptCall, outcome: Any, failures: list[ImageFailure]) -> None:
         if not failures and isinstance(outcome, CogViewStoppedError):
             return
-        none_ran = isinstance(outcome, Exception) and all(each.outcome is Outcome.NOT_RUN for each in failures)
+        none_ran = isinstance(outcome, Exception) and all(item.outcome is Outcome.NOT_RUN for item in failures)
         with self._lock:
             self._not_run = self._not_run + 1 if none_ran else 0
             stops = self._not_run >= MAX_NOT_RUN
-        fatal = [each for each in failures if befalls_all(each, call.work.item)]
+        fatal = [item for item in failures if affects_every_prompt(item, call.work_item.prompt)]
         if isinstance(outcome, OSError):  # no further file can be opened, not even for a connection
-            self.stop(unwritable(self.folder.path, outcome))
+            self.stop(write_error(self.folder.path, outcome))
         elif isinstance(outcome, Exception) and not isinstance(outcome, CogViewError):
             self.stop(outcome)
         elif fatal or stops:
             first = [*fatal, *failures][0]
             # The raised error is that of one of the pictures, and says more than its record.
-            self.stop(outcome if type(outcome) is error_class(first.error) else error_of(first))
+            self.stop(outcome if type(outcome) is error_class(first.error) else error_from(first))
 
-    def _give_back(self, call: Call, paid: int) -> None:
-        held = call.work.reservation
+    def _release(self, call: PromptCall, paid: int) -> None:
+        held = call.work_item.reservation
         if held is not None:
             held.release()
         with self._lock:
-            if call.draws:
-                self._given_back = self._given_back or (held is not None and held.released > 0)
+            if call.is_paid:
+                self._has_released = self._has_released or (held is not None and held.released > 0)
             elif paid < call.reserved:  # a task that was counted as paid made no image
-                self._budget.release(price_of(self.generator, call.work.item.model), call.reserved - paid)
-                self._given_back = True
+                self._budget.release(price_of(self.generator, call.work_item.prompt.model), call.reserved - paid)
+                self._has_released = True
 
-    def _enter(
+    def _record(
         self,
-        call: Call,
+        call: PromptCall,
         images: list[dict[str, Any]],
         failures: list[dict[str, Any]],
         settled: set[str],
@@ -412,29 +429,29 @@ class JobRun:
         without: int | None = None,
     ) -> None:
         """Write the prompt's line into the manifest, with what it had before."""
-        work = call.work
+        work_item = call.work_item
         with self._lock:
-            finished = self.survey.history.finished.get(work.item.key)
-            requests = [*self.survey.history.open.get(work.item.key, ())]
+            finished = self.backlog.history.finished.get(work_item.prompt.key)
+            requests = [*self.backlog.history.open.get(work_item.prompt.key, ())]
         # No lock from here on: while the disk is waited for, others go on. Nobody else writes this prompt's line.
         old = self.manifest.read(finished.start, finished.size) if finished else _NO_LINE
-        kept = [each for number, each in enumerate(old["failures"]) if number != without]
+        kept = [item for number, item in enumerate(old["failures"]) if number != without]
         given_up = list(old["given_up"])
-        if call.draws and work.repeats_failed:
-            given_up += [{name: each[name] for name in ("request_id", "model")} for each in kept if each.get("url")]
+        if call.is_paid and work_item.repeats_failed:
+            given_up += [{name: item[name] for name in ("request_id", "model")} for item in kept if item.get("url")]
             kept = []
-        if call.draws and work.repeats_unknown:
-            given_up += [{"request_id": each.request_id, "model": each.model} for each in work.unknown]
+        if call.is_paid and work_item.repeats_unknown:
+            given_up += [{"request_id": item.request_id, "model": item.model} for item in work_item.unknown]
         given_up += call.repeated
-        ids = dict.fromkeys([*old["request_ids"], *sorted(settled), *(each["request_id"] for each in given_up)])
+        ids = dict.fromkeys([*old["request_ids"], *sorted(settled), *(item["request_id"] for item in given_up)])
         values = {
-            **prompt_line(
-                work.item,
-                self._request(work.item),
+            **manifest_record(
+                work_item.prompt,
+                self._request(work_item.prompt),
                 [*old["images"], *images],
                 [*kept, *failures],
-                price_of(self.generator, work.item.model).currency,
-                unknown=any(each not in ids for each in requests),
+                price_of(self.generator, work_item.prompt.model).currency,
+                unknown=any(item not in ids for item in requests),
             ),
             "given_up": given_up,
             "request_ids": [*ids],
@@ -443,7 +460,7 @@ class JobRun:
         }
         place = self.manifest.append(values)
         with self._lock:
-            self.survey.history.take(*place, values)
+            self.backlog.history.take(*place, values)
             self.made += len(images)
             for image in images:
                 self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))
@@ -452,7 +469,7 @@ class JobRun:
 # --- one call
 
 
-class Call:
+class PromptCall:
     """One call for one prompt, and the journal of what it sends.
 
     Attributes:
@@ -463,12 +480,14 @@ class Call:
         repeated: The requests that were sent again though they may have been charged, one entry for each time.
     """
 
-    def __init__(self, run: JobRun, work: Work, *, draws: bool = False, sent: dict[str, str] | None = None) -> None:
-        self.work = work
-        self.draws = draws
+    def __init__(
+        self, run: JobRun, work_item: WorkItem, *, is_paid: bool = False, sent: dict[str, str] | None = None
+    ) -> None:
+        self.work_item = work_item
+        self.is_paid = is_paid
         self.sent = sent or {}
         self.repeated: list[dict[str, str]] = []
-        self.reserved = work.draw if draws else len(self.sent)
+        self.reserved = work_item.missing if is_paid else len(self.sent)
         self._run = run
         self._started = time.monotonic()
 
@@ -481,7 +500,7 @@ class Call:
         """The generator's word right before it pays."""
         if not self.sent:
             self._started = time.monotonic()
-        self._run.note_sending(self.work.item, request_id, model)
+        self._run.record_attempt(self.work_item.prompt, request_id, model)
         if self.sent.get(request_id) == model:
             self.repeated.append({"request_id": request_id, "model": model})
         self.sent[request_id] = model
@@ -493,14 +512,14 @@ class Call:
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """The generator's word once the service took a task, for a model that may be another than was asked first."""
         self.sent[request_id] = model
-        self._run.note({"key": self.work.item.key, "request_id": request_id, "task_id": task_id, "model": model})
+        self._run.note({"key": self.work_item.prompt.key, "request_id": request_id, "task_id": task_id, "model": model})
 
     async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
         """Async version of `submitted`."""
         await in_thread(self.submitted, request_id, task_id, model)
 
     @contextmanager
-    def journaled(self) -> Iterator[None]:
+    def journal(self) -> Iterator[None]:
         """Hear what is sent in this block."""
         token = JOURNAL.set(self)
         try:
@@ -509,28 +528,28 @@ class Call:
             JOURNAL.reset(token)
 
 
-def failures_of(call: Call, outcome: Any) -> tuple[list[ImageFailure], set[str]]:
+def failures_in(call: PromptCall, outcome: Any) -> tuple[list[ImageFailure], set[str]]:
     """What failed in a call, one for each picture, and which of its requests may have been charged without a picture."""
     images = outcome.images if isinstance(outcome, ImageResult) else ()
     failures: list[ImageFailure] = list(getattr(outcome, "failures", ()))
     if not failures and isinstance(outcome, Exception):  # it befell all of them
         failures = [ImageFailure.of(outcome, index) for index in range(max(1, call.reserved))]
-    if not call.draws:  # the end of a task does not tell under which request it was submitted
-        failures = [each.model_copy(update={"request_id": next(iter(call.sent), None)}) for each in failures]
-    told = {each.request_id for each in images} | {each.request_id for each in failures}
+    if not call.is_paid:  # the end of a task does not tell under which request it was submitted
+        failures = [item.model_copy(update={"request_id": next(iter(call.sent), None)}) for item in failures]
+    reported = {item.request_id for item in images} | {item.request_id for item in failures}
     # Each request that is not told is of a failure without an id: it may have been charged if one of those may.
-    nameless = [each for each in failures if each.request_id is None]
-    ended = len(nameless) >= len(call.sent.keys() - told) and not any(may_be_charged(each) for each in nameless)
-    unknown = {each.request_id for each in failures if may_be_charged(each)} | (
-        set() if ended else call.sent.keys() - told
+    nameless = [item for item in failures if item.request_id is None]
+    ended = len(nameless) >= len(call.sent.keys() - reported) and not any(may_be_charged(item) for item in nameless)
+    unknown = {item.request_id for item in failures if may_be_charged(item)} | (
+        set() if ended else call.sent.keys() - reported
     )
-    return failures, {each for each in call.sent if each in unknown}
+    return failures, {item for item in call.sent if item in unknown}
 
 
-def is_the_prompts(failure: ImageFailure, item: PromptItem) -> bool:
+def is_final_for_prompt(failure: ImageFailure, item: PromptItem) -> bool:
     """Whether a failure is the prompt's own, so that it is not drawn again by itself; what did not run is nobody's."""
     final = failure.outcome is Outcome.FINAL and not may_be_charged(failure)
-    return final and not befalls_all(failure, item)
+    return final and not affects_every_prompt(failure, item)
 
 
 def may_be_charged(failure: ImageFailure) -> bool:
@@ -538,13 +557,13 @@ def may_be_charged(failure: ImageFailure) -> bool:
     return failure.outcome is Outcome.UNKNOWN or failure.scope is None
 
 
-def befalls_all(failure: ImageFailure, item: PromptItem) -> bool:
+def affects_every_prompt(failure: ImageFailure, item: PromptItem) -> bool:
     """Whether every other prompt would fail alike."""
-    wrong_model = failure.scope is Scope.MODEL and "model" not in item.said
-    return wrong_model or failure.scope in STOPPING
+    wrong_model = failure.scope is Scope.MODEL and "model" not in item.arguments
+    return wrong_model or failure.scope in STOPPING_SCOPES
 
 
-def error_of(failure: ImageFailure) -> CogViewError:
+def error_from(failure: ImageFailure) -> CogViewError:
     """The error that a failure is the record of."""
     kind = error_class(failure.error) or CogViewError
     facts = {name: getattr(failure, name) for name in ("hint", "code", "status", "request_id")}

@@ -43,7 +43,7 @@ def test_a_job_ends_with_every_picture(sandbox, tmp_path):
     report = run_eagerly(
         arun_job([f"picture {n}" for n in range(6)], tmp_path, base_url=sandbox.base_url, max_concurrency=2)
     )
-    assert report.pictures == 6
+    assert report.images == 6
 
 
 @pytest.mark.parametrize("places", [1, 3, 2000])

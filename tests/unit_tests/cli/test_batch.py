@@ -45,7 +45,7 @@ def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_
     assert (result.exit_code, Path(result.stdout.strip())) == (3, folder / "out" / "index.html")
     plan, to_draw, blocked, summary = result.stderr.splitlines()
     assert plan == "3 lines with a prompt, 1 blank line skipped."
-    assert to_draw == "To generate: 3 prompts, 3 pictures, 0.18 CNY."
+    assert to_draw == "To generate: 3 prompts, 3 images, 0.18 CNY."
     assert blocked.startswith("Line 4 was not made: 'x [[content-filter]]'. The content filter blocked the prompt")
     assert summary.startswith("2 prompts made, 1 blocked; 0 CNY in ")
     assert len(manifest(folder)) == 3
@@ -78,10 +78,10 @@ def test_a_dry_run_needs_no_key_sends_nothing_and_creates_nothing(folder):
     result = cogview("batch", "p.txt", "-o", "out", "--dry-run")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
-        "3 lines with a prompt, 1 blank line skipped.\nTo generate: 3 prompts, 3 pictures, 0.18 CNY.\n"
+        "3 lines with a prompt, 1 blank line skipped.\nTo generate: 3 prompts, 3 images, 0.18 CNY.\n"
     )
     abroad = cogview("batch", "p.txt", "-o", "out", "--dry-run", "--region", "international", "--model", "glm-image")
-    assert abroad.stdout.endswith("3 pictures, 0.045 USD.\n")
+    assert abroad.stdout.endswith("3 images, 0.045 USD.\n")
     assert [each.name for each in folder.iterdir()] == ["p.txt"]
 
 
@@ -110,12 +110,12 @@ def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
     assert told[7].endswith(
         "1 duplicate line (the same as one before): 6. Each is generated and paid for, unless --unique is given."
     )
-    assert told[8] == "To generate: 2 prompts, 2 pictures, 0.12 CNY."
+    assert told[8] == "To generate: 2 prompts, 2 images, 0.12 CNY."
     as_json = cogview("batch", "p.csv", "-o", "out", "--dry-run", "--json", "--skip-bad")
     plan = json.loads(as_json.stdout)
     assert as_json.exit_code == 0
     assert [each["line"] for each in plan["problems"]] == [2, 4, 7, 8]
-    assert (plan["duplicates"], plan["pictures"], plan["cost"]) == ([6], 2, {"CNY": "0.12"})
+    assert (plan["duplicates"], plan["images"], plan["cost"]) == ([6], 2, {"CNY": "0.12"})
 
 
 def test_only_the_first_twenty_bad_lines_are_shown(folder):
@@ -307,8 +307,8 @@ def test_its_help_names_every_option(folder):
 
 
 def test_the_word_batch_can_still_be_painted(folder):
-    assert cogview("draw", "batch", "--sandbox", "-o", "b.png").exit_code == 0
-    assert cli.DrawByDefault.__doc__
+    assert cogview("generate", "batch", "--sandbox", "-o", "b.png").exit_code == 0
+    assert cli.GenerateByDefault.__doc__
 
 
 # --- the terminal and its signals

@@ -263,7 +263,7 @@ def test_alone_it_prints_help(folder):
     assert alone.stdout == asked.stdout
     for option in ("--size", "--quality", "--model", "--n", "--user-id", "--region", "--base-url", "--timeout"):
         assert option in alone.stdout
-    for word in ("--sandbox", "--json", "--output", "--version", "draw", "schema", "Exit codes"):
+    for word in ("--sandbox", "--json", "--output", "--version", "generate", "schema", "Exit codes"):
         assert word in alone.stdout
 
 
@@ -276,7 +276,12 @@ def test_version_is_the_installed_one(folder):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("draw", "schema"), ("--sandbox", "a cat"), ("--", "--a prompt that begins with dashes"), ("draw", "draw")],
+    [
+        ("generate", "schema"),
+        ("--sandbox", "a cat"),
+        ("--", "--a prompt that begins with dashes"),
+        ("generate", "generate"),
+    ],
 )
 def test_draw_may_be_said_or_left_out(folder, arguments):
     result = cogview(*arguments, env={"COGVIEW_BASE_URL": "sandbox:"})
@@ -297,7 +302,7 @@ def test_schema_is_the_tool_as_an_llm_gets_it_and_needs_no_key(folder, model, si
 
 
 def test_the_defaults_are_the_generators(folder):
-    parameters = inspect.signature(cli.draw).parameters
+    parameters = inspect.signature(cli.generate).parameters
     fields = CogViewImageGenerator.model_fields
     for name in ("model", "size", "quality", "n", "user_id", "region", "base_url", "timeout"):
         assert parameters[name].default == fields[name].default
@@ -494,11 +499,11 @@ def test_a_viewer_that_fails_is_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("words", "number", "expected"),
     [
-        ("cogview ", 1, ["draw", "schema", "batch", "doctor"]),
+        ("cogview ", 1, ["generate", "schema", "batch", "doctor"]),
         ("cogview do", 1, ["doctor"]),
         ("cogview --si", 1, ["--size"]),
         ("cogview 'a cat' --qua", 2, ["--quality"]),
-        ("cogview draw 'a cat' --no-sh", 3, ["--no-show"]),
+        ("cogview generate 'a cat' --no-sh", 3, ["--no-show"]),
         ("cogview doctor --off", 2, ["--offline"]),
         ("cogview batch prompts.txt --dry", 3, ["--dry-run"]),
     ],
@@ -716,7 +721,7 @@ def test_a_dash_reads_the_prompt_from_stdin(folder):
 def test_no_prompt_on_stdin_is_2(folder, given, monkeypatch):
     monkeypatch.setattr(cli.sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "utf-8"))
     with pytest.raises((SystemExit, cli.typer.Exit, cli.typer.BadParameter)) as caught:
-        cli.draw("-", sandbox=True)
+        cli.generate("-", sandbox=True)
     assert getattr(caught.value, "exit_code", 2) == 2
     assert [*folder.iterdir()] == []
 
@@ -737,4 +742,4 @@ def test_a_mistyped_command_is_not_painted(tmp_path, word, meant):
 
 
 def test_a_word_that_looks_like_a_command_is_painted_when_told_so(tmp_path):
-    assert command("draw", "doctr", "-o", "x.png", "--sandbox", folder=tmp_path).returncode == 0
+    assert command("generate", "doctr", "-o", "x.png", "--sandbox", folder=tmp_path).returncode == 0

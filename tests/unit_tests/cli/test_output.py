@@ -76,11 +76,15 @@ OPTIONS = st.sampled_from(
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=HOSTILE, option=OPTIONS, command=st.sampled_from(["draw", "batch", "doctor", "schema", ""]), data=st.data())
+@given(
+    text=HOSTILE, option=OPTIONS, command=st.sampled_from(["generate", "batch", "doctor", "schema", ""]), data=st.data()
+)
 def test_no_argument_reaches_the_terminal_as_it_is(folder, text, option, command, data):
     text = text.replace("\0", "")
     (folder / "p.txt").write_text("a cat\n")
-    more = {"draw": [text], "batch": [str(folder / "p.txt"), "-o", str(folder / "out")], "": [text]}.get(command, [])
+    more = {"generate": [text], "batch": [str(folder / "p.txt"), "-o", str(folder / "out")], "": [text]}.get(
+        command, []
+    )
     more += data.draw(st.sampled_from([[], ["--json"], ["--sandbox"], ["--sandbox", "--json"], ["--dry-run"]]))
     if option == "--base-url" or "--sandbox" not in more:
         more = [*more, "--offline"] if command == "doctor" else [*more, "--sandbox"]
@@ -169,7 +173,7 @@ def test_plans_reports_and_the_bar_are_clean_for_scripts_too(tmp_path, capfd):
 
 
 def test_what_is_logged_is_a_clean_line_of_the_command(tmp_path):
-    from langchain_cogview.cli.output import finish
+    from langchain_cogview.cli.output import run_command
 
     err = Terminal()
 
@@ -178,7 +182,7 @@ def test_what_is_logged_is_a_clean_line_of_the_command(tmp_path):
         return 0
 
     with contextlib.redirect_stderr(err), pytest.raises(cli.typer.Exit):
-        finish(work)
+        run_command(work)
     assert err.getvalue().startswith("Warning: It is ")
     assert odd(err.getvalue()) == []
 

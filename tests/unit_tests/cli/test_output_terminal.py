@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from PIL import Image
 
-from langchain_cogview.cli.output import Terminal, open_file, path_on, picture_on, terminal_of
+from langchain_cogview.cli.output import Terminal, detect_terminal, inline_image, open_file, path_link
 
 
 def picture(form="PNG", size=(64, 32)) -> bytes:
@@ -46,8 +46,8 @@ ROOM = (120, 40)
     ],
 )
 def test_the_environment_tells_what_the_terminal_shows(environment, expected):
-    assert terminal_of(environment, is_terminal=True) is expected
-    assert terminal_of(environment, is_terminal=False) is Terminal.PLAIN
+    assert detect_terminal(environment, is_terminal=True) is expected
+    assert detect_terminal(environment, is_terminal=False) is Terminal.PLAIN
 
 
 def kitty_pieces(text):
@@ -60,7 +60,7 @@ def kitty_pieces(text):
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_kitty_gets_png_in_chunks_and_answers_nothing(form):
     content = picture(form, (200, 100))
-    keys, data = kitty_pieces(picture_on(Terminal.KITTY, content, (200, 100), ROOM))
+    keys, data = kitty_pieces(inline_image(Terminal.KITTY, content, (200, 100), ROOM))
     assert keys[0] == {"a": "T", "f": "100", "q": "2", "c": "60", "m": "1"}
     assert [each for each in keys[1:-1] if each != {"m": "1"}] == []
     assert keys[-1] == {"m": "0"}
@@ -74,14 +74,14 @@ def test_kitty_gets_png_in_chunks_and_answers_nothing(form):
 
 
 def test_a_picture_of_one_chunk_is_the_last(monkeypatch):
-    keys, data = kitty_pieces(picture_on(Terminal.KITTY, b"\x89PNG\r\n\x1a\n" + bytes(30), (64, 32), ROOM))
+    keys, data = kitty_pieces(inline_image(Terminal.KITTY, b"\x89PNG\r\n\x1a\n" + bytes(30), (64, 32), ROOM))
     assert (len(data), keys[0]["m"]) == (1, "0")
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_iterm2_gets_the_bytes_as_they_are(form):
     content = picture(form)
-    text = picture_on(Terminal.ITERM2, content, (64, 32), ROOM)
+    text = inline_image(Terminal.ITERM2, content, (64, 32), ROOM)
     head, _, rest = text.partition(":")
     assert head == f"\x1b]1337;File=inline=1;size={len(content)};width=60;preserveAspectRatio=1"
     assert rest.endswith("\x07\n")
@@ -93,36 +93,36 @@ def test_iterm2_gets_the_bytes_as_they_are(form):
     [((1024, 1024), (80, 24), 40), ((768, 1344), (80, 24), 22), ((1344, 768), (40, 50), 40), ((512, 2048), (80, 2), 2)],
 )
 def test_a_picture_fits_on_the_screen(size, room, columns):
-    assert f";width={columns};" in picture_on(Terminal.ITERM2, PNG, size, room)
-    assert f",c={columns}," in picture_on(Terminal.KITTY, PNG, size, room)
+    assert f";width={columns};" in inline_image(Terminal.ITERM2, PNG, size, room)
+    assert f",c={columns}," in inline_image(Terminal.KITTY, PNG, size, room)
 
 
 def test_what_cannot_be_shown_is_left_to_the_link(monkeypatch):
     for terminal in (Terminal.PLAIN, Terminal.LINK):
-        assert picture_on(terminal, PNG, (64, 32), ROOM) == ""
-    assert picture_on(Terminal.ITERM2, PNG + bytes(9 << 20), (64, 32), ROOM) == ""
-    assert picture_on(Terminal.KITTY, b"\xff\xd8\xff\xe0 no JPEG after all", (64, 32), ROOM) == ""
+        assert inline_image(terminal, PNG, (64, 32), ROOM) == ""
+    assert inline_image(Terminal.ITERM2, PNG + bytes(9 << 20), (64, 32), ROOM) == ""
+    assert inline_image(Terminal.KITTY, b"\xff\xd8\xff\xe0 no JPEG after all", (64, 32), ROOM) == ""
     jpeg = picture("JPEG")
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    assert picture_on(Terminal.KITTY, jpeg, (64, 32), ROOM) == ""
-    assert picture_on(Terminal.KITTY, PNG, (64, 32), ROOM) != ""
+    assert inline_image(Terminal.KITTY, jpeg, (64, 32), ROOM) == ""
+    assert inline_image(Terminal.KITTY, PNG, (64, 32), ROOM) != ""
 
 
 def test_a_path_is_a_link_to_the_file_on_this_host(tmp_path):
     path = tmp_path / "a b;猫.png"
-    match = re.fullmatch(r"\x1b\]8;;([^\x1b]*)\x1b\\([^\x1b]*)\x1b\]8;;\x1b\\", path_on(Terminal.LINK, path))
+    match = re.fullmatch(r"\x1b\]8;;([^\x1b]*)\x1b\\([^\x1b]*)\x1b\]8;;\x1b\\", path_link(Terminal.LINK, path))
     url = urlsplit(match[1])
     assert match[1].isascii()
     assert (url.scheme, unquote(url.netloc), unquote(url.path)) == ("file", socket.gethostname(), str(path))
     assert match[2] == str(path)
-    assert path_on(Terminal.PLAIN, path) == str(path)
+    assert path_link(Terminal.PLAIN, path) == str(path)
 
 
 @pytest.mark.parametrize(
     "evil", ["\x1b]8;;https://evil.invalid\x1b\\", "\x07", "\x9c\x9b31m", "a\nb", "\x1b_Ga=T\x1b\\"]
 )
 def test_a_files_name_cannot_end_a_sequence_or_begin_one(evil):
-    text = path_on(Terminal.KITTY, Path(f"x{evil}.png"))
+    text = path_link(Terminal.KITTY, Path(f"x{evil}.png"))
     assert text.count("\x1b") == 4
     assert not re.search(r"[\x00-\x1a\x1c-\x1f\x7f-\x9f]", text)
 

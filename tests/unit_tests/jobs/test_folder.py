@@ -463,12 +463,12 @@ def test_a_job_of_a_hundred_thousand_lines_goes_on_in_little_memory(tmp_path):
         line = json.loads((out / "manifest.jsonl").read_text())
         from langchain_cogview import CogViewImageGenerator
         from langchain_cogview.jobs.plan import job_settings
-        from langchain_cogview.jobs.prompts import checked_prompts
+        from langchain_cogview.jobs.prompts import check_prompts
 
         defaults = job_settings(CogViewImageGenerator(base_url=sandbox.base_url, **SMALL))
         defaults.pop("service")
         with (out / "manifest.jsonl").open("w") as file:
-            for item in checked_prompts(prompts, defaults, format=None, unique=False).items:
+            for item in check_prompts(prompts, defaults, format=None, unique=False).items:
                 file.write(json.dumps({**line, "key": item.key, "line": item.number}, separators=(",", ":")) + "\n")
         tracemalloc.start()
         report = run_job(prompts, out, base_url=sandbox.base_url, progress=False, **SMALL)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from langchain_core.rate_limiters import BaseRateLimiter
@@ -29,9 +28,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images import store
 from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
-from langchain_cogview.jobs import folder as job_files
 from langchain_cogview.jobs.folder import JobFolder
-from langchain_cogview.jobs.run import Call
 from langchain_cogview.progress import ProgressCallbackHandler
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
@@ -95,7 +92,7 @@ def lose(folder: Path, *prompts: str) -> None:
 
 def test_each_prompt_gets_a_picture_and_a_line(run, out, sandbox):
     report = run(["a cat", "", {"prompt": "a dog", "size": "512x512", "mood": "calm"}, "a fox"])
-    assert (report.made, report.skipped, report.left, report.pictures) == (3, 0, 0, 3)
+    assert (report.made, report.skipped, report.left, report.images) == (3, 0, 0, 3)
     assert (report.cost, report.stopped, report.unknown, report.errors) == ({"CNY": Decimal(0)}, None, (), {})
     found = sorted(lines(out), key=lambda line: line["line"])
     assert [(line["line"], line["status"]) for line in found] == [(1, "made"), (3, "made"), (4, "made")]
@@ -243,7 +240,7 @@ def test_arguments_illegal_for_the_model_of_the_line_are_found(sandbox, out):
     plan = plan_job(rows, out, base_url=sandbox.base_url)
     assert [problem.line for problem in plan.problems] == [1, 2, 3, 4, 5]
     assert "glm-image takes at most 1,000" in plan.problems[0].text
-    assert (plan.lines, plan.prompts, plan.pictures) == (6, 1, 2)
+    assert (plan.lines, plan.prompts, plan.images) == (6, 1, 2)
 
 
 def test_a_plan_counts_and_prices_and_changes_nothing(out, sandbox):
@@ -254,10 +251,10 @@ def test_a_plan_counts_and_prices_and_changes_nothing(out, sandbox):
         {"prompt": "y", "model": "new"},
     ]
     plan = plan_job(prompts, out, base_url=sandbox.base_url)
-    assert (plan.prompts, plan.pictures, plan.unpriced) == (4, 6, 1)
+    assert (plan.prompts, plan.images, plan.unpriced) == (4, 6, 1)
     assert plan.cost == {"CNY": Decimal("0.34")}
-    assert str(plan).endswith("To generate: 4 prompts, 6 pictures, 0.34 CNY and 1 picture of unknown price.")
-    assert any("'new' is not known" in note for note in plan.notes)
+    assert str(plan).endswith("To generate: 4 prompts, 6 images, 0.34 CNY and 1 image of unknown price.")
+    assert any("does not know the model 'new'" in note for note in plan.notes)
     json.dumps(plan.to_dict())
     assert not out.exists()
     assert sandbox.requests == []
@@ -376,9 +373,9 @@ def test_a_picture_whose_line_was_not_written_is_entered_without_paying(run, out
     files = {path.name for path in out.glob(PICTURES)}
     forget(out, "a cat", "a hare")
     plan = plan_job(["a cat", "a dog", "a hare"], out, base_url=sandbox.base_url, **SMALL)
-    assert (plan.recovered, plan.pictures, plan.done) == (2, 0, 1)
+    assert (plan.recovered, plan.images, plan.done) == (2, 0, 1)
     report = run(["a cat", "a dog", "a hare"])
-    assert (report.made, report.skipped, report.pictures) == (2, 1, 2)
+    assert (report.made, report.skipped, report.images) == (2, 1, 2)
     assert sandbox.images_made == 3
     assert len(lines(out)) == 3
     assert {path.name for path in out.glob(PICTURES)} == files
@@ -514,7 +511,7 @@ def test_a_task_that_does_not_end_is_given_up_when_asked_for(run, out, sandbox):
         assert report.errors == {"CogViewTaskUnfinishedError": 1}
     assert len(sandbox.ledger) == 1
     plan = plan_job(["a cat"], out, base_url=sandbox.base_url, retry_unknown=True, **big)
-    assert "1 picture under way at the service will be asked for; what has not ended" in str(plan)
+    assert "1 image under way at the service will be asked for; what has not ended" in str(plan)
     again = run(["a cat"], **big, timeout=1, retry_unknown=True)
     assert (again.made, again.unknown) == (1, ())
     assert len(sandbox.ledger) == 2
@@ -575,7 +572,7 @@ def test_what_did_not_run_is_left_for_the_next_run(run, out, sandbox, fault):
 def test_of_several_pictures_the_one_that_did_not_run_is_drawn_by_the_next_run(run, out, sandbox):
     sandbox.fail_next("busy")
     report = run([{"prompt": "a cat", "n": 2}], max_retries=0)
-    assert (report.pictures, report.left, report.unknown) == (1, 1, ())
+    assert (report.images, report.left, report.unknown) == (1, 1, ())
     assert [line["status"] for line in lines(out)] == ["left"]
     assert run([{"prompt": "a cat", "n": 2}]).made == 1
     assert [line["status"] for line in lines(out)] == ["made"]
@@ -601,7 +598,7 @@ def test_of_several_pictures_none_of_which_was_made_each_has_its_own_end(run, ou
     assert report.errors == {"CogViewContentFilterError": 1, "CogViewBusyError": 1}
     (line,) = lines(out)
     assert (line["status"], [each["error"] for each in line["failures"]]) == ("blocked", ["CogViewContentFilterError"])
-    assert run(prompts).pictures == 1  # the one that did not run
+    assert run(prompts).images == 1  # the one that did not run
     assert sandbox.images_made == 1
     assert run(prompts, retry_failed=True).made == 1
 
@@ -616,7 +613,7 @@ def test_of_two_pictures_the_blocked_one_is_not_unknown_for_the_other_is(run, ou
     (failure,) = line["failures"]
     assert failure["error"] == "CogViewContentFilterError"
     assert line["request_ids"] == [failure["request_id"]] != [report.unknown[0].request_id]
-    assert run(prompts, retry_unknown=True).pictures == 1
+    assert run(prompts, retry_unknown=True).images == 1
     (line,) = lines(out)
     assert [each["request_id"] for each in line["given_up"]] == [report.unknown[0].request_id]
 
@@ -682,7 +679,7 @@ def test_a_killed_call_for_several_keeps_what_is_there(run, out, sandbox):
     (out / line["images"][0]["file"]).unlink()
     forget(out, "a cat")
     report = run([{"prompt": "a cat", "n": 3}])
-    assert (report.pictures, len(report.unknown)) == (2, 1)
+    assert (report.images, len(report.unknown)) == (2, 1)
     assert run([{"prompt": "a cat", "n": 3}], retry_unknown=True).made == 1
     assert sandbox.images_made == 4
 
@@ -809,7 +806,7 @@ def test_a_budget_stops_before_it_is_passed_over_all_runs(run, sandbox, out, bud
     assert "The budget does not reach" in str(report)
     assert run(prompts, budget=budget).made == 0
     assert run(prompts, budget="0.30").made == 2
-    assert plan_job(prompts, out, base_url=sandbox.base_url, budget="1", **SMALL).pictures == 1
+    assert plan_job(prompts, out, base_url=sandbox.base_url, budget="1", **SMALL).images == 1
 
 
 def test_what_was_blocked_leaves_its_money_for_others(run, sandbox):
@@ -843,24 +840,27 @@ def test_a_budget_is_an_amount(run, budget):
 
 
 class FullDisk:
-    """Writes half a line into one of the job's files, and then has no room."""
+    """Writes half a line into one of the job's files, and then has no space left."""
 
-    def __init__(self, monkeypatch, name: str) -> None:
-        self.name, self.full = name, True
-        write = job_files.RecordFile._write
+    def __init__(self, monkeypatch, file: Path) -> None:
+        self.file, self.full = file, True
+        write = os.write
 
-        def full(file, content):
-            if not self.full or file.path.name != self.name:
-                return write(file, content)
-            os.lseek(file._descriptor, file._end, os.SEEK_SET)
-            os.write(file._descriptor, content[: len(content) // 2])
+        def full(descriptor, content):
+            if not self.full or not is_open_as(self.file, descriptor):
+                return write(descriptor, content)
+            write(descriptor, content[: len(content) // 2])
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(job_files.RecordFile, "_write", full)
+        monkeypatch.setattr(os, "write", full)
+
+
+def is_open_as(file: Path, descriptor: int) -> bool:
+    return file.exists() and os.path.samestat(file.stat(), os.fstat(descriptor))
 
 
 def test_nothing_is_sent_that_cannot_be_written_down_before(run, out, sandbox, monkeypatch):
-    disk = FullDisk(monkeypatch, "attempts.jsonl")
+    disk = FullDisk(monkeypatch, out / "attempts.jsonl")
     report = run(["a cat", "a dog"])
     assert isinstance(report.stopped, CogViewStorageError)
     assert sandbox.requests == []
@@ -871,7 +871,7 @@ def test_nothing_is_sent_that_cannot_be_written_down_before(run, out, sandbox, m
 
 def test_a_picture_whose_line_cannot_be_written_is_found_when_there_is_room(run, out, sandbox, monkeypatch):
     run(["before"])
-    disk = FullDisk(monkeypatch, "manifest.jsonl")
+    disk = FullDisk(monkeypatch, out / "manifest.jsonl")
     report = run(["before", *(f"prompt {number}" for number in range(40))])
     assert isinstance(report.stopped, CogViewStorageError)
     assert len(lines(out)) == 1  # and nothing half
@@ -1098,37 +1098,45 @@ class SecondWhile(BaseRateLimiter):
         return await asyncio.to_thread(self.acquire)
 
 
-def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, sandbox, monkeypatch):
+def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, out, sandbox, monkeypatch):
     writing = threading.Event()
     made = []
-    write = job_files.RecordFile._write
+    write = os.write
 
-    def slow(file, content):
-        if file.path.name == "manifest.jsonl" and not writing.is_set():
+    def slow(descriptor, content):
+        if is_open_as(out / "manifest.jsonl", descriptor) and not writing.is_set():
             writing.set()
             end = time.monotonic() + 10
             while sandbox.images_made < 2 and time.monotonic() < end:
                 time.sleep(0.005)
             made.append(sandbox.images_made)
-        write(file, content)
+        return write(descriptor, content)
 
-    monkeypatch.setattr(job_files.RecordFile, "_write", slow)
+    monkeypatch.setattr(os, "write", slow)
     assert run(["a cat", "a dog"], rate_limiter=SecondWhile(writing)).made == 2
     assert made == [2]
 
 
-async def test_the_event_loop_goes_on_while_an_attempt_is_written_down():
-    went_on = threading.Event()
-    asyncio.get_running_loop().call_soon(went_on.set)
-    noted = []
+async def test_the_event_loop_goes_on_while_an_attempt_is_written_down(sandbox, out, monkeypatch):
+    writing, went_on = threading.Event(), threading.Event()
+    seen = []
+    write = os.write
 
-    def note_sending(item, request_id, model):
-        noted.append((item, request_id, model, went_on.wait(10)))
+    def slow(descriptor, content):
+        if is_open_as(out / "attempts.jsonl", descriptor):
+            writing.set()
+            seen.append(went_on.wait(10))
+        return write(descriptor, content)
 
-    call = Call(SimpleNamespace(note_sending=note_sending), SimpleNamespace(item="a cat"))
-    await call.asending("id", "cogview-4")
-    assert noted == [("a cat", "id", "cogview-4", True)]
-    assert call.sent == {"id": "cogview-4"}
+    async def other():
+        while not writing.is_set():
+            await asyncio.sleep(0)
+        went_on.set()
+
+    monkeypatch.setattr(os, "write", slow)
+    job = arun_job(["a cat"], out, base_url=sandbox.base_url, progress=False, **SMALL)
+    report, _ = await asyncio.gather(job, other())
+    assert (report.made, seen) == (1, [True])
 
 
 def test_an_error_of_the_callers_own_ends_the_job_before_it_begins(run, out, sandbox):
@@ -1153,6 +1161,6 @@ def test_the_plan_of_a_hundred_thousand_prompts_is_small(sandbox, out):
 
     tracemalloc.start()
     plan = plan_job((f"prompt number {n}" for n in range(100_000)), out, base_url=sandbox.base_url)
-    assert plan.pictures == 100_000
+    assert plan.images == 100_000
     assert tracemalloc.get_traced_memory()[1] < 200 << 20
     tracemalloc.stop()
