@@ -1,4 +1,4 @@
-"""Which links may be fetched, which addresses a connection may go to, and how host names are looked up."""
+"""Decide which links may be opened and which addresses a connection may go to, and look up host names."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 AddressCheck = Callable[[Address, bool], bool]
-"""Whether a connection may go to an address; the second argument says whether the URL spells the address out (a literal) or a
-name was looked up."""
+"""Returns whether a connection may go to an address. The second argument is True when the URL holds the address itself (a
+literal), and False when a name was looked up."""
 
 ADDRESSES: Final = "cogview.addresses"
 """The request extension that holds an `AddressCheck`."""
@@ -49,18 +49,18 @@ METADATA_ADDRESSES: Final = frozenset(
         "fd00:42::42",  # the same over IPv6
     )
 )
-"""Addresses at which clouds hand credentials to whoever asks from within; `ipaddress` calls some of them public."""
+"""Addresses at which clouds give credentials to programs on their machines; `ipaddress` calls some of them public."""
 
 FAKE_DNS: Final = (
     ipaddress.ip_network("198.18.0.0/15"),  # the default of Clash, mihomo, Surge, sing-box, V2Ray and Xray
     ipaddress.ip_network("fc00::/18"),  # the IPv6 default of sing-box, V2Ray and Xray
     ipaddress.ip_network("2001:2::/48"),  # the IPv6 benchmarking range (RFC 5180), used like 198.18.0.0/15 (RFC 2544)
 )
-"""Ranges from which proxies with fake DNS answer every name; a connection to such an answer reaches the name's true host. No
-public or well-kept private network uses them."""
+"""Ranges from which proxies with fake DNS answer every look-up; a connection to such an address reaches the real host of the
+name. Public networks do not use them, and private networks should not."""
 
 SANDBOX_SERVERS: Final[set[tuple[str, int]]] = set()
-"""Host and port of each sandbox that this process serves at the moment."""
+"""Host and port of every sandbox that this process serves at the moment."""
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
@@ -72,21 +72,24 @@ _MAX_PORT: Final = 65_535
 _MAX_NAME: Final = 253
 _NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 _NUMBER: Final = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)\.?", re.DOTALL)
-"""A host whose last label is a number is an address, however it is spelled."""
+"""A host whose last label is a number is an address, in any spelling."""
 
 _HAS_USER: Final = re.compile(r"[^:/?#]*:[/\\]*[^/?#]*@")
 
 
 class AddressRefusedError(httpcore.ConnectError, httpx.ConnectError):
-    """When a name leads only to addresses that the request may not go to. One class in both libraries' families."""
+    """The host has only addresses that the request may not go to. A subclass of the errors of httpcore and of httpx."""
 
 
 def is_public(address: Address, literal: bool = True) -> bool:  # noqa: FBT001, FBT002  an AddressCheck
-    """Whether an address belongs to the public internet, seen through every form that wraps an IPv4 address in IPv6.
+    """Tell whether an address belongs to the public internet; IPv4 addresses inside of IPv6 addresses are found.
 
     Args:
-        address: The address that would be connected to.
-        literal: Whether the URL spells it out. The answer of a fake DNS is public only where a name was looked up.
+        address: The address of the connection.
+        literal: Whether the URL holds the address itself. Answers of a fake DNS count as public only for a name.
+
+    Returns:
+        Whether it is public.
     """
     if not literal and any(address in network for network in FAKE_DNS):
         return True
@@ -110,19 +113,42 @@ def is_public(address: Address, literal: bool = True) -> bool:  # noqa: FBT001, 
 
 
 def is_loopback(address: Address, literal: bool = True) -> bool:  # noqa: ARG001, FBT001, FBT002  an AddressCheck
-    """Whether an address is this machine's own."""
+    """Tell whether an address belongs to this machine.
+
+    Args:
+        address: The address of the connection.
+        literal: Not used.
+
+    Returns:
+        Whether it is a loopback address.
+    """
     return address.is_loopback
 
 
 def is_host(address: Address, literal: bool = True) -> bool:  # noqa: ARG001, FBT001, FBT002  an AddressCheck
-    """Whether an address, public or private, may be that of a host which the user named."""
+    """Tell whether an address may belong to a host that the user named. Private addresses may.
+
+    Args:
+        address: The address of the connection.
+        literal: Not used.
+
+    Returns:
+        False for metadata services, multicast and unspecified addresses.
+    """
     if is_metadata(address) or address.is_multicast or address.is_unspecified:
         return False
     return not isinstance(address, ipaddress.IPv6Address) or all(is_host(inner) for inner in _wrapped(address))
 
 
 def is_metadata(address: Address) -> bool:
-    """Whether an address is a cloud's metadata service, seen through every form that wraps an IPv4 address in IPv6."""
+    """Tell whether an address is a cloud's metadata service; IPv4 addresses inside of IPv6 addresses are found.
+
+    Args:
+        address: The address of the connection.
+
+    Returns:
+        Whether it is in `METADATA_ADDRESSES`.
+    """
     if address in METADATA_ADDRESSES:
         return True
     if isinstance(address, ipaddress.IPv4Address):
@@ -130,7 +156,7 @@ def is_metadata(address: Address) -> bool:
     inner = _wrapped(address)
     if address in _NAT64_LOCAL or (int(address) >> 32) & 0xFFFFFFFF in _ISATAP:
         inner = [*inner, _low(address)]
-    return any(each in METADATA_ADDRESSES for each in inner)
+    return any(item in METADATA_ADDRESSES for item in inner)
 
 
 def _low(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
@@ -138,7 +164,7 @@ def _low(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
 
 
 def _wrapped(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that a packet to this one ends up at."""
+    """The IPv4 addresses at which a packet to this IPv6 address arrives."""
     if address.ipv4_mapped or address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):
         return [_low(address)]
     if address.sixtofour:
@@ -151,12 +177,12 @@ def _wrapped(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHost:
-    """One entry of `allowed_image_hosts`; `parse` makes it.
+    """One entry of `allowed_image_hosts`, made by `parse`.
 
     Attributes:
-        host: A name, or an address in its usual form. For a wildcard the part behind the star, with its dot.
-        port: The only port; None: any port of a host, port 443 for a wildcard.
-        is_wildcard: Whether it stands for every host below a name; then it covers https and public addresses only.
+        host: A name, or an address in its usual form. For a wildcard, the part behind the star, with its dot.
+        port: The only port. None: any port for a host, port 443 for a wildcard.
+        is_wildcard: Whether the entry covers every host below a name; it covers https and public addresses only then.
     """
 
     host: str
@@ -167,8 +193,14 @@ class AllowedHost:
     def parse(cls, entry: str) -> Self:
         """Read an entry such as `mfile.z.ai`, `*.ufileos.com`, `10.0.0.5:8080` or `[fd00::5]:8080`.
 
+        Args:
+            entry: The text of the entry.
+
+        Returns:
+            The entry.
+
         Raises:
-            ValueError: When it is not a host; the text says what is wrong with it.
+            ValueError: The entry is not a host; the text says what is wrong.
         """
         text = entry.strip().lower()
         shown = f"The entry {printable(entry, 80)!r} of allowed_image_hosts"
@@ -192,11 +224,26 @@ class AllowedHost:
         return cls(f".{normal}" if is_wildcard else normal, int(port) if port else None, is_wildcard)
 
     def covers(self, host: str) -> bool:
-        """Whether it stands for a host, on some port."""
+        """Tell whether the entry covers a host, on some port.
+
+        Args:
+            host: The host of a link, in its usual form.
+
+        Returns:
+            Whether it does.
+        """
         return host.endswith(self.host) if self.is_wildcard else host == self.host
 
     def covers_port(self, scheme: str, port: int) -> bool:
-        """Whether it stands for a scheme and port of its hosts."""
+        """Tell whether the entry covers a scheme and a port of its hosts.
+
+        Args:
+            scheme: `https` or `http`.
+            port: The port of a link.
+
+        Returns:
+            Whether it does.
+        """
         if self.is_wildcard:
             return scheme == "https" and port == (self.port or _HTTPS_PORT)
         return self.port in {None, port}
@@ -204,32 +251,42 @@ class AllowedHost:
 
 @lru_cache(maxsize=256)
 def allowed_host(entry: str) -> AllowedHost:
-    """An entry of `allowed_image_hosts`, parsed once; raises ValueError as `AllowedHost.parse`."""
+    """Read an entry as `AllowedHost.parse` does, once for equal entries.
+
+    Args:
+        entry: The text of the entry.
+
+    Returns:
+        The entry.
+    """
     return AllowedHost.parse(entry)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkRules:
-    """Which links may be fetched.
+    """Which links may be opened.
 
     Attributes:
-        base_url: The API's base URL. Where its host is a loopback one, links to the same host and port may be plain http.
-        allowed_hosts: Entries of `allowed_image_hosts`; when given, only these hosts. One that is named without a wildcard may
-            have a private address and plain http.
+        base_url: The base URL of the API. If its host is a loopback host, links to the same host and port may be plain http.
+        allowed_hosts: Entries of `allowed_image_hosts`: the only hosts. A host that is named without a wildcard may have a
+            private address and plain http. None: any public host.
     """
 
     base_url: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
 
     def check(self, url: str, subject: str = "The image's link") -> AddressCheck:
-        """The check for the addresses of a link.
+        """Check a link.
 
         Args:
             url: The link.
-            subject: What an error calls it.
+            subject: What an error calls the link.
+
+        Returns:
+            The check for the addresses of its host.
 
         Raises:
-            CogViewDownloadError: When the link itself may not be fetched.
+            CogViewDownloadError: The link may not be opened.
         """
         link = _Origin.of(url)
         if link is None:
@@ -243,7 +300,7 @@ class LinkRules:
             return is_host if named is None else lambda address, _: address == named
         if is_local:
             return is_loopback
-        # The system's resolver reads numbers in spellings that are not looked up: they are literals all the same.
+        # The system reads numbers in many spellings as addresses, without a look-up: these are literals, too.
         return (lambda address, _: is_public(address)) if _NUMBER.fullmatch(link.host) else is_public
 
     def _is_named(self, link: _Origin, subject: str) -> bool:
@@ -292,7 +349,15 @@ class _Origin:
 
 
 def link_refused(why: str, subject: str = "The image's link") -> CogViewDownloadError:
-    """The error for a link that may not be fetched; fetching it again would not help."""
+    """Make the error for a link that may not be opened; another attempt would not help.
+
+    Args:
+        why: The reason.
+        subject: What the error calls the link.
+
+    Returns:
+        The error.
+    """
     return CogViewDownloadError(
         f"{subject} was not opened: {why}.", hint="Its URL is on the result: look at it before opening it."
     )
@@ -338,7 +403,14 @@ def _normal_host(host: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def literal_address(host: str) -> str | None:
-    """The address that a host spells out in its usual form; None for a name."""
+    """Read an address that a host spells out.
+
+    Args:
+        host: The host of a URL.
+
+    Returns:
+        The address in its usual form; None for a name.
+    """
     try:
         return str(ipaddress.ip_address(host.partition("%")[0]))
     except ValueError:
@@ -346,7 +418,7 @@ def literal_address(host: str) -> str | None:
 
 
 def _look_up(host: str, port: int) -> list[str]:
-    return list(dict.fromkeys(str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
 
 
 def _look_up_in_thread(host: str, port: int, deliver: Callable[[list[str] | Exception], None]) -> None:
@@ -375,21 +447,30 @@ def _allowed(
 
 
 def check_literal(host: str, check: AddressCheck | None) -> None:
-    """Check a host that is an address; a name passes, because behind a proxy the proxy looks it up.
+    """Check a host that is an address. A name passes, because a proxy looks it up.
 
-    Raises:
-        AddressRefusedError: When the check refuses the address.
+    Args:
+        host: The host of a URL.
+        check: The check; None: every address passes.
     """
     if literal := literal_address(host):
         _allowed(host, [literal], check, literal=True)
 
 
 def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline) -> list[str]:
-    """The addresses of a host that may be connected to.
+    """Look up a host.
+
+    Args:
+        host: A name or an address.
+        port: The port of the connection.
+        check: The check for addresses; None: every address passes.
+        deadline: For the look-up.
+
+    Returns:
+        The addresses that a connection may go to.
 
     Raises:
-        httpcore.ConnectError: When there is none; `AddressRefusedError` when the check refused them all.
-        httpcore.ConnectTimeout: When the look-up takes longer than the deadline.
+        httpcore.ConnectTimeout: The look-up took longer than the deadline.
     """
     if literal := literal_address(host):
         return _allowed(host, [literal], check, literal=True)
@@ -403,7 +484,7 @@ def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline
 
 
 async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str]:
-    """Async version of `resolve`; the caller's `asyncio.timeout` bounds it."""
+    """Async version of `resolve`. The caller's `asyncio.timeout` limits its time."""
     if literal := literal_address(host):
         return _allowed(host, [literal], check, literal=True)
     loop = asyncio.get_running_loop()
@@ -414,7 +495,7 @@ async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str
             future.set_result(answer)
 
     def deliver(answer: list[str] | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
             loop.call_soon_threadsafe(settle, answer)
 
     _look_up_in_thread(host, port, deliver)

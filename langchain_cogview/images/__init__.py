@@ -1,1 +1,1 @@
-"""Picture bytes: formats, downloads, where they stay, how they are shown."""
+"""Image bytes: formats, download, files on this machine, remote storage."""

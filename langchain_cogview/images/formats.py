@@ -1,7 +1,7 @@
-"""PNG, JPEG, WebP: magic, dimensions, wholeness; read from the bytes alone and without decoding a pixel.
+"""Check PNG, JPEG and WebP files and read their dimensions, without decoding a pixel.
 
-A file is whole when its own structure reaches exactly to its last byte. That catches what a broken download leaves
-(a cut, an error page, two files glued together) and what should not be handed on (something hidden behind the end).
+A file is whole when its own structure ends exactly at its last byte. This finds what a broken download leaves (a file that is
+cut short, an error page, two files in one) and what should not be passed on (something hidden behind the end).
 
 Sources: the PNG specification (third edition), ITU-T T.81 (JPEG), RFC 9649 (WebP).
 """
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_IMAGE_BYTES: Final = 32 * 2**20
-"""Bytes above which a picture is refused."""
+"""Bytes above which an image is refused."""
 
 MAX_PIXELS: Final = 50_000_000
-"""Width times height above which a picture is refused; the service draws at most 4,194,304."""
+"""Width times height above which an image is refused; the service makes at most 4,194,304 pixels."""
 
 MAX_PARTS: Final = 100_000
-"""Chunks or segments above which a file is refused: a 32 MB file could hold millions, each costing time."""
+"""Chunks or segments above which a file is refused: a file of 32 MB could hold millions, and every one takes time."""
 
 MAX_SCANS: Final = 64
-"""Scans above which a JPEG is refused: encoders write at most 20 or so, and each costs as much time as the whole image."""
+"""Scans above which a JPEG is refused: encoders write about 20 at most, and one takes as long as the whole image."""
 
 _WINDOW = 65_536
 EXTENSIONS: Final = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
@@ -45,24 +45,24 @@ _JPEG_FILL_END = re.compile(rb"[^\xff]", re.DOTALL)
 
 
 class ImageFormatError(ValueError):
-    """The bytes are no whole PNG, JPEG or WebP picture; the text says in a few plain words why."""
+    """The bytes are not one whole PNG, JPEG or WebP image; the text says why, in a few words."""
 
 
 class ImageRefusedError(ImageFormatError):
-    """The image is larger, or made of more parts, than is accepted; fetching it again gives the same one."""
+    """The image is larger, or has more parts, than is accepted; downloading it again gives the same image."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What the bytes of a picture say of it.
+    """What the bytes of an image say about it.
 
     Attributes:
         mime_type: `image/png`, `image/jpeg` or `image/webp`.
         extension: `.png`, `.jpg` or `.webp`.
         width: In pixels.
         height: In pixels.
-        decoding_bytes: Memory that Pillow takes at most to decode it, measured for each kind of file.
-        preview_bytes: The same for making it smaller, where a JPEG can be decoded at a lower resolution.
+        decoding_bytes: The most memory that Pillow takes to decode the image, measured for every kind of file.
+        preview_bytes: The same for a preview; a JPEG can be decoded at a lower resolution.
     """
 
     mime_type: str
@@ -75,7 +75,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Width and height, and the memory for each pixel: to decode it, and to make it smaller."""
+    """Width and height, and the bytes of memory per pixel: to decode the image, and to make a preview."""
 
     size: tuple[int, int]
     decoding: float
@@ -83,7 +83,14 @@ class _Measured:
 
 
 def sniff(head: bytes) -> str | None:
-    """The mime type told by the first 12 bytes of a file; None for anything but PNG, JPEG and WebP."""
+    """Recognise a format by the first bytes of a file.
+
+    Args:
+        head: At least 12 bytes.
+
+    Returns:
+        The mime type; None for anything but PNG, JPEG and WebP.
+    """
     if head.startswith(_PNG_MAGIC):
         return "image/png"
     if head.startswith(b"\xff\xd8\xff"):
@@ -94,30 +101,34 @@ def sniff(head: bytes) -> str | None:
 
 
 def inspect(file: BinaryIO) -> ImageInfo:
-    """Read a picture's format and dimensions, and make sure that it is whole.
+    """Read the format and the dimensions of an image, and check that it is whole.
 
     Args:
-        file: Seekable and binary; it is read from its start to its end, at most 64 kB at a time, and left anywhere.
+        file: A binary file that can seek. It is read from start to end, at most 64 kB at a time; its position changes.
+
+    Returns:
+        What the bytes say about the image.
 
     Raises:
-        ImageFormatError: The file is no PNG, JPEG or WebP, is damaged or cut short, goes on behind the picture's end,
-            or has no pixels or more than `MAX_PIXELS`.
+        ImageFormatError: The file is not a PNG, JPEG or WebP image, is damaged or cut short, has something behind the
+            image's end, or has no pixels.
+        ImageRefusedError: The image has more pixels, parts or scans than are accepted.
     """
     window = _Window(file)
     if not window.size:
         raise ImageFormatError("the file is empty")
     mime_type = sniff(window.take(0, min(12, window.size)))
     if mime_type is None:
-        raise ImageFormatError("the file is not a PNG, JPEG or WebP picture")
+        raise ImageFormatError("the file is not a PNG, JPEG or WebP image")
     measure = {"image/png": _measure_png, "image/jpeg": _measure_jpeg, "image/webp": _measure_webp}[mime_type]
     found = measure(window)
     width, height = found.size
-    memory = (int(width * height * each) for each in (found.decoding, found.preview))
+    memory = (int(width * height * per_pixel) for per_pixel in (found.decoding, found.preview))
     return ImageInfo(mime_type, EXTENSIONS[mime_type], width, height, *memory)
 
 
 class _Window:
-    """A file seen through one buffer of 64 kB, so that many small steps do not become many reads."""
+    """A file behind one buffer of 64 kB, so that many small reads do not become many system calls."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -133,7 +144,7 @@ class _Window:
             offset = 0
         found = self._buffer[offset : offset + length]
         if len(found) < length:
-            raise ImageFormatError("the picture is cut short")
+            raise ImageFormatError("the image is cut short")
         return found
 
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
@@ -153,7 +164,7 @@ class _Window:
                 return self._start + match.start()
             # The last byte is looked at again: it can be the first half of a match.
             start = max(start + 1, self._start + len(self._buffer) - 1)
-        raise ImageFormatError("the picture is cut short")
+        raise ImageFormatError("the image is cut short")
 
     def _load(self, start: int) -> None:
         self._file.seek(start)
@@ -162,17 +173,17 @@ class _Window:
 
 def _checked(width: int, height: int) -> tuple[int, int]:
     if not width or not height:
-        raise ImageFormatError("the picture has no pixels")
+        raise ImageFormatError("the image has no pixels")
     if width * height > MAX_PIXELS:
-        raise ImageRefusedError(f"the picture has {width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
+        raise ImageRefusedError(f"the image has {width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
     return width, height
 
 
 def _expect_end(window: _Window, end: int) -> None:
     if end > window.size:
-        raise ImageFormatError("the picture is cut short")
+        raise ImageFormatError("the image is cut short")
     if end < window.size:
-        raise ImageFormatError("there is something behind the picture's end")
+        raise ImageFormatError("there is something behind the image's end")
 
 
 def _measure_png(window: _Window) -> _Measured:
@@ -183,15 +194,15 @@ def _measure_png(window: _Window) -> _Measured:
         head = window.take(position, 8)
         length, name = int.from_bytes(head[:4], "big"), head[4:]
         if length >> 31 or not name.isalpha():
-            raise ImageFormatError("the PNG picture is damaged: it has an impossible chunk")
+            raise ImageFormatError("the PNG image is damaged: it has an impossible chunk")
         if (name == b"IHDR") != (size is None):
-            raise ImageFormatError("the PNG picture is damaged: its header is not at its start")
+            raise ImageFormatError("the PNG image is damaged: its header is not at its start")
         end = position + 8 + length
         checksum = 0
         for piece in window.pieces(position + 4, end):
             checksum = zlib.crc32(piece, checksum)
         if checksum != int.from_bytes(window.take(end, 4), "big"):
-            raise ImageFormatError("the PNG picture is damaged: a checksum is wrong")
+            raise ImageFormatError("the PNG image is damaged: a checksum is wrong")
         if size is None:
             header = window.take(position + 8, length) if length == 13 else b""  # noqa: PLR2004
             size, colour = _png_header(header), header[9]
@@ -199,16 +210,16 @@ def _measure_png(window: _Window) -> _Measured:
         position = end + 4
         if name == b"IEND":
             if length or not has_pixels:
-                raise ImageFormatError("the PNG picture is damaged: it ends before its pixels")
+                raise ImageFormatError("the PNG image is damaged: it ends before its pixels")
             _expect_end(window, position)
-            # One byte for each of four channels; to make it smaller, a copy that is opaque or premultiplied.
+            # One byte for each of four channels; a preview takes a copy as well, opaque or premultiplied.
             return _Measured(size, 4, 6 if colour in _PNG_OPAQUE else 9)
-    raise ImageRefusedError("the PNG picture has too many chunks")
+    raise ImageRefusedError("the PNG image has too many chunks")
 
 
 def _png_header(header: bytes) -> tuple[int, int]:
     if not header or header[8] not in _PNG_DEPTHS.get(header[9], ()) or header[10] or header[11] or header[12] > 1:
-        raise ImageFormatError("the PNG picture is damaged: its header is wrong")
+        raise ImageFormatError("the PNG image is damaged: its header is wrong")
     return _checked(int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big"))
 
 
@@ -217,21 +228,21 @@ def _measure_jpeg(window: _Window) -> _Measured:  # noqa: C901  one branch for e
     position, scans, frame, components = 2, 0, 0, 0
     for _ in range(MAX_PARTS):
         if window.take(position, 1) != b"\xff":
-            raise ImageFormatError("the JPEG picture is damaged: a marker is missing")
+            raise ImageFormatError("the JPEG image is damaged: a marker is missing")
         position = window.find(_JPEG_FILL_END, position) + 1
         marker = window.take(position - 1, 1)[0]
         if marker == _EOI:
             if not size or not scans:
-                raise ImageFormatError("the JPEG picture is damaged: it ends before its pixels")
+                raise ImageFormatError("the JPEG image is damaged: it ends before its pixels")
             _expect_end(window, position)
             return _jpeg_memory(size, frame, components, scans)
         if marker == _TEM:
             continue
         if marker in _MISPLACED:
-            raise ImageFormatError("the JPEG picture is damaged: a marker is out of place")
+            raise ImageFormatError("the JPEG image is damaged: a marker is out of place")
         length = int.from_bytes(window.take(position, 2), "big")
         if length < 2 or (marker in _FRAMES and (size or length < 8)):  # noqa: PLR2004
-            raise ImageFormatError("the JPEG picture is damaged: its header is wrong")
+            raise ImageFormatError("the JPEG image is damaged: its header is wrong")
         if marker in _FRAMES:
             head = window.take(position + 3, 5)
             size = _checked(int.from_bytes(head[2:4], "big"), int.from_bytes(head[:2], "big"))
@@ -239,12 +250,12 @@ def _measure_jpeg(window: _Window) -> _Measured:  # noqa: C901  one branch for e
         position += length
         if marker == _SOS:
             if size is None:
-                raise ImageFormatError("the JPEG picture is damaged: its header is not before its pixels")
+                raise ImageFormatError("the JPEG image is damaged: its header is not before its pixels")
             scans += 1
             if scans > MAX_SCANS:
-                raise ImageRefusedError(f"the JPEG picture has more than the {MAX_SCANS} scans allowed")
+                raise ImageRefusedError(f"the JPEG image has more than the {MAX_SCANS} scans allowed")
             position = window.find(_JPEG_MARKER_IN_SCAN, position)
-    raise ImageRefusedError("the JPEG picture has too many segments")
+    raise ImageRefusedError("the JPEG image has too many segments")
 
 
 def _jpeg_memory(size: tuple[int, int], frame: int, components: int, scans: int) -> _Measured:
@@ -262,8 +273,8 @@ def _measure_webp(window: _Window) -> _Measured:
     for _ in range(MAX_PARTS):
         if position == window.size:
             if size is None or not has_pixels:
-                raise ImageFormatError("the WebP picture is damaged: it has no pixels")
-            return _Measured(size, 17, 17)  # four canvases of an animation, which every WebP is to Pillow
+                raise ImageFormatError("the WebP image is damaged: it has no pixels")
+            return _Measured(size, 17, 17)  # Pillow treats every WebP as an animation, with four canvases
         head = window.take(position, 8)
         name, length = head[:4], int.from_bytes(head[4:], "little")
         position += 8
@@ -271,13 +282,13 @@ def _measure_webp(window: _Window) -> _Measured:
         if name in (b"VP8 ", b"VP8L", b"VP8X"):
             found = _checked(*_webp_size(name, window.take(position, min(length, 10))))
             if size not in (None, found):
-                raise ImageFormatError("the WebP picture is damaged: its sizes disagree")
+                raise ImageFormatError("the WebP image is damaged: its sizes disagree")
             size = found
         elif size is None:
-            raise ImageFormatError("the WebP picture is damaged: its header is not at its start")
+            raise ImageFormatError("the WebP image is damaged: its header is not at its start")
         has_pixels = has_pixels or name in (b"VP8 ", b"VP8L", b"ANMF")
         position = end
-    raise ImageRefusedError("the WebP picture has too many chunks")
+    raise ImageRefusedError("the WebP image has too many chunks")
 
 
 def _webp_size(name: bytes, head: bytes) -> tuple[int, int]:
@@ -288,4 +299,4 @@ def _webp_size(name: bytes, head: bytes) -> tuple[int, int]:
     bits = int.from_bytes(head[1:5], "little")
     if name == b"VP8L" and len(head) >= 5 and head[0] == 0x2F and not bits >> 29:  # noqa: PLR2004
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    raise ImageFormatError("the WebP picture is damaged: its header is wrong")
+    raise ImageFormatError("the WebP image is damaged: its header is wrong")

@@ -1,8 +1,11 @@
-"""Where pictures stay on another machine: a folder behind any URL that fsspec knows, such as `s3://bucket/pictures`.
+"""Save images in remote storage, and read saved images again: a folder behind any URL that fsspec knows.
 
-A picture goes there whole in one request, under a name that nothing has yet. The file systems are fsspec's. Sync and async
-callers use them in the same way: by their blocking methods, in a daemon thread, for as long as the deadline allows.
-Credentials come from `options` or from where the file system looks for them (environment, profile, role).
+An image goes there whole, in one request, under a name that no file has. Sync and async callers use the blocking methods of
+fsspec's file systems in a daemon thread, until the deadline. Credentials come from `options` or from where the file system
+looks for them (environment, profile, role).
+
+Paths, URIs and links come back from storage: an artifact in a checkpoint, an entry of a cache. Anybody can have written them,
+so `ImageAccess` decides what may be opened, and bytes count as the image only when they are an image.
 """
 
 from __future__ import annotations
@@ -40,20 +43,20 @@ _S3: Final = frozenset({"s3", "s3a"})
 _LOCAL: Final = frozenset({"file", "local"})
 _NO_FOLDERS: Final = frozenset({"http", "https", "data"})
 _OWN_OPTIONS: Final = frozenset({"asynchronous", "loop"})
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)  # one letter alone is a Windows drive
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)  # a single letter is a Windows drive
 _NO_URL_NOR_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\](?!/)|[^/\\]{2,}://")  # Path("s3://b") is "s3:/b"
-_PASSWORD = re.compile(r"(?!arn:)[^/@]*:(?!\d+/)[^@]*@")  # a secret may hold slashes; a port holds digits alone
+_PASSWORD = re.compile(r"(?!arn:)[^/@]*:(?!\d+/)[^@]*@")  # a secret may hold slashes, a port only digits
 _SEGMENTS: Final = re.compile(r"[/\\]")
 _CLAIMED: Final[dict[str, object]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFolder:
-    """A folder that fsspec reaches; `remote_folder` makes one of a URL and checks it.
+    """A folder in remote storage, made from a URL by `remote_folder`.
 
     Attributes:
-        url: Such as `s3://bucket/pictures`; without credentials.
-        options: fsspec's storage options for it. They may hold secrets: they are in no repr and in no error.
+        url: The URL, such as `s3://bucket/images`; without credentials.
+        options: fsspec's storage options. They may hold secrets, and appear in no repr and in no error.
     """
 
     url: str
@@ -63,17 +66,25 @@ class RemoteFolder:
         return self.url
 
     def upload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
-        """Put a file there under the first of the names that is free, whole or not at all, and tell its URI.
+        """Save a file whole or not at all, under the first name that no file has.
+
+        Args:
+            names: The names to try, in order.
+            content: The bytes.
+            deadline: For everything.
+
+        Returns:
+            The URI of the file.
 
         Raises:
-            OSError: When it could not be done in time; `strerror` says why in words of ours.
+            OSError: The file could not be saved in time; `strerror` says why, without the store's own words.
         """
-        with _in_our_words("uploaded"):
+        with _storage_errors("uploaded"):
             return _waited(self._uploading(names, content, deadline), deadline)
 
     async def aupload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
-        """Async version of `upload`; what a cancelled one uploads is removed."""
-        with _in_our_words("uploaded"):
+        """Async version of `upload`. A file of a cancelled upload is removed."""
+        with _storage_errors("uploaded"):
             return await _awaited(self._uploading(names, content, deadline), deadline)
 
     def _uploading(self, names: Iterable[str], content: bytes, deadline: Deadline) -> _Answer[str]:
@@ -83,20 +94,23 @@ class RemoteFolder:
 
 
 def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> RemoteFolder | Path:
-    """The folder that a URL names, checked without asking the network.
+    """Check the URL of a folder, without using the network.
 
     Args:
-        url: A URL of a protocol that fsspec knows. A path, or a `file://` URL, is a folder of this machine.
+        url: A URL with a protocol that fsspec knows. A path, or a `file://` URL, is a folder on this machine.
         options: fsspec's storage options.
 
+    Returns:
+        The remote folder, or the path of a folder on this machine.
+
     Raises:
-        CogViewConfigurationError: When the URL cannot name a folder, holds credentials, or needs a package that is missing.
+        CogViewConfigurationError: The URL cannot name a folder, holds credentials, or needs a package that is missing.
     """
     text = os.fspath(url)
     parts = _URL.fullmatch(text)
     if parts is None or parts[1].lower() in _LOCAL:
         if options:
-            raise _wrong("storage_options were given for a folder of this machine", "Leave them out.")
+            raise _wrong("storage_options were passed for a folder on this machine", "Leave them out.")
         return _local_folder(text, is_url=parts is not None)
     protocol, rest = parts[1].lower(), parts[2].rstrip("/")
     _check_rest(protocol, rest)
@@ -107,15 +121,15 @@ def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None
 
 
 def read_uri(uri: str, options: Mapping[str, Any] | None = None, *, seconds: float | None = READ_SECONDS) -> bytes:
-    """The bytes of a picture that was saved elsewhere, at most 32 MiB.
+    """Read a file in remote storage, of at most 32 MiB.
 
     Args:
-        uri: As the result or the artifact holds it.
+        uri: The URI of the file.
         options: fsspec's storage options.
-        seconds: For everything; None: no limit of ours.
+        seconds: The time limit; None: no limit.
 
-    Raises:
-        CogViewStorageError: When it could not be read.
+    Returns:
+        The bytes of the file.
     """
     deadline = Deadline(seconds)
     with _unreadable():
@@ -139,9 +153,9 @@ class ImageAccess:
     """What may be opened to read an image that is not in memory.
 
     Attributes:
-        base_url: The service's base URL; decides which links are the service's own. None: not known.
-        allowed_hosts: The only hosts that a link is fetched from; None: any public one.
-        storage: The remote folders from which a URI is read, each with its options; none: no URI is read.
+        base_url: The base URL of the service; links to the same host and port belong to the service. None: not known.
+        allowed_hosts: The only hosts whose links are opened; None: any public host.
+        storage: The remote folders in which URIs are read, with their options. Empty: no URI is read.
         within: The only folder from which files are read; None: any folder.
     """
 
@@ -154,24 +168,40 @@ class ImageAccess:
     def of_generator(
         cls, base_url: str | None, allowed_hosts: tuple[str, ...] | None, folder: Path | RemoteFolder | None
     ) -> ImageAccess:
-        """The access of a generator's images: URIs in the bucket of its own remote folder, with that folder's options."""
+        """Make the access for the images of a generator: URIs are read in the bucket of its own remote folder.
+
+        Args:
+            base_url: The generator's base URL.
+            allowed_hosts: The generator's `allowed_image_hosts`.
+            folder: The generator's `output_dir`; its storage options are used for its bucket only.
+
+        Returns:
+            The access.
+        """
         storage = (_bucket(folder),) if isinstance(folder, RemoteFolder) else ()
         return cls(base_url, allowed_hosts, storage)
 
     def without_options(self) -> ImageAccess:
-        """The same without storage options, which may hold secrets."""
+        """Make a copy without storage options, which may hold secrets.
+
+        Returns:
+            The copy.
+        """
         return replace(self, storage=tuple(RemoteFolder(folder.url) for folder in self.storage))
 
     def read_file(self, path: Path, *, size_bytes: int | None = None, sha256: str | None = None) -> bytes:
-        """The bytes of a saved image.
+        """Read a saved image.
 
         Args:
-            path: A regular file; a symbolic link at its end is not followed.
-            size_bytes: Their number, where it is recorded.
-            sha256: Their hash, where it is recorded.
+            path: A regular file; a symbolic link in its last part is not followed.
+            size_bytes: The recorded number of bytes; None: not recorded.
+            sha256: The recorded SHA-256, in hexadecimal; None: not recorded.
+
+        Returns:
+            The image bytes.
 
         Raises:
-            CogViewStorageError: When it cannot be read, lies outside of `within`, or is not the image that is recorded.
+            CogViewStorageError: The file cannot be read, lies outside of `within`, or is not the recorded image.
         """
         try:
             content = read_regular_file(path, MAX_IMAGE_BYTES, within=self.within)
@@ -179,7 +209,7 @@ class ImageAccess:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise CogViewStorageError(
                 f"The saved file {printable(path.name, 120)} cannot be read: {printable(reason, 80)}.",
-                hint="If it was moved, open it where it is now; while the link lives, the URL still gives it.",
+                hint="If the file was moved, open it where it is now, or open the URL while the link is valid.",
             ) from None
         return checked_image(
             content, f"The saved file {printable(path.name, 120)}", size_bytes=size_bytes, sha256=sha256
@@ -193,16 +223,16 @@ class ImageAccess:
         sha256: str | None = None,
         seconds: float | None = READ_SECONDS,
     ) -> bytes:
-        """The bytes of an image that was saved elsewhere.
+        """Read an image in remote storage.
 
         Args:
-            uri: As the image holds it.
-            size_bytes: Their number, where it is recorded.
-            sha256: Their hash, where it is recorded.
-            seconds: The time limit; None: no limit of ours.
+            uri: The URI of the image.
+            size_bytes: The recorded number of bytes; None: not recorded.
+            sha256: The recorded SHA-256, in hexadecimal; None: not recorded.
+            seconds: The time limit; None: no limit.
 
-        Raises:
-            CogViewStorageError: When it lies outside of `storage`, cannot be read, or is not the image that is recorded.
+        Returns:
+            The image bytes.
         """
         content = read_uri(uri, self._options(uri), seconds=seconds)
         return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
@@ -220,7 +250,14 @@ class ImageAccess:
         return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
     def covers(self, uri: str) -> bool:
-        """Whether a URI lies in one of the remote folders."""
+        """Tell whether a URI lies in one of the remote folders.
+
+        Args:
+            uri: The URI.
+
+        Returns:
+            Whether it does.
+        """
         return any(_holds(folder, uri) for folder in self.storage)
 
     def _options(self, uri: str) -> Mapping[str, Any]:
@@ -228,8 +265,8 @@ class ImageAccess:
             if _holds(folder, uri):
                 return folder.options
         raise CogViewStorageError(
-            f"The image at {printable(uri, 120)} is not read: its URI is in none of the allowed folders.",
-            hint='Name the folder where the image is loaded, such as images_from_messages(..., storage="s3://bucket").',
+            f"The image at {printable(uri, 120)} was not read: its URI is in none of the allowed folders.",
+            hint='Pass the folder where the image is loaded, such as images_from_messages(..., storage="s3://bucket").',
         )
 
 
@@ -244,38 +281,37 @@ def image_access(
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> ImageAccess:
-    """What the reading side allows for images that come back from storage.
+    """Make the access that the reading side allows for images that come back from storage.
 
     Args:
-        within: The only folder from which files are read.
-        storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`.
-        storage_options: fsspec's options for these folders; they go nowhere else.
-        allowed_image_hosts: The only hosts from which links are fetched, as on `CogViewImageGenerator`.
+        within: The only folder from which files are read; None: any folder.
+        storage: URLs of the remote folders in which URIs are read, such as `s3://bucket/images`; None: no URI is read.
+        storage_options: fsspec's storage options for these folders; they are used for nothing else.
+        allowed_image_hosts: The only hosts whose links are opened, as for `CogViewImageGenerator`; None: any public host.
+
+    Returns:
+        The access.
 
     Raises:
-        CogViewConfigurationError: When a URL is not one of a remote folder, options are given without one, or `within` begins
-            with `~` and there is no such home folder.
+        CogViewConfigurationError: An argument cannot be used.
     """
     urls = [storage] if isinstance(storage, str) else list(storage or ())
     if storage_options and not urls:
         raise CogViewConfigurationError(
-            "storage_options were given without storage.", hint='Pass storage="s3://bucket", which they are for.'
+            "storage_options were passed without storage.",
+            hint='Pass the folder that they are for, such as storage="s3://bucket".',
         )
-    folders = [remote_folder(url, storage_options) for url in urls if _is_remote(url)]
+    if any(isinstance(remote_folder(url), Path) for url in urls):
+        raise CogViewConfigurationError(
+            "storage names a folder on this machine.", hint="Pass a folder on this machine as within=."
+        )
+    folders = [remote_folder(url, storage_options) for url in urls]
     hosts = (allowed_image_hosts,) if isinstance(allowed_image_hosts, str) else allowed_image_hosts
     return ImageAccess(
         allowed_hosts=None if hosts is None else tuple(hosts),
         storage=tuple(folder for folder in folders if isinstance(folder, RemoteFolder)),
         within=None if within is None else local_path(within, "within"),
     )
-
-
-def _is_remote(url: str) -> bool:
-    if isinstance(remote_folder(url), Path):
-        raise CogViewConfigurationError(
-            "storage names a folder of this machine.", hint="Pass a folder of this machine as within=."
-        )
-    return True
 
 
 def _bucket(folder: RemoteFolder) -> RemoteFolder:
@@ -295,11 +331,13 @@ def _holds(folder: RemoteFolder, uri: str) -> bool:
 def _local_folder(text: str, *, is_url: bool) -> Path:
     if not is_url:
         if _NO_URL_NOR_PATH.match(text):
-            raise _wrong("it is no URL of a folder", "Pass a URL such as 's3://bucket/pictures' as a string.")
+            raise _wrong("it is not the URL of a folder", "Pass a URL such as 's3://bucket/images' as a string.")
         return Path(text)
     parts = urlsplit(text)
     if parts.netloc not in {"", "localhost"} or not parts.path or parts.query or parts.fragment:
-        raise _wrong("it is no file URL of a folder of this machine", "Write it as 'file:///folder', or as a path.")
+        raise _wrong(
+            "it is not the file URL of a folder on this machine", "Write it as 'file:///folder', or as a path."
+        )
     return Path(url2pathname(parts.path))
 
 
@@ -310,20 +348,18 @@ def _check_rest(protocol: str, rest: str) -> None:
     if "?" in rest or "#" in rest:
         raise _wrong("the URL has a query or a fragment", "Leave it out; storage_options take what the store needs.")
     if "::" in rest or not rest.isprintable():
-        raise _wrong("the URL is chained or holds unprintable characters", "Pass the plain URL of one folder.")
+        raise _wrong("the URL is chained or holds unprintable characters", "Pass the URL of one folder.")
     if protocol in _S3 and not host:
-        raise _wrong("the URL names no bucket", "Write it as 's3://bucket/pictures'.")
+        raise _wrong("the URL names no bucket", "Write it as 's3://bucket/images'.")
 
 
 def _check_protocol(protocol: str) -> None:
     if protocol in _NO_FOLDERS:
-        raise _wrong(f"{protocol}:// addresses are not folders", "Take the store's own protocol, such as s3://.")
+        raise _wrong(f"{protocol}:// URLs are not folders", "Use the protocol of the store, such as s3://.")
     try:
         from fsspec import get_filesystem_class  # noqa: PLC0415
     except ImportError:
-        raise CogViewConfigurationError(
-            "Storage elsewhere needs fsspec, which is not installed.", hint=_INSTALL
-        ) from None
+        raise CogViewConfigurationError("Remote storage needs fsspec, which is not installed.", hint=_INSTALL) from None
     try:
         get_filesystem_class(protocol)
     except ValueError:
@@ -331,7 +367,7 @@ def _check_protocol(protocol: str) -> None:
     except ImportError as error:
         raise CogViewConfigurationError(
             f"Storage at {protocol}:// needs a package that is not installed.",
-            hint=_INSTALL if protocol in _S3 else "Install fsspec's package for it.",
+            hint=_INSTALL if protocol in _S3 else "Install the package that fsspec needs for it.",
             detail=str(error),
         ) from None
 
@@ -344,21 +380,21 @@ def _wrong(why: str, what_to_do: str) -> CogViewConfigurationError:
 
 
 class _Store:
-    """The file system of a folder: fsspec's blocking methods, on URIs."""
+    """The file system of a folder: the blocking methods of fsspec, called with URIs."""
 
     def __init__(self, folder: RemoteFolder, deadline: Deadline) -> None:
         self.folder = folder
         self._deadline = deadline
 
     def call(self, method: str, uri: str, *args: Any, **options: Any) -> Any:
-        """One method of the file system on a URI."""
-        from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec keeps one for the same options, anew after a fork
+        """Call a method of the file system with a URI."""
+        from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec caches file systems by options and process
 
         files, path = url_to_fs(uri, **self.folder.options)
         left = self._deadline.remaining()
-        if left == 0.0:  # which fsspec would take for no limit
+        if left == 0.0:  # fsspec reads zero as no limit
             raise _TimePassedError
-        if files.async_impl:  # it is cancelled after that time; the others know no limit
+        if files.async_impl:  # the others have no time limit
             options["timeout"] = left
         try:
             return getattr(files, method)(path, *args, **options)
@@ -367,23 +403,15 @@ class _Store:
                 raise _TimePassedError from None
             raise
 
-    def has_folders(self) -> bool:
-        """Whether folders are real; the file systems that are coroutines inside are those of object stores, which have none."""
-        return not self._files().async_impl
-
     def create(self, uri: str, content: bytes) -> None:
-        """Write a new file in one request.
-
-        Raises:
-            FileExistsError: When the name is taken.
-        """
+        """Write a new file in one request; raises FileExistsError when a file has that name."""
         if "mode" in inspect.signature(self._files().pipe_file).parameters:
             try:
                 self.call("pipe_file", uri, content, mode="create")
             except Exception as error:
                 if _is_taken(error):
                     raise FileExistsError from None
-                if not _knows_no_conditions(error):
+                if _refusal(error)[0] != 501:  # noqa: PLR2004  some S3-compatible stores refuse If-None-Match
                     raise
             else:
                 return
@@ -392,8 +420,8 @@ class _Store:
         self.call("pipe_file", uri, content)
 
     def create_below(self, uri: str, content: bytes) -> None:
-        """Write a new file, making its folder where folders are real; a half one is removed."""
-        if not self.has_folders():  # one PUT is whole or nothing
+        """Write a new file, and make its folder where folders are real. A file that is not whole is removed."""
+        if self._files().async_impl:  # an object store: it has no folders, and a PUT writes the whole file or nothing
             self.create(uri, content)
             return
         try:
@@ -409,7 +437,7 @@ class _Store:
             raise
 
     def remove(self, uri: str) -> None:
-        """Remove a file of ours, if that can be done."""
+        """Remove a file that this package wrote; errors are ignored."""
         self._deadline = Deadline(_REMOVE_SECONDS)
         with contextlib.suppress(Exception):
             self.call("rm_file", uri)
@@ -422,18 +450,18 @@ class _Store:
 
 def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: bytes) -> str:
     for uri in uris:
-        mine = object()
+        claim = object()
         try:
-            # Two of this process never try one name at once: not every store can tell them apart.
-            if _CLAIMED.setdefault(uri, mine) is mine:
+            # Two uploads of this process never try one name at the same time: not every store can refuse the second.
+            if _CLAIMED.setdefault(uri, claim) is claim:
                 store.create_below(uri, content)
                 if answer.cancelled():
-                    store.remove(uri)  # nobody will ever know of it
+                    store.remove(uri)  # the caller has gone, and nobody knows the name
                 return uri
         except FileExistsError:
             continue
         finally:
-            if _CLAIMED.get(uri) is mine:
+            if _CLAIMED.get(uri) is claim:
                 del _CLAIMED[uri]
     raise _PlainError("every name is taken")
 
@@ -442,7 +470,7 @@ def _reading(uri: str, options: Mapping[str, Any] | None, deadline: Deadline) ->
     def get(_: _Answer[bytes]) -> bytes:
         folder = remote_folder(uri, options)
         if isinstance(folder, Path):
-            raise _wrong("it is a file of this machine", "Open it as one.")
+            raise _wrong("it is a file on this machine", "Open it as a file.")
         store = _Store(folder, deadline)
         content: bytes = store.call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
         if len(content) > MAX_IMAGE_BYTES:
@@ -455,15 +483,15 @@ def _reading(uri: str, options: Mapping[str, Any] | None, deadline: Deadline) ->
 # --- waiting
 
 _Answer = concurrent.futures.Future[T | BaseException]
-"""What became of the work. An exception is a value here, so that none is complained of when nobody waits any more."""
+"""The outcome of the work. An exception is a value here, so that it is not logged when nobody waits for it any more."""
 
 
 class _TimePassedError(Exception):
-    """When nobody waits any more."""
+    """The time limit has passed."""
 
 
 class _PlainError(Exception):
-    """What went wrong, in words of ours."""
+    """What went wrong, in words that may be shown."""
 
 
 def _started(work: Callable[[_Answer[T]], T], deadline: Deadline) -> _Answer[T]:
@@ -475,7 +503,7 @@ def _started(work: Callable[[_Answer[T]], T], deadline: Deadline) -> _Answer[T]:
         outcome: T | BaseException
         try:
             outcome = work(answer)
-        except BaseException as error:  # noqa: BLE001  raised by who waits
+        except BaseException as error:  # noqa: BLE001  raised by the waiting caller
             outcome = error
         if answer.set_running_or_notify_cancel():
             answer.set_result(outcome)
@@ -489,7 +517,7 @@ def _waited(answer: _Answer[T], deadline: Deadline) -> T:
     try:
         concurrent.futures.wait([answer], timeout=deadline.remaining())
     finally:
-        answer.cancel()  # of no effect when it is there
+        answer.cancel()  # has no effect on a finished one
     return _settled(answer)
 
 
@@ -510,11 +538,11 @@ def _settled(answer: _Answer[T]) -> T:
     return outcome
 
 
-# --- what went wrong, in words of ours: a store's own may hold keys
+# --- errors without the words of the store, which may hold keys
 
 
 @contextlib.contextmanager
-def _in_our_words(done: str) -> Iterator[None]:
+def _storage_errors(done: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  foreign packages raise what they like
@@ -529,8 +557,8 @@ def _unreadable() -> Iterator[None]:
         raise CogViewStorageError(error.message, hint=error.hint, detail=error.detail) from None
     except Exception as error:  # noqa: BLE001  foreign packages raise what they like
         raise CogViewStorageError(
-            f"The saved picture could not be read: {_reason(error, 'read')}.",
-            hint="Check the access to its store (environment, storage_options); while the link lives, the URL still gives it.",
+            f"The saved image could not be read: {_reason(error, 'read')}.",
+            hint="Check the access to the store (environment, storage_options), or open the URL while the link is valid.",
         ) from None
 
 
@@ -549,7 +577,7 @@ def _reason(error: Exception, done: str) -> str:
     for kind, words in known:
         if isinstance(error, kind):
             return words
-    names = {each.__name__ for each in type(error).__mro__}
+    names = {base.__name__ for base in type(error).__mro__}
     if names & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}:
         return "no credentials were found"
     if names & {"ConnectionError", "HTTPClientError", "ClientConnectionError"}:  # of botocore and aiohttp
@@ -558,7 +586,7 @@ def _reason(error: Exception, done: str) -> str:
 
 
 def _refusal(error: BaseException) -> tuple[int | None, str]:
-    """HTTP status and code of an S3 refusal, which s3fs gives as the cause of a plain OSError."""
+    """HTTP status and code of an S3 error, which s3fs puts into the cause of an OSError."""
     response = getattr(error.__cause__, "response", None)
     if not isinstance(response, dict):
         return None, ""
@@ -568,7 +596,3 @@ def _refusal(error: BaseException) -> tuple[int | None, str]:
 def _is_taken(error: Exception) -> bool:
     status, code = _refusal(error)
     return isinstance(error, FileExistsError) or status == 412 or code == "ConditionalRequestConflict"  # noqa: PLR2004
-
-
-def _knows_no_conditions(error: Exception) -> bool:
-    return _refusal(error)[0] == 501  # noqa: PLR2004  some S3-compatible stores refuse If-None-Match

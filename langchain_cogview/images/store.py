@@ -419,7 +419,7 @@ def checked_folder(value: Any) -> Any:
         ValueError: The value is blank or holds a null character.
     """
     if isinstance(value, str) and not value.strip():
-        raise ValueError("output_dir takes a folder, such as 'pictures', or a URL, such as 's3://bucket/pictures'.")
+        raise ValueError("output_dir takes a folder, such as 'images', or a URL, such as 's3://bucket/images'.")
     if "\0" in str(value):
         raise ValueError("output_dir holds a null character.")
     if isinstance(value, os.PathLike) or (isinstance(value, str) and "://" not in value):
@@ -470,9 +470,7 @@ def checked_image(content: bytes, name: str, *, size_bytes: int | None, sha256: 
     Raises:
         CogViewStorageError: The bytes are not an image, or not the recorded one.
     """
-    hint = (
-        "Something else was written there, or the record is wrong; while the link lives, the URL still gives the image."
-    )
+    hint = "Something else was written there, or the record is wrong. Open the URL while the link is valid."
     try:
         inspect(io.BytesIO(content))
     except ImageFormatError as error:

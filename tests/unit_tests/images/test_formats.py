@@ -117,7 +117,7 @@ def test_anything_behind_the_end_is_noticed(way, suffix):
 
 @ways
 def test_two_pictures_in_one_file_are_refused(way):
-    with pytest.raises(ImageFormatError, match=r"behind the picture's end"):
+    with pytest.raises(ImageFormatError, match=r"behind the image's end"):
         look(picture(way) * 2)
 
 

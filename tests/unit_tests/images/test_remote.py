@@ -255,11 +255,11 @@ def test_paths_and_file_urls_are_folders_of_this_machine(url, path):
         ("s3:///x", "no bucket"),
         ("s3://bucket/a\nb", "unprintable"),
         ("https://bucket.s3.amazonaws.com/x", "not folders"),
-        ("simplecache::s3://bucket", "no URL"),
+        ("simplecache::s3://bucket", "not the URL"),
         ("s3://bucket/x::memory://y", "chained"),
         (Path("s3://bucket/x"), "as a string"),
-        ("file://elsewhere/x", "no file URL"),
-        ("file://", "no file URL"),
+        ("file://elsewhere/x", "not the file URL"),
+        ("file://", "not the file URL"),
     ],
 )
 def test_what_is_no_folder_is_refused_without_showing_secrets(url, says):
@@ -274,7 +274,7 @@ def test_options_are_never_dropped_and_never_shown():
     assert CANARY not in repr(folder) + str(folder)
     assert pickle.loads(pickle.dumps(folder)) == folder
     assert hash(folder) == hash(remote_folder(folder.url))
-    with pytest.raises(CogViewConfigurationError, match="of this machine"):
+    with pytest.raises(CogViewConfigurationError, match="on this machine"):
         remote_folder("pictures", {"secret": CANARY})
     with pytest.raises(CogViewConfigurationError, match="'asynchronous'"):
         remote_folder("s3://bucket", {"asynchronous": True})
@@ -511,8 +511,8 @@ async def test_what_cannot_be_read_is_our_error(how, bucket, shelf):
         "memory://large.png": "larger than 32 MiB",
         "memory://nobody-put-this.png": "does not exist",
         f"s3://{bucket}/nobody-put-this.png": "does not exist",
-        "file:///etc/hostname": "of this machine",
-        "/etc/hostname": "of this machine",
+        "file:///etc/hostname": "on this machine",
+        "/etc/hostname": "on this machine",
         "nonsense://x": "no protocol",
         "http://127.0.0.1/x.png": "not folders",
         f"s3://AKIA:{CANARY}@bucket/x": "credentials",

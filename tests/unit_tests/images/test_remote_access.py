@@ -238,7 +238,7 @@ def test_the_reader_names_folders_elsewhere_and_no_others():
     ):
         with pytest.raises(CogViewConfigurationError):
             images_from_messages([], **reading)
-    with pytest.raises(CogViewConfigurationError, match="storage_options were given without storage"):
+    with pytest.raises(CogViewConfigurationError, match="storage_options were passed without storage"):
         images_from_messages([], storage_options={"key": "x"})
 
 
