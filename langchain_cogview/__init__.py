@@ -1,4 +1,4 @@
-"""Zhipu's CogView pictures for LangChain: a tool for agents, a Runnable for chains, native sync and async."""
+"""Image generation with Zhipu's CogView endpoint for LangChain: a tool for agents and a Runnable, native sync and async."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from langchain_cogview.tasks import ImageTask
     from langchain_cogview.tool import CogViewImageTool
 
-_ROOMS = {
+_NAMES = {
     "artifact": ("ImageArtifact",),
     "callbacks": (
         "AsyncContentFilterCallbackHandler",
@@ -117,7 +117,7 @@ _ROOMS = {
     "tasks": ("ImageTask",),
     "tool": ("CogViewImageTool",),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "RETRYABLE_ERRORS",
@@ -187,10 +187,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    room = _ROOM_OF.get(name)
-    if room is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{room}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
     return value
 
 

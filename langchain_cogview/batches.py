@@ -1,278 +1,387 @@
-"""Many requests to a generator: streamed, in batches, with their configs, a bar, and what comes of it when some fail."""
+"""Many requests to a generator: streams, batches, their configs, a progress bar, and their errors."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
+import logging
+from abc import abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AsyncExitStack, aclosing, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, cast
 
 from langchain_core.messages import BaseMessage
-from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.runnables.config import get_config_list, merge_configs
 
+from langchain_cogview.catalog import DEFAULT_MODEL
+from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.errors import CogViewBatchError, CogViewError, is_retryable
-from langchain_cogview.request import ImageRequest
-from langchain_cogview.worker_pool import astream_tasks, numbered, stream_in_threads
+from langchain_cogview.request import ImageInput, ImageRequest
+from langchain_cogview.result import ImageResult
+from langchain_cogview.worker_pool import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from langchain_cogview.request import ImageInput
-    from langchain_cogview.result import ImageResult
-
-
-class Generator(Protocol):
-    """What many requests need of `CogViewImageGenerator`."""
-
-    @property
-    def model(self) -> str:
-        """The model of requests that name none."""
-
-    @property
-    def n(self) -> int:
-        """How many images a request makes that does not say."""
-
-    def invoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
-        """Make the images of one request."""
-        ...
-
-    async def ainvoke(self, input: ImageInput, config: RunnableConfig | None = None, **kwargs: Any) -> ImageResult:  # noqa: A002
-        """Async version of `invoke`."""
-        ...
-
-    def max_workers(self, model: str | None = None) -> int:
-        """How many images are worked on at once."""
-        ...
+logger = logging.getLogger(__name__)
 
 
 def without_key(config: Any) -> Any:
-    """A config, or several, without a key that has done its work when this instance was made: no frame of ours holds it."""
+    """Mask the key in a config, or in several, so that no frame of this package holds it.
+
+    A key that is configured there was used when the generator was made.
+
+    Args:
+        config: The config, or a list of configs.
+
+    Returns:
+        The same with a masked key.
+    """
     if isinstance(config, Mapping):
         if "api_key" not in config.get("configurable", {}):
             return config
         return {**config, "configurable": {**config["configurable"], "api_key": "**********"}}
-    return config if config is None else [without_key(each) for each in config]
+    return config if config is None else [without_key(item) for item in config]
 
 
 def traced_config(
-    config: RunnableConfig | None, model: str, given: Any, overrides: Mapping[str, Any] | None = None
+    config: RunnableConfig | None, model: str, value: Any, overrides: Mapping[str, Any] | None = None
 ) -> RunnableConfig:
-    """The config of one run, with what traces tell of an image model, and without the key.
+    """Make the config of one run, with LangSmith's metadata about the model and without the key.
 
     Args:
-        config: The caller's.
-        model: The generator's.
-        given: The input, which may name another model.
-        overrides: Arguments of the call, which may name another one, too.
+        config: The config of the caller.
+        model: The generator's model.
+        value: The input, which may name another model.
+        overrides: The arguments of the call, which may also name one.
 
     Returns:
-        A config of its own.
+        A new config.
     """
     config = ensure_config(config)
     named = (overrides or {}).get("model")
-    if isinstance(given, dict):
-        named = given.get("model", named)
-    elif isinstance(given, ImageRequest) and "model" in given.model_fields_set:
-        named = given.model
+    if isinstance(value, dict):
+        named = value.get("model", named)
+    elif isinstance(value, ImageRequest) and "model" in value.model_fields_set:
+        named = value.model
     metadata = {"ls_provider": "zhipuai", "ls_model_name": str(named or model), "ls_model_type": "image"}
     traced: RunnableConfig = without_key({**config, "metadata": {**(config.get("metadata") or {}), **metadata}})
     return traced
 
 
 @contextmanager
-def bar(
-    pictures: int | None,
+def logged_handler_errors(made: list[ImageResult]) -> Iterator[None]:
+    """Log an error of a callback handler that was raised after the images were made, so that nothing paid is lost.
+
+    Args:
+        made: The result, once there is one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not made or raised_by_signal(error):
+            raise
+        logger.warning("A callback handler failed after the images were made", exc_info=error)
+
+
+@contextmanager
+def progress_bar(
+    images: int | None,
     config: RunnableConfig | None,
     progress: bool | None,  # noqa: FBT001
 ) -> Iterator[tuple[RunnableConfig, Callable[[Any], None]]]:
-    """The config of runs that a bar follows, and what is to be told of each result."""
+    """Show a progress bar for many runs.
+
+    Args:
+        images: The expected number of images; None where it is unknown.
+        config: The config of the caller.
+        progress: Whether to show the bar. None: only on a terminal or in a notebook.
+
+    Yields:
+        The config of the runs, and a function to call with each result.
+    """
     if progress is False:
-        yield ensure_config(config), _unnoted
+        yield ensure_config(config), _ignore
         return
     from langchain_cogview.progress import ProgressCallbackHandler  # noqa: PLC0415
 
-    with ProgressCallbackHandler(pictures, show=progress) as shown:
+    with ProgressCallbackHandler(images, show=progress) as handler:
 
-        def note(result: Any) -> None:
+        def count(result: Any) -> None:
             if isinstance(result, Exception):
-                shown.count_failure(result)
+                handler.count_failure(result)
 
-        yield merge_configs(config, {"callbacks": [shown]}), note
+        yield merge_configs(config, {"callbacks": [handler]}), count
 
 
-def _unnoted(result: Any) -> None:
+def _ignore(result: Any) -> None:
     pass
 
 
-def configs_of(config: RunnableConfig) -> Callable[[int], RunnableConfig]:
-    """The config of each of many runs: a run id is only the first one's."""
+def _configs(config: RunnableConfig) -> Callable[[int], RunnableConfig]:
+    # Only the first run has the run id of the config.
     later = {name: value for name, value in config.items() if name != "run_id"}
     return lambda number: cast("RunnableConfig", config if number == 0 else later)
 
 
-def refuse_one(inputs: Any) -> None:
-    """Refuse one input where many are taken: its letters or keys would be drawn.
+def check_many(inputs: Any) -> None:
+    """Refuse a single input in place of many: its letters or keys would become prompts.
+
+    Args:
+        inputs: The inputs.
 
     Raises:
-        TypeError: It is one.
+        TypeError: It is a single input.
     """
     from langchain_core.prompt_values import PromptValue  # noqa: PLC0415
 
     if isinstance(inputs, str | bytes | Mapping | ImageRequest | PromptValue | BaseMessage):
         raise TypeError(
-            f"This takes many inputs, and {type(inputs).__name__} is one. Put it into a list, or use invoke or ainvoke."
+            f"Many inputs are expected, and this is a single one, of type {type(inputs).__name__}. "
+            "Put it into a list, or call invoke or ainvoke."
         )
 
 
-class Collected:
-    """What a batch gave so far, by the number of its input."""
-
-    def __init__(self, count: int) -> None:
-        self._results: list[Any] = [None] * count
-
-    def keep(self, number: int, result: Any) -> bool:
-        """Remember a result; whether it is one, rather than an exception."""
-        self._results[number] = result
-        return not isinstance(result, Exception)
-
-    def raise_first(self) -> None:
-        """Raise the first exception, if there is one."""
-        all_or_first_error(self._results)
-
-
 def all_or_first_error(results: list[Any]) -> list[ImageResult]:
-    """The results of a batch, or an error with all of them: one that may have been charged first, then one that is final.
+    """Return the results of a batch, or raise one of its errors: first one that may have been charged, then a final one.
 
-    A retryable error is raised only where it is safe to repeat the whole batch, that is, where no input was made.
+    Args:
+        results: A result or an exception for each input, in order.
+
+    Returns:
+        The results, if there is no exception among them.
+
+    Raises:
+        CogViewError: There is one. Its `batch_results` has all results and exceptions. It is retryable only if no image was
+            made, so that repeating the whole batch is safe.
     """
     errors = [result for result in results if isinstance(result, Exception)]
     if not errors:
         return results
-    ours = [error for error in errors if isinstance(error, CogViewError)]
-    raised = [error for error in ours if not error.is_retryable]
-    if all(map(is_retryable, results)):
-        raised = ours
-    if not raised:
-        raised = [CogViewBatchError(f"{len(errors)} of the {len(results)} inputs failed: {type(errors[0]).__name__}.")]
-        raised[0].__cause__ = errors[0]
-    error = next((error for error in raised if error.may_have_been_charged), raised[0])
+    own = [error for error in errors if isinstance(error, CogViewError)]
+    candidates = own if all(map(is_retryable, results)) else [error for error in own if not error.is_retryable]
+    if not candidates:
+        message = f"{len(errors)} of the {len(results)} inputs failed: {type(errors[0]).__name__}."
+        candidates = [CogViewBatchError(message)]
+        candidates[0].__cause__ = errors[0]
+    error = next((error for error in candidates if error.may_have_been_charged), candidates[0])
     error.batch_results = results
     raise error
 
 
-def _count(generator: Generator, inputs: Any) -> int | None:
-    return len(inputs) * generator.n if isinstance(inputs, Sized) else None
+class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
+    """A Runnable that generates images, with streams and batches of many requests.
 
+    Each request is a run of its own, by `invoke` or `ainvoke`, in as many workers as the model allows.
+    """
 
-def _workers(generator: Generator, config: RunnableConfig) -> int:
-    return min(generator.max_workers(), config.get("max_concurrency") or generator.max_workers())
+    model: str = DEFAULT_MODEL
+    """Model of the requests that name none."""
+    n: int = 1
+    """The number of images for each call; each is one paid request."""
 
+    @abstractmethod
+    def max_workers(self, model: str | None = None) -> int:
+        """The number of images that are generated at once.
 
-def stream(
-    generator: Generator,
-    inputs: Iterable[ImageInput],
-    config: RunnableConfig | None,
-    *,
-    progress: bool | None,
-    overrides: dict[str, Any],
-) -> Iterator[tuple[int, ImageResult | Exception]]:
-    """Do what `CogViewImageGenerator.stream_many` says."""
-    if isinstance(inputs, AsyncIterable):
-        raise TypeError("stream_many takes an iterable; astream_many takes an async one too.")
-    config = without_key(config)
-    refuse_one(inputs)
-    with bar(_count(generator, inputs), config, progress) as (own, note):
-        config_of = configs_of(own)
-        tasks = (partial(generator.invoke, each, config_of(number), **overrides) for number, each in enumerate(inputs))
-        with closing(stream_in_threads(tasks, _workers(generator, own))) as finished:
+        Args:
+            model: Name of the model. None: the model of this Runnable.
+
+        Returns:
+            The number of requests in flight, plus that of images being fetched and saved.
+        """
+
+    def stream_many(
+        self,
+        inputs: Iterable[ImageInput],
+        config: RunnableConfig | None = None,
+        *,
+        progress: bool | None = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, ImageResult | Exception]]:
+        """Generate the images of any number of requests, and yield each result as it is finished.
+
+        An input is read when a worker is free, and at most twice `max_workers()` results wait to be read, so an endless iterator
+        is fine. Closing the iterator stops the work; requests that are in flight then are logged when they end.
+
+        Args:
+            inputs: As for `invoke`. They are read by one thread at a time.
+            config: The `RunnableConfig` of the runs. Its `max_concurrency` limits the number of requests at once.
+            progress: Whether to show a progress bar (extra `progress`). None: only on a terminal or in a notebook.
+            **kwargs: As for `invoke`.
+
+        Yields:
+            The number of the input, from 0, and its result or the exception that it raised.
+
+        Raises:
+            TypeError: The inputs are an async iterable or a single input.
+        """
+        if isinstance(inputs, AsyncIterable):
+            raise TypeError("stream_many takes an iterable. For an async iterable, call astream_many.")
+        config = without_key(config)
+        check_many(inputs)
+        with progress_bar(self._count(inputs), config, progress) as (shared, count):
+            config_of = _configs(shared)
+            tasks = (partial(self.invoke, item, config_of(number), **kwargs) for number, item in enumerate(inputs))
+            with closing(stream_in_threads(tasks, self._workers(shared))) as finished:
+                for number, result in finished:
+                    count(result)
+                    yield number, result
+
+    async def astream_many(
+        self,
+        inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        config: RunnableConfig | None = None,
+        *,
+        progress: bool | None = False,
+        **kwargs: Any,
+    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+        """Async version of `stream_many`. Closing the iterator (`contextlib.aclosing`) cancels the requests in flight.
+
+        Yields:
+            As `stream_many`.
+        """
+        config = without_key(config)
+        check_many(inputs)
+        with progress_bar(self._count(inputs), config, progress) as (shared, count):
+            config_of = _configs(shared)
+
+            def call(number: int, item: ImageInput) -> Callable[[], Any]:
+                return partial(self.ainvoke, item, config_of(number), **kwargs)
+
+            async with AsyncExitStack() as open_:
+                if isinstance(inputs, AsyncIterable):
+                    pulled = await open_.enter_async_context(aclosing(numbered(inputs)))
+                    tasks: Any = (call(number, item) async for number, item in pulled)
+                else:
+                    tasks = (call(number, item) for number, item in enumerate(inputs))
+                finished = await open_.enter_async_context(aclosing(astream_tasks(tasks, self._workers(shared))))
+                async for number, result in finished:
+                    count(result)
+                    yield number, result
+
+    def batch(
+        self,
+        inputs: list[ImageInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[ImageResult]:
+        """Generate the images of many requests.
+
+        An error of one request does not stop the others, so that nothing paid is lost.
+
+        Args:
+            inputs: As for `invoke`.
+            config: The `RunnableConfig` of the runs. Its `max_concurrency` limits the number of requests at once, if it is less
+                than `max_workers()`.
+            return_exceptions: Return exceptions in the list instead of raising the first one.
+            **kwargs: As for `invoke`.
+
+        Returns:
+            A result for each input, in order.
+
+        Raises:
+            CogViewError: After all requests have ended, one of the errors. Its `batch_results` has every result and exception.
+                It is retryable only if no image was made; else a `CogViewBatchError` replaces retryable and foreign errors.
+        """
+        tasks, workers = self._tasks(self.invoke, inputs, config, kwargs)
+        results = in_threads(tasks, workers)
+        return results if return_exceptions else all_or_first_error(results)
+
+    async def abatch(
+        self,
+        inputs: list[ImageInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[ImageResult]:
+        """Async version of `batch`.
+
+        Returns:
+            As `batch`.
+        """
+        tasks, workers = self._tasks(self.ainvoke, inputs, config, kwargs)
+        results = await in_tasks(tasks, workers)
+        return results if return_exceptions else all_or_first_error(results)
+
+    def batch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> Iterator[tuple[int, ImageResult | Exception]]:
+        """Generate the images of many requests, and yield each result as it is finished.
+
+        Args:
+            inputs: As for `batch`.
+            config: As for `batch`.
+            return_exceptions: Yield exceptions too, instead of raising the first one.
+            **kwargs: As for `invoke`.
+
+        Yields:
+            The number of the input, from 0, and its result.
+
+        Raises:
+            CogViewError: As `batch`.
+        """
+        tasks, workers = self._tasks(self.invoke, inputs, config, kwargs)
+        results: list[Any] = [None] * len(tasks)
+        with closing(stream_in_threads(tasks, workers)) as finished:
             for number, result in finished:
-                note(result)
-                yield number, result
+                results[number] = result
+                if return_exceptions or not isinstance(result, Exception):
+                    yield number, result
+        if not return_exceptions:
+            all_or_first_error(results)
 
+    async def abatch_as_completed(  # type: ignore[override]
+        self,
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
+        """Async version of `batch_as_completed`.
 
-async def astream(
-    generator: Generator,
-    inputs: Iterable[ImageInput] | AsyncIterable[ImageInput],
-    config: RunnableConfig | None,
-    *,
-    progress: bool | None,
-    overrides: dict[str, Any],
-) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
-    """Async version of `stream`."""
-    config = without_key(config)
-    refuse_one(inputs)
-    with bar(_count(generator, inputs), config, progress) as (own, note):
-        config_of = configs_of(own)
-
-        def call(number: int, each: ImageInput) -> Callable[[], Any]:
-            return partial(generator.ainvoke, each, config_of(number), **overrides)
-
-        async with AsyncExitStack() as open_:
-            if isinstance(inputs, AsyncIterable):
-                pulled = await open_.enter_async_context(aclosing(numbered(inputs)))
-                tasks: Any = (call(number, each) async for number, each in pulled)
-            else:
-                tasks = (call(number, each) for number, each in enumerate(inputs))
-            finished = await open_.enter_async_context(aclosing(astream_tasks(tasks, _workers(generator, own))))
+        Yields:
+            As `batch_as_completed`.
+        """
+        tasks, workers = self._tasks(self.ainvoke, inputs, config, kwargs)
+        results: list[Any] = [None] * len(tasks)
+        async with aclosing(astream_tasks(tasks, workers)) as finished:
             async for number, result in finished:
-                note(result)
-                yield number, result
+                results[number] = result
+                if return_exceptions or not isinstance(result, Exception):
+                    yield number, result
+        if not return_exceptions:
+            all_or_first_error(results)
 
+    def _count(self, inputs: Any) -> int | None:
+        return len(inputs) * self.n if isinstance(inputs, Sized) else None
 
-def batch_of(
-    generator: Generator,
-    call: Callable[..., Any],
-    inputs: Sequence[ImageInput],
-    config: RunnableConfig | Sequence[RunnableConfig] | None,
-    overrides: dict[str, Any],
-) -> tuple[list[Callable[[], Any]], int]:
-    """The calls of a batch, and how many of them run at once."""
-    config = without_key(config)
-    refuse_one(inputs)
-    configs = get_config_list(config, len(inputs)) if inputs else []
-    tasks: list[Callable[[], Any]] = [
-        partial(call, each, own, **overrides) for each, own in zip(inputs, configs, strict=True)
-    ]
-    models = {
-        str(each.get("model") or generator.model) if isinstance(each, dict) else generator.model
-        for each in (*inputs, overrides)
-    }
-    workers = max(map(generator.max_workers, models))
-    return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1
+    def _workers(self, config: RunnableConfig) -> int:
+        return min(self.max_workers(), config.get("max_concurrency") or self.max_workers())
 
-
-def as_completed(
-    generator: Generator,
-    inputs: Sequence[ImageInput],
-    config: RunnableConfig | Sequence[RunnableConfig] | None,
-    *,
-    return_exceptions: bool,
-    overrides: dict[str, Any],
-) -> Iterator[tuple[int, ImageResult | Exception]]:
-    """Do what `CogViewImageGenerator.batch_as_completed` says."""
-    tasks, workers = batch_of(generator, generator.invoke, inputs, config, overrides)
-    collected = Collected(len(tasks))
-    with closing(stream_in_threads(tasks, workers)) as finished:
-        for number, result in finished:
-            if return_exceptions or collected.keep(number, result):
-                yield number, result
-    collected.raise_first()
-
-
-async def aas_completed(
-    generator: Generator,
-    inputs: Sequence[ImageInput],
-    config: RunnableConfig | Sequence[RunnableConfig] | None,
-    *,
-    return_exceptions: bool,
-    overrides: dict[str, Any],
-) -> AsyncIterator[tuple[int, ImageResult | Exception]]:
-    """Async version of `as_completed`."""
-    tasks, workers = batch_of(generator, generator.ainvoke, inputs, config, overrides)
-    collected = Collected(len(tasks))
-    async with aclosing(astream_tasks(tasks, workers)) as finished:
-        async for number, result in finished:
-            if return_exceptions or collected.keep(number, result):
-                yield number, result
-    collected.raise_first()
+    def _tasks(
+        self,
+        call: Callable[..., Any],
+        inputs: Sequence[ImageInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None,
+        overrides: dict[str, Any],
+    ) -> tuple[list[Callable[[], Any]], int]:
+        # The calls of a batch, and how many of them run at once.
+        config = without_key(config)
+        check_many(inputs)
+        configs = get_config_list(config, len(inputs)) if inputs else []
+        tasks: list[Callable[[], Any]] = [
+            partial(call, item, item_config, **overrides) for item, item_config in zip(inputs, configs, strict=True)
+        ]
+        models = {
+            str(item.get("model") or self.model) if isinstance(item, dict) else self.model
+            for item in (*inputs, overrides)
+        }
+        workers = max(map(self.max_workers, models))
+        return tasks, min(workers, configs[0].get("max_concurrency") or workers) if configs else 1

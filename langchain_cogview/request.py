@@ -1,4 +1,4 @@
-"""The arguments of one call: validated against the catalog before anything is sent."""
+"""The arguments of a call and the settings of a generator: types, and checks before anything is sent."""
 
 from __future__ import annotations
 
@@ -42,46 +42,59 @@ if TYPE_CHECKING:
     from langchain_core.caches import BaseCache
     from langchain_core.rate_limiters import BaseRateLimiter
 
-MAX_PICTURES: Final = 100
+MAX_IMAGES: Final = 100
+"""The largest number of images of one request."""
 REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
-"""The arguments of a request that a generator has defaults for."""
+"""The arguments of a request for which a generator has defaults."""
 _DAY = 86_400
 
 NOT_TAKEN: Final[dict[str, str]] = {
-    "seed": "The endpoint takes no seed: the same prompt gives another picture each time. Keep what you like with output_dir.",
-    "negative_prompt": "The endpoint takes no negative prompt: say in the prompt what the picture should show.",
+    "seed": "The endpoint takes no seed: the same prompt makes a different image each time. Set output_dir to keep an image.",
+    "negative_prompt": "The endpoint takes no negative prompt: describe in the prompt what the image should show.",
     "response_format": "The endpoint always answers with a URL; the bytes are fetched for you: result.images[0].read().",
-    "image": "The endpoint takes no reference image: describe the picture in the prompt.",
+    "image": "The endpoint takes no reference image: describe the image in the prompt.",
     "style": "The endpoint takes no style: describe it in the prompt.",
-    "user": "The end user goes into user_id (6 to 128 characters).",
-    "num_images": "The number of pictures is n.",
-    "width": "Width and height go into size, such as '1344x768'.",
-    "height": "Width and height go into size, such as '1344x768'.",
-    "aspect_ratio": "The aspect ratio goes into size, such as '16:9' or 'portrait'.",
-    "model_name": "The model goes into model.",
-    "watermark": "The watermark is watermark_enabled; false only for accounts that signed the provider's waiver.",
-    "request_timeout": "The total time limit is timeout, in seconds.",
+    "user": "Pass the end user as user_id (6 to 128 characters).",
+    "num_images": "Pass the number of images as n.",
+    "width": "Pass width and height as size, such as '1344x768'.",
+    "height": "Pass width and height as size, such as '1344x768'.",
+    "aspect_ratio": "Pass the aspect ratio as size, such as '16:9' or 'portrait'.",
+    "model_name": "Pass the model as model.",
+    "watermark": "Pass watermark_enabled; false is only for accounts that signed the provider's waiver.",
+    "request_timeout": "Pass the total time limit in seconds as timeout.",
     "temperature": "The endpoint takes no temperature.",
-    "stream": "The endpoint does not stream: a picture comes whole.",
+    "stream": "The endpoint does not stream an image in parts.",
 }
-"""What people try, and what to say to it."""
+"""Advice for each argument of other image APIs that this endpoint does not take."""
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> str:
-    """What to tell somebody who passed an argument that does not exist. Never shows the argument's value."""
+    """The message about an argument that does not exist.
+
+    Args:
+        name: Name of the argument.
+        known: Names of the arguments that exist.
+
+    Returns:
+        The message, which never has the argument's value.
+    """
     shown = printable(str(name), 60)
     if name in NOT_TAKEN:
         return f"There is no argument {shown!r}. {NOT_TAKEN[name]}"
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(known))}."
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known arguments: {', '.join(sorted(known))}."
     return f"There is no argument {shown!r}. {hint}"
 
 
 def check_names(values: Iterable[str], known: Collection[str]) -> None:
-    """Refuse an argument that does not exist.
+    """Check that all arguments exist.
+
+    Args:
+        values: Names of the arguments.
+        known: Names of the arguments that exist.
 
     Raises:
-        CogViewConfigurationError: Names the first one, and what was perhaps meant.
+        CogViewConfigurationError: An argument does not exist. The message suggests a similar name.
     """
     for name in values:
         if name not in known:
@@ -89,7 +102,14 @@ def check_names(values: Iterable[str], known: Collection[str]) -> None:
 
 
 def describe_validation(error: ValidationError) -> str:
-    """A pydantic error as one short line: field and message, without the values and pydantic's links."""
+    """Describe a pydantic error in one short line.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Fields and messages, without the values and without pydantic's links.
+    """
     lines = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in item["loc"])
@@ -103,14 +123,14 @@ def describe_validation(error: ValidationError) -> str:
 
 
 def specified(value: Any, *, quality: bool) -> Any:
-    """A size or a quality as it was meant, before it is validated.
+    """Interpret a size or a quality before it is validated.
 
     Args:
-        value: What somebody gave.
-        quality: Whether it is a quality, whose words in other image APIs are known.
+        value: The size or the quality.
+        quality: Whether it is a quality, for which the words of other image APIs are accepted.
 
     Returns:
-        None for `""`, `"auto"` and their like; `standard` or `hd` for a word for one; else the value.
+        None for `""`, `"auto"` and similar; `standard` or `hd` for a word that means one of them; else the value.
     """
     if not isinstance(value, str):
         return value
@@ -124,20 +144,20 @@ def checked_prompt(prompt: str, info: ModelInfo | None = None) -> str:
 
     Args:
         prompt: What the image shows.
-        info: The model that is asked; None: any.
+        info: The model that is called. None: the length is not checked.
 
     Returns:
         The prompt.
 
     Raises:
-        ValueError: When it is blank, is not valid Unicode, or is longer than the model allows.
+        ValueError: The prompt is blank, is not valid Unicode, or is longer than the model allows.
     """
     if not prompt.strip():
-        raise ValueError("The prompt is blank. Describe the picture.")
+        raise ValueError("The prompt is blank. Describe the image.")
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise ValueError("The prompt holds half a character (a lone surrogate). Send valid Unicode text.") from None
+        raise ValueError("The prompt has half a character (a lone surrogate). Send valid Unicode text.") from None
     limit = info and info.max_prompt_characters
     if info and limit is not None and len(prompt) > limit:
         raise ValueError(f"The prompt has {len(prompt):,} characters; {info.name} takes at most {limit:,}. Shorten it.")
@@ -145,21 +165,21 @@ def checked_prompt(prompt: str, info: ModelInfo | None = None) -> str:
 
 
 class ImageRequest(BaseModel):
-    """One request for pictures.
+    """The arguments of one call, validated against the catalog.
 
     Args:
-        prompt: What the picture shows; not blank, at most 1,000 characters for `glm-image`.
-        model: The model's name; case is ignored. An unknown one passes, with a warning.
-        size: `WIDTHxHEIGHT` in pixels (`×` works too), a ratio (`16:9`) or a word (`square`, `portrait`, `landscape`);
+        prompt: What the image shows; not blank, at most 1,000 characters for `glm-image`.
+        model: Name of the model; case does not matter. An unknown model is accepted with a warning.
+        size: `WIDTHxHEIGHT` in pixels (`×` works too), a ratio (`16:9`) or a word (`square`, `portrait`, `landscape`), which
             becomes the nearest legal size. None, `auto` or an empty text: the model's default.
-        quality: `standard` or `hd`, as the model allows; the words of other image APIs work too (`high`, `medium`, `low`).
+        quality: `standard` or `hd`, as the model allows; the words of other image APIs (`high`, `medium`, `low`) are accepted.
             None, `auto` or an empty text: the model's default.
-        n: How many pictures; each is one call, and one price.
+        n: The number of images, 1 to 100; each is one paid request. Default: 1.
         user_id: The end user, for the provider's abuse reports; 6 to 128 characters.
-        watermark_enabled: False only for accounts that signed the provider's waiver. None: the service's default (true).
+        watermark_enabled: False is only for accounts that signed the provider's waiver. None: the service's default (true).
 
     Raises:
-        pydantic.ValidationError: With the rule, and the nearest legal size where it is the size.
+        pydantic.ValidationError: An argument is illegal. The text has the rule, and the nearest legal size.
 
     Example:
         >>> ImageRequest(prompt="a kitten", size="16:9").size
@@ -169,12 +189,19 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=())
 
     prompt: str
+    """What the image shows."""
     model: str = Field(default=DEFAULT_MODEL, min_length=1, max_length=128)
+    """Name of the model."""
     size: str | None = None
+    """Size of the image, `WIDTHxHEIGHT` in pixels; None for the model's default."""
     quality: Quality | None = None
-    n: int = Field(default=1, ge=1, le=MAX_PICTURES)
+    """Quality of the image; None for the model's default."""
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES)
+    """The number of images; each is one paid request."""
     user_id: str | None = Field(default=None, min_length=6, max_length=128)
+    """The end user, for the provider's abuse reports."""
     watermark_enabled: bool | None = None
+    """Whether the image has the provider's watermark; None for the service's default (true)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,50 +219,53 @@ class ImageRequest(BaseModel):
 
     @field_validator("prompt")
     @classmethod
-    def _prompt_says_something(cls, prompt: str) -> str:
+    def _check_prompt(cls, prompt: str) -> str:
         return checked_prompt(prompt)
 
     @field_validator("model")
     @classmethod
-    def _model_as_documented(cls, model: str) -> str:
+    def _check_model(cls, model: str) -> str:
         if not model.strip() or not model.isprintable():
             raise ValueError("The model's name is blank or not printable.")
         return model_info(model.strip()).name
 
     @field_validator("size")
     @classmethod
-    def _size_is_legal(cls, size: str | None, info: ValidationInfo) -> str | None:
+    def _check_size(cls, size: str | None, info: ValidationInfo) -> str | None:
         model = info.data.get("model")
         return size if size is None or model is None else legal_size(model_info(model), size)
 
     @field_validator("quality")
     @classmethod
-    def _quality_is_legal(cls, quality: Quality | None, info: ValidationInfo) -> Quality | None:
+    def _check_quality(cls, quality: Quality | None, info: ValidationInfo) -> Quality | None:
         model = info.data.get("model")
         if quality and model and quality not in model_info(model).qualities:
-            raise ValueError(f"{model} knows only quality {' and '.join(map(repr, model_info(model).qualities))}.")
+            raise ValueError(f"{model} accepts only quality {' and '.join(map(repr, model_info(model).qualities))}.")
         return quality
 
     @model_validator(mode="after")
-    def _prompt_fits(self) -> Self:
+    def _check_prompt_length(self) -> Self:
         checked_prompt(self.prompt, model_info(self.model))
         return self
 
     @property
     def resolved_size(self) -> str | None:
-        """The size that will be drawn: the one asked for, else the model's default; None where unknown."""
+        """The size of the image: the requested size or the model's default; None where it is unknown."""
         return self.size or model_info(self.model).default_size
 
     @property
     def resolved_quality(self) -> Quality:
-        """The quality that will be drawn: the one asked for, else the model's default."""
+        """The quality of the image: the requested quality or the model's default."""
         return self.quality or model_info(self.model).qualities[0]
 
     def for_model(self, model: str) -> tuple[Self, tuple[str, ...]] | None:
-        """The same request for another model, and what had to change: a size becomes the nearest legal one.
+        """Adapt the request to another model: an illegal size becomes the nearest legal one.
+
+        Args:
+            model: Name of the other model.
 
         Returns:
-            None where the prompt is too long for that model.
+            The new request, and a note about each change; None if the prompt is too long for that model.
         """
         info = model_info(model)
         values = {name: getattr(self, name) for name in self.model_fields_set} | {"model": model}
@@ -243,29 +273,29 @@ class ImageRequest(BaseModel):
         pixels = parse_size(self.size or "")
         if pixels and info.rule and self.size not in info.sizes and not info.rule.allows(*pixels):
             values["size"] = "{}x{}".format(*info.rule.nearest(*pixels))
-            notes.append(f"{info.name} does not draw {self.size}; {values['size']} was asked for.")
+            notes.append(f"{info.name} does not support {self.size}; the size {values['size']} was requested.")
         if self.quality and self.quality not in info.qualities:
             del values["quality"]
-            notes.append(f"{info.name} does not know quality {self.quality!r}; {info.qualities[0]!r} was asked for.")
+            notes.append(f"{info.name} does not support quality {self.quality!r}; {info.qualities[0]!r} was requested.")
         if info.max_prompt_characters is not None and len(self.prompt) > info.max_prompt_characters:
             return None
         return type(self)(**values), tuple(notes)
 
     def for_models(self, models: Iterable[str]) -> list[tuple[Self, tuple[str, ...]]]:
-        """The same request for each of some other models that can take it.
+        """Adapt the request to several other models.
 
         Args:
-            models: Their names; this request's own is passed over.
+            models: Names of the models; the model of this request is skipped.
 
         Returns:
-            The requests, each with what had to change.
+            A request for each model that accepts the prompt, with a note about each change.
         """
         others = (self.for_model(model) for model in models if model != self.model)
         return [other for other in others if other]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the sender should know, such as an unknown model."""
+        """Warnings about the request, such as an unknown model."""
         warning = model_warning(self.model)
         return (warning,) if warning else ()
 
@@ -273,8 +303,14 @@ class ImageRequest(BaseModel):
 def checked_request(values: dict[str, Any]) -> ImageRequest:
     """Validate the arguments of a call.
 
+    Args:
+        values: The arguments by name.
+
+    Returns:
+        The request.
+
     Raises:
-        CogViewInvalidRequestError: With field and rule; nothing has been sent.
+        CogViewInvalidRequestError: An argument is illegal. Nothing was sent.
     """
     problem = None
     try:
@@ -288,53 +324,50 @@ ImageInput = str | dict[str, Any] | ImageRequest | PromptValue | BaseMessage | l
 """A prompt, the arguments of `ImageRequest`, or messages, whose text is the prompt."""
 
 
-def arguments_of(given: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments that an input says, and what was left out of it."""
-    if isinstance(given, ImageRequest):
-        return {name: getattr(given, name) for name in given.model_fields_set}, ()
-    if isinstance(given, dict):
-        if "prompt" not in given or isinstance(given["prompt"], str):
-            return dict(given), ()
-        text, notes = _text(given["prompt"])
-        return {**given, "prompt": text}, notes
-    text, notes = _text(given)
+def _arguments(value: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if isinstance(value, ImageRequest):
+        return {name: getattr(value, name) for name in value.model_fields_set}, ()
+    if isinstance(value, dict):
+        if "prompt" not in value or isinstance(value["prompt"], str):
+            return dict(value), ()
+        text, notes = _text(value["prompt"])
+        return {**value, "prompt": text}, notes
+    text, notes = _text(value)
     return {"prompt": text}, notes
 
 
-def _text(given: Any) -> tuple[str, tuple[str, ...]]:
-    if isinstance(given, str):
-        return given, ()
-    if isinstance(given, PromptValue) and not isinstance(given, ChatPromptValue):
-        return given.to_string(), ()
-    messages = given.to_messages() if isinstance(given, PromptValue) else given
+def _text(value: Any) -> tuple[str, tuple[str, ...]]:
+    if isinstance(value, str):
+        return value, ()
+    if isinstance(value, PromptValue) and not isinstance(value, ChatPromptValue):
+        return value.to_string(), ()
+    messages = value.to_messages() if isinstance(value, PromptValue) else value
     if isinstance(messages, BaseMessage):
         return str(messages.text), ()
-    if isinstance(messages, list | tuple) and messages and all(isinstance(each, BaseMessage) for each in messages):
-        left_out = len(messages) - 1
-        note = (
-            f"Only the text of the last message is the prompt; {left_out} before it were left out." if left_out else ""
-        )
+    if isinstance(messages, list | tuple) and messages and all(isinstance(item, BaseMessage) for item in messages):
+        ignored = len(messages) - 1
+        note = f"Only the text of the last message is the prompt; {ignored} before it were ignored." if ignored else ""
         return str(messages[-1].text), (note,) if note else ()
     raise CogViewInvalidRequestError(
-        f"Nothing was sent: a prompt cannot be made of {type(given).__name__}.",
+        f"Nothing was sent: an input of type {type(value).__name__} has no prompt.",
         hint="Pass a string, a dict with the key 'prompt', an ImageRequest, a prompt value, or messages.",
     )
 
 
-def request_of(given: Any, defaults: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
-    """The request that an input makes.
+def request_of(value: Any, defaults: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
+    """Make the request of an input.
 
     Args:
-        given: An `ImageInput`.
-        defaults: Arguments that hold where the input names none.
+        value: An `ImageInput`.
+        defaults: Arguments that apply where the input has none.
 
     Returns:
         The request, and warnings about it.
 
     Raises:
-        CogViewInvalidRequestError: An argument is illegal; nothing has been sent.
+        CogViewInvalidRequestError: An argument is illegal. Nothing was sent.
     """
-    arguments, notes = arguments_of(given)
+    arguments, notes = _arguments(value)
     values = defaults | arguments
     if "prompt" not in values:
         raise CogViewInvalidRequestError(
@@ -345,14 +378,14 @@ def request_of(given: Any, defaults: dict[str, Any]) -> tuple[ImageRequest, tupl
 
 
 class GeneratorSettings(TypedDict, total=False):
-    """The arguments of `CogViewImageGenerator`; its docstring says what each of them does."""
+    """The arguments of `CogViewImageGenerator`, whose docstring describes each of them."""
 
     model: str
     api_key: SecretStr | str | None
     region: Region | None
     base_url: str | None
     size: str | None
-    quality: Quality | None
+    quality: str | None
     n: int
     user_id: str | None
     watermark_enabled: bool | None
@@ -376,31 +409,36 @@ class GeneratorSettings(TypedDict, total=False):
 
 
 def checked_seconds(value: float | timedelta | None) -> float | None:
-    """A time limit in seconds.
+    """Check a time limit.
+
+    Args:
+        value: The time limit, in seconds if it is a number; None for no limit.
 
     Returns:
         Seconds; None for no limit.
 
     Raises:
-        ValueError: Not more than 0, or more than a day.
+        ValueError: The time limit is not more than 0, or more than a day.
     """
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if seconds is not None and not 0 < seconds <= _DAY:
-        raise ValueError("The time limit is in seconds: more than 0, at most 86,400 (a day), or None for none.")
+        raise ValueError(
+            "A time limit is a number of seconds, more than 0 and at most 86,400 (a day), or None for none."
+        )
     return seconds
 
 
 def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Check the settings of a generator that depend on each other or on tables.
+    """Check the settings of a generator that depend on each other or on the catalog.
 
     Args:
-        settings: By the name of the field, each of the right type.
+        settings: The settings by name, each of the right type.
 
     Returns:
-        Warnings about its models.
+        Warnings about the models.
 
     Raises:
-        ValueError: A setting is illegal, or does not go with another.
+        ValueError: A setting is illegal, or excludes another one.
     """
     problem = None
     try:
@@ -410,7 +448,7 @@ def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     if problem:
         raise ValueError(problem)
     if not settings["download"] and settings["output_dir"] is not None:
-        raise ValueError("output_dir needs the bytes: leave download=False out.")
+        raise ValueError("output_dir needs the bytes of the image: remove download=False.")
     models = (settings["model"], *settings["fallback_models"])
     if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
         raise ValueError("use_tasks=True needs a model of the task endpoint, such as 'glm-image'.")

@@ -81,7 +81,7 @@ def test_every_kind_of_input_paints_its_text_and_nothing_else(generator, sandbox
 
 def test_left_out_messages_are_told(generator):
     result = generator.invoke([SystemMessage("be kind"), HumanMessage("a cat")])
-    assert "1 before it were left out" in result.warnings[0]
+    assert "1 before it were ignored" in result.warnings[0]
 
 
 @pytest.mark.parametrize("given", [42, None, [], ["a"], {"size": "square"}, {"prompt": 3}, {1: 2, "prompt": "x"}, b"x"])

@@ -20,10 +20,6 @@ def test_public_names_are_all_there():
         langchain_cogview.nothing  # noqa: B018
 
 
-def test_public_names_are_those_of_the_rooms():
-    assert sorted(langchain_cogview._ROOM_OF) == sorted(langchain_cogview.__all__)
-
-
 def test_the_layers_keep_their_direction():
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"],

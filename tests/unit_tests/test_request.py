@@ -29,7 +29,7 @@ def test_sizes_are_turned_into_legal_ones_of_the_model():
         ({"prompt": "x", "user_id": "1" * 129}, "user_id: String should have at most 128"),
         ({"prompt": "x", "size": "2048x2048"}, "nearest legal size"),
         ({"prompt": "x", "quality": "shiny"}, "quality: Input should be 'standard' or 'hd'"),
-        ({"prompt": "x", "model": "glm-image", "quality": "standard"}, "glm-image knows only quality 'hd'"),
+        ({"prompt": "x", "model": "glm-image", "quality": "standard"}, "glm-image accepts only quality 'hd'"),
         ({"prompt": "x" * 1001, "model": "glm-image"}, "1,001 characters; glm-image takes at most 1,000"),
         ({"prompt": "x", "model": " "}, "blank"),
         ({"prompt": "x", "n": 0}, "n: Input should be greater"),

@@ -12,13 +12,14 @@ from langchain_cogview import CogViewImageGenerator, CogViewImageTool, ImageResu
 generator = CogViewImageGenerator(api_key="a key", timeout=timedelta(minutes=2), fallback_models=["cogview-4"])
 CogViewImageGenerator(api_key=SecretStr("a key"), prices={"glm-image": 0.05}, rate_limiter=InMemoryRateLimiter())
 CogViewImageTool(size="16:9", output_dir="images", max_images=3, budget=Decimal("0.5"), name="draw")
+CogViewImageTool(size="auto", quality="high")
 CogViewImageTool(generator=generator, content_format="image_url", handle_tool_error=False)
 assert_type(generator.invoke("a kitten"), ImageResult)
 assert_type(generator.batch(["a kitten"]), list[ImageResult])
 
 CogViewImageTool(sise="16:9")  # refused
 CogViewImageTool(max_images="many")  # refused
-CogViewImageTool(quality="best")  # refused
+CogViewImageTool(quality=2)  # refused
 CogViewImageGenerator(sise="16:9")  # refused
 CogViewImageGenerator(n="two")  # refused
 CogViewImageGenerator(region="mars")  # refused

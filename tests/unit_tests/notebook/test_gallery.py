@@ -254,7 +254,7 @@ async def test_every_combination_is_drawn_into_a_labelled_table(twin, sandbox):
         ("cogview-4-250304", "1024x1024", "hd"), ("cogview-4-250304", "1344x768", "hd"),
         ("glm-image", "1280x1280", "hd"), ("glm-image", "1728x960", "hd"),
     ]  # fmt: skip
-    assert "glm-image knows only quality 'hd'" in seen.text
+    assert "glm-image accepts only quality 'hd'" in seen.text
     assert repr(made) == "Gallery(6 pictures, 2 failed)"
     assert "a fox" in seen.text
 
