@@ -64,6 +64,7 @@ SANDBOX_SERVERS: Final[set[tuple[str, int]]] = set()
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
+_TRANSLATED = ipaddress.IPv6Network("::ffff:0:0:0/96")
 _COMPATIBLE = ipaddress.IPv6Network("::/96")
 _ISATAP = (0x00005EFE, 0x02005EFE)
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80}
@@ -149,10 +150,10 @@ def is_metadata(address: Address) -> bool:
     Returns:
         Whether it is in `METADATA_ADDRESSES`.
     """
-    if address in METADATA_ADDRESSES:
-        return True
     if isinstance(address, ipaddress.IPv4Address):
-        return False
+        return address in METADATA_ADDRESSES
+    if ipaddress.IPv6Address(int(address)) in METADATA_ADDRESSES:  # whatever its zone, as in fe80::1%eth0
+        return True
     inner = _wrapped(address)
     if address in _NAT64_LOCAL or (int(address) >> 32) & 0xFFFFFFFF in _ISATAP:
         inner = [*inner, _low(address)]
@@ -165,7 +166,12 @@ def _low(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
 
 def _wrapped(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     """The IPv4 addresses at which a packet to this IPv6 address arrives."""
-    if address.ipv4_mapped or address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):
+    if (
+        address.ipv4_mapped
+        or address in _NAT64
+        or address in _TRANSLATED
+        or (address in _COMPATIBLE and int(address) > 1)
+    ):
         return [_low(address)]
     if address.sixtofour:
         return [address.sixtofour]
@@ -338,7 +344,7 @@ class _Origin:
     def of(cls, url: str) -> Self | None:
         try:
             parsed = httpx.URL(url)
-            host = parsed.raw_host.decode("ascii").lower()
+            host = parsed.raw_host.decode("ascii").lower().removesuffix(".")
         except (httpx.InvalidURL, ValueError, TypeError):
             return None
         if not host or parsed.port == 0 or _HAS_USER.match(url):
@@ -392,7 +398,7 @@ def _normal_host(host: str) -> str | None:
     if address:
         return str(address)
     try:
-        name = httpx.URL(f"https://{host}/").raw_host.decode("ascii").lower()
+        name = httpx.URL(f"https://{host}/").raw_host.decode("ascii").lower().removesuffix(".")
     except (httpx.InvalidURL, ValueError):
         return None
     return name if len(name) <= _MAX_NAME and _NAME.fullmatch(name) else None

@@ -202,6 +202,25 @@ def test_the_addresses_of_known_metadata_services_are_in_the_table():
         assert ipaddress.ip_address(address) in METADATA_ADDRESSES
 
 
+@pytest.mark.parametrize(
+    "address", ["fe80::a9fe:a9fe%eth0", "fd00:ec2::254%2", "::ffff:0:a9fe:a9fe", "::ffff:0:a83f:8110"]
+)
+def test_a_metadata_address_is_known_in_every_zone_and_translated_form(address):
+    assert not allows(LinkRules(), "https://gateway.lan/x.png", address)
+    assert not allows(LinkRules(allowed_hosts=("gateway.lan",)), "http://gateway.lan/x.png", address)
+
+
+def test_a_name_with_its_trailing_dot_is_the_same_host():
+    for entry, link in (
+        ("gateway.lan.", "http://gateway.lan/x.png"),
+        ("gateway.lan", "http://Gateway.LAN./x.png"),
+        ("*.gateway.lan.", "https://a.gateway.lan./x.png"),
+    ):
+        assert allows(LinkRules(allowed_hosts=(entry,)), link, "93.184.216.34"), entry
+    assert not allows(LinkRules(), "https://127.0.0.1./x.png", "127.0.0.1", literal=True)
+    assert not allows(LinkRules(allowed_hosts=("gateway.lan",)), "http://gateway.lan../x.png", "93.184.216.34")
+
+
 def test_a_host_that_is_named_may_be_private_and_plain_http():
     rules = LinkRules("http://10.0.0.5:8080/v1", ("10.0.0.5:8080", "gateway.lan", "[fd12::5]:81", "*.ufileos.com"))
     assert allows(rules, "http://10.0.0.5:8080/x.png", "10.0.0.5", literal=True)
