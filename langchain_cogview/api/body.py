@@ -11,6 +11,7 @@ import io
 import re
 import zlib
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,7 +35,9 @@ _KEY_BYTES: Final = 64
 _DATA_KEY: Final = re.compile(rb'"(?:%s|url)"\s*:\s*"\Z' % b"|".join(name.encode() for name in DATA_FIELDS))
 _OPEN_ESCAPE: Final = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _MARK: Final = re.compile(r"\x00image (\d{1,3})\Z")
-_DATA_URL: Final = re.compile(rb"\s*data:[^,]{0,200};\s*base64\s*,", re.IGNORECASE)
+_DATA_URL: Final = re.compile(rb"\s*data:(?:[^,]{0,200}(;\s*base64\s*)|[^,]{0,200}),", re.IGNORECASE)
+_OPEN_PERCENT: Final = re.compile(rb"%[0-9a-fA-F]?\Z")
+_GZIP_MAGIC: Final = b"\x1f\x8b"
 _BLANKS: Final = b" \t\r\n\f\v"
 _STANDARD: Final = bytes.maketrans(b"-_", b"+/")
 _ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
@@ -47,11 +50,11 @@ _ESCAPES: Final = (
 """The JSON escapes that base64 can be behind: some writers escape the slash, others the plus sign."""
 
 
-class Base64:
-    """Decodes base64, plain or as a `data:` URL, in either alphabet, with blanks and without its padding.
+class ImageData:
+    """Decodes base64, in either alphabet, with blanks and without its padding, or a `data:` URL, percent-encoded or not.
 
     Attributes:
-        is_valid: Whether everything so far was base64.
+        is_valid: Whether everything so far was one of these.
         size: Number of bytes that it says so far.
     """
 
@@ -61,12 +64,22 @@ class Base64:
         self._decoded = io.BytesIO()
         self._rest = b""
         self._is_at_start = True
+        self._is_url = False
+        self._is_base64 = True
+        self._cut = b""  # the beginning of a percent escape
 
     def feed(self, text: bytes) -> None:
         """Take more of it; the first call has the whole beginning of a `data:` URL."""
         if self._is_at_start:
             self._is_at_start = False
-            text = _DATA_URL.sub(b"", text, count=1) if _DATA_URL.match(text) else text
+            url = _DATA_URL.match(text)
+            if url:
+                self._is_url, self._is_base64, text = True, bool(url[1]), text[url.end() :]
+        if self._is_url:
+            text = self._unquoted(self._cut + text)
+        if not self._is_base64:
+            self.size += self._decoded.write(text)
+            return
         text = self._rest + text.translate(_STANDARD, _BLANKS)
         if text.translate(None, _ALPHABET):
             self.is_valid = False
@@ -75,12 +88,17 @@ class Base64:
         self._decode(text[:whole])
 
     def result(self) -> bytes | None:
-        """The bytes; None where it was not base64, or said nothing."""
+        """The bytes; None where it was not image data, or said nothing."""
         rest = self._rest.rstrip(b"=")
         if len(rest) > 1:  # one character alone says nothing
             self._decode(rest + b"=" * (-len(rest) % 4))
         self._rest = b""
-        return self._decoded.getvalue() if self.is_valid and self.size else None
+        return self._decoded.getvalue() if self.is_valid and self.size and not self._cut else None
+
+    def _unquoted(self, text: bytes) -> bytes:
+        cut = _OPEN_PERCENT.search(text)
+        self._cut = cut[0] if cut else b""
+        return unquote_to_bytes(text[: len(text) - len(self._cut)]) if b"%" in text else text
 
     def _decode(self, text: bytes) -> None:
         try:
@@ -108,7 +126,7 @@ def image_data(value: object, images: Sequence[bytes | None]) -> bytes | None:
         return images[number] if number < len(images) else None
     if not value.isascii():
         return None
-    decoder = Base64()
+    decoder = ImageData()
     decoder.feed(value.encode())
     return decoder.result()
 
@@ -131,7 +149,7 @@ class ReplyBody:
         self._image_bytes = self._data_bytes = 0
         self._start: int | None = None  # of the string in `_json` that is being read
         self._is_text = False  # whether that string is not image data
-        self._data: Base64 | None = None
+        self._data: ImageData | None = None
         self._carry = b""
         self._is_broken = False
 
@@ -208,7 +226,7 @@ class ReplyBody:
         cut = None if is_at_quote else _OPEN_ESCAPE.search(string)
         carry = string[cut.start() :] if cut else b""
         text = _unescaped(string[: len(string) - len(carry)])
-        data = Base64()
+        data = ImageData()
         data.feed(text)
         if not data.is_valid:
             self._is_text = True
@@ -218,7 +236,7 @@ class ReplyBody:
         self._data, self._carry = data, carry
         self._image_bytes += data.size
 
-    def _read_data(self, data: Base64, chunk: bytes, position: int) -> int:
+    def _read_data(self, data: ImageData, chunk: bytes, position: int) -> int:
         quote = chunk.find(b'"', position)
         end = len(chunk) if quote < 0 else quote
         text = chunk[position:end]
@@ -242,6 +260,7 @@ class _Inflater:
     def __init__(self) -> None:
         self._decoder = zlib.decompressobj(47)  # gzip or zlib, by their heads
         self._head: bytes | None = b""
+        self._behind = b""
 
     @property
     def is_at_end(self) -> bool:
@@ -249,9 +268,16 @@ class _Inflater:
 
     def parts(self, chunk: bytes) -> Iterator[bytes]:
         rest = chunk
-        while rest and not self._decoder.eof:
+        while rest:
+            if self._decoder.eof:
+                # A gzip file may have further members; anything else behind its end is left out.
+                rest = self._behind + rest
+                self._behind = rest[: len(_GZIP_MAGIC)]
+                if self._behind != _GZIP_MAGIC:
+                    return
+                self._decoder, self._behind = zlib.decompressobj(47), b""
             part = self._inflated(rest)
-            rest = self._decoder.unconsumed_tail
+            rest = self._decoder.unconsumed_tail or self._decoder.unused_data
             if part:
                 self._head = None
                 yield part

@@ -340,4 +340,9 @@ def _answers_another(call: Call, body: bytes) -> bool:
     echoed = reply.get("request_id") if isinstance(reply, dict) else None
     if not isinstance(echoed, str) or not echoed.isprintable() or len(echoed) > _ID_CHARACTERS:
         return False  # what is no id at all says nothing
-    return echoed.strip() not in {"", sent}
+    return _bare_id(echoed) not in {"", _bare_id(sent)}
+
+
+def _bare_id(request_id: str) -> str:
+    """A UUID in the one form, however a gateway writes it."""
+    return request_id.strip().lower().replace("-", "")

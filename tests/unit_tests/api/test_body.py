@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -61,6 +62,12 @@ FORMS = {
         {"data": [{"url": f" DATA:image/png;charset=utf-8;BASE64,{b64(content)}"}]}
     ),
     "a data URL as b64_json": lambda content: json.dumps({"data": [{"b64_json": f"data:;base64,{b64(content)}"}]}),
+    "a percent-encoded data URL": lambda content: json.dumps(
+        {"data": [{"url": f"data:image/png;base64,{quote(b64(content), safe='')}"}]}
+    ),
+    "a data URL without base64": lambda content: json.dumps(
+        {"data": [{"url": f"data:image/png,{quote(content, safe='')}"}]}
+    ),
     "urlsafe": lambda content: json.dumps({"data": [{"b64_json": base64.urlsafe_b64encode(content).decode()}]}),
     "without padding": lambda content: json.dumps({"data": [{"b64_json": b64(content).rstrip("=")}]}),
     "in lines": lambda content: json.dumps({"data": [{"b64_json": lines(b64(content), "\n")}]}),
@@ -80,7 +87,14 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_image_data_is_found_in_every_form_that_gateways_send(form, content):
     raw = FORMS[form](content).encode()
-    for encoding, packed in (("", raw), ("gzip", gzip.compress(raw, 1)), ("deflate", zlib.compress(raw, 1))):
+    members = gzip.compress(raw[:700], 1) + gzip.compress(raw[700:], 1)
+    for encoding, packed in (
+        ("", raw),
+        ("gzip", gzip.compress(raw, 1)),
+        ("deflate", zlib.compress(raw, 1)),
+        ("gzip", members),
+        ("gzip", members + b"\0\0 behind"),
+    ):
         reply = read(packed, encoding)
         assert reply.content == content
         assert reply.urls == ()

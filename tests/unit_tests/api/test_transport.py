@@ -371,3 +371,21 @@ def test_a_paid_request_with_an_early_success_has_an_unknown_outcome(how):
                 endpoint.exchange(call, Deadline(5), read_reply)
             else:
                 asyncio.run(endpoint.aexchange(call, Deadline(5), read_reply))
+
+
+@both
+@pytest.mark.parametrize(
+    "form",
+    [str.upper, lambda sent: sent.replace("-", ""), lambda sent: f" {sent}\n", lambda sent: 5, lambda sent: None],
+    ids=["capitals", "without dashes", "with blanks", "a number", "null"],
+)
+def test_a_request_id_in_another_form_is_the_same_and_what_is_no_id_says_nothing(how, form):
+    def fault(connection, request):
+        url = f"{connection.server.origin}/a.png"
+        connection.json({"data": [{"url": url}], "request_id": form(request.json()["request_id"])})
+
+    with FaultServer(fault) as server:
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=FAKE_KEY, timeout=5, download=False)
+        result = generator.invoke("a") if how == "sync" else asyncio.run(generator.ainvoke("a"))
+        assert result.url.endswith("/a.png")
+        assert server.posts == 1
