@@ -39,7 +39,7 @@ from langchain_cogview.errors import CogViewConfigurationError, CogViewError, Co
 from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.images.store import image_names, local_path, read_regular_file, write_whole
+from langchain_cogview.images.store import image_names, local_path, read_regular_file, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -307,6 +307,8 @@ class CachedRequest:
                 return self._hit(recorded, path=_save(folder, names, content), uri=None)
             return self._hit(recorded, path=None, uri=folder.upload(names, content, deadline))
         except OSError as error:
+            if raised_by_signal(error):
+                raise
             note = _unsaved(folder, error.strerror or type(error).__name__)
             return self._hit(recorded, path=None, uri=None, content=content, warnings=(note,))
 
@@ -464,7 +466,7 @@ def _save(folder: Path, names: list[str], content: bytes) -> Path:
     folder = folder.resolve()
     for path in (folder / name for name in names):
         if not path.exists():
-            write_whole(path, content)
+            replace_file(path, content)
             return path
         with contextlib.suppress(OSError):
             if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process was faster

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from langchain_core.caches import BaseCache
 from langchain_core.outputs import Generation
 
-from langchain_cogview.concurrency import in_thread
+from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, sniff
-from langchain_cogview.images.store import read_regular_file, write_whole
+from langchain_cogview.images.store import read_regular_file, replace_file
 from langchain_cogview.result import GeneratedImage
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ class DirectoryEntries:
         """Keep a picture's bytes, where they are given, and record it."""
         path = self.bytes_path(image)
         if path and content is not None and whole(path, image) is None:
-            write_whole(path, content)
-        write_whole(self._path(key), to_entry(key, image).encode())
+            replace_file(path, content)
+        replace_file(self._path(key), to_entry(key, image).encode())
 
     async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
         """Async version of `write`."""
@@ -238,7 +238,9 @@ def whole(path: Path, image: GeneratedImage) -> bytes | None:
     """The bytes of a file, if they are the picture's as recorded; None where they are not, or it cannot be read."""
     try:
         content = read_regular_file(path, MAX_IMAGE_BYTES)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if raised_by_signal(error):
+            raise
         return None
     return content if is_picture(content, image) else None
 

@@ -13,11 +13,13 @@ import traceback
 import weakref
 from collections import deque
 from contextvars import ContextVar, copy_context
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Iterator
     from contextlib import AbstractContextManager
+    from types import FrameType
 
 T = TypeVar("T")
 
@@ -181,14 +183,27 @@ def raised_by_signal(error: BaseException) -> BaseException | None:
     codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)} - {None}
     seen: list[BaseException] = []
     link: BaseException | None = error
-    while codes and link is not None and link not in seen:
-        if hasattr(link, _MARK) or any(frame.f_code in codes for frame, _ in traceback.walk_tb(link.__traceback__)):
+    while link is not None and link not in seen:
+        frames = [frame for frame, _ in traceback.walk_tb(link.__traceback__)]
+        if hasattr(link, _MARK) or any(frame.f_code in codes for frame in frames) or _holds_handler(frames):
             # Marked, because the frames are taken away from what passes through: they hold the request, and so the key.
             setattr(link, _MARK, True)
             return link
         seen.append(link)
         link = link.__cause__ or link.__context__
     return None
+
+
+def _holds_handler(frames: list[FrameType]) -> bool:
+    """Whether one of these frames is a signal handler's, which is handed the frame below it that it interrupted.
+
+    That also finds a handler that is a partial or an object, or that is not installed any more.
+    """
+    return any(
+        handler.f_locals.get(name) is interrupted
+        for interrupted, handler in pairwise(frames)
+        for name in handler.f_code.co_varnames[: handler.f_code.co_argcount]
+    )
 
 
 # --- threads for callers on an event loop. The event loop's default executor is not used: an application may fill it with threads

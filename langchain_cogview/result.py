@@ -29,7 +29,7 @@ from langchain_cogview.artifact import (
     check_artifact,
     validated,
 )
-from langchain_cogview.concurrency import Deadline, in_thread
+from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
 from langchain_cogview.content_filter import ContentFilter, read_entries
 from langchain_cogview.errors import (
     CogViewContentFilterError,
@@ -188,7 +188,7 @@ class GeneratedImage(BaseModel):
         return self._saved(Path(path), "")
 
     def _saved(self, target: Path, suffix: str) -> Path:
-        from langchain_cogview.images.store import safe_name, write_whole  # noqa: PLC0415
+        from langchain_cogview.images.store import replace_file, safe_name, write_whole  # noqa: PLC0415
 
         content = self.read()
         try:
@@ -196,11 +196,14 @@ class GeneratedImage(BaseModel):
             ending = self._ending(content)
             if target.is_dir():
                 target /= f"{safe_name(self.id)}{suffix}{ending}"
+                replace_file(target, content)
             else:
                 target = target.with_stem(f"{target.stem}{suffix}") if suffix else target
                 target = target if target.suffix else target.with_name(target.name + ending)
-            write_whole(target, content)
+                write_whole(target, content)
         except (OSError, ValueError, RuntimeError) as error:
+            if raised_by_signal(error):
+                raise
             reason = getattr(error, "strerror", None) or error
             raise CogViewStorageError(
                 f"The picture could not be written to {printable(str(target), 120)}: {printable(str(reason), 80)}."

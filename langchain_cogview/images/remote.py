@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from langchain_cogview.concurrency import Deadline
+from langchain_cogview.concurrency import Deadline, raised_by_signal
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES
 from langchain_cogview.images.store import checked_image, local_path, read_regular_file
@@ -206,6 +206,8 @@ class ImageAccess:
         try:
             content = read_regular_file(path, MAX_IMAGE_BYTES, within=self.within)
         except (OSError, ValueError, RuntimeError) as error:
+            if raised_by_signal(error):
+                raise
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise CogViewStorageError(
                 f"The saved file {printable(path.name, 120)} cannot be read: {printable(reason, 80)}.",
@@ -545,7 +547,9 @@ def _settled(answer: _Answer[T]) -> T:
 def _storage_errors(done: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001  foreign packages raise what they like
+    except Exception as error:  # foreign packages raise what they like
+        if raised_by_signal(error):
+            raise
         raise OSError(getattr(error, "errno", None) or errno.EIO, _reason(error, done)) from None
 
 
@@ -555,7 +559,9 @@ def _unreadable() -> Iterator[None]:
         yield
     except CogViewConfigurationError as error:
         raise CogViewStorageError(error.message, hint=error.hint, detail=error.detail) from None
-    except Exception as error:  # noqa: BLE001  foreign packages raise what they like
+    except Exception as error:  # foreign packages raise what they like
+        if raised_by_signal(error):
+            raise
         raise CogViewStorageError(
             f"The saved image could not be read: {_reason(error, 'read')}.",
             hint="Check the access to the store (environment, storage_options), or open the URL while the link is valid.",

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
+from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.formats import EXTENSIONS, ImageFormatError, inspect
 
@@ -132,6 +133,8 @@ class ImageFile:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError as error:
+                if raised_by_signal(error):
+                    raise
                 self._move_to_memory(error, rest)
 
     @property
@@ -188,6 +191,8 @@ class ImageFile:
         try:
             yield
         except OSError as error:
+            if raised_by_signal(error):
+                raise
             self.problem = reason(error)
 
     def read(self) -> bytes:
@@ -241,6 +246,8 @@ class ImageFile:
             self._folder = self._folder.resolve(strict=True)
             return self._unnamed() or self._named()
         except (OSError, ValueError) as error:
+            if raised_by_signal(error):
+                raise
             self.problem = reason(error)
             return io.BytesIO()
 
@@ -264,7 +271,9 @@ class ImageFile:
             self._link(path)
         except FileExistsError:
             raise
-        except OSError:  # the file system has no hard links; which error says so differs between file systems
+        except OSError as error:  # the file system has no hard links; which error says so differs between file systems
+            if raised_by_signal(error):
+                raise
             self._rename(path)
 
     def _link(self, path: Path) -> None:
@@ -437,9 +446,18 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: The file could not be written.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
+    if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
+    replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under a name of ours, whole or not at all; whatever has that name is replaced, and no pipe is waited for.
+
+    Raises:
+        OSError: As the system says.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, descriptor = _temporary_file(path.parent)
     try:

@@ -979,3 +979,19 @@ def test_a_cache_that_fails_costs_no_picture_and_the_result_says_so(sandbox):
 def test_what_is_no_cache_is_refused_at_once(cache):
     with pytest.raises((ValueError, CogViewError)):
         CogViewImageGenerator(base_url="sandbox:", cache=cache)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="This system has no named pipes")
+@HOWS
+def test_pipes_in_a_cache_directory_keep_no_paid_image_waiting(sandbox, tmp_path, how):
+    def ask(directory):
+        generator = CogViewImageGenerator(base_url=sandbox.base_url, cache=directory)
+        return generator.invoke("kitten") if how == "sync" else asyncio.run(generator.ainvoke("kitten"))
+
+    first = ask(tmp_path / "one")
+    for path in [path for path in (tmp_path / "one").rglob("*") if path.is_file()]:
+        pipe = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        pipe.parent.mkdir(parents=True)
+        os.mkfifo(pipe)
+    assert ask(tmp_path / "two").read() == first.read()
+    assert ask(tmp_path / "two").cached, "what was in the way is replaced"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 import sys
 from datetime import UTC, datetime
@@ -69,6 +70,18 @@ def test_save_numbers_several_pictures(generator, tmp_path):
     many = generator.invoke({"prompt": "x", "n": 3, "size": "512x512"})
     many.save(str(tmp_path / "k.png"))
     assert {path.name for path in tmp_path.iterdir()} == {"k.png", "k-2.png", "k-3.png"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="This system has no named pipes")
+def test_save_into_a_folder_waits_for_no_pipe_and_writes_through_no_link(result, tmp_path):
+    name = f"{result.image.id}.png"
+    os.mkfifo(tmp_path / name)
+    assert result.save(tmp_path).read_bytes() == result.read()
+    (tmp_path / "victim").write_text("untouched")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "victim")
+    assert result.save(tmp_path).read_bytes() == result.read()
+    assert (tmp_path / "victim").read_text() == "untouched"
 
 
 def test_save_into_a_place_that_cannot_be_written_is_our_error(result, tmp_path):

@@ -1,15 +1,19 @@
 """What a signal handler raises in the middle of a call belongs to the caller, with a note that says what may have been paid."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool
@@ -90,6 +94,74 @@ def test_during_the_download_it_passes_through_and_says_where_the_image_is(raise
         notes = " ".join(caught.value.__notes__)
     assert server.picture_url in notes
     assert server.requests[0].json()["request_id"] in notes
+
+
+@pytest.mark.parametrize("kind", ["partial", "object", "not installed any more", "takes anything"])
+@pytest.mark.parametrize("get", [None, signals], ids=["reply", "download"])
+def test_it_passes_through_whatever_the_handler_is(kind, get):
+    def handle(number, frame):
+        raise AlarmError("time is up")
+
+    class Handler:
+        def __call__(self, number, frame):
+            raise AlarmError("time is up")
+
+    def handle_once(number, frame):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        raise AlarmError("time is up")
+
+    def handle_anything(*anything):
+        raise AlarmError("time is up")
+
+    handlers = {
+        "partial": functools.partial(handle),
+        "object": Handler(),
+        "not installed any more": handle_once,
+        "takes anything": handle_anything,
+    }
+    before = signal.signal(signal.SIGUSR1, handlers[kind])
+    try:
+        with FaultServer(None if get else signals, get) as server, pytest.raises(AlarmError):
+            CogViewImageTool(generator=generator_for(server)).invoke({"prompt": "a kitten"})
+        assert server.posts == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class SlowStore(MemoryFileSystem):
+    """A store that never answers; somebody signals meanwhile."""
+
+    protocol = "slow"
+    cachable = False
+
+    def pipe_file(self, path, value, **options):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        threading.Event().wait(5)
+        raise ConnectionError
+
+    cat_file = pipe_file
+
+
+def test_while_an_image_is_uploaded_it_passes_through_and_says_where_the_image_is(raised, sandbox):
+    fsspec.register_implementation("slow", SlowStore, clobber=True)
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir="slow://bucket/images")
+    with pytest.raises(raised) as caught:
+        tool.invoke({"prompt": "a kitten"})
+    assert type(caught.value) is raised
+    assert "was made and paid for" in " ".join(caught.value.__notes__)
+
+
+def test_while_an_image_is_saved_it_passes_through(raised, sandbox, tmp_path, monkeypatch):
+    # A network mount that hangs: the call of the system is interrupted by the signal.
+    def hangs(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1)
+
+    monkeypatch.setattr(os, "link", hangs)
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
+    with pytest.raises(raised) as caught:
+        tool.invoke({"prompt": "a kitten"})
+    assert "was made and paid for" in " ".join(caught.value.__notes__)
 
 
 class Signalling(BaseRateLimiter):
