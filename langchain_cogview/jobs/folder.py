@@ -30,7 +30,6 @@ _LEFTOVER: Final = re.compile(r"\.lock|\.(?:job\.json|manifest\.jsonl)\.part|\.c
 _HAS_DESCRIPTORS: Final = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY")
 _FLAGS: Final = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _BUSY: Final = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
-_NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _START: Final = b'{"key":"'
 
 
@@ -133,6 +132,8 @@ class JobFolder:
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """Open a regular file; a symbolic link is not followed, and a pipe is not waited for.
 
+        A file that has a second name (a hard link) is not opened for writing.
+
         Args:
             name: In the folder.
             flags: As for `os.open`.
@@ -152,7 +153,9 @@ class JobFolder:
             if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
                 raise self._foreign(name) from None
             raise
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        facts = os.fstat(descriptor)
+        # A second name of a file that is written to may be one of somebody else, or of a backup made of hard links.
+        if not stat.S_ISREG(facts.st_mode) or (flags & (os.O_WRONLY | os.O_RDWR) and facts.st_nlink > 1):
             os.close(descriptor)
             raise self._foreign(name)
         return descriptor
@@ -246,8 +249,9 @@ class JobFolder:
         try:
             os.link(*self._at(part), *self._at(name), **self._relative("src_dir_fd", "dst_dir_fd"))
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if isinstance(error, FileExistsError):
                 raise
+            # No hard links here, in whatever words the file system says so.
             with os.fdopen(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
                 file.write(content)
 
@@ -266,8 +270,8 @@ class JobFolder:
 
     def _foreign(self, name: str) -> CogViewConfigurationError:
         return CogViewConfigurationError(
-            f"{printable(str(self.path / name), 120)} is no regular file, so no job made it; nothing was written to it.",
-            hint="Move it away, or choose another folder.",
+            f"{printable(str(self.path / name), 120)} is not a regular file, or has hard links; nothing was written to it.",
+            hint="Replace it with a copy of its own or move it away, or choose another folder.",
         )
 
 

@@ -87,7 +87,7 @@ def test_a_page_that_a_job_wrote_is_written_anew_also_one_of_the_first_version(r
     assert "a dog" in page.read_text()
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling", "pipe", "folder"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("begun", [True, False])
 def test_nothing_is_written_through_links_and_no_pipe_is_waited_for(  # noqa: PLR0917  fixtures
@@ -102,6 +102,9 @@ def test_nothing_is_written_through_links_and_no_pipe_is_waited_for(  # noqa: PL
         victim.write_text("#!/bin/sh\n")
     if kind in {"link", "dangling"}:
         (out / name).symlink_to(victim)
+    elif kind == "hard link":
+        victim.touch()
+        (out / name).hardlink_to(victim)
     elif kind == "pipe":
         os.mkfifo(out / name)
     else:
@@ -113,7 +116,8 @@ def test_nothing_is_written_through_links_and_no_pipe_is_waited_for(  # noqa: PL
         assert name in error.message
         assert len(sandbox.requests) == before
         assert name in NAMES[:3]
-    assert not victim.exists() if kind != "link" else victim.read_text() == "#!/bin/sh\n"
+    expected = {"link": "#!/bin/sh\n", "hard link": ""}.get(kind)
+    assert (victim.read_text() if victim.exists() else None) == expected
     assert sorted(entry.prompt for entry in sandbox.ledger) in ([], ["a cat"], ["a cat", "a dog"])
 
 
@@ -135,6 +139,22 @@ def test_a_file_of_another_program_stays_as_it_is(  # noqa: PLR0917  fixtures
             run(into_existing=agrees)
     assert (out / name).read_text() == content
     assert len(sandbox.requests) == before
+
+
+def test_records_that_share_their_bytes_with_a_backup_are_not_written_to(run, out, sandbox, tmp_path):
+    run(["a cat"])
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    for name in ("job.json", "manifest.jsonl", "attempts.jsonl"):
+        (backup / name).hardlink_to(out / name)
+    before = (backup / "manifest.jsonl").read_bytes()
+    with pytest.raises(CogViewConfigurationError, match="hard links"):
+        run(["a cat", "a dog"])
+    assert (backup / "manifest.jsonl").read_bytes() == before
+    assert [entry.prompt for entry in sandbox.ledger] == ["a cat"]
+    for path in backup.iterdir():
+        path.unlink()
+    assert run(["a cat", "a dog"]).made == 1
 
 
 def test_a_link_to_a_folder_is_followed_once(run, out, tmp_path):
