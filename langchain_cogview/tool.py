@@ -1,4 +1,4 @@
-"""`CogViewImageTool`, the BaseTool."""
+"""`CogViewImageTool`, the `BaseTool` for agents: the schema of its arguments, and the texts that the model reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path, PurePath
@@ -42,26 +41,21 @@ from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
 
 if TYPE_CHECKING:
-    from langchain_core.runnables import RunnableConfig
-
     from langchain_cogview.result import GeneratedImage, ImageResult
 
 TOOL_NAME: Final = "cogview_generate_image"
 TOOL_DESCRIPTION: Final = (
-    "Make a picture from a text description. Use it when the user asks for an image, drawing, photo or illustration. "
-    "You get a short confirmation with the picture's id and where it is saved, not the picture. "
-    "Each call costs money: call it once for each picture that the user asked for."
+    "Generate an image from a text description. Use it when the user asks for an image, drawing, photo or illustration. "
+    "You get a short confirmation with the image's id and where it is saved, not the image. "
+    "Each call costs money: call it once for each image that the user asked for."
 )
-SHOWN_TO_USER: Final = " The application shows the picture to the user."
+SHOWN_TO_USER: Final = " The application shows the image to the user."
 DEFAULT_OUTPUT_DIR: Final = "cogview_images"
 _PATH_CHARACTERS = 160
 
-# The id of the call that is being run: BaseTool keeps it from `_run`, and an injected argument would break plain `invoke`.
-_tool_call_id: ContextVar[str | None] = ContextVar("cogview_tool_call_id", default=None)
-
 
 class _ErrorAsTextError(ToolException):
-    """An error that is no `ToolException` itself, to be given to the model; the error is its cause."""
+    """Gives the model the text of an error that is not a `ToolException`; the error is its cause."""
 
 
 def _text_of_error(error: ToolException) -> str:
@@ -69,18 +63,19 @@ def _text_of_error(error: ToolException) -> str:
         return error.text_for_model
     if isinstance(error, _ErrorAsTextError):
         return str(error)
-    return "No image was made. The image tool failed. Tell the user; do not try again by yourself."
+    return "No image was made. The image tool failed. Tell the user, and do not call this tool again on your own."
 
 
 def _text_of_bad_arguments(error: Any) -> str:
-    said = describe_validation(error) if isinstance(error, ValidationError) else "the arguments are not valid"
-    return printable(f"No image was made. Wrong arguments: {said}", MAX_MODEL_TEXT)
+    problem = describe_validation(error) if isinstance(error, ValidationError) else "the arguments are not valid"
+    return printable(f"No image was made. Wrong arguments: {problem}", MAX_MODEL_TEXT)
 
 
 def _resolved(generator: Any, bound: dict[str, Any]) -> Iterator[tuple[CogViewImageGenerator, dict[str, Any]]]:
-    """The generators behind what LangChain wrapped, each with the arguments that are bound to it.
+    """Find the generators in a wrapper of LangChain, each with the arguments that are bound to it.
 
-    Only what hands its arguments on is known to keep the budget, and only what sends once does not pay again.
+    Other wrappers are refused: one that does not pass its arguments on would lose the budget, and one that retries would pay
+    again.
     """
     if isinstance(generator, CogViewImageGenerator):
         yield generator, bound
@@ -89,17 +84,17 @@ def _resolved(generator: Any, bound: dict[str, Any]) -> Iterator[tuple[CogViewIm
     elif type(generator) is RunnableConfigurableFields:
         yield from _resolved(generator.default, bound)
     elif type(generator) is RunnableConfigurableAlternatives:
-        for each in (generator.default, *generator.alternatives.values()):
-            yield from _resolved(each, bound)
+        for alternative in (generator.default, *generator.alternatives.values()):
+            yield from _resolved(alternative, bound)
     else:
         raise CogViewConfigurationError(
             f"generator= takes a CogViewImageGenerator; this is of type {type(generator).__name__}.",
-            hint="Pass the generator itself: max_retries and fallback_models are its own.",
+            hint="Pass the generator itself, and set max_retries and fallback_models on it.",
         )
 
 
 class ToolSettings(GeneratorSettings, total=False):
-    """The keyword arguments of `CogViewImageTool` beside `generator`; its docstring says what each of them does."""
+    """The keyword arguments of `CogViewImageTool` other than `generator`; its docstring describes each of them."""
 
     content_format: Literal["text", "image_url"]
     on_failure: Literal["error", "continue"]
@@ -121,7 +116,7 @@ class ToolSettings(GeneratorSettings, total=False):
 
 
 class CogViewImageTool(SafeErrors, BaseTool):
-    """Lets an agent make pictures with Zhipu's CogView endpoint.
+    """Lets an agent generate images with Zhipu's CogView endpoint.
 
     Setup:
         Install `langchain-cogview`, and set `ZHIPUAI_API_KEY` (a key from open.bigmodel.cn, mainland China) or
@@ -129,13 +124,13 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
     Instantiation:
         >>> from langchain_cogview import CogViewImageTool
-        >>> tool = CogViewImageTool(base_url="sandbox:", output_dir="pictures")  # offline; leave base_url out for the service
+
 
     Invocation with args:
         >>> tool.invoke({"prompt": "a cute little kitten"})    # doctest: +SKIP
-        'Made 1 image: 3f2a9c1b (1024x1024, saved as pictures/...png). ...'
+        'Made 1 image: 3f2a9c1b (1024x1024, saved as images/...png). ...'
 
-    Invocation with a ToolCall, as an agent does it; the message's artifact holds the result as plain JSON:
+    Invocation with a ToolCall, as an agent does it; the message's artifact has the result as plain JSON:
         >>> message = tool.invoke(
         ...     {"type": "tool_call", "id": "1", "name": tool.name, "args": {"prompt": "a kitten"}}
         ... )    # doctest: +SKIP
@@ -147,42 +142,57 @@ class CogViewImageTool(SafeErrors, BaseTool):
         >>> output = agent.invoke({"messages": "Draw me a kitten"})    # doctest: +SKIP
         >>> images_from_messages(output)[0].show()    # doctest: +SKIP
 
-    A blocked prompt, wrong arguments and an unknown outcome become a text for the model, and the agent goes on. Errors that no
-    model can act on (key, balance, rate limit, network) are raised unless `on_failure="continue"`; they are LangChain's
-    `ModelError`s, which its retry middleware understands.
+    A blocked prompt, wrong arguments and an unknown outcome become a text for the model, and the agent continues. Errors that no
+    model can act on (key, balance, rate limit, network) are raised unless `on_failure="continue"`. They are `ModelError`s of
+    LangChain, which its retry middleware understands.
 
     Args:
-        generator: What makes the pictures. None: one is made of the other arguments.
-        content_format: What the model gets: `text` alone, or `image_url`, the text and a block with the link. Chat APIs of
-            OpenAI's form refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini take them.
+        generator: The generator, or one that LangChain has bound or made configurable. None: it is made of the other arguments.
+        content_format: What the model gets: only a `text`, or with `image_url` the text and a block with the link. Chat APIs in
+            OpenAI's format refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini accept them.
         on_failure: What happens after an error that no model can act on, in the words of LangChain's middleware: `error` raises
-            it, which ends an agent's run; `continue` gives it to the model as a text that says not to call again. Raised in one
-            of several parallel calls, it keeps the images of the others out of the agent's state.
-        shown_to_user: Whether the application shows each image to the user by itself. Then the model is told so, and told not
-            to write a link. By default the model is told only the image's id and where it is saved.
-        max_images: How many pictures this instance may make in all. A further request is refused before it is sent, with a
-            text that the model can pass on. None: no limit.
-        budget: The same in money, in the currency of the platform (CNY in China, USD internationally), at the catalog's
+            it, which ends the agent's run; `continue` gives the model a text that says not to call again. If one of several
+            parallel calls raises, the agent's state does not get the images of the others.
+        shown_to_user: Whether the application shows each image to the user. Then the model is told so, and told not to write a
+            link. Otherwise the model is told only the image's id and where it is saved.
+        max_images: Limit of the images that this instance may make. A further request is refused before it is sent, with a
+            text for the model. None: no limit.
+        budget: Limit of the money, in the currency of the platform (CNY in China, USD internationally), at the catalog's
             prices, in the sandbox too. None: no limit.
-        name: What the model calls it.
-        description: What the model reads of it.
-        **kwargs: Arguments of `CogViewImageGenerator`, when no `generator` is given. `output_dir` is then `cogview_images`
-            unless said otherwise: the artifact has no bytes, and a link does not last.
+        name: Name of the tool for the model.
+        description: Description of the tool for the model.
+        **settings: Arguments of `CogViewImageGenerator`, if `generator` is None. The default of `output_dir` is then
+            `cogview_images`, because an artifact has no bytes and a link expires.
+
+    Raises:
+        CogViewConfigurationError: An argument is missing, malformed or unknown, or the price that a budget needs is not known.
     """
 
     name: str = TOOL_NAME
+    """Name of the tool for the model."""
     description: str = TOOL_DESCRIPTION
+    """Description of the tool for the model."""
     args_schema: Any = None
+    """Schema of the arguments; the default is made for the generator's model."""
     response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
+    """The tool message has a text for the model, and an artifact for the application."""
     handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
+    """How a `ToolException` becomes a text for the model, as in LangChain."""
     handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
-    # An instance is used as it is: validating it again would warn again. What LangChain binds has another class.
+    """How wrong arguments become a text for the model, as in LangChain."""
+    # An instance is not validated again, which would repeat its warnings. A bound generator has a class of LangChain.
     generator: Annotated[CogViewImageGenerator, SkipValidation] = Field(repr=False)
+    """The generator that makes the images."""
     content_format: Literal["text", "image_url"] = "text"
+    """Whether the model gets only a text, or also a block with the link."""
     on_failure: Literal["error", "continue"] = "error"
+    """Whether an error that no model can act on is raised, or given to the model as a text."""
     shown_to_user: bool = False
+    """Whether the application shows each image to the user."""
     max_images: int | None = Field(default=None, ge=0)
+    """Limit of the images that this instance may make; None for no limit."""
     budget: Decimal | None = None
+    """Limit of the money, in the currency of the platform; None for no limit."""
 
     _spending: Spending = PrivateAttr(default_factory=Spending)
 
@@ -190,7 +200,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
     @field_validator("budget")
     @classmethod
-    def _budget_is_an_amount(cls, value: Decimal | None) -> Decimal | None:
+    def _check_budget(cls, value: Decimal | None) -> Decimal | None:
         return None if value is None else checked_amount(value)
 
     def __init__(self, *, generator: CogViewImageGenerator | None = None, **settings: Unpack[ToolSettings]) -> None:
@@ -200,83 +210,87 @@ class CogViewImageTool(SafeErrors, BaseTool):
             raise failure
 
     @field_serializer("generator", mode="wrap")
-    def _dumped_generator(self, generator: Any, dump: SerializerFunctionWrapHandler) -> Any:
-        # What LangChain binds holds its arguments and configuration as they are, and the key may be among them.
+    def _dump_generator(self, generator: Any, dump: SerializerFunctionWrapHandler) -> Any:
+        # A bound generator of LangChain has its arguments and configuration as they are, and the key may be among them.
         return dump(generator) if isinstance(generator, CogViewImageGenerator) else type(generator).__name__
 
     def _construct(self, generator: CogViewImageGenerator | None, settings: Mapping[str, Any]) -> None:
-        own, others = self._sorted(settings)
+        fields, others = self._split(settings)
         if generator is None:
             if others.get("download", True):
                 others.setdefault("output_dir", DEFAULT_OUTPUT_DIR)
             generator = CogViewImageGenerator(**others)
         elif others:
             raise CogViewConfigurationError(
-                f"{', '.join(sorted(others))} cannot be given beside generator=.", hint="Set it on the generator."
+                f"{', '.join(sorted(others))} cannot be passed together with generator=.",
+                hint="Set it on the generator.",
             )
         generators = list(_resolved(generator, {}))
-        if own.get("args_schema") is None:
-            own["args_schema"] = arguments_schema(generator)
-        if own.get("shown_to_user") is True:
-            own.setdefault("description", TOOL_DESCRIPTION + SHOWN_TO_USER)
-        super().__init__(generator=generator, **own)
+        if fields.get("args_schema") is None:
+            fields["args_schema"] = arguments_schema(generator)
+        if fields.get("shown_to_user") is True:
+            fields.setdefault("description", TOOL_DESCRIPTION + SHOWN_TO_USER)
+        super().__init__(generator=generator, **fields)
         self._refuse_unpriced(generators)
 
     @classmethod
-    def _sorted(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        # `response_format` is LangChain's, but people mean that of other image APIs.
-        own = {
+    def _split(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        # LangChain has a field `response_format`, but users mean the argument of other image APIs.
+        names = {
             name
             for name in values
             if name in cls.model_fields and (name != "response_format" or values[name] == "content_and_artifact")
         }
         known = CogViewImageGenerator.model_fields
-        check_names([name for name in values if name not in own], {*known, *cls.model_fields} - {"response_format"})
-        return {name: values[name] for name in own}, {name: values[name] for name in values if name not in own}
+        check_names([name for name in values if name not in names], {*known, *cls.model_fields} - {"response_format"})
+        return {name: values[name] for name in names}, {name: values[name] for name in values if name not in names}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Show all arguments in the signature, those of the generator included."""
+        """Show all arguments in the signature, including those of the generator."""
         super().__pydantic_init_subclass__(**kwargs)
         cls.__signature__ = _signature(cls)
 
     # --- a run
 
-    def run(self, *args: Any, tool_call_id: str | None = None, **kwargs: Any) -> Any:
-        """LangChain's; remembers the tool call's id for the events."""
-        token = _tool_call_id.set(tool_call_id)
-        try:
-            return super().run(*args, tool_call_id=tool_call_id, **kwargs)
-        finally:
-            _tool_call_id.reset(token)
+    # The id of the tool call goes to the generator's run, and so to its events, in the metadata that LangChain inherits. An
+    # injected argument of `_run` would break plain `invoke`.
 
-    async def arun(self, *args: Any, tool_call_id: str | None = None, **kwargs: Any) -> Any:
-        """LangChain's; remembers the tool call's id for the events."""
-        token = _tool_call_id.set(tool_call_id)
-        try:
-            return await super().arun(*args, tool_call_id=tool_call_id, **kwargs)
-        finally:
-            _tool_call_id.reset(token)
+    def run(
+        self, *args: Any, tool_call_id: str | None = None, metadata: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the tool, as LangChain does, with the id of the tool call in the metadata.
 
-    # The generator finds the tool's run, its parent, in LangChain's context.
+        Returns:
+            As `BaseTool.run`.
+        """
+        metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
+        return super().run(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
+
+    async def arun(
+        self, *args: Any, tool_call_id: str | None = None, metadata: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Async version of `run`.
+
+        Returns:
+            As `run`.
+        """
+        metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
+        return await super().arun(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
 
     def _run(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        given = _given(prompt, size, quality)
         with self._failures():
-            result = self.generator.invoke(given, _config(), budget=self._budget())
-        return self._answer(_saved_all_the_same(result) if any(map(_is_unsaved, result.images)) else result)
+            result = self.generator.invoke(_arguments(prompt, size, quality), budget=self._budget())
+        return self._answer(_with_files(result) if any(map(_is_unsaved, result.images)) else result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        given = _given(prompt, size, quality)
         with self._failures():
-            result = await self.generator.ainvoke(given, _config(), budget=self._budget())
-        return self._answer(
-            await in_thread(_saved_all_the_same, result) if any(map(_is_unsaved, result.images)) else result
-        )
+            result = await self.generator.ainvoke(_arguments(prompt, size, quality), budget=self._budget())
+        return self._answer(await in_thread(_with_files, result) if any(map(_is_unsaved, result.images)) else result)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -288,7 +302,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
             raise _ErrorAsTextError(error.text_for_model) from error
 
     def _budget(self) -> Budget:
-        # The limits can be changed on the way; what was spent stays. The generator counts, where request and price are known.
+        # The limits may be changed between calls, and what was spent remains. The generator counts, because it knows the prices.
         return Budget(self.budget, max_images=self.max_images, owner="this tool", spending=self._spending)
 
     def _refuse_unpriced(self, generators: list[tuple[CogViewImageGenerator, dict[str, Any]]]) -> None:
@@ -299,8 +313,8 @@ class CogViewImageTool(SafeErrors, BaseTool):
             for model in (bound.get("model") or generator.model, *generator.fallback_models):
                 if generator.price(model) is None:
                     raise CogViewConfigurationError(
-                        f"The price of {model} is not known, so a budget cannot be kept.",
-                        hint="Use max_images, or tell it: prices={...}.",
+                        f"A budget needs the price of {model}, which is not known.",
+                        hint="Pass prices={model: price}, or use max_images instead.",
                     )
 
     # --- what the model reads
@@ -314,7 +328,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        # The schema's class is made for this instance; the other process makes its own.
+        # The class of the schema is made for this instance, and the other process makes its own.
         state["__dict__"] = {**state["__dict__"], "args_schema": None}
         return state
 
@@ -327,31 +341,27 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
 
 def _signature(cls: type[CogViewImageTool]) -> inspect.Signature:
-    """All arguments of a tool: its own, then the generator's."""
-    own = inspect.signature(cls).parameters
+    # The arguments of the tool, then those of the generator.
+    parameters = inspect.signature(cls).parameters
     others = inspect.signature(CogViewImageGenerator).parameters
-    added = [parameter for name, parameter in others.items() if name not in own]
-    return inspect.Signature([*own.values(), *added], return_annotation=inspect.Signature.empty)
+    added = [parameter for name, parameter in others.items() if name not in parameters]
+    return inspect.Signature([*parameters.values(), *added], return_annotation=inspect.Signature.empty)
 
 
 CogViewImageTool.__signature__ = _signature(CogViewImageTool)
 
 
-def _given(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
-    said = {"prompt": prompt, "size": size, "quality": quality}
-    return {name: value for name, value in said.items() if value is not None}
-
-
-def _config() -> RunnableConfig:
-    return {"metadata": {"tool_call_id": _tool_call_id.get()}}
+def _arguments(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
+    arguments = {"prompt": prompt, "size": size, "quality": quality}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _is_unsaved(image: GeneratedImage) -> bool:
     return image.path is None and image.uri is None and image.mime_type is not None
 
 
-def _saved_all_the_same(result: ImageResult) -> ImageResult:
-    """A result whose bytes are in files: an artifact has none, so what is only in memory goes into a temporary folder."""
+def _with_files(result: ImageResult) -> ImageResult:
+    # An artifact has no bytes, so an image that is only in memory is saved in a temporary folder.
     images = [_saved(image) if _is_unsaved(image) else image for image in result.images]
     return result.model_copy(update={"images": tuple(images)})
 
@@ -362,35 +372,35 @@ def _saved(image: GeneratedImage) -> GeneratedImage:
         folder = _temporary_folder()
         folder.mkdir(mode=0o700, exist_ok=True)
         path = image.save(folder)
-        note = f"The picture is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
+        note = f"The image is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
         kept = {"path": path}
-    except Exception as error:  # it is paid for: the artifact still has its link
+    except Exception as error:  # the image is paid for, and the artifact still has its link
         if raised_by_signal(error):
             raise
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        note = f"The picture could not be saved in a temporary folder: {printable(why)}. Only its link is left."
+        note = f"The image could not be saved in a temporary folder: {printable(why)}. Only its link is left."
     return image.model_copy(update={**kept, "warnings": (*image.warnings, note)})
 
 
 @cache
 def _temporary_folder() -> Path:
-    """One for the process, readable by this user alone."""
+    # There is one for the process, which only this user can read.
     return Path(tempfile.mkdtemp(prefix="cogview_images-"))
 
 
 def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
-    """What the model reads of a result: short ids, whether it worked, and what not to do.
+    """Write the text that the model reads about a result: short ids, whether it worked, and what not to do.
 
     Args:
-        result: What was made.
+        result: The result.
         shown_to_user: Whether the application shows the images to the user.
 
     Returns:
-        At most 500 characters. They never suggest that the model has seen an image.
+        At most 500 characters, which never suggest that the model has seen an image.
     """
     count = len(result.images)
     fetched = [image for image in result.images if image.mime_type]
-    pictures = []
+    images = []
     for image in result.images[:3]:
         facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
         place = str(image.path or image.uri or "")
@@ -398,16 +408,16 @@ def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
             facts.append(
                 f"saved as {place if len(place) <= _PATH_CHARACTERS // min(count, 3) else PurePath(place).name}"
             )
-        pictures.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
+        images.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
     more = f" and {count - 3} more" if count > 3 else ""  # noqa: PLR2004
-    text = f"Made {count} image{'s' if count > 1 else ''}: {'; '.join(pictures)}{more}."
+    text = f"Made {count} image{'s' if count > 1 else ''}: {'; '.join(images)}{more}."
     unknown = sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
     if len(result.failures) > unknown:
         text += f" {len(result.failures) - unknown} more could not be made."
     if unknown:
         text += f" {unknown} more may have been made and charged, but did not arrive."
     if result.sandbox:
-        text += " It is a sandbox placeholder, not a real picture."
+        text += " It is a sandbox placeholder, not a real image."
     if len(fetched) < count:
         missing = "It" if count == 1 else f"{count - len(fetched)} of them"
         if all(image.url or image.mime_type for image in result.images):
@@ -426,20 +436,20 @@ def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
 
 
 class ImageArguments(BaseModel):
-    """Base of the arguments of an image tool."""
+    """Base class of the arguments of an image tool."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
-    """The arguments that a chat model may decide, as the image model allows them.
+    """Make the schema of the arguments that a chat model decides, for the image model of a generator.
 
-    The JSON schema uses only keywords that every provider takes, also with `strict=True`: bounds and defaults stand in the
-    descriptions and hold in the validation. The validation takes more than the schema offers: every legal size, words, and
-    what chat models send for an argument that they would leave out.
+    The JSON schema uses only keywords that every provider accepts, also with `strict=True`: bounds and defaults are in the
+    descriptions, and the validation applies them. The validation accepts more than the schema offers: every legal size, words,
+    and what chat models send for an argument that they would leave out.
 
     Args:
-        generator: Its settings are the defaults.
+        generator: The generator, whose settings are the defaults.
 
     Returns:
         A class for `args_schema`.
@@ -458,7 +468,7 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
         "prompt": (
             Annotated[str, AfterValidator(partial(_sendable, info)), _json_schema()],
             Field(
-                description="What the picture shows: subject, style, colours, composition. In the user's language."
+                description="What the image shows: subject, style, colours, composition. In the user's language."
                 + (f" At most {limit} characters." if limit else ""),
             ),
         ),
@@ -468,7 +478,7 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
         ),
         "quality": (
             Annotated[Literal[qualities] | None, BeforeValidator(partial(_quality_of, info)), _json_schema(*qualities)],
-            _field(quality, quality_text if len(qualities) > 1 else "The only one."),
+            _field(quality, quality_text if len(qualities) > 1 else "The only quality of this model."),
         ),
     }
     return create_model(
@@ -490,7 +500,7 @@ def _size_of(info: ModelInfo, size: Any) -> Any:
 
 def _quality_of(info: ModelInfo, quality: Any) -> Any:
     quality = specified(quality, quality=True)
-    # A word for a quality that the model does not have becomes the one that it has.
+    # A word for a quality that the model does not have becomes the quality that it has.
     return info.qualities[0] if quality in get_args(Quality) and quality not in info.qualities else quality
 
 

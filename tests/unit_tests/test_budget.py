@@ -137,7 +137,7 @@ def test_what_cannot_be_counted_is_refused_when_the_tool_is_made(generator):
 
 
 def test_an_unknown_price_behind_a_binding_is_refused_when_the_tool_is_made(generator):
-    with pytest.raises(CogViewConfigurationError, match="cogview-3 is not known, so a budget"):
+    with pytest.raises(CogViewConfigurationError, match="A budget needs the price of cogview-3"):
         CogViewImageTool(generator=generator.bind(model="cogview-3"), budget=1)
 
 

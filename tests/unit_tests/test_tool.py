@@ -51,7 +51,7 @@ def test_a_tool_call_gives_a_short_text_and_the_result_as_artifact(tool, tmp_pat
     assert (image.width, image.height) == (1344, 768)
     assert message.status == "success"
     assert message.content == (
-        f"Made 1 image: {image.id} (1344x768, saved as {image.path}). It is a sandbox placeholder, not a real picture. "
+        f"Made 1 image: {image.id} (1344x768, saved as {image.path}). It is a sandbox placeholder, not a real image. "
         "Refer to it by id or path. Do not make up a link, and do not call this tool again unless asked."
     )
     json.dumps(message.artifact)
@@ -64,7 +64,7 @@ def test_the_model_is_told_that_the_user_sees_the_image_only_where_the_applicati
     for tool, is_told in ((unknown, False), (shown, True)):
         text = run(tool, call(prompt="a kitten"), how).content
         assert ("The user already sees it. Do not write a link" in text) is is_told
-        assert ("The application shows the picture to the user" in tool.description) is is_told
+        assert ("The application shows the image to the user" in tool.description) is is_told
         assert ("by id or path" in text) is not is_told
         assert "shown" not in text
     assert CogViewImageTool(base_url="sandbox:", shown_to_user=True, description="Draws.").description == "Draws."
@@ -336,7 +336,7 @@ def test_a_generator_is_used_as_it_is(generator, sandbox):
     image = ImageResult.from_artifact(CogViewImageTool(generator=generator).invoke(call(prompt="x")).artifact).images[0]
     assert image.read().startswith(b"\x89PNG")
     assert "temporary folder" in image.warnings[0]
-    with pytest.raises(CogViewConfigurationError, match="size cannot be given beside generator="):
+    with pytest.raises(CogViewConfigurationError, match="size cannot be passed together with generator="):
         CogViewImageTool(generator=generator, size="square")
 
 
@@ -452,7 +452,7 @@ async def test_a_cancelled_request_counts_as_spent(tmp_path):
 def test_a_budget_needs_a_known_price():
     with (
         pytest.warns(UserWarning, match="no longer lists"),
-        pytest.raises(CogViewConfigurationError, match="not known, so a budget"),
+        pytest.raises(CogViewConfigurationError, match="A budget needs the price"),
     ):
         CogViewImageTool(base_url="sandbox:", model="cogview-3", budget=Decimal(1))
     with pytest.raises(ValueError):
