@@ -480,7 +480,7 @@ def _where(place: Path | str) -> dict[str, Any]:
 
 def _unsaved(folder: object, why: str) -> str:
     return (
-        f"The picture could not be saved in output_dir ({printable(str(folder), 120)}): {why}. "
+        f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. "
         "Its bytes are in memory: call save(path)."
     )
 

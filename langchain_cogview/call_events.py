@@ -1,4 +1,4 @@
-"""One picture on its way: what is written down before it is paid, and the events that tell of it."""
+"""Follow one paid call: the budget, the journal of what may be charged, and the events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.cost import Charge, Money, Reservation
-from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome
+from langchain_cogview.errors import CogViewContentFilterError, CogViewError, CogViewStoppedError, Outcome, printable
 from langchain_cogview.events import (
     GENERATED_EVENT,
     PROGRESS_EVENT,
@@ -32,19 +32,30 @@ logger = logging.getLogger(__name__)
 
 
 class Journal(Protocol):
-    """Writes down what is about to be paid, so that a process that dies leaves a trace of it."""
+    """Records what is about to be charged, so that a process that dies leaves a trace."""
 
     def sending(self, request_id: str, model: str) -> None:
-        """Right before a POST that may be charged: the first to a model, and each after one that may have been charged.
+        """Record a POST that may be charged, right before it is sent.
 
-        What it raises stops the call, and nothing is sent.
+        It is called for the first POST to a model, and for every POST after one that may have been charged. An exception
+        ends the call, and nothing is sent.
+
+        Args:
+            request_id: The request id that this client generated.
+            model: The model that is asked.
         """
 
     async def asending(self, request_id: str, model: str) -> None:
-        """The twin of `sending`, without blocking the event loop."""
+        """Async version of `sending`."""
 
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
-        """A task was accepted by a model, perhaps another than was asked first; its id finds the picture again."""
+        """Record a task that was accepted, by whose id its image is found again.
+
+        Args:
+            request_id: The request id that this client generated.
+            task_id: The id of the task.
+            model: The model that accepted the task; it may be a fallback model.
+        """
 
     async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
         """Async version of `submitted`."""
@@ -56,18 +67,18 @@ JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", defau
 
 @dataclass(slots=True)
 class ImageEvents:
-    """Follows one picture on its way: writes the journal, makes and sends the events.
+    """Follows one paid call: counts it in the budget, writes the journal, makes and sends the events.
 
     Attributes:
         dispatcher: Sends the events.
-        price: Of a model's picture: amount (None where unknown) and currency.
-        prompt: What content filter events hold of it; None: nothing.
-        deadline: Of the picture.
-        request_id: Of the picture, on every attempt.
-        model: Which is asked at the moment.
-        reservation: Where each POST that may be charged is counted; None: nowhere.
-        sent: Whether a paid POST was about to be sent.
-        uncertain: How many POSTs may have been charged without an image, so far.
+        price: Returns the price of an image of a model: amount (None: unknown) and currency.
+        prompt: The prompt for content filter events; None: they hold no prompt.
+        deadline: The deadline of the call.
+        request_id: The request id that this client generated, the same for every attempt.
+        model: The model that is asked.
+        reservation: Where every POST that may be charged is counted; None: nowhere.
+        sent: Whether a POST was sent.
+        uncertain: Number of POSTs that may have been charged without an image.
     """
 
     dispatcher: EventDispatcher
@@ -85,11 +96,11 @@ class ImageEvents:
 
     @property
     def label(self) -> str:
-        """What the picture and its file are called: a journal, or the model that asked for it, finds them by it."""
+        """The id of the image, and a part of its file name: the beginning of the request id."""
         return self.request_id[:8]
 
     def sending(self) -> None:
-        """The client's word right before each attempt; what it raises stops the call, and nothing is sent."""
+        """Handle an attempt that is about to be sent. An exception ends the call, and nothing is sent."""
         self._commit()
         journal = self._journal()
         if journal:
@@ -109,7 +120,11 @@ class ImageEvents:
             await self.dispatcher.adispatch(self._progress("sent"))
 
     def failed(self, error: BaseException) -> None:
-        """The client's word after an attempt that gave no image, and the end of a task that gave none."""
+        """Handle an attempt, or a task, that ended without an image.
+
+        Args:
+            error: Why there is no image.
+        """
         pending, self._pending = self._pending, False
         if pending and isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN:
             if self._charge is not None:
@@ -123,30 +138,38 @@ class ImageEvents:
         self._pending = True
 
     def _journal(self) -> Journal | None:
-        """The journal, where this POST may be charged besides those that it knows of."""
+        """The journal, unless it holds this POST already."""
         noted, self._noted = self._noted, (self.model, self.uncertain)
         return None if noted == self._noted else JOURNAL.get()
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
-        """The client's word before waiting to send again."""
+        """Handle a wait before the next attempt.
+
+        Args:
+            error: Why the attempt before failed.
+            wait: Seconds until the next attempt.
+            attempts: Number of attempts so far.
+        """
         if self.dispatcher.has_handlers:
             self.dispatcher.dispatch(self._retry(error, wait, attempts))
 
     async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
-        """The twin of `retrying`."""
+        """Async version of `retrying`."""
         if self.dispatcher.has_handlers:
             await self.dispatcher.adispatch(self._retry(error, wait, attempts))
 
     def submitted(self, task_id: str) -> None:
-        """The client's word once a task was accepted."""
+        """Handle a task that was accepted.
+
+        Args:
+            task_id: The id of the task.
+        """
         journal = JOURNAL.get()
         if journal:
             try:
                 journal.submitted(self.request_id, task_id, self.model)
-            except Exception as error:  # it is paid for: nothing may stop it now
-                if raised_by_signal(error):
-                    raise
-                logger.warning("The task %s could not be written down", task_id, exc_info=error)
+            except Exception as error:  # noqa: BLE001  the task may be charged, and nothing may stop it now
+                self._not_recorded(task_id, error)
 
     async def asubmitted(self, task_id: str) -> None:
         """Async version of `submitted`."""
@@ -154,24 +177,38 @@ class ImageEvents:
         if journal:
             try:
                 await journal.asubmitted(self.request_id, task_id, self.model)
-            except Exception as error:  # it is paid for: nothing may stop it now
-                if raised_by_signal(error):
-                    raise
-                logger.warning("The task %s could not be written down", task_id, exc_info=error)
+            except Exception as error:  # noqa: BLE001  the task may be charged, and nothing may stop it now
+                self._not_recorded(task_id, error)
+
+    def _not_recorded(self, task_id: str, error: Exception) -> None:
+        if raised_by_signal(error):
+            raise error
+        logger.warning("The task %s could not be recorded in the journal.", printable(task_id), exc_info=error)
 
     def processing(self, task_id: str) -> None:
-        """The client's word at each poll of a task that has not ended."""
+        """Handle a poll of a task that has not ended.
+
+        Args:
+            task_id: The id of the task.
+        """
         if self.dispatcher.has_handlers:
             self.dispatcher.dispatch(self._progress("processing", task_id=task_id))
 
     async def aprocessing(self, task_id: str) -> None:
-        """The twin of `processing`."""
+        """Async version of `processing`."""
         if self.dispatcher.has_handlers:
             await self.dispatcher.adispatch(self._progress("processing", task_id=task_id))
 
     def ended_with(self, error: Exception) -> list[Event]:
-        """The events of a picture that was not made."""
-        if not self.dispatcher.has_handlers or isinstance(error, CogViewStoppedError):  # an interrupt is no failure
+        """Make the events of an image that was not made.
+
+        Args:
+            error: Why it was not made.
+
+        Returns:
+            The events.
+        """
+        if not self.dispatcher.has_handlers or isinstance(error, CogViewStoppedError):  # an interrupt is not a failure
             return []
         blocked = isinstance(error, CogViewContentFilterError)
         facts = {
@@ -189,7 +226,14 @@ class ImageEvents:
         return events
 
     def made(self, images: list[GeneratedImage]) -> list[Event]:
-        """The events of pictures that are safe."""
+        """Make the events of images that are saved, or in memory.
+
+        Args:
+            images: The images of the call.
+
+        Returns:
+            The events.
+        """
         if not self.dispatcher.has_handlers:
             return []
         events: list[Event] = [(GENERATED_EVENT, GeneratedPayload(image)) for image in images]

@@ -1,4 +1,4 @@
-"""One picture: the paid call, then its download, then its record. Nothing after the payment can lose it."""
+"""Generate one image: cache, paid call, download, record. Nothing that fails after the payment loses the image."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from langchain_cogview.request import ImageRequest
 
 ImageOutcome = list[GeneratedImage] | Exception
-"""What became of one paid call: its pictures (one in practice), or why there is none."""
+"""The outcome of one paid call: its images (one in practice), or the error."""
 
 _FLIGHT_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
@@ -60,12 +60,12 @@ logger = logging.getLogger(__name__)
 
 
 class PaidReply(NamedTuple):
-    """A paid reply, and what was asked for.
+    """The reply to a paid call.
 
     Attributes:
-        request: With the model that drew.
-        reply: The service's.
-        notes: What to tell of the way there.
+        request: The request, with the model that made the image.
+        reply: The reply of the service.
+        notes: Warnings about the call.
     """
 
     request: ImageRequest
@@ -75,20 +75,20 @@ class PaidReply(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """How pictures are made: the same for all calls of a generator.
+    """How images are generated: the same for all calls of a generator.
 
     Attributes:
         client: Makes the paid call.
-        base_url: Where the service is; tells which links may be fetched.
-        timeout: Seconds for call, download and saving together, from its place in flight on; None: no limit.
-        download: Whether the bytes are fetched.
-        folder: Where they are saved, on this machine or elsewhere; None: kept in memory.
-        allowed_hosts: The only hosts to fetch from; None: any public one.
-        use_tasks: Whether the task endpoint is used; `auto`: where the catalog says that the model allows it.
+        base_url: The base URL of the service; links to the same host and port belong to the service.
+        timeout: Seconds for call, download and saving together, once the call has its slot; None: no limit.
+        download: Whether the image bytes are downloaded.
+        folder: Where files are saved, on this machine or in remote storage; None: the bytes stay in memory.
+        allowed_hosts: The only hosts whose links are opened; None: any public host.
+        use_tasks: Whether the task endpoint is used; `auto`: as the catalog says for the model.
         poll_interval: Seconds between two polls of a task.
-        price: Of a model's picture: amount (None where unknown) and currency.
+        price: Returns the price of an image of a model: amount (None: unknown) and currency.
         include_prompt: Whether content filter events hold the prompt.
-        cache: Where images are looked up before they are paid for.
+        cache: Where images are looked up before they are paid for; None: nowhere.
     """
 
     client: ImagesClient
@@ -99,13 +99,20 @@ class CallSettings:
     allowed_hosts: tuple[str, ...] | None
     use_tasks: Literal["auto"] | bool
     poll_interval: float
-    # Not compared, as functions never are equal: equal generators stay so once they were called.
+    # Not compared: functions are never equal, and equal generators must stay equal after a call.
     price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
     cache: ImageCache | None = None
 
     def cached(self, request: ImageRequest) -> CachedRequest | None:
-        """Where the images of a request are looked up before they are paid for; None without a cache."""
+        """Prepare the cache for a request.
+
+        Args:
+            request: The request.
+
+        Returns:
+            Where the images of the request are looked up and stored; None without a cache.
+        """
         if self.cache is None:
             return None
         return self.cache.request(
@@ -128,10 +135,10 @@ class CallSettings:
         """Take the settings from a generator.
 
         Args:
-            service: Where requests go; the key is there.
-            folder: What `output_dir` names.
-            cache: What `cache` names.
-            settings: The generator's fields.
+            service: The service, with its key.
+            folder: The folder that `output_dir` names.
+            cache: The cache that `cache` names.
+            settings: The fields of the generator.
 
         Returns:
             The settings, with a client for the service.
@@ -159,15 +166,14 @@ class CallSettings:
 
 @dataclass(frozen=True, slots=True)
 class ImageCall:
-    """How one picture is made; each `generate` is one paid call under a request id of its own.
+    """Generates the images of one request. Every `generate` is one paid call with a new request id.
 
     Attributes:
-        settings: Of the generator.
-        requests: What is asked for; then the same for other models, for when the one before did not run. With each, what
-            to tell of it.
+        settings: The settings of the generator.
+        requests: The request, then the same request for the fallback models, with the warnings about each.
         dispatcher: Sends the events.
-        cache: Where the request's pictures are looked up first; None: each is paid.
-        reservation: Where each POST that may be charged is counted; None: nowhere.
+        cache: Where images are looked up first; None: every image is paid for.
+        reservation: Where every POST that may be charged is counted; None: nowhere.
     """
 
     settings: CallSettings
@@ -178,25 +184,28 @@ class ImageCall:
 
     @property
     def request(self) -> ImageRequest:
-        """What was asked for."""
+        """The request for the first model."""
         return self.requests[0][0]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell of the call as a whole, once it has ended."""
+        """Warnings about the call as a whole, once it has ended."""
         return tuple(self.cache.notes) if self.cache else ()
 
     def generate(self, index: int = 0) -> ImageOutcome:
-        """Give one picture, from the cache or new. Gives the error, so that it is raised or recorded whatever became of others.
+        """Make one image, or take it from the cache.
 
         Args:
-            index: Which of the `n`.
+            index: The position of the image among the `n` of the request.
+
+        Returns:
+            The image, or the error: the caller raises or records it with those of the other images.
         """
         if self.cache is None:
             return self._generate_new()
         hit = self.cache.lookup(index, self._refetched)
         if hit is None:
-            # Who waits here for another's equal request holds no place in flight.
+            # A call that waits here for an equal request holds no slot.
             with self.cache.flight(index, self.settings.timeout or _FLIGHT_SECONDS):
                 hit = self.cache.lookup(index, self._refetched)
                 if hit is None:
@@ -209,7 +218,7 @@ class ImageCall:
         return [hit]
 
     async def agenerate(self, index: int = 0) -> ImageOutcome:
-        """Give one picture. The twin of `generate`."""
+        """Async version of `generate`."""
         if self.cache is None:
             return await self._agenerate_new()
         hit = await self.cache.alookup(index, self._arefetched)
@@ -246,19 +255,32 @@ class ImageCall:
         return await self._afinish(paid, events)
 
     def submit(self) -> tuple[str, str]:
-        """Submit a task; gives its id and the request id."""
+        """Submit a task.
+
+        Returns:
+            The id of the task and the request id.
+        """
         events = self._events(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, events.request_id)
         return self.tasks().submit(body, events.deadline, events), events.request_id
 
     async def asubmit(self) -> tuple[str, str]:
-        """Submit a task. The twin of `submit`."""
+        """Async version of `submit`."""
         events = self._events(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, events.request_id)
         return await self.tasks().asubmit(body, events.deadline, events), events.request_id
 
     def collect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
-        """Wait so many seconds for a task's picture."""
+        """Wait for the image of a task.
+
+        Args:
+            task_id: The id of the task.
+            request_id: The request id of the task.
+            seconds: The time limit; None: no limit.
+
+        Returns:
+            The image, or the error.
+        """
         events = self._events(Deadline(seconds), request_id)
         try:
             reply = self.tasks().result(task_id, events.deadline, events)
@@ -268,7 +290,7 @@ class ImageCall:
         return self._finish(PaidReply(self.request, reply), events)
 
     async def acollect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
-        """Wait for a task's picture. The twin of `collect`."""
+        """Async version of `collect`."""
         events = self._events(Deadline(seconds), request_id)
         try:
             reply = await self.tasks().aresult(task_id, events.deadline, events)
@@ -278,17 +300,17 @@ class ImageCall:
         return await self._afinish(PaidReply(self.request, reply), events)
 
     def result(self, outcomes: Sequence[ImageOutcome], notes: tuple[str, ...]) -> ImageResult:
-        """The result of a run; images, cost and content filter are put down in the run's metadata.
+        """Make the result of a run, and write images, cost and content filter into the metadata of the run.
 
         Args:
-            outcomes: What became of each picture, in order.
+            outcomes: The outcome for every image, in order.
             notes: Warnings about the request as a whole.
 
         Returns:
-            The pictures, and what went wrong with others.
+            The images, and the failures of others.
 
         Raises:
-            CogViewError: There is no picture; one that may have been charged goes first.
+            CogViewError: No image was made; an error of unknown outcome comes first.
         """
         request = self.request
         images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
@@ -301,7 +323,7 @@ class ImageCall:
             cogview_content_filter=[str(entry) for outcome in outcomes for entry in _entries(outcome)],
         )
         if not images:
-            # Who may have paid must hear that first: the others can be sent again.
+            # An image that may have been charged matters most: the other requests can be sent again.
             errors.sort(key=lambda error: getattr(error[1], "outcome", None) is not Outcome.UNKNOWN)
             _, first = errors[0]
             if isinstance(first, CogViewNotFoundError) and request.warnings:
@@ -311,8 +333,8 @@ class ImageCall:
                 first.prompt = request.prompt
                 first.failures = tuple(ImageFailure.of(error, index) for index, error in by_number)
             for index, other in errors[1:]:
-                first.add_note(f"Picture {index + 1} of {request.n} failed too: {other}")
-            # The frames below say nothing that the error does not say.
+                first.add_note(f"Image {index + 1} of {request.n} failed too: {other}")
+            # The frames below hold the request, and say nothing that the error does not say.
             raise first.with_traceback(None) if isinstance(first, CogViewError) else first
         return ImageResult(
             images=tuple(images),
@@ -340,7 +362,7 @@ class ImageCall:
                 self._next_model(error, refused)
             else:
                 return PaidReply(request, reply, (*notes, *_fallen_back(request, refused)))
-        raise AssertionError  # the last model's error is raised
+        raise AssertionError  # the error of the last model is raised
 
     async def _apaid(self, events: ImageEvents) -> PaidReply:
         refused: list[CogViewError] = []
@@ -353,13 +375,13 @@ class ImageCall:
                 self._next_model(error, refused)
             else:
                 return PaidReply(request, reply, (*notes, *_fallen_back(request, refused)))
-        raise AssertionError  # the last model's error is raised
+        raise AssertionError  # the error of the last model is raised
 
     def _next_model(self, error: CogViewError, refused: list[CogViewError]) -> None:
-        """Go on to the next model after an error that did not run, else raise it."""
+        """Return when the next model may be asked after an error; raise the error otherwise."""
         did_not_run = error.outcome is Outcome.NOT_RUN
         if did_not_run and isinstance(error, CogViewTimeoutError) and refused:
-            # That the time ran out before another model could be asked tells less than why it was to be asked.
+            # The error of the model before says more than the time limit that passed before this model was asked.
             raise refused[-1] from None
         refused.append(error)
         may = did_not_run and isinstance(error, CogViewRateLimitError | CogViewServerError)
@@ -374,7 +396,11 @@ class ImageCall:
         return self.tasks() if wanted else self.settings.client
 
     def tasks(self) -> TasksClient:
-        """The task endpoint of the same service."""
+        """Make the client of the task endpoint.
+
+        Returns:
+            The client, for the same service and the same limits.
+        """
         return TasksClient(
             self.settings.client, self.settings.poll_interval, plain_route=self.settings.use_tasks == "auto"
         )
@@ -391,7 +417,7 @@ class ImageCall:
             self.reservation,
         )
 
-    # --- the picture's bytes and record
+    # --- the bytes and the record of the image
 
     def _finish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
         reply = paid.reply
@@ -408,7 +434,7 @@ class ImageCall:
         reply = paid.reply
         _log_unasked(events.request_id, reply)
         with _noting_lost_image(events.request_id, *reply.urls):
-            # The thread saves the bytes to their end also when the caller is cancelled: nobody could fetch them again.
+            # The thread saves the bytes even when the caller is cancelled: they cannot be downloaded again.
             outcome = None if reply.content is None else await in_thread(self._saved, reply.content, events)
             if reply.urls and not isinstance(outcome, DownloadedImage):
                 outcome = await self._afetched(reply.urls[0], events.deadline, events.label)
@@ -417,7 +443,7 @@ class ImageCall:
         return [image]
 
     def _saved(self, content: bytes, events: ImageEvents) -> DownloadedImage | CogViewError:
-        """Save the bytes that a gateway put into its reply."""
+        """Save image bytes that were part of the reply."""
         try:
             return save_content(content, deadline=events.deadline, folder=self.settings.folder, label=events.label)
         except CogViewError as error:
@@ -441,9 +467,9 @@ class ImageCall:
         except Exception as error:
             if raised_by_signal(error):
                 raise
-            # Such as a server's protection of its event loop against blocking calls: a thread has none, and fetching is free.
-            told = f"{type(error).__name__}: {printable(str(error), 100)}"
-            logger.warning("An image could not be fetched on the event loop (%s); a thread fetches it.", told)
+            # For example a server that refuses blocking calls on its event loop: a thread may block, and downloads are free.
+            reason = f"{type(error).__name__}: {printable(str(error), 100)}"
+            logger.warning("An image could not be downloaded on the event loop (%s). A thread downloads it.", reason)
             return await in_thread(self._fetched, url, deadline, label)
 
     def _refetched(self, url: str) -> DownloadedImage | CogViewError | None:
@@ -477,14 +503,14 @@ class ImageCall:
             }
             if downloaded.problem:
                 notes.append(
-                    f"The picture could not be saved in output_dir ({printable(str(settings.folder), 120)}): "
+                    f"The image could not be saved in output_dir ({printable(str(settings.folder), 120)}): "
                     f"{downloaded.problem}. Its bytes are in memory: call save(path)."
                 )
         elif downloaded is not None:
             notes.append(f"{downloaded.message} {downloaded.hint}".strip())
             if url is None:
                 content = reply.content
-                notes.append("What came is in memory: image.save(path) writes it as it is.")
+                notes.append("The bytes of the reply are in memory: image.save(path) writes them as they are.")
         amount, currency = settings.price(request.model)
         return GeneratedImage(
             id=events.label,
@@ -512,29 +538,31 @@ def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[st
     if not refused:
         return ()
     why = f"code {refused[-1].code}" if refused[-1].code else type(refused[-1]).__name__
-    return (f"The model that was asked for did not run ({why}); {request.model} drew.",)
+    return (f"The model that was asked for did not run ({why}); {request.model} made the image.",)
 
 
 @contextmanager
 def _noting_lost_image(request_id: str, *urls: str | None) -> Iterator[None]:
-    """A caller that leaves after the payment (cancelled, Ctrl-C) is told where its picture is."""
+    """Add a note about the paid image to the exception of a caller that is cancelled or interrupted after the payment."""
     try:
         yield
     except BaseException as error:
-        where = " ".join(filter(None, urls)) or "its bytes came in the reply"
-        note = f"An image was made and paid for (request id {request_id}): {where}"
-        logger.warning("The caller left before it had it. %s", note)
+        where = (
+            " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in urls if url) or "its bytes were in the reply"
+        )
+        note = f"An image was made and paid for (request id {printable(request_id)}): {where}"
+        logger.warning("The caller left before it received an image. %s", note)
         error.add_note(note)
         raise
 
 
 def _log_unasked(request_id: str, reply: ImagesReply) -> None:
-    """Leave the addresses of images that nobody asked for where they can be found."""
+    """Log the links of images that were not asked for, so that they can be found."""
     if reply.unasked_urls:
         logger.warning(
             "The reply to request %s held more images than the one that was asked for: %s",
-            request_id,
-            " ".join(url[:_MOST_LOGGED_CHARACTERS] for url in reply.unasked_urls),
+            printable(request_id),
+            " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in reply.unasked_urls),
         )
 
 

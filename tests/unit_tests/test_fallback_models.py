@@ -30,7 +30,7 @@ def test_a_model_that_did_not_run_is_followed_by_the_next_and_the_result_says_wh
     result = invoked(made(sandbox, "cogview-3-flash"), how)
     assert [request.model for request in sandbox.requests] == ["cogview-4-250304", "cogview-3-flash"]
     assert result.model == result.image.model == "cogview-3-flash"
-    assert "cogview-3-flash drew" in result.warnings[0]
+    assert "cogview-3-flash made the image" in result.warnings[0]
     assert sandbox.images_made == 1
 
 
