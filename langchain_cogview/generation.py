@@ -21,6 +21,7 @@ from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.call_events import ImageEvents
 from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
+from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -33,7 +34,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, total_cost
+from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -315,11 +316,14 @@ class ImageCall:
         request = self.request
         images = [image for outcome in outcomes if not isinstance(outcome, Exception) for image in outcome]
         errors = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
-        cost = total_cost(images)
+        charges, currency = Charges(), self.settings.price(request.model)[1]
+        for image in images:
+            charges.add(Money.of_image(image))
+        cost = None if charges.unpriced else charges.amounts.get(currency, Decimal(0))
         self.dispatcher.metadata.update(
             cogview_images=len(images),
             cogview_cost=None if cost is None else str(cost),
-            cogview_currency=self.settings.price(request.model)[1],
+            cogview_currency=currency,
             cogview_content_filter=[str(entry) for outcome in outcomes for entry in _entries(outcome)],
         )
         if not images:

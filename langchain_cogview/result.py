@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast
@@ -591,10 +590,3 @@ class ImageResult(BaseModel):
         from langchain_cogview.notebook.display import result_bundle  # noqa: PLC0415
 
         return result_bundle(self, [image._content for image in self.images])  # noqa: SLF001
-
-
-def total_cost(images: Iterable[GeneratedImage]) -> Decimal | None:
-    """What pictures cost together; None where the price of one is unknown."""
-    costs = [image.cost for image in images]
-    known = [cost for cost in costs if cost is not None]
-    return sum(known, Decimal(0)) if len(known) == len(costs) else None

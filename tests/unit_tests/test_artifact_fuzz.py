@@ -25,7 +25,7 @@ from langchain_cogview import (
 )
 from langchain_cogview.artifact import GeneratedImageArtifact, ImageArtifact, ImageFailureArtifact
 from langchain_cogview.cache_entries import CacheKey, from_entry
-from langchain_cogview.result import total_cost
+from langchain_cogview.cost import Charges, Money
 from tests.unit_tests.notebook.displayed import assert_harmless, photo
 
 PNG = photo(1, 16)
@@ -170,7 +170,10 @@ def test_any_artifact_is_read_and_shown_or_one_of_our_errors(artifact, folder):
     assert len(caught) <= 1
     for warning in caught:
         check_text(str(warning.message), 500)
-    total_cost(found)
+    charges = Charges()
+    for image in found:
+        charges.add(Money.of_image(image))
+    str(charges)
     for image in found:
         check_image(image, folder)
     check_shown(gallery(found), folder)
