@@ -23,6 +23,7 @@ import pytest
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from langchain_cogview import CogViewImageGenerator
+from langchain_cogview.concurrency import MAX_THREADS
 from langchain_cogview.errors import (
     CogViewBusyError,
     CogViewConnectionError,
@@ -676,12 +677,15 @@ def test_ten_thousand_calls_leave_nothing_behind(how: How) -> None:
         else:
             asyncio.run(async_calls(number))
 
+    def threads(*, of_the_pool: bool) -> int:
+        return sum(thread.name.startswith("cogview-io") == of_the_pool for thread in threading.enumerate())
+
     def held() -> tuple[int, int, int]:
         gc.collect()
         end = time.monotonic() + 2
-        while threading.active_count() > 2 and time.monotonic() < end:
+        while threads(of_the_pool=False) > 2 and time.monotonic() < end:
             time.sleep(0.01)
-        return open_descriptors(), threading.active_count(), tracemalloc.get_traced_memory()[0]
+        return open_descriptors(), threads(of_the_pool=False), tracemalloc.get_traced_memory()[0]
 
     with FaultServer(_one_in_ten_fails, keep_requests=False) as server:
         generator = generator_for(server, max_retries=0, timeout=20, download=True)
@@ -695,6 +699,7 @@ def test_ten_thousand_calls_leave_nothing_behind(how: How) -> None:
             tracemalloc.stop()
         print(outcomes, before, after)
         assert after[:2] == before[:2]
+        assert threads(of_the_pool=True) <= MAX_THREADS  # it grows when work comes before its last thread is idle again
         assert after[2] - before[2] < 5 * 2**20
         assert server.posts == 11_000
         assert set(outcomes) >= {"ImageResult", CogViewBusyError.__name__, CogViewContentFilterError.__name__}
