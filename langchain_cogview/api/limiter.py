@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 MAX_LIMITERS: Final = 1000
 """How many unused limiters are kept; the least recently used one is forgotten first."""
-POLL: Final = 0.1
-"""Seconds after which a waiting thread checks whether it was cancelled or interrupted. A signal that arrives just before the wait
-for a lock does not end that wait; on Windows none does."""
 PROBE: Final = 10
 """The limit rises this many times slower to the level that was last refused than to any other level."""
 MIN_PROBE_SUCCESSES: Final = 30
@@ -110,9 +107,14 @@ class Limiter:
     refusal while all slots were in use. The step to the level that was last refused needs ten times as many, and at least 30.
 
     All methods are thread-safe. `limiter_for` returns the limiter that callers share.
+
+    Args:
+        check_seconds: Seconds after which a waiter checks whether it was cancelled or interrupted. A signal that arrives just
+            before the wait for a lock does not end that wait; on Windows none does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, check_seconds: float = 0.1) -> None:
+        self._check_seconds = check_seconds
         self._arrivals = 0
         self._epoch = 0
         self._heap: list[tuple[int, int, Any]] = []  # ticket, arrival, waiter
@@ -129,7 +131,6 @@ class Limiter:
         self._heap = []
         self._in_flight = 0
         self._waiting = 0
-        self._held = False
         self._limit: float = math.inf
         self._refused_at: float = math.inf
         self._successes = 0
@@ -171,7 +172,7 @@ class Limiter:
         Args:
             cap: The most requests that may be in flight when the slot is granted, this one included; 1 or more.
             deadline: Ends the wait; a deadline that has not started never passes.
-            cancelled: Ends the wait when it is set; checked every 0.1 s.
+            cancelled: Ends the wait when it is set; checked every `check_seconds`.
             ticket: The ticket of a dropped slot, to keep its position in the queue.
 
         Returns:
@@ -183,7 +184,7 @@ class Limiter:
         slot = self._slot_at_once(cap, ticket)
         if slot is not None:
             return slot
-        waiter, granted = _ThreadWaiter(cap), False
+        waiter, granted = _ThreadWaiter(cap, self._check_seconds), False
         try:
             self._queue(waiter, ticket)
             granted = waiter.wait(deadline, cancelled, self.reclaim)
@@ -204,7 +205,7 @@ class Limiter:
         slot = self._slot_at_once(cap, ticket)
         if slot is not None:
             return slot
-        waiter, granted = _TaskWaiter(cap), False
+        waiter, granted = _TaskWaiter(cap, self._check_seconds), False
         try:
             self._queue(waiter, ticket)
             granted = await waiter.wait(deadline, partial(self._look, waiter, ticket), cancelled)
@@ -294,7 +295,6 @@ class Limiter:
                 left = self._in_flight
                 if fresh:
                     self._learn_refusal(slot, left)
-                    self._held = left > 0
                     self._grant()
                 return left > 0
         finally:
@@ -335,10 +335,8 @@ class Limiter:
             self._grant()
 
     def _end(self, slot: Slot, *, success: bool = False) -> None:
-        if self._closed(slot):
-            if success:
-                self._learn_success(slot)
-            self._held = False
+        if self._closed(slot) and success:
+            self._learn_success(slot)
 
     def _closed(self, slot: Slot) -> bool:
         """Stop counting a slot. Returns False if it has ended already or belongs to the parent process."""
@@ -362,7 +360,7 @@ class Limiter:
         return self._arrivals
 
     def _admits(self, cap: int) -> bool:
-        return self._in_flight < cap and self._in_flight < self._limit and not self._held
+        return self._in_flight < cap and self._in_flight < self._limit
 
     def _new_slot(self, cap: int, ticket: int) -> Slot:
         slot = Slot(self, cap, ticket, self._epoch)
@@ -417,8 +415,9 @@ class _Waiter(ABC):
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop of a waiting task; None for a thread."""
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, check_seconds: float) -> None:
         self.cap = cap
+        self.check_seconds = check_seconds
         self.gone = True
         self.was_skipped = False
         self.slot: Slot | None = None
@@ -429,8 +428,8 @@ class _Waiter(ABC):
 
 
 class _ThreadWaiter(_Waiter):
-    def __init__(self, cap: int) -> None:
-        super().__init__(cap)
+    def __init__(self, cap: int, check_seconds: float) -> None:
+        super().__init__(cap, check_seconds)
         self._granted = threading.Lock()
         self._granted.acquire()
 
@@ -442,15 +441,15 @@ class _ThreadWaiter(_Waiter):
         """Whether a slot was granted before the deadline passed or `cancelled` was set. Calls `look` regularly."""
         while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
             left = deadline.remaining() if deadline else None
-            if self._granted.acquire(timeout=POLL if left is None else min(left, POLL)):
+            if self._granted.acquire(timeout=self.check_seconds if left is None else min(left, self.check_seconds)):
                 return True
             look()
         return False
 
 
 class _TaskWaiter(_Waiter):
-    def __init__(self, cap: int) -> None:
-        super().__init__(cap)
+    def __init__(self, cap: int, check_seconds: float) -> None:
+        super().__init__(cap, check_seconds)
         self.loop = self._loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[None] = self._loop.create_future()
 
@@ -482,7 +481,9 @@ class _TaskWaiter(_Waiter):
             while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
                 left = [] if deadline is None or (rest := deadline.remaining()) is None else [rest]
                 # Not `wait_for`, which would cancel the future while another thread is about to grant the slot.
-                await asyncio.wait([self._granted], timeout=min([*left, POLL] if cancelled else left, default=None))
+                await asyncio.wait(
+                    [self._granted], timeout=min([*left, self.check_seconds] if cancelled else left, default=None)
+                )
                 if self._granted.done():
                     return True
             return False
