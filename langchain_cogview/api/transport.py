@@ -73,14 +73,14 @@ class _Route(NamedTuple):
             check_literal(url.host, route.check)
         return route
 
-    def pool_options(self) -> dict[str, Any]:
+    def pool_options(self, keepalive_seconds: float) -> dict[str, Any]:
         scheme = self.scheme.decode()
         return {
             "ssl_context": tls_context() if scheme == "https" else None,
             "proxy": httpcore_proxy(self.proxy, scheme) if self.proxy else None,
             "max_connections": 1,
             "max_keepalive_connections": 1,
-            "keepalive_expiry": KEEPALIVE_SECONDS,
+            "keepalive_expiry": keepalive_seconds,
         }
 
 
@@ -145,11 +145,11 @@ def _ours() -> Iterator[None]:
 class _SyncConnection:
     """One connection, open or not, to one route."""
 
-    def __init__(self, route: _Route) -> None:
+    def __init__(self, route: _Route, keepalive_seconds: float) -> None:
         self.route = route
         self.idle_since = 0.0
         self.backend = SyncBackend(None if route.proxy else route.check)
-        self._pool = httpcore.ConnectionPool(network_backend=self.backend, **route.pool_options())
+        self._pool = httpcore.ConnectionPool(network_backend=self.backend, **route.pool_options(keepalive_seconds))
 
     def send(self, request: httpx.Request, deadline: Deadline) -> httpcore.Response:
         self.backend.deadline = deadline
@@ -205,11 +205,11 @@ class _SyncBody(httpx.SyncByteStream):
 class _AsyncConnection:
     """Async version of `_SyncConnection`."""
 
-    def __init__(self, route: _Route, open_sockets: set[socket.socket]) -> None:
+    def __init__(self, route: _Route, keepalive_seconds: float, open_sockets: set[socket.socket]) -> None:
         self.route = route
         self.idle_since = 0.0
         self.backend = AsyncBackend(None if route.proxy else route.check, open_sockets)
-        self._pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **route.pool_options())
+        self._pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **route.pool_options(keepalive_seconds))
 
     async def send(self, request: httpx.Request) -> httpcore.Response:
         with _ours():
@@ -270,12 +270,13 @@ class _AsyncBody(httpx.AsyncByteStream):
 class _Idle(Generic[ConnectionT]):
     """The idle connections of the threads of a process, or of an event loop."""
 
-    def __init__(self) -> None:
-        self._slots: dict[_Route, deque[ConnectionT]] = {}
+    def __init__(self, keepalive_seconds: float) -> None:
+        self._keepalive_seconds = keepalive_seconds
+        self._connections: dict[_Route, deque[ConnectionT]] = {}
 
     def take(self, route: _Route) -> ConnectionT | None:
         """The connection that was used last, or None."""
-        connections = self._slots.get(route)
+        connections = self._connections.get(route)
         with contextlib.suppress(IndexError):  # another thread may take the last
             while connections:
                 connection = connections.pop()
@@ -286,19 +287,19 @@ class _Idle(Generic[ConnectionT]):
 
     def give_back(self, connection: ConnectionT) -> None:
         """Keep a connection whose reply was read to its end and has nothing behind it; close any other, and those too old."""
-        connections = self._slots.setdefault(connection.route, deque())
+        connections = self._connections.setdefault(connection.route, deque())
         if connection.is_usable() and len(connections) < MOST_IDLE:
             connection.idle_since = time.monotonic()
             connections.append(connection)
         else:
             connection.close()
         with contextlib.suppress(IndexError):
-            while connections and time.monotonic() - connections[0].idle_since > KEEPALIVE_SECONDS:
+            while connections and time.monotonic() - connections[0].idle_since > self._keepalive_seconds:
                 connections.popleft().close()
 
     def close(self) -> None:
         """Close them all."""
-        connections, self._slots = self._slots, {}
+        connections, self._connections = self._connections, {}
         for each in connections.values():
             for connection in each:
                 connection.close()
@@ -308,10 +309,15 @@ class _Idle(Generic[ConnectionT]):
 
 
 class SyncTransport(httpx.BaseTransport):
-    """Connections for sync calls, shared by the threads of a process."""
+    """Connections for sync calls, shared by the threads of a process.
 
-    def __init__(self) -> None:
-        self._idle: _Idle[_SyncConnection] = _Idle()
+    Args:
+        keepalive_seconds: How long an idle connection can be used again.
+    """
+
+    def __init__(self, *, keepalive_seconds: float = KEEPALIVE_SECONDS) -> None:
+        self._keepalive_seconds = keepalive_seconds
+        self._idle: _Idle[_SyncConnection] = _Idle(keepalive_seconds)
         self._process = os.getpid()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -320,7 +326,7 @@ class SyncTransport(httpx.BaseTransport):
         deadline = request.extensions.get(DEADLINE) or Deadline(None)
         while True:
             idle = self._connections().take(route)
-            connection = idle or _SyncConnection(route)
+            connection = idle or _SyncConnection(route, self._keepalive_seconds)
             try:
                 response = connection.send(request, deadline)
             except BaseException as error:
@@ -341,7 +347,7 @@ class SyncTransport(httpx.BaseTransport):
         if self._process != os.getpid():
             # After a fork the sockets are shared with the parent: closed here, they stay open there.
             self._process = os.getpid()
-            idle, self._idle = self._idle, _Idle()
+            idle, self._idle = self._idle, _Idle(self._keepalive_seconds)
             idle.close()
         return self._idle
 
@@ -349,9 +355,9 @@ class SyncTransport(httpx.BaseTransport):
 class _LoopConnections:
     """The connections of one event loop. Nothing here refers to the loop, which would keep it alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, keepalive_seconds: float) -> None:
         self.process = os.getpid()
-        self.idle: _Idle[_AsyncConnection] = _Idle()
+        self.idle: _Idle[_AsyncConnection] = _Idle(keepalive_seconds)
         self.open_sockets: set[socket.socket] = set()
 
     def close(self) -> None:
@@ -365,10 +371,15 @@ class _LoopConnections:
 class AsyncTransport(httpx.AsyncBaseTransport):
     """Connections for async calls, each used only in the event loop that opened it.
 
-    The idle ones of a loop are closed when the loop is collected, or when another loop is used and this one is found closed.
+    The idle connections of a loop are closed when the loop is garbage collected, or when another loop is used and this one is
+    found closed.
+
+    Args:
+        keepalive_seconds: How long an idle connection can be used again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keepalive_seconds: float = KEEPALIVE_SECONDS) -> None:
+        self._keepalive_seconds = keepalive_seconds
         self._loops: dict[int, tuple[weakref.ref[asyncio.AbstractEventLoop], _LoopConnections]] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -377,7 +388,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         connections = self._connections()
         while True:
             idle = connections.idle.take(route)
-            connection = idle or _AsyncConnection(route, connections.open_sockets)
+            connection = idle or _AsyncConnection(route, self._keepalive_seconds, connections.open_sockets)
             try:
                 response = await connection.send(request)
             except BaseException as error:
@@ -403,7 +414,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
                 if closed is None or closed.is_closed() or connections.process != os.getpid():
                     self._loops.pop(key, None)
                     connections.close()
-            known = _LoopConnections()
+            known = _LoopConnections(self._keepalive_seconds)
             self._loops[id(loop)] = weakref.ref(loop), known
             # At the latest with the interpreter's exit.
             weakref.finalize(loop, known.close)

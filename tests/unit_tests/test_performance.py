@@ -100,22 +100,6 @@ def test_a_connection_is_opened_for_each_place_and_none_for_each_call(how):
         assert (counts["posts"], counts["connections"] <= 8) == (160, True)
 
 
-def test_a_connection_that_was_idle_for_too_long_is_not_used_for_a_paid_post(monkeypatch):
-    from langchain_cogview.api import transport
-
-    with stub.running() as service:
-        generator = clients.our_generator(service.base_url(), 4)
-        generator.invoke("a kitten")
-        generator.invoke("a kitten")
-        assert service.counts()["connections"] == 1
-        transport.SHARED.close()  # so that the next is opened with the limit that is set here
-        with monkeypatch.context() as patched:
-            patched.setattr(transport, "KEEPALIVE_SECONDS", -1.0)
-            generator.invoke("a kitten")
-            generator.invoke("a kitten")
-        assert service.counts()["connections"] == 3
-
-
 async def test_a_stream_holds_what_is_under_way_and_not_what_went_through(service):
     generator = clients.our_generator(service.base_url(), 16)
     given = 0

@@ -25,7 +25,7 @@ from tests.faults.tokens import token
 both = pytest.mark.parametrize("how", ["sync", "async"])
 
 
-def ask(url, how, times=1, *, pause=None, timeout=5.0, content=b"{}", **extensions):
+def ask(url, how, times=1, *, pause=None, timeout=5.0, content=b"{}", keepalive_seconds=30.0, **extensions):
     """Status, body, and whether an error came, of several requests over one transport."""
 
     def request():
@@ -33,7 +33,7 @@ def ask(url, how, times=1, *, pause=None, timeout=5.0, content=b"{}", **extensio
         return httpx.Request("POST", url, content=content, extensions={"timeout": limits, **extensions})
 
     def sync():
-        transport = SyncTransport()
+        transport = SyncTransport(keepalive_seconds=keepalive_seconds)
         try:
             for _ in range(times):
                 response = transport.handle_request(request())
@@ -46,7 +46,7 @@ def ask(url, how, times=1, *, pause=None, timeout=5.0, content=b"{}", **extensio
             transport.close()
 
     async def asynchronous():
-        transport, responses = AsyncTransport(), []
+        transport, responses = AsyncTransport(keepalive_seconds=keepalive_seconds), []
         for _ in range(times):
             async with asyncio.timeout(timeout):
                 response = await transport.handle_async_request(request())
@@ -83,6 +83,13 @@ def test_a_connection_serves_the_next_request_whatever_framing_the_reply_has(rep
         responses = ask(server.base_url, how, 3)
         assert [response.content for response in responses] == [b"abc"] * 3
         assert (server.posts, server.connections) == (3, 1)
+
+
+@both
+def test_a_connection_that_was_idle_for_too_long_is_not_used_again(how):
+    with FaultServer(saying(SIZED)) as server:
+        ask(server.base_url, how, 3, keepalive_seconds=-1.0)
+        assert (server.posts, server.connections) == (3, 3)
 
 
 @both
