@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import copy
+import gc
 import json
 import pickle
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from decimal import Decimal
@@ -30,6 +32,10 @@ from tests.unit_tests.simulated_events import (
     unknown,
 )
 from tests.unit_tests.test_agent import agent_of, wants
+
+
+class Payload(dict):
+    """The payload of an event, of which a test can tell whether something still holds it."""
 
 
 def costs_of(*events):
@@ -209,11 +215,15 @@ def test_costs_can_go_to_another_process(again):
 def test_events_of_others_are_passed_over():
     costs = ImageCosts()
     handler = CostCallbackHandler()
-    for name, event in (("other", 5), ("cogview.content_filter", {}), ("on_tool", None)):
+    payload = Payload()
+    held = weakref.ref(payload)
+    for name, event in (("other", 5), ("other", payload), ("cogview.content_filter", {}), ("on_tool", None)):
         costs.on_event(name, event)
         handler.on_custom_event(name, event, run_id=new_id())
     assert str(costs) == str(handler.costs) == "0 images"
-    assert list(handler._deliveries._recent.values()) == [{}]  # the payloads of others are not held
+    del payload, event
+    gc.collect()
+    assert held() is None
 
 
 def test_many_threads_lose_nothing():
@@ -343,11 +353,15 @@ def test_two_payloads_that_are_alike_are_two_pictures():
 
 
 def test_what_a_handler_remembers_of_events_is_bounded():
-    handler = CostCallbackHandler()
+    handler, held = CostCallbackHandler(), []
     for _ in range(30):
-        SENDER.invoke([generated() for _ in range(100)], {"callbacks": [handler, handler]})
+        events = [(name, Payload(event)) for name, event in (generated() for _ in range(100))]
+        held += [weakref.ref(event) for _, event in events]
+        SENDER.invoke(events, {"callbacks": [handler, handler]})
+    del events
+    gc.collect()
     assert handler.costs.images == 3000
-    assert len(handler._deliveries._recent) == 1024
+    assert sum(payload() is not None for payload in held) <= 1100
 
 
 def test_a_faulty_neighbour_does_not_keep_a_picture_from_being_counted():

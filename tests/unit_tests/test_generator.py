@@ -20,6 +20,7 @@ from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from PIL import Image
 
 from langchain_cogview import (
+    CogViewAuthenticationError,
     CogViewBalanceError,
     CogViewConfigurationError,
     CogViewContentFilterError,
@@ -34,6 +35,7 @@ from langchain_cogview import (
     Sandbox,
 )
 from tests.conftest import FAKE_KEY
+from tests.host import Host, http
 
 
 def prompts(sandbox: Sandbox) -> list[str]:
@@ -401,11 +403,14 @@ def test_the_key_is_in_no_text_and_no_serialized_form():
 
 
 def test_a_pickled_generator_finds_its_key_where_it_arrives(monkeypatch):
-    generator = pickle.loads(pickle.dumps(CogViewImageGenerator(api_key=FAKE_KEY)))
-    with pytest.raises(CogViewConfigurationError, match="no API key"):
-        generator.invoke("x")
-    monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
-    assert generator._settings().client.endpoint.api_key.get_secret_value() == FAKE_KEY
+    with Host(http(401, b'{"error": {"code": "1000", "message": "no"}}')) as host:
+        base_url = f"http://127.0.0.1:{host.port}"
+        generator = pickle.loads(pickle.dumps(CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)))
+        with pytest.raises(CogViewConfigurationError, match="no API key"):
+            generator.invoke("x")
+        monkeypatch.setenv("ZHIPUAI_API_KEY", FAKE_KEY)
+        with pytest.raises(CogViewAuthenticationError):
+            generator.invoke("x")
 
 
 def test_what_was_injected_refuses_to_be_pickled_and_is_shared_by_a_copy():

@@ -390,7 +390,7 @@ def test_a_tool_can_be_copied_and_pickled(tool):
 
 def test_a_key_from_the_environment_is_found(monkeypatch):
     monkeypatch.setenv("ZAI_API_KEY", FAKE_KEY)
-    assert CogViewImageTool().generator._base_url == "https://api.z.ai/api/paas/v4"
+    assert CogViewImageTool().generator.resolved_base_url == "https://api.z.ai/api/paas/v4"
     assert isinstance(CogViewImageTool().generator, CogViewImageGenerator)
 
 
