@@ -347,7 +347,7 @@ def reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-def rename_new(source: Path, target: Path) -> None:
+def rename_new(source: str | Path, target: str | Path, *, folder: int | None = None) -> None:
     """Rename a file to a name that no file has, on any file system.
 
     Linux does that in one step on most file systems. Elsewhere an empty file claims the name first, and the whole file
@@ -356,23 +356,24 @@ def rename_new(source: Path, target: Path) -> None:
     Args:
         source: The file.
         target: Its new path, in the same file system.
+        folder: The descriptor of the folder that relative paths start at; None: the current folder.
 
     Raises:
         FileExistsError: A file has that name.
         OSError: The file system refused.
     """
-    if _rename_at_once(source, target):
+    if _rename_at_once(source, target, _AT_FDCWD if folder is None else folder):
         return
-    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder))
     try:
-        source.replace(target)
+        os.replace(source, target, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(OSError):
-            target.unlink()
+            os.unlink(target, dir_fd=folder)
         raise
 
 
-def _rename_at_once(source: Path, target: Path) -> bool:
+def _rename_at_once(source: str | Path, target: str | Path, folder: int) -> bool:
     if sys.platform != "linux":
         return False
     try:
@@ -381,7 +382,7 @@ def _rename_at_once(source: Path, target: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (ImportError, OSError, AttributeError):
         return False
-    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) == 0:
+    if rename(folder, os.fsencode(source), folder, os.fsencode(target), _RENAME_NOREPLACE) == 0:
         return True
     if ctypes.get_errno() == errno.EEXIST:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))

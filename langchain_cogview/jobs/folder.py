@@ -18,6 +18,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
 
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
+from langchain_cogview.images.store import rename_new
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -213,7 +214,7 @@ class JobFolder:
         try:
             for name in names:
                 with contextlib.suppress(FileExistsError):
-                    self._name_file(part, name, content)
+                    self._name_file(part, name)
                     self.sync()
                     return name
         finally:
@@ -245,15 +246,13 @@ class JobFolder:
             raise
         return name
 
-    def _name_file(self, part: str, name: str, content: bytes) -> None:
+    def _name_file(self, part: str, name: str) -> None:
         try:
             os.link(*self._at(part), *self._at(name), **self._relative("src_dir_fd", "dst_dir_fd"))
-        except OSError as error:
-            if isinstance(error, FileExistsError):
-                raise
-            # No hard links here, in whatever words the file system says so.
-            with os.fdopen(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-                file.write(content)
+        except FileExistsError:
+            raise
+        except OSError:  # the file system has no hard links; which error says so differs between file systems
+            rename_new(*self._at(part), *self._at(name), folder=self._descriptor)
 
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from langchain_cogview import CogViewError, Sandbox, plan_job, run_job
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
+from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.sandbox import SandboxServer
 from tests.unit_tests.cli.test_batch import with_a_key
 from tests.unit_tests.cli.test_command import MODULE
@@ -155,6 +157,27 @@ def test_records_that_share_their_bytes_with_a_backup_are_not_written_to(run, ou
     for path in backup.iterdir():
         path.unlink()
     assert run(["a cat", "a dog"]).made == 1
+
+
+def test_without_hard_links_a_file_gets_its_name_once_it_is_whole(tmp_path, monkeypatch):
+    created, real = [], JobFolder.open
+
+    def opened(folder, name, flags=os.O_RDONLY):
+        created.extend([name] if flags & os.O_CREAT else [])
+        return real(folder, name, flags)
+
+    def no_links(*paths, **descriptors):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(JobFolder, "open", opened)
+    with JobFolder(tmp_path) as folder:
+        names = [folder.add(["a.png", "b.png"], content) for content in (b"first", b"second")]
+    assert names == ["a.png", "b.png"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": b"first", "b.png": b"second"}
+    assert not {"a.png", "b.png"}.intersection(
+        created
+    )  # a second copy could be cut short, under the name of a whole file
 
 
 def test_a_link_to_a_folder_is_followed_once(run, out, tmp_path):
