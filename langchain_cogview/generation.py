@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -464,12 +466,15 @@ class ImageCall:
     async def _afetched(self, url: str, deadline: Deadline, label: str) -> DownloadedImage | CogViewError | None:
         if not self.settings.download:
             return None
+        running = _running_task()
+        task = None if running is None else weakref.ref(running)  # a strong one would keep an abandoned loop alive
+        del running
         try:
             return await afetch(asender(self.settings.base_url), url, **self._download_options(deadline, label))
         except CogViewError as error:
             return error
         except Exception as error:
-            if raised_by_signal(error):
+            if raised_by_signal(error) or not _runs_in(task):
                 raise
             # For example a server that refuses blocking calls on its event loop: a thread may block, and downloads are free.
             reason = f"{type(error).__name__}: {printable(str(error), 100)}"
@@ -568,6 +573,19 @@ def _log_unasked(request_id: str, reply: ImagesReply) -> None:
             printable(request_id),
             " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in reply.unasked_urls),
         )
+
+
+def _runs_in(task: weakref.ref[asyncio.Task[Any]] | None) -> bool:
+    """Whether a task is the running one: a coroutine of an abandoned event loop is closed outside of its task."""
+    running = _running_task()
+    return running is not None and task is not None and running is task()
+
+
+def _running_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop is running
+        return None
 
 
 def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:

@@ -134,6 +134,41 @@ def abandoned():
     loop.close()
 
 
+def test_a_loop_that_is_abandoned_during_a_download_is_collected_and_no_thread_goes_on_for_it(tmp_path):
+    def hangs(connection, request):
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n\x89PNG\r\n\x1a\n")
+        (tmp_path / str(request.number)).touch()
+        connection.hang()
+
+    with FaultServer(None, hangs) as server:
+        done = run_script(
+            f"""
+            import os
+            generator = generator.model_copy(update={{"download": True}})
+
+            async def abandoned(number):
+                task = asyncio.create_task(generator.ainvoke(f"kitten {{number}}"))
+                while len(os.listdir({str(tmp_path)!r})) < number:
+                    await asyncio.sleep(0.01)
+                asyncio.get_running_loop().call_later(0.05, asyncio.get_running_loop().stop)
+                await task
+
+            def start(number):
+                loop = asyncio.new_event_loop()
+                loop.create_task(abandoned(number))
+                loop.run_forever()
+                return weakref.ref(loop)
+
+            loops = [start(number) for number in range(1, 9)]
+            gc.collect()
+            print(sum(loop() is not None for loop in loops))
+            """,
+            server, "-W", "ignore",
+        )  # fmt: skip
+        assert (done.stdout, server.posts, server.gets) == ("0\n", 8, 8), done.stderr
+    assert "a thread fetches it" not in done.stderr
+
+
 def first_hangs(connection, request):
     if request.json()["prompt"] == "left":
         connection.hang()
