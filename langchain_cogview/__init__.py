@@ -12,11 +12,11 @@ if TYPE_CHECKING:
         ContentFilterCallbackHandler,
         CostCallbackHandler,
         ImageCallbackHandler,
+        ProgressCallbackHandler,
         collect_content_filter_events,
         collect_image_costs,
         collect_images,
     )
-    from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.cost import Budget, ImageCosts
     from langchain_cogview.errors import (
         RETRYABLE_ERRORS,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         CogViewTaskFailedError,
         CogViewTaskUnfinishedError,
         CogViewTimeoutError,
+        ContentFilter,
         Outcome,
         Scope,
         is_retryable,
@@ -52,9 +53,8 @@ if TYPE_CHECKING:
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
     from langchain_cogview.messages import images_from_messages
+    from langchain_cogview.notebook.display import status_line
     from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
-    from langchain_cogview.notebook.status_line import status_line
-    from langchain_cogview.progress import ProgressCallbackHandler
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
     from langchain_cogview.sandbox import Sandbox
@@ -68,11 +68,11 @@ _NAMES = {
         "ContentFilterCallbackHandler",
         "CostCallbackHandler",
         "ImageCallbackHandler",
+        "ProgressCallbackHandler",
         "collect_content_filter_events",
         "collect_image_costs",
         "collect_images",
     ),
-    "content_filter": ("ContentFilter",),
     "cost": ("Budget", "ImageCosts"),
     "errors": (
         "CogViewAuthenticationError",
@@ -99,6 +99,7 @@ _NAMES = {
         "CogViewTaskFailedError",
         "CogViewTaskUnfinishedError",
         "CogViewTimeoutError",
+        "ContentFilter",
         "Outcome",
         "RETRYABLE_ERRORS",
         "Scope",
@@ -108,9 +109,8 @@ _NAMES = {
     "notebook.gallery": ("Gallery", "acompare", "compare", "gallery"),
     "generator": ("CogViewImageGenerator",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
-    "notebook.status_line": ("status_line",),
+    "notebook.display": ("status_line",),
     "messages": ("images_from_messages",),
-    "progress": ("ProgressCallbackHandler",),
     "request": ("ImageRequest",),
     "result": ("GeneratedImage", "ImageFailure", "ImageResult"),
     "sandbox": ("Sandbox",),

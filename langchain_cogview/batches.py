@@ -100,7 +100,7 @@ def progress_bar(
     if progress is False:
         yield ensure_config(config), _ignore
         return
-    from langchain_cogview.progress import ProgressCallbackHandler  # noqa: PLC0415
+    from langchain_cogview.callbacks import ProgressCallbackHandler  # noqa: PLC0415
 
     with ProgressCallbackHandler(images, show=progress) as handler:
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from langchain_cogview.concurrency import Deadline
-    from langchain_cogview.content_filter import ContentFilter
+    from langchain_cogview.errors import ContentFilter
     from langchain_cogview.result import GeneratedImage
 
 logger = logging.getLogger(__name__)

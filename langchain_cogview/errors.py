@@ -34,8 +34,9 @@ the model is told not to call the tool again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 from langchain_core.exceptions import (
     ModelAPIError,
@@ -51,9 +52,6 @@ from langchain_core.exceptions import (
 from langchain_core.tools import ToolException
 
 from langchain_cogview.text import printable as printable  # noqa: PLC0414  it is imported from here
-
-if TYPE_CHECKING:
-    from langchain_cogview.content_filter import ContentFilter
 
 try:
     from langchain_core.exceptions import ModelRefusalError  # type: ignore[attr-defined,unused-ignore]
@@ -92,6 +90,77 @@ class Scope(StrEnum):
     """Every request from this process: a setting, a limit of the application, or the disk."""
     CANCELLED = "cancelled"
     """Nothing is wrong: the caller cancelled the work."""
+
+
+Stage = Literal["prompt", "image", "history", "other"]
+"""What an entry of the content filter is about."""
+
+_STAGES: Final[dict[str, Stage]] = {"user": "prompt", "assistant": "image", "history": "history"}
+_SEVERITIES: Final = {0: "most severe", 1: "severe", 2: "moderate", 3: "mildest"}
+_MAX_LEVEL: Final = 99
+_MAX_ROLE: Final = 32
+_MAX_ENTRIES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ContentFilter:
+    """One entry of the service's content filter."""
+
+    role: str | None = None
+    """`user` for the prompt, `assistant` for the image, `history` for earlier messages; other values are possible. None if the
+    service sent none."""
+    level: int | None = None
+    """From 0 (most severe) to 3 (mildest). None if the service sent none."""
+
+    @property
+    def stage(self) -> Stage:
+        """What the entry is about: the prompt, the image, earlier messages, or something else."""
+        return _STAGES.get(self.role or "", "other")
+
+    @property
+    def severity(self) -> str:
+        """The level in words."""
+        return _SEVERITIES.get(-1 if self.level is None else self.level, "unknown")
+
+    def __str__(self) -> str:
+        level = "level unknown" if self.level is None else f"level {self.level}, {self.severity}"
+        return f"{self.stage} ({level})"
+
+
+def most_severe(entries: tuple[ContentFilter, ...]) -> ContentFilter | None:
+    """Find the most severe entry.
+
+    Args:
+        entries: Entries of one reply.
+
+    Returns:
+        The entry with the lowest level, where an entry without a level counts as the mildest; None if there are no entries.
+    """
+    return min(entries, key=lambda entry: _MAX_LEVEL if entry.level is None else entry.level, default=None)
+
+
+def read_entries(value: Any) -> tuple[ContentFilter, ...]:
+    """Read the `content_filter` of a reply.
+
+    Args:
+        value: Any JSON.
+
+    Returns:
+        At most 32 entries, without those that have neither a role nor a level.
+    """
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, dict):
+            continue
+        role, level = item.get("role"), item.get("level")
+        if isinstance(level, str) and level.strip().isdecimal() and len(level) <= len(str(_MAX_LEVEL)) + 1:
+            level = int(level)
+        if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= _MAX_LEVEL:
+            level = None
+        role = "".join(c for c in role if c.isprintable())[:_MAX_ROLE] if isinstance(role, str) else None
+        if role or level is not None:
+            found.append(ContentFilter(role=role or None, level=level))
+    return tuple(found[:_MAX_ENTRIES])
 
 
 _FINAL_ADVICE: Final = "This is final: do not call this tool again. Tell the user."
@@ -266,8 +335,6 @@ class CogViewContentFilterError(CogViewError, ModelRefusalError, ToolException, 
     def __init__(
         self, message: str | None = None, *, content_filter: tuple[ContentFilter, ...] = (), **facts: Any
     ) -> None:
-        from langchain_cogview.content_filter import most_severe  # noqa: PLC0415
-
         self.content_filter = tuple(content_filter)
         """Entries of the content filter that the service sent; may be empty."""
         worst = most_severe(self.content_filter)

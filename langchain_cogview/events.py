@@ -1,23 +1,27 @@
-"""The custom events: names, payloads, best-effort dispatch.
+"""Custom events: their names, their payloads, how they are dispatched, and the base class of handlers.
 
-LangChain hands them to every handler's `on_custom_event` and to `astream_events`. They are sent after the result is safe; a
-handler that raises is logged and never costs a picture.
+LangChain delivers them to the `on_custom_event` of every handler and to `astream_events`. They are dispatched after the image is
+safe. The exception of a handler is logged and never costs an image.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
-from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
+from langchain_core.callbacks import BaseCallbackHandler, adispatch_custom_event, dispatch_custom_event
 
-from langchain_cogview.artifact import GeneratedImageArtifact
+from langchain_cogview.artifact import ContentFilterArtifact, GeneratedImageArtifact
 from langchain_cogview.concurrency import raised_by_signal
-from langchain_cogview.content_filter import ContentFilter, Stage, most_severe
+from langchain_cogview.errors import ContentFilter, Stage, most_severe
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from langchain_core.runnables import RunnableConfig
 
     from langchain_cogview.result import GeneratedImage
@@ -27,60 +31,62 @@ GENERATED_EVENT: Final = "cogview.generated"
 PROGRESS_EVENT: Final = "cogview.progress"
 RETRY_EVENT: Final = "cogview.retry"
 EVENT_VERSION: Final = 1
+"""Version of the payloads. A change that existing handlers would misread increments it."""
+
+_EVENTS: Final = frozenset({CONTENT_FILTER_EVENT, GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT})
+_MAX_DELIVERIES: Final = 1024
 
 logger = logging.getLogger(__name__)
 
 Event = tuple[str, Any]
-"""A name, and what its payload says beside what the `EventDispatcher` adds."""
+"""Name and payload of an event; the `EventDispatcher` adds the fields that all payloads share."""
 
 
-class ContentFilterEntry(TypedDict):
-    """One entry as the service sent it."""
-
-    role: str | None
-    level: int | None
+# --- payloads
 
 
 class ContentFilterEvent(TypedDict):
-    """Payload of `cogview.content_filter`: one for each call that was blocked, or made with entries. Plain JSON."""
+    """Payload of `cogview.content_filter`, sent once for a call that was blocked or whose image has entries. Plain JSON."""
 
     version: int
     """1."""
     role: str | None
-    """Of the most severe entry: `user`, `assistant`, `history`, ...; None where the service told nothing."""
+    """Role of the most severe entry: `user`, `assistant`, `history`, ...; None if the service sent none."""
     level: int | None
-    """Of the most severe entry: 0 is the most severe, 3 the mildest."""
+    """Level of the most severe entry, from 0 (most severe) to 3 (mildest)."""
     stage: Stage | None
-    """What was judged: `prompt`, `picture`, `history` or `other`."""
+    """What the most severe entry is about: `prompt`, `image`, `history` or `other`."""
     severity: str
     """The level in words."""
     blocked: bool
-    """True: no picture, nothing charged. False: the picture was made all the same."""
-    entries: list[ContentFilterEntry]
-    """All entries, in the service's order."""
+    """True: there is no image, and nothing was charged. False: the image was made in spite of the entries."""
+    entries: list[ContentFilterArtifact]
+    """All entries, in the order of the service."""
     model: str
+    """Model that was asked."""
     request_id: str | None
-    """Ours, as on the result or the exception."""
+    """Request id that this client generated, as on the result or the exception."""
     tool_call_id: str | None
-    """Of the tool call that asked for the picture; None outside an agent."""
+    """Id of the tool call that asked for the image; None outside an agent."""
     sandbox: bool
+    """Whether the offline sandbox sent the reply."""
     prompt: NotRequired[str]
-    """Only with `include_prompt_in_events=True`."""
+    """The prompt; only with `include_prompt_in_events=True`."""
 
 
 class GeneratedEvent(GeneratedImageArtifact):
-    """Payload of `cogview.generated`: one for each image, once it is safe. Plain JSON: all that an artifact says of an image."""
+    """Payload of `cogview.generated`, which is sent once for each image when it is safe. Plain JSON: the image's artifact."""
 
     version: int
     """1."""
     tool_call_id: str | None
-    """Of the tool call that asked for the image; None outside an agent."""
+    """Id of the tool call that asked for the image; None outside an agent."""
 
 
 class GeneratedPayload(dict[str, Any]):
-    """The payload of `cogview.generated` with the image itself, for handlers of this process.
+    """Payload of `cogview.generated` with a reference to the image, for handlers in this process.
 
-    It does not keep the image alive, and a copy or pickle of it is plain JSON.
+    The reference is weak, and a copy or a pickle of the payload is plain JSON.
 
     Args:
         image: The image.
@@ -92,7 +98,7 @@ class GeneratedPayload(dict[str, Any]):
 
     @property
     def image(self) -> GeneratedImage | None:
-        """The image, while its call is not over or somebody holds it."""
+        """The image; None once its call has ended and nothing else refers to it."""
         return self._image()
 
     def __reduce__(self) -> Any:
@@ -100,63 +106,76 @@ class GeneratedPayload(dict[str, Any]):
 
 
 class ProgressEvent(TypedDict):
-    """Payload of `cogview.progress`: where one picture is on its way. Plain JSON.
+    """Payload of `cogview.progress`: the stage that the generation of one image has reached. Plain JSON.
 
-    Each picture that is asked of the service sends `sent` once, `processing` at each poll of a task, and ends with
-    either `failed` or the event `cogview.generated`; a call that is cancelled or interrupted ends without either. A cached
-    picture sends `cogview.generated` alone, and a task that is resumed no `sent`.
+    Each image that is requested from the service sends `sent` once, `processing` at each poll of a task, and ends with either
+    `failed` or the event `cogview.generated`; a call that is cancelled or interrupted ends without either. A cached image sends
+    `cogview.generated` only, and a task that is resumed does not send `sent`.
     """
 
     version: int
     """1."""
     stage: Literal["sent", "processing", "failed"]
+    """Stage that was reached."""
     request_id: str
+    """Request id that this client generated; every attempt has the same."""
     model: str
+    """Model that was asked."""
     elapsed: float
-    """Seconds since it had its place in flight."""
+    """Seconds since the call acquired its slot."""
     task_id: str | None
-    """Of the task endpoint."""
+    """Id of the task; None unless the task endpoint is used."""
     error: str | None
-    """Name of the error's class, at `failed`."""
+    """At `failed`: name of the error's class."""
     blocked: bool
-    """At `failed`: by the content filter."""
+    """At `failed`: whether the content filter blocked the image."""
     outcome: str | None
-    """At `failed`: `not_run`, `final`, or `unknown` (a picture may have been charged)."""
+    """At `failed`: `not_run`, `final`, or `unknown` (an image may have been charged)."""
     scope: str | None
     """At `failed`: what the error concerns, such as `prompt` or `account`; None for an exception of another library."""
     is_retryable: bool | None
-    """At `failed`: whether the same request may be sent again, and may then succeed."""
+    """At `failed`: whether the same request may be sent again and may succeed then."""
     uncertain: int
-    """At `failed`: how many requests may have been charged, those that were sent again included."""
+    """At `failed`: number of requests that may have been charged, including those that were sent again."""
     cost: str | None
-    """What the picture costs if it is made; None where the price is unknown."""
+    """What the image costs if it is made, as a decimal number; None if the price is unknown."""
     currency: str | None
+    """ISO code of the cost's currency."""
     sandbox: bool
+    """Whether the request goes to the offline sandbox."""
     tool_call_id: str | None
+    """Id of the tool call that asked for the image; None outside an agent."""
 
 
 class RetryEvent(TypedDict):
-    """Payload of `cogview.retry`: a request that did not run waits to be sent again. Plain JSON."""
+    """Payload of `cogview.retry`: a request did not run and will be sent again. Plain JSON."""
 
     version: int
     """1."""
     request_id: str
+    """Request id that this client generated; every attempt has the same."""
     model: str
+    """Model that was asked."""
     attempt: int
-    """How often it was sent so far."""
+    """Number of attempts so far."""
     wait: float
-    """Seconds until it is sent again; the queue for a place in flight comes on top."""
+    """Seconds until the next attempt, without the time that it then waits for a slot."""
     error: str
     """Name of the error's class."""
     outcome: str
-    """`not_run`, or `unknown` (a picture may have been charged; only with `retry_unknown=True`)."""
+    """`not_run`, or `unknown` (an image may have been charged; only with `retry_unknown=True`)."""
     scope: str
     """What the error concerns, such as `service`."""
     is_retryable: bool
+    """Whether the same request may be sent again and may succeed then."""
     code: str | None
+    """Error code of the service; None if it sent none."""
     status: int | None
+    """HTTP status; None without a response."""
     sandbox: bool
+    """Whether the request went to the offline sandbox."""
     tool_call_id: str | None
+    """Id of the tool call that asked for the image; None outside an agent."""
 
 
 def content_filter_event(
@@ -167,7 +186,18 @@ def content_filter_event(
     request_id: str | None,
     prompt: str | None,
 ) -> Event:
-    """Make the event `cogview.content_filter`. `prompt` is left out when None."""
+    """Make an event `cogview.content_filter`.
+
+    Args:
+        entries: The entries of the service.
+        blocked: Whether the content filter blocked the image.
+        model: Model that was asked.
+        request_id: Request id that this client generated.
+        prompt: The prompt; None leaves it out.
+
+    Returns:
+        Name and payload.
+    """
     worst = most_severe(entries)
     event: dict[str, Any] = {
         "role": worst.role if worst else None,
@@ -184,60 +214,130 @@ def content_filter_event(
     return CONTENT_FILTER_EVENT, event
 
 
+# --- dispatch
+
+
 @dataclass(frozen=True, slots=True)
 class EventDispatcher:
-    """Sends the events of one run.
-
-    Attributes:
-        config: The run's.
-        tool_call_id: Of the tool call that the run belongs to.
-        sandbox: Whether the service is a sandbox.
-        has_handlers: Whether anybody hears them; else no event need be made.
-        metadata: The run's, where traces hold what is put down there.
-    """
+    """Dispatches the events of one run to its handlers."""
 
     config: RunnableConfig
+    """The `RunnableConfig` of the run."""
     tool_call_id: str | None
+    """Id of the tool call that the run belongs to; None outside an agent."""
     sandbox: bool
+    """Whether the service is the offline sandbox."""
     has_handlers: bool
+    """Whether the run has handlers; without any, no event needs to be made."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    """Metadata of the run, which traces show."""
 
     def dispatch(self, *events: Event) -> None:
-        """Send events to the handlers of the run; whatever goes wrong is logged."""
+        """Send events to the handlers of the run. An exception of a handler is logged.
+
+        Args:
+            *events: Names and payloads.
+
+        Raises:
+            Exception: A signal handler raised it while an event was dispatched.
+        """
         for name, payload in events if self.has_handlers else ():
-            _dispatch(name, self._whole(payload), self.config)
+            try:
+                dispatch_custom_event(name, self._completed(payload), config=self.config)
+            except Exception as error:  # must not cost an image that was paid for
+                if raised_by_signal(error):
+                    raise
+                logger.warning(_HANDLER_FAILED, name, exc_info=True)
 
     async def adispatch(self, *events: Event) -> None:
-        """Async version of `dispatch`."""
+        """Async version of `dispatch`.
+
+        Args:
+            *events: Names and payloads.
+
+        Raises:
+            Exception: A signal handler raised it while an event was dispatched.
+        """
         for name, payload in events if self.has_handlers else ():
-            await _adispatch(name, self._whole(payload), self.config)
+            try:
+                await adispatch_custom_event(name, self._completed(payload), config=self.config)
+            except Exception as error:  # must not cost an image that was paid for
+                if raised_by_signal(error):
+                    raise
+                logger.warning(_HANDLER_FAILED, name, exc_info=True)
 
-    def _whole(self, payload: Any) -> dict[str, Any]:
-        whole: dict[str, Any] = payload  # made for this event alone
+    def _completed(self, payload: dict[str, Any]) -> dict[str, Any]:
+        # The payload was made for this event only, and GeneratedPayload must keep its class: it is changed in place.
         for name, value in (("version", EVENT_VERSION), ("tool_call_id", self.tool_call_id), ("sandbox", self.sandbox)):
-            whole.setdefault(name, value)
-        return whole
+            payload.setdefault(name, value)
+        return payload
 
 
+_HANDLER_FAILED: Final = "A callback handler raised an exception for the event %s"
 NO_DISPATCHER: Final = EventDispatcher(config={}, tool_call_id=None, sandbox=False, has_handlers=False)
-"""For what is done outside a run."""
+"""Dispatches nothing, for work outside a run."""
 
 
-def _dispatch(name: str, payload: Any, config: RunnableConfig) -> None:
-    """Send an event to the handlers of a run; whatever goes wrong is logged."""
-    try:
-        dispatch_custom_event(name, payload, config=config)
-    except Exception as error:  # a handler's fault must not cost a picture that was paid for
-        if raised_by_signal(error):
-            raise
-        logger.warning("A callback handler failed on the event %s", name, exc_info=True)
+# --- handlers
 
 
-async def _adispatch(name: str, payload: Any, config: RunnableConfig) -> None:
-    """Async version of `_dispatch`."""
-    try:
-        await adispatch_custom_event(name, payload, config=config)
-    except Exception as error:  # a handler's fault must not cost a picture that was paid for
-        if raised_by_signal(error):
-            raise
-        logger.warning("A callback handler failed on the event %s", name, exc_info=True)
+class Deliveries:
+    """Recognises an event that is delivered again, as LangChain does if a run lists a handler twice.
+
+    An event is identified by the identity of its payload and by its run. The last 1024 events are remembered, which is enough
+    because duplicates follow each other closely. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[tuple[int, UUID], Any] = {}
+        self._lock = threading.Lock()
+
+    def is_first(self, data: Any, run_id: UUID) -> bool:
+        """Record a delivery.
+
+        Args:
+            data: Payload of the event.
+            run_id: Id of the run that sent it.
+
+        Returns:
+            Whether this is the first delivery of the event.
+        """
+        key = id(data), run_id
+        with self._lock:
+            if key in self._recent:
+                return False
+            self._recent[key] = data  # a reference, so that no other payload gets the same identity
+            if len(self._recent) > _MAX_DELIVERIES:
+                del self._recent[next(iter(self._recent))]
+        return True
+
+
+class EventHandler(BaseCallbackHandler, ABC):
+    """Base class of handlers that receive each event of this package once, in sync and async runs."""
+
+    # Runs in the task of the run, instead of a thread of the event loop's executor, whose threads may all be in use.
+    run_inline = True
+
+    def __init__(self) -> None:
+        self._deliveries = Deliveries()
+
+    def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """Receive a custom event from LangChain.
+
+        Args:
+            name: Name of the event.
+            data: Its payload.
+            run_id: Id of the run that sent it.
+            **kwargs: Further facts about the run, which are not used.
+        """
+        if name in _EVENTS and self._deliveries.is_first(data, run_id):
+            self.on_event(name, data)
+
+    @abstractmethod
+    def on_event(self, name: str, event: Any) -> None:
+        """Process an event of this package.
+
+        Args:
+            name: Name of the event, such as `cogview.generated`.
+            event: Its payload.
+        """

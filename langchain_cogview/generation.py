@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.settings import Service
     from langchain_cogview.cache import CachedRequest, ImageCache
-    from langchain_cogview.content_filter import ContentFilter
     from langchain_cogview.cost import Reservation
+    from langchain_cogview.errors import ContentFilter
     from langchain_cogview.events import EventDispatcher
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest

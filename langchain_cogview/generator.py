@@ -31,7 +31,7 @@ from langchain_cogview.batches import BatchRunnable, logged_handler_errors, trac
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher
-from langchain_cogview.notebook import status_line
+from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.request import (
     REQUEST_DEFAULTS,
@@ -468,7 +468,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             made.append(work(value, self._dispatcher(run_manager, config)))
             return made[0]
 
-        with status_line.call(config) as report:
+        with show_status(config) as report:
             with logged_handler_errors(made):
                 self._call_with_config(run, value, config, run_type="llm")
             remember(made[0].images)
@@ -486,7 +486,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             return made[0]
 
         await preload(self._base_url)
-        with status_line.call(config) as report:
+        with show_status(config) as report:
             with logged_handler_errors(made):
                 await self._acall_with_config(run, value, config, run_type="llm")
             await aremember(made[0].images)

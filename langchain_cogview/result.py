@@ -29,16 +29,17 @@ from langchain_cogview.artifact import (
     validated,
 )
 from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
-from langchain_cogview.content_filter import ContentFilter, read_entries
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewDownloadError,
     CogViewError,
     CogViewStorageError,
+    ContentFilter,
     Outcome,
     Scope,
     error_class,
     printable,
+    read_entries,
 )
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class GeneratedImage(BaseModel):
         """Show the picture: in a notebook as output, elsewhere with the system's viewer (needs Pillow)."""
         from langchain_cogview.notebook.display import show  # noqa: PLC0415
 
-        show(self, self.to_pil)
+        show(self)
 
     def local_bytes(self) -> bytes | None:
         """The bytes without fetching: from memory or the saved file; None where they are in neither.
@@ -305,9 +306,9 @@ class GeneratedImage(BaseModel):
             yield "warnings", len(self.warnings)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from langchain_cogview.notebook.display import bundle  # noqa: PLC0415
+        from langchain_cogview.notebook.display import image_output  # noqa: PLC0415
 
-        return bundle(self, self._content)
+        return image_output(self, self._content)
 
 
 def _suffixes() -> Iterator[str]:
@@ -587,6 +588,6 @@ class ImageResult(BaseModel):
             yield "warnings", len(self.warnings)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from langchain_cogview.notebook.display import result_bundle  # noqa: PLC0415
+        from langchain_cogview.notebook.display import result_output  # noqa: PLC0415
 
-        return result_bundle(self, [image._content for image in self.images])  # noqa: SLF001
+        return result_output(self, [image._content for image in self.images])  # noqa: SLF001

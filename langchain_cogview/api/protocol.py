@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urljoin, urlsplit
 
 from langchain_cogview.api.body import DATA_FIELDS, image_data
-from langchain_cogview.content_filter import ContentFilter, read_entries
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
     CogViewBalanceError,
@@ -39,7 +38,9 @@ from langchain_cogview.errors import (
     CogViewStoppedError,
     CogViewTaskFailedError,
     CogViewTimeoutError,
+    ContentFilter,
     Outcome,
+    read_entries,
 )
 
 if TYPE_CHECKING:

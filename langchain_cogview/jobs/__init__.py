@@ -361,7 +361,7 @@ class _Job:
         if progress is False:
             yield options  # type: ignore[misc]
             return
-        from langchain_cogview.progress import ProgressCallbackHandler  # noqa: PLC0415
+        from langchain_cogview.callbacks import ProgressCallbackHandler  # noqa: PLC0415
 
         ready, running = self.ready_and_running
         with ProgressCallbackHandler(ready + running + self.plan.images, show=progress) as bar:

@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.cost import Charges, Money
-from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, Outcome, error_class
+from langchain_cogview.errors import (
+    CogViewConfigurationError,
+    CogViewError,
+    CogViewStorageError,
+    Outcome,
+    Scope,
+    error_class,
+)
 from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.jobs.manifest import kind_of, manifest_of
 from langchain_cogview.jobs.plan import UnknownAttempt, cost_text, unknown_dict
 from langchain_cogview.jobs.prompts import bullet_list, count_text
-from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet, is_contact_sheet
+from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -228,10 +235,13 @@ def _sheet_name(folder: JobFolder) -> str:
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
-def _tiles(line: dict[str, Any]) -> Iterator[Tile]:
-    """The places on the page of one prompt."""
-    prompt, note = line["arguments"]["prompt"], f"{line['line']}"
-    for image in line["images"]:
-        yield Tile(prompt, note, image["file"], image["width"], image["height"])
-    for failure in line["failures"]:
-        yield Tile(prompt, note, reason=failure["message"])
+def _tiles(record: dict[str, Any]) -> Iterator[Tile]:
+    """The tiles of one prompt on the contact sheet."""
+    prompt, label = record["arguments"]["prompt"], f"{record['line']}"
+    for image in record["images"]:
+        shape = (image["width"], image["height"]) if image["width"] and image["height"] else None
+        yield Tile(prompt, label, file=image["file"], shape=shape)
+    for failure in record["failures"]:
+        kind = error_class(failure["error"])
+        blocked = kind is not None and kind.scope is Scope.PROMPT
+        yield Tile(prompt, label, kind="blocked" if blocked else "failed", reason=failure["message"])

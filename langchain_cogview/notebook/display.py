@@ -1,228 +1,229 @@
-"""How a result is shown: in a notebook as one picture with its caption, on a screen by the system's viewer.
+"""How images are shown: the output of a notebook cell, the system's image viewer, and the status line of a running cell.
 
-What a notebook asks for is made from memory alone: no file is read and nothing is fetched. The picture stands in the HTML,
-because a front end shows one representation only, and the caption belongs to it.
+A notebook output is made from memory only: no file is read and nothing is fetched. The image is part of the HTML, because a
+notebook shows one representation only, and the caption belongs to the image.
+
+All calls of a cell share its status line, from whichever threads and tasks: "12 s · 2 in flight", and at the end
+"12.3 s · 2 images · 0.12 CNY". Outside Jupyter there is no status line, and nothing is loaded for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import sys
+import threading
+import time
+from collections import OrderedDict
+from contextvars import Context
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from langchain_cogview.catalog import money_text
-from langchain_cogview.content_filter import most_severe
-from langchain_cogview.errors import Scope, printable
-from langchain_cogview.notebook.html import Room, Tile, fitted, json_bytes, page_of
-from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, made_from
+from langchain_cogview.cost import Charges, Money
+from langchain_cogview.errors import (
+    CogViewContentFilterError,
+    CogViewError,
+    CogViewOutcomeUnknownError,
+    Outcome,
+    Scope,
+    most_severe,
+    printable,
+)
+from langchain_cogview.notebook.html import Layout, Tile, fitted, grid, json_bytes
+from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, preview_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from decimal import Decimal
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
-    from langchain_cogview.content_filter import ContentFilter
+    from langchain_core.runnables import RunnableConfig
+
+    from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
+
+T = TypeVar("T")
 
 ONE_BYTES: Final = 60_000
-"""Of a notebook's output for one picture, as JSON."""
+"""Largest size of the output for one image, as JSON."""
 MANY_BYTES: Final = 150_000
-"""Of a notebook's output for several."""
+"""Largest size of the output for several images, as JSON."""
+STATUS_LINE_VARIABLE: Final = "COGVIEW_STATUS_LINE"
+"""Environment variable; `off`, `0`, `no` or `false` turns the status line off."""
+TICK: Final = 1.0
+"""Seconds between two updates of the status line."""
 
-_MOST_WARNINGS: Final = 5
+_MAX_WARNINGS: Final = 5
+_OFF: Final = frozenset({"off", "0", "no", "false"})
+_MAX_CELLS: Final = 16
 
-
-class Shown(Protocol):
-    """A picture that can be shown."""
-
-    @property
-    def sha256(self) -> str | None:
-        """Of the bytes."""
-
-    @property
-    def prompt(self) -> str:
-        """What was asked for."""
-
-    @property
-    def model(self) -> str:
-        """Which model drew."""
-
-    @property
-    def size(self) -> str | None:
-        """As asked for."""
-
-    @property
-    def width(self) -> int | None:
-        """In pixels."""
-
-    @property
-    def height(self) -> int | None:
-        """In pixels."""
-
-    @property
-    def quality(self) -> str | None:
-        """As asked for."""
-
-    @property
-    def cost(self) -> Decimal | None:
-        """Its list price."""
-
-    @property
-    def currency(self) -> str | None:
-        """ISO code."""
-
-    @property
-    def cached(self) -> bool:
-        """Whether it came from the cache."""
-
-    @property
-    def sandbox(self) -> bool:
-        """Whether it is a placeholder."""
-
-    @property
-    def content_filter(self) -> tuple[ContentFilter, ...]:
-        """What the filter said of it."""
-
-    @property
-    def path(self) -> Path | None:
-        """The saved file."""
-
-    @property
-    def uri(self) -> str | None:
-        """Where it was saved elsewhere."""
-
-    @property
-    def url(self) -> str | None:
-        """Where the service keeps it."""
-
-    @property
-    def expires_at(self) -> datetime | None:
-        """When the link ends."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What could not be done."""
-
-    def local_bytes(self) -> bytes | None:
-        """The bytes without fetching them."""
-
-    def read(self) -> bytes:
-        """The bytes."""
+logger = logging.getLogger(__name__)
 
 
-class Failure(Protocol):
-    """Why there is no picture: an `ImageFailure` or a `CogViewError`."""
-
-    @property
-    def message(self) -> str:
-        """What happened."""
-
-    @property
-    def hint(self) -> str:
-        """What to do."""
+# --- the output of a cell
 
 
-# --- what a notebook asks for
-
-
-def bundle(image: Shown, content: bytes | None) -> dict[str, Any]:
-    """The notebook's output for one picture: HTML with the picture and its caption, and a text. At most 60 kB as JSON.
+def image_output(image: GeneratedImage, content: bytes | None) -> dict[str, Any]:
+    """Make the notebook output for one image: HTML with the image and its caption, and a text.
 
     Args:
-        image: The picture.
-        content: Its bytes, where they are in memory.
+        image: The image.
+        content: Its bytes; None if they are not in memory.
+
+    Returns:
+        Contents by media type, at most 60 kB as JSON.
     """
     return _one(image, content, repr(image))
 
 
-def _one(image: Shown, content: bytes | None, name: str) -> dict[str, Any]:
-    tile = picture_tile(image, content)
+def result_output(result: ImageResult, contents: Sequence[bytes | None]) -> dict[str, Any]:
+    """Make the notebook output for a result: as for one image, or all images and failures side by side.
+
+    Args:
+        result: The result.
+        contents: The bytes of its images; None for those that are not in memory.
+
+    Returns:
+        Contents by media type, at most 150 kB as JSON.
+    """
+    if len(result.images) == 1 and not result.failures:
+        return _one(result.images[0], contents[0], repr(result))
+    numbered = enumerate(zip(result.images, contents, strict=True))
+    tiles = [image_tile(image, content, label=str(number)) for number, (image, content) in numbered]
+    tiles += [failure_tile(failure) for failure in result.failures]
+    return _output(tiles, printable(repr(result), 2_000), MANY_BYTES)
+
+
+def _one(image: GeneratedImage, content: bytes | None, name: str) -> dict[str, Any]:
+    tile = image_tile(image, content)
     lines = [printable(name, 800), " · ".join(printable(fact, 100) for fact in tile.facts)]
     if tile.preview is None:
         lines += [
             printable(tile.reason, 400),
-            *(printable(warning, 300) for warning in image.warnings[:_MOST_WARNINGS] if warning not in tile.reason),
+            *(printable(warning, 300) for warning in image.warnings[:_MAX_WARNINGS] if warning not in tile.reason),
             "" if image.path or image.uri else printable(image.url or "", 2_000),
         ]
     return _output([tile], "\n".join(filter(None, lines)), ONE_BYTES)
 
 
-def result_bundle(result: Any, contents: Sequence[bytes | None]) -> dict[str, Any]:
-    """The notebook's output for a result: as for one picture, or all of them side by side, in at most 150 kB.
+def _output(tiles: Sequence[Tile], text: str, limit: int) -> dict[str, Any]:
+    layout = Layout.of(len(tiles))
+    left = limit - json_bytes({"text/html": "", "text/plain": text})
+    shown = fitted(tiles, lambda tiles: grid(tiles, layout), left, layout)
+    return {"text/html": grid(shown, layout), "text/plain": text}
+
+
+def show(image: GeneratedImage) -> None:
+    """Show an image: as an output in a notebook, in the system's image viewer elsewhere.
 
     Args:
-        result: An `ImageResult`.
-        contents: The bytes of its pictures, where they are in memory.
+        image: The image.
     """
-    if len(result.images) == 1 and not result.failures:
-        return _one(result.images[0], contents[0], repr(result))
-    pictures = zip(result.images, contents, strict=True)
-    tiles = [picture_tile(image, content, label=str(number)) for number, (image, content) in enumerate(pictures)]
-    tiles += [failure_tile(failure) for failure in result.failures]
-    return _output(tiles, printable(repr(result), 2_000), MANY_BYTES)
-
-
-def _output(tiles: Sequence[Tile], text: str, limit: int) -> dict[str, Any]:
-    room = Room.of(len(tiles))
-    left = limit - json_bytes({"text/html": "", "text/plain": text})
-    shown = fitted(tiles, lambda each: page_of(each, room), left, room)
-    return {"text/html": page_of(shown, room), "text/plain": text}
-
-
-def show(image: Shown, to_pil: Callable[[], Any]) -> None:
-    """Show a picture: in a notebook as output, elsewhere with the system's viewer."""
     if in_marimo():
         marimo = sys.modules["marimo"]
-        marimo.output.append(marimo.Html(bundle(image, image.read())["text/html"]))
+        marimo.output.append(marimo.Html(image_output(image, image.read())["text/html"]))
     elif in_kernel():
         from IPython.display import display  # noqa: PLC0415
 
-        display(bundle(image, image.read()), raw=True)  # type: ignore[no-untyped-call,unused-ignore]
+        display(image_output(image, image.read()), raw=True)  # type: ignore[no-untyped-call,unused-ignore]
     else:
-        to_pil().show()
+        image.to_pil().show()
+
+
+def open_output(text: str) -> Callable[[str], Any]:
+    """Open an output of the running cell that can be changed; in a Jupyter kernel only.
+
+    Args:
+        text: Its first text.
+
+    Returns:
+        A function that replaces the text.
+    """
+    from IPython.display import display  # noqa: PLC0415
+
+    output = display({"text/plain": text}, raw=True, display_id=True)  # type: ignore[no-untyped-call,unused-ignore]
+
+    def change(text: str) -> None:
+        output.update({"text/plain": text}, raw=True)
+
+    return change
+
+
+class CellOutput:
+    """A text file that shows the last line written to it as one output of the running cell; in a Jupyter kernel only."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self._change: Callable[[str], Any] | None = None
+
+    def write(self, text: str) -> None:
+        """Show a line.
+
+        Args:
+            text: The line; blank text is ignored.
+        """
+        line = text.strip()
+        if line and self._change is None:
+            self._change = open_output(line)
+        elif line and self._change is not None:
+            self._change(line)
+
+    def flush(self) -> None:
+        """Do nothing: `write` buffers nothing."""
 
 
 # --- tiles
 
 
-def picture_tile(image: Shown, content: bytes | None, *, label: str = "") -> Tile:
-    """The tile of a picture that was made, from memory alone.
+def image_tile(image: GeneratedImage, content: bytes | None, *, label: str = "") -> Tile:
+    """Make the tile of an image, from memory only.
 
     Args:
-        image: The picture.
-        content: Its bytes, where they are in memory.
-        label: Stands before the caption.
+        image: The image.
+        content: Its bytes; None if they are not in memory.
+        label: Text before the caption.
+
+    Returns:
+        The tile; one that reports the problem if the image cannot be shown.
     """
     try:
-        return _picture_tile(image, content, label)
-    except Exception as error:  # noqa: BLE001  a value that cannot be shown costs this tile alone
+        return _image_tile(image, content, label)
+    except Exception as error:  # noqa: BLE001  the other tiles are shown in any case
         return failure_tile(error, label=label)
 
 
-def _picture_tile(image: Shown, content: bytes | None, label: str) -> Tile:
-    shown = made_from(content, image.sha256)
-    worst = most_severe(image.content_filter)
-    return Tile(
-        caption=image.prompt,
-        label=label,
-        facts=tuple(_facts(image)),
-        brief=(*_size(image), cost_text(image)),
-        badge=f"content filter: {worst}" if worst else "",
-        kind="picture" if shown else "absent",
-        preview=shown,
-        shape=(image.width, image.height) if image.width and image.height else None,
-        reason="" if shown else _where(image, content),
-        link=None if image.path or image.uri or _ended(image) else image.url,
-    )
-
-
-def failure_tile(error: Failure | BaseException, *, label: str = "", caption: str = "") -> Tile:
-    """The tile of a picture that was not made.
+def file_tile(image: GeneratedImage, *, label: str = "") -> Tile:
+    """Make the tile of an image, and read its saved file if its bytes are not in memory.
 
     Args:
-        error: Our error, an `ImageFailure`, or any other exception.
-        label: Stands before the caption.
-        caption: What was asked for, where it is known.
+        image: The image.
+        label: Text before the caption.
+
+    Returns:
+        The tile; one that reports the problem if the file cannot be read.
+    """
+    content, problem = None, ""
+    try:
+        if preview_of(None, image.sha256) is None:
+            content = image.local_bytes()
+    except Exception as error:  # noqa: BLE001  the other tiles are shown in any case
+        problem = getattr(error, "message", type(error).__name__)
+    tile = image_tile(image, content, label=label)
+    return tile if tile.preview else replace(tile, reason=problem or tile.reason)
+
+
+def failure_tile(error: ImageFailure | BaseException, *, label: str = "", caption: str = "") -> Tile:
+    """Make the tile of an image that was not made.
+
+    Args:
+        error: The record of a failure, or an exception of any kind.
+        label: Text before the caption.
+        caption: The prompt, if it is known.
+
+    Returns:
+        The tile.
     """
     name = printable(str(getattr(error, "error", None) or type(error).__name__), 80)
     message = getattr(error, "message", None)
@@ -237,37 +238,61 @@ def failure_tile(error: Failure | BaseException, *, label: str = "", caption: st
     )
 
 
+def _image_tile(image: GeneratedImage, content: bytes | None, label: str) -> Tile:
+    preview = preview_of(content, image.sha256)
+    worst = most_severe(image.content_filter)
+    return Tile(
+        caption=image.prompt,
+        label=label,
+        facts=tuple(_facts(image)),
+        brief=(*_size(image), cost_text(image)),
+        badge=f"content filter: {worst}" if worst else "",
+        kind="image" if preview else "absent",
+        preview=preview,
+        shape=(image.width, image.height) if image.width and image.height else None,
+        reason="" if preview else _reason(image, content),
+        link=None if image.path or image.uri or _has_expired(image) else image.url,
+    )
+
+
 def _text_of(error: object) -> str:
     try:
         return str(error)
-    except Exception:  # noqa: BLE001  a foreign exception's text is made by foreign code
+    except Exception:  # noqa: BLE001  the class of another library makes the text
         return "(no text)"
 
 
-def _facts(image: Shown) -> Iterable[str]:
+def _facts(image: GeneratedImage) -> Iterable[str]:
     yield image.model
     yield from _size(image)
     if image.quality:
         yield image.quality
-    seconds = getattr(image, "seconds", None)
-    if seconds is not None:
-        yield f"{seconds:.1f} s"
+    if image.seconds is not None:
+        yield f"{image.seconds:.1f} s"
     yield cost_text(image)
     if image.expires_at:
-        yield f"link {'ended' if _ended(image) else 'ends'} {image.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        verb = "expired" if _has_expired(image) else "expires"
+        yield f"link {verb} {image.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _size(image: Shown) -> Iterable[str]:
+def _size(image: GeneratedImage) -> Iterable[str]:
     size = f"{image.width}×{image.height}" if image.width and image.height else (image.size or "").replace("x", "×")
     return [size] if size else []
 
 
-def _ended(image: Shown) -> bool:
+def _has_expired(image: GeneratedImage) -> bool:
     return image.expires_at is not None and image.expires_at <= datetime.now(UTC)
 
 
-def cost_text(image: Shown) -> str:
-    """What a picture cost, in a few words."""
+def cost_text(image: GeneratedImage) -> str:
+    """Describe what an image cost.
+
+    Args:
+        image: The image.
+
+    Returns:
+        A few words, such as `0.06 CNY` or `cached, no cost`.
+    """
     if image.cached:
         return "cached, no cost"
     if image.sandbox:
@@ -277,25 +302,216 @@ def cost_text(image: Shown) -> str:
     return money_text(image.cost, image.currency) if image.cost else "no cost"
 
 
-def _where(image: Shown, content: bytes | None) -> str:
-    """Why a picture is not shown, and where it is."""
+def _reason(image: GeneratedImage, content: bytes | None) -> str:
+    """Say why an image is not shown, and where it is."""
     if content is not None and len(content) > PREVIEW_BYTES:
-        return f"{PILLOW_MISSING} Its bytes are in memory: image.save(path) writes them."
+        return f"{PILLOW_MISSING} The image is in memory: image.save(path) writes it."
     if image.path:
         return f"Saved as {image.path}: image.show() shows it."
     if image.uri:
         return f"Saved as {image.uri}: image.show() fetches and shows it."
-    told = " ".join(image.warnings) or "Its bytes were not fetched."
-    return f"{told} image.show() fetches and shows it." if image.url and not _ended(image) else told
+    reason = " ".join(image.warnings) or "The image was not downloaded."
+    return f"{reason} image.show() fetches and shows it." if image.url and not _has_expired(image) else reason
 
 
-def with_files(image: Shown, *, label: str = "") -> Tile:
-    """The tile of a picture, made from its saved file where it is not in memory."""
-    content, problem = None, ""
+# --- the status line
+
+
+class _Switch:
+    on: bool | None = None
+
+
+def status_line(on: bool | None = None) -> None:  # noqa: FBT001
+    """Turn the status line of notebook cells on or off, for this process.
+
+    Args:
+        on: None: on, unless the environment variable `COGVIEW_STATUS_LINE` is `off`, `0`, `no` or `false`.
+    """
+    _Switch.on = on
+
+
+def show_status(
+    config: RunnableConfig | None = None,
+) -> AbstractContextManager[Callable[[ImageResult], ImageResult]]:
+    """Show one call of a generator in the status line of its cell while it runs; in a Jupyter kernel only.
+
+    A problem with the status line does not affect the call.
+
+    Args:
+        config: The `RunnableConfig` of the call. There is no status line if one of its handlers shows a progress bar.
+
+    Returns:
+        A context manager. It provides a function that takes the result of the call and returns it; an exception that leaves
+        the block counts as the outcome of the call.
+    """
+    if not in_kernel() or not _is_wanted() or _has_bar(config):
+        return _NO_STATUS
+    return _shown(_line_of_cell())
+
+
+def _is_wanted() -> bool:
+    if _Switch.on is not None:
+        return _Switch.on
+    return os.environ.get(STATUS_LINE_VARIABLE, "").strip().lower() not in _OFF
+
+
+def _has_bar(config: RunnableConfig | None) -> bool:
+    callbacks: Any = (config or {}).get("callbacks") or ()
+    return any(getattr(handler, "shown", False) for handler in getattr(callbacks, "handlers", callbacks))
+
+
+def _unchanged(result: T) -> T:
+    return result
+
+
+_NO_STATUS: Final = contextlib.nullcontext(_unchanged)
+
+
+@contextlib.contextmanager
+def _shown(line: StatusLine) -> Iterator[Callable[[ImageResult], ImageResult]]:
+    results: list[ImageResult] = []
+
+    def report(result: ImageResult) -> ImageResult:
+        results.append(result)
+        return result
+
     try:
-        if made_from(None, image.sha256) is None:
-            content = image.local_bytes()
-    except Exception as error:  # noqa: BLE001  a file that is gone is told in its place
-        problem = getattr(error, "message", type(error).__name__)
-    tile = picture_tile(image, content, label=label)
-    return tile if tile.preview else replace(tile, reason=problem or tile.reason)
+        line.started()
+        yield report
+    except BaseException as error:
+        line.ended(error)
+        raise
+    else:
+        line.ended(*results)
+
+
+class StatusLine:
+    """The status line of one cell. Thread-safe.
+
+    Args:
+        open_output: Opens the output with its first text, and returns a function that replaces the text.
+        clock: Function that returns the time in seconds.
+    """
+
+    def __init__(
+        self, open_output: Callable[[str], Callable[[str], Any]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._open_output = open_output
+        self._clock = clock
+        self._change: Callable[[str], Any] | None = None
+        self._lock = threading.Lock()
+        self._idle = threading.Event()
+        self._since = 0.0
+        self._seconds = 0.0
+        self._in_flight = 0
+        self._counts = dict.fromkeys(("blocked", "failed", "of unknown outcome", "stopped"), 0)
+        self._charges = Charges()
+        self._sandbox = False
+
+    def started(self) -> None:
+        """Count a call that begins."""
+        with self._lock:
+            self._in_flight += 1
+            if self._in_flight == 1:
+                self._since = self._clock()
+                self._idle = threading.Event()
+                self._start_ticking(self._idle)
+            self._update()
+
+    def ended(self, outcome: ImageResult | BaseException | None = None) -> None:
+        """Count a call that has ended.
+
+        Args:
+            outcome: What the call returned or raised; None if that is unknown.
+        """
+        with self._lock:
+            self._in_flight = max(0, self._in_flight - 1)
+            if not self._in_flight:
+                self._seconds += self._clock() - self._since
+                self._idle.set()
+            self._count(outcome)
+            self._update()
+
+    def __str__(self) -> str:
+        seconds = self._seconds + (self._clock() - self._since if self._in_flight else 0.0)
+        parts = [f"{seconds:.0f} s" if self._in_flight else f"{seconds:.1f} s"]
+        count = self._charges.count
+        if count:
+            parts.append(f"{count} image{'' if count == 1 else 's'}")
+        parts += [f"{count} {what}" for what, count in self._counts.items() if count]
+        if self._in_flight:
+            parts.append(f"{self._in_flight} in flight")
+        if count:
+            cost = str(self._charges)
+            parts.append(f"{'sandbox, ' if self._sandbox else ''}no cost" if cost == "nothing" else cost)
+        return " · ".join(parts)
+
+    def _count(self, outcome: ImageResult | BaseException | None) -> None:
+        if isinstance(outcome, BaseException):
+            self._counts[_word(outcome)] += 1
+        elif outcome is not None:
+            for image in outcome.images:
+                self._sandbox = self._sandbox or image.sandbox
+                self._charges.add(Money.of_image(image))
+            for failure in outcome.failures:
+                self._counts[_word_of_record(failure)] += 1
+
+    def _start_ticking(self, idle: threading.Event) -> None:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # no thread can be started: the line shows the time only when a call ends
+            threading.Thread(target=self._tick, args=(idle,), daemon=True, name="cogview-status-line").start()
+
+    def _tick(self, idle: threading.Event) -> None:
+        while not idle.wait(TICK):
+            with self._lock:
+                if not idle.is_set():
+                    self._update()
+
+    def _update(self) -> None:
+        try:
+            if self._change is None:
+                self._change = self._open_output(str(self))
+            else:
+                # The output is found by its id. Some notebooks drop a message on behalf of a cell that has ended; without a
+                # context the message is sent on behalf of the cell that is running.
+                Context().run(self._change, str(self))
+        except Exception:
+            logger.debug("The status line could not be updated", exc_info=True)
+
+
+def _word(error: BaseException) -> str:
+    if isinstance(error, CogViewContentFilterError):
+        return "blocked"
+    if isinstance(error, CogViewOutcomeUnknownError):
+        return "of unknown outcome"
+    stopped = not isinstance(error, Exception) or (isinstance(error, CogViewError) and error.scope is Scope.CANCELLED)
+    return "stopped" if stopped else "failed"
+
+
+def _word_of_record(failure: ImageFailure) -> str:
+    if failure.scope is Scope.PROMPT:
+        return "blocked"
+    return "of unknown outcome" if failure.outcome is Outcome.UNKNOWN else "failed"
+
+
+_LINES: Final[OrderedDict[object, StatusLine]] = OrderedDict()
+_LINES_LOCK: Final = threading.Lock()
+
+
+def _line_of_cell() -> StatusLine:
+    cell = _running_cell()
+    with _LINES_LOCK:
+        line = _LINES.get(cell)
+        if line is None:
+            line = _LINES[cell] = StatusLine(open_output)
+            while len(_LINES) > _MAX_CELLS:
+                _LINES.popitem(last=False)
+        return line
+
+
+def _running_cell() -> object:
+    """Identify the execution of a cell that this thread or task belongs to: by the message that requested it."""
+    shell = sys.modules["IPython"].get_ipython()
+    header = getattr(getattr(shell, "display_pub", None), "parent_header", None)
+    return header.get("msg_id") if isinstance(header, dict) else getattr(shell, "execution_count", None)

@@ -1,8 +1,7 @@
-"""Many pictures in a notebook: a gallery of what calls gave, and one picture drawn with different settings side by side."""
+"""Many images in a notebook: a gallery of results, and a comparison of one prompt with different settings."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -15,8 +14,8 @@ from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, C
 from langchain_cogview.images.remote import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.store import write_whole
 from langchain_cogview.messages import images_from_messages, read_each
-from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, with_files
-from langchain_cogview.notebook.html import MOST_TILES, Room, Tile, fitted, json_bytes, page_of, table_of
+from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, file_tile
+from langchain_cogview.notebook.html import MAX_TILES, SAVED_LAYOUT, Layout, Tile, fitted, grid, json_bytes, page, table
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 
 if TYPE_CHECKING:
@@ -25,42 +24,26 @@ if TYPE_CHECKING:
 
     from langchain_cogview.generator import CogViewImageGenerator
 
-_PAGE: Final = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-</head>
-<body style="margin:24px;background-color:canvas;color:canvastext">
-{body}
-</body>
-</html>
-"""
-_SAVED: Final = Room(320, 320, 400, 400, "all")
-
 Item = GeneratedImage | ImageResult | ImageFailure | BaseException | Mapping[str, Any]
-"""What a gallery takes: results, pictures, what went wrong, and artifacts."""
+"""An item of a gallery: a result, an image, a failure, an exception or an artifact."""
 
 
 class Gallery:
-    """Pictures side by side, or in a labelled table; a notebook shows it in at most 150 kB, from memory alone.
+    """Images side by side, or in a labelled table. A notebook shows it in at most 150 kB, from memory only.
 
-    It is made by `gallery`, `compare` or `acompare`, which read what they need of the pictures' files.
+    `gallery`, `compare` and `acompare` make it. The files of the images are read when it is made.
 
     Args:
-        numbered: Number and result of each.
-        rows: Labels of a table's rows.
-        columns: Labels of its columns; none: the pictures stand side by side.
-        prompt: Of all of them, where it is the same.
+        numbered: Numbers and items.
+        rows: Labels of the rows of a table.
+        columns: Labels of its columns; without columns, the images are shown side by side.
+        prompt: The prompt, if all items have the same.
         access: What the images of artifacts may be read from.
 
     Attributes:
-        results: What it shows, in its order; an artifact as the result that it is of, a damaged one as a list of those of its
-            images that could be read, and of errors.
-        charges: What the pictures cost, those of one result included.
+        results: The items, in order. In place of an artifact there is its result; in place of a damaged one, a list of the
+            images that could be read and of errors.
+        charges: What the images cost.
     """
 
     def __init__(
@@ -75,35 +58,35 @@ class Gallery:
         numbered = [(number, _read(item, access)) for number, item in numbered]
         self.results: tuple[Any, ...] = tuple(item for _, item in numbered)
         self._rows, self._columns = tuple(rows), tuple(columns)
-        # Files are read here, so that they are not when the gallery is shown.
+        # Files are read now, because showing the gallery must not read any.
         cells = [list(_tiles(number, item)) for number, item in numbered]
-        if prompt is not None:  # said once, above
+        if prompt is not None:  # it is shown once, in the heading
             cells = [[replace(tile, caption="", label="") for tile in cell] for cell in cells]
         self._prompt = prompt
         self._cells = cells
         self._kinds = [tile.kind for cell in cells for tile in cell]
         self.charges = _charges(self.results)
-        self._bundle = self._made_bundle()
+        self._output = self._render_output()
 
     def save(self, path: str | Path, *, title: str = "CogView") -> Path:
-        """Write a page that stands alone: static HTML with its pictures in it, for any browser.
+        """Write the gallery as a static HTML page with embedded images, for any browser.
 
         Args:
-            path: The file, which is replaced; `.html` is added to a name without an ending.
-            title: Of the page.
+            path: The file, which is replaced; `.html` is added to a name without a suffix.
+            title: Title of the page.
 
         Returns:
-            Where it is.
+            Path of the file.
 
         Raises:
-            CogViewStorageError: When it cannot be written.
+            CogViewStorageError: The file cannot be written.
         """
         target = Path(path)
-        page = _PAGE.format(title=html.escape(printable(title)), body=self._html(self._cells, _SAVED))
+        content = page(self._html(self._cells, SAVED_LAYOUT), title=title)
         try:
             target = target.expanduser()
             target = target if target.suffix else target.with_suffix(".html")
-            write_whole(target, page.encode("utf-8", "replace"))
+            write_whole(target, content)
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CogViewStorageError(
@@ -116,36 +99,36 @@ class Gallery:
         return f"Gallery({self._summary().replace(' · ', ', ')})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return dict(self._bundle)
+        return dict(self._output)
 
-    def _made_bundle(self) -> dict[str, Any]:
+    def _render_output(self) -> dict[str, Any]:
         text = repr(self)
-        cells, room = self._cells, Room.of(len(self._kinds))
+        cells, layout = self._cells, Layout.of(len(self._kinds))
         if self._columns:
-            room = _room_of_columns(room, len(self._columns))
-        if len(self._kinds) > MOST_TILES:
-            cells = [*_first(cells, MOST_TILES)]
+            layout = _table_layout(layout, len(self._columns))
+        if len(self._kinds) > MAX_TILES:
+            cells = [*_first(cells, MAX_TILES)]
         flat = [tile for cell in cells for tile in cell]
 
         def render(tiles: Sequence[Tile]) -> str:
-            given = iter(tiles)
-            return self._html([[next(given) for _ in cell] for cell in cells], room)
+            remaining = iter(tiles)
+            return self._html([[next(remaining) for _ in cell] for cell in cells], layout)
 
         left = MANY_BYTES - json_bytes({"text/html": "", "text/plain": text})
-        return {"text/html": render(fitted(flat, render, left, room)), "text/plain": text}
+        return {"text/html": render(fitted(flat, render, left, layout)), "text/plain": text}
 
-    def _html(self, cells: Sequence[Sequence[Tile]], room: Room) -> str:
+    def _html(self, cells: Sequence[Sequence[Tile]], layout: Layout) -> str:
         heading = f"{printable(self._prompt, 120)} · {self._summary()}" if self._prompt else self._summary()
-        left_out = len(self._kinds) - sum(map(len, cells))
-        if left_out:
-            heading += f" · the last {left_out:,} are not shown here: save('gallery.html') writes them all"
-        if self._columns and not left_out:
-            return table_of(self._rows, self._columns, cells, room, heading)
-        return page_of([tile for cell in cells for tile in cell], room, heading)
+        omitted = len(self._kinds) - sum(map(len, cells))
+        if omitted:
+            heading += f" · the last {omitted:,} are not shown here: save('gallery.html') writes all"
+        if self._columns and not omitted:
+            return table(self._rows, self._columns, cells, layout, heading)
+        return grid([tile for cell in cells for tile in cell], layout, heading)
 
     def _summary(self) -> str:
-        made = self._kinds.count("picture") + self._kinds.count("absent")
-        parts = [f"{made:,} picture{'' if made == 1 else 's'}"]
+        made = self._kinds.count("image") + self._kinds.count("absent")
+        parts = [f"{made:,} image{'' if made == 1 else 's'}"]
         parts += [f"{count:,} {kind}" for kind in ("blocked", "failed") if (count := self._kinds.count(kind))]
         cost = str(self.charges)
         return " · ".join(parts if cost == "nothing" else [*parts, printable(cost, 300)])
@@ -159,22 +142,25 @@ def gallery(
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> Gallery:
-    """Show many pictures side by side, numbered; what failed or was blocked has its reason in its place.
+    """Show many images side by side, with numbers. In place of an image that failed or was blocked there is the reason.
 
-    Saved files are read now; nothing is fetched. Without Pillow only small originals are shown.
+    Saved files are read now; nothing is fetched. Without Pillow, only images of at most 40 kB are shown.
 
     Args:
-        results: Results, pictures, exceptions and artifacts, as `batch(..., return_exceptions=True)`, `images_from_messages` and
-            the like give them; or pairs of number and result, as `stream_many` gives them, which are put in order. One alone, or
-            an agent's output, is taken too.
+        results: Results, images, exceptions and artifacts, such as the output of `batch(..., return_exceptions=True)` or
+            `images_from_messages`; or pairs of a number and a result, as `stream_many` yields them, which are sorted. A single
+            item and the output of an agent are accepted too.
         within: For artifacts, as in `images_from_messages`.
-        storage: The same.
-        storage_options: The same.
-        allowed_image_hosts: The same.
+        storage: For artifacts, as in `images_from_messages`.
+        storage_options: For artifacts, as in `images_from_messages`.
+        allowed_image_hosts: For artifacts, as in `images_from_messages`.
+
+    Returns:
+        The gallery, which a notebook shows if it is the last value of a cell.
 
     Raises:
-        TypeError: When something else is among them.
-        CogViewConfigurationError: When `storage` does not name remote folders.
+        TypeError: An item is something else.
+        CogViewConfigurationError: `storage` does not name remote folders.
 
     Example:
         >>> gallery(generator.batch(prompts, return_exceptions=True))    # doctest: +SKIP
@@ -204,29 +190,32 @@ def compare(
     generator: CogViewImageGenerator | None = None,
     **settings: Any,
 ) -> Gallery:
-    """Draw one prompt with every combination of settings, and show them in a labelled table.
+    """Generate one prompt with every combination of settings, and show the images in a labelled table.
 
-    Each combination is one paid picture. One that is illegal, such as a quality that a model does not know, sends nothing and is
-    told in its place.
+    Each combination is one paid image. A combination that is illegal, such as a quality that a model does not know, sends
+    nothing; its cell shows the reason.
 
     Args:
-        prompt: What the pictures show.
-        sizes: As in `ImageRequest`. None: the default alone.
-        qualities: The same.
-        models: The same.
-        generator: None: a new one.
-        **settings: Of the new generator; with `generator`, arguments of `ImageRequest` for its calls.
+        prompt: The prompt.
+        sizes: Sizes, as in `ImageRequest`. None: the default size only.
+        qualities: Qualities, as in `ImageRequest`. None: the default quality only.
+        models: Names of models. None: the model of the generator only.
+        generator: The generator. None: a new one.
+        **settings: Fields of the new generator; with `generator`, arguments of `ImageRequest` for its calls.
+
+    Returns:
+        The gallery, which a notebook shows if it is the last value of a cell.
 
     Raises:
-        CogViewInvalidRequestError: When there is nothing to compare.
-        CogViewConfigurationError: As `CogViewImageGenerator` does.
+        CogViewInvalidRequestError: There is nothing to compare.
+        CogViewConfigurationError: The settings of the generator are invalid.
 
     Example:
         >>> compare("a kitten", sizes=["square", "16:9"], qualities=["standard", "hd"])    # doctest: +SKIP
     """
-    grid = _Grid(prompt, models=models, qualities=qualities, sizes=sizes)
-    drawing, arguments = _drawing(generator, settings)
-    return grid.shown(drawing.batch(grid.inputs, return_exceptions=True, **arguments))
+    comparison = _Comparison(prompt, models=models, qualities=qualities, sizes=sizes)
+    runnable, arguments = _generator_and_arguments(generator, settings)
+    return comparison.gallery(runnable.batch(comparison.inputs, return_exceptions=True, **arguments))
 
 
 async def acompare(
@@ -238,14 +227,30 @@ async def acompare(
     generator: CogViewImageGenerator | None = None,
     **settings: Any,
 ) -> Gallery:
-    """Draw one prompt with every combination of settings. The twin of `compare`."""
-    grid = _Grid(prompt, models=models, qualities=qualities, sizes=sizes)
-    drawing, arguments = _drawing(generator, settings)
-    results = await drawing.abatch(grid.inputs, return_exceptions=True, **arguments)
-    return await in_thread(grid.shown, results)
+    """Async version of `compare`.
+
+    Args:
+        prompt: The prompt.
+        sizes: As in `compare`.
+        qualities: As in `compare`.
+        models: As in `compare`.
+        generator: As in `compare`.
+        **settings: As in `compare`.
+
+    Returns:
+        The gallery, which a notebook shows if it is the last value of a cell.
+
+    Raises:
+        CogViewInvalidRequestError: There is nothing to compare.
+        CogViewConfigurationError: The settings of the generator are invalid.
+    """
+    comparison = _Comparison(prompt, models=models, qualities=qualities, sizes=sizes)
+    runnable, arguments = _generator_and_arguments(generator, settings)
+    results = await runnable.abatch(comparison.inputs, return_exceptions=True, **arguments)
+    return await in_thread(comparison.gallery, results)
 
 
-def _drawing(
+def _generator_and_arguments(
     generator: CogViewImageGenerator | None, settings: dict[str, Any]
 ) -> tuple[CogViewImageGenerator, dict[str, Any]]:
     if generator is not None:
@@ -255,29 +260,29 @@ def _drawing(
     return CogViewImageGenerator(**settings), {}
 
 
-class _Grid:
-    """Every combination of settings: the last kind that is given goes across, the others go down."""
+class _Comparison:
+    """Every combination of settings. The last axis that has values becomes the columns, the others become the rows."""
 
     def __init__(self, prompt: str, **axes: Iterable[str] | None) -> None:
-        given = {
+        chosen = {
             name: [values] if isinstance(values, str) else list(dict.fromkeys(values))
             for name, values in axes.items()
             if values is not None
         }
-        if not all(given.values()) or not given:
+        if not all(chosen.values()) or not chosen:
             raise CogViewInvalidRequestError(
-                "There is nothing to compare.", hint="Pass sizes=, qualities= or models=, each with what to try."
+                "There is nothing to compare.", hint="Pass one or more values for sizes, qualities or models."
             )
-        *down, across = given
+        *down, across = chosen
         self._prompt = prompt
-        self._rows = [" · ".join(values) for values in product(*(given[name] for name in down))]
-        self._columns = given[across]
-        arguments = [_ARGUMENTS[name] for name in given]
+        self._rows = [" · ".join(values) for values in product(*(chosen[name] for name in down))]
+        self._columns = chosen[across]
+        arguments = [_ARGUMENTS[name] for name in chosen]
         self.inputs: list[Any] = [
-            {"prompt": prompt, **dict(zip(arguments, values, strict=True))} for values in product(*given.values())
+            {"prompt": prompt, **dict(zip(arguments, values, strict=True))} for values in product(*chosen.values())
         ]
 
-    def shown(self, results: Iterable[Any]) -> Gallery:
+    def gallery(self, results: Iterable[Any]) -> Gallery:
         return Gallery(enumerate(results), rows=self._rows, columns=self._columns, prompt=self._prompt)
 
 
@@ -285,16 +290,16 @@ _ARGUMENTS: Final = {"models": "model", "qualities": "quality", "sizes": "size"}
 
 
 def _numbered(results: Iterable[Any]) -> list[tuple[int, Any]]:
-    found = []
-    for place, item in enumerate(results):
-        number, result = item if _is_pair(item) else (place, item)
+    numbered = []
+    for position, item in enumerate(results):
+        number, result = item if _is_pair(item) else (position, item)
         if not isinstance(result, GeneratedImage | ImageResult | ImageFailure | BaseException | Mapping):
             raise TypeError(
-                f"A gallery takes results, pictures, exceptions and artifacts, not {type(result).__name__}. "
-                "Of an agent's messages, pass images_from_messages(messages)."
+                f"A gallery takes results, images, exceptions and artifacts, not {type(result).__name__}. "
+                "For the messages of an agent, pass images_from_messages(messages)."
             )
-        found.append((number, result))
-    return sorted(found, key=lambda each: each[0])
+        numbered.append((number, result))
+    return sorted(numbered, key=lambda pair: pair[0])
 
 
 def _is_pair(item: Any) -> bool:
@@ -302,7 +307,7 @@ def _is_pair(item: Any) -> bool:
 
 
 def _read(item: Any, access: ImageAccess) -> Any:
-    """An item, or the result of an artifact; of a damaged one, what can be read of it."""
+    """Turn an artifact into its result, or a damaged one into the images that can be read; other items are unchanged."""
     if not isinstance(item, Mapping):
         return item
     try:
@@ -317,10 +322,10 @@ def _tiles(number: int, item: Any) -> Iterator[Tile]:
         parts: list[Any] = [*item.images, *item.failures]
     else:
         parts = item if isinstance(item, list) else [item]
-    for place, part in enumerate(parts, 1):
-        label = f"{number}.{place}" if len(parts) > 1 else str(number)
+    for position, part in enumerate(parts, 1):
+        label = f"{number}.{position}" if len(parts) > 1 else str(number)
         if isinstance(part, GeneratedImage):
-            yield with_files(part, label=label)
+            yield file_tile(part, label=label)
         else:
             yield failure_tile(part, label=label, caption=getattr(item, "prompt", None) or "")
 
@@ -335,14 +340,14 @@ def _charges(results: Iterable[Any]) -> Charges:
     return charges
 
 
-def _first(cells: Sequence[Sequence[Tile]], most: int) -> Iterator[list[Tile]]:
+def _first(cells: Sequence[Sequence[Tile]], limit: int) -> Iterator[list[Tile]]:
     for cell in cells:
-        if most <= 0:
+        if limit <= 0:
             return
-        yield list(cell[:most])
-        most -= len(cell)
+        yield list(cell[:limit])
+        limit -= len(cell)
 
 
-def _room_of_columns(room: Room, columns: int) -> Room:
+def _table_layout(layout: Layout, columns: int) -> Layout:
     width = max(90, min(240, 720 // columns))
-    return replace(room, width=width, height=width, reason=160, facts="none")
+    return replace(layout, width=width, height=width, reason=160, facts="none")

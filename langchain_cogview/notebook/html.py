@@ -1,7 +1,8 @@
-"""Pictures, and what took their place, as HTML for a notebook's output: one beside the other, or in a labelled table.
+"""Images as HTML: notebook outputs, saved galleries and the contact sheet of a job, all rendered from `Tile`s.
 
-All texts may be foreign: they are escaped, one line each, and bounded. There is no script, no style sheet and nothing to load.
-The inline styles are those that JupyterLab leaves in place where a notebook is not trusted; colours work on light and dark.
+All texts may come from other people: they are escaped, put on one line and bounded. There is no script, and nothing is loaded
+but the image files of a contact sheet. The inline styles are those that JupyterLab keeps in a notebook that is not trusted;
+the colours work on light and dark backgrounds.
 """
 
 from __future__ import annotations
@@ -11,23 +12,25 @@ import html
 import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
+from urllib.parse import quote
 
-from langchain_cogview.errors import printable
-from langchain_cogview.notebook.previews import Preview, preview
+from langchain_cogview.notebook.previews import Preview, make_preview
+from langchain_cogview.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-Kind = Literal["picture", "absent", "blocked", "failed"]
+Kind = Literal["image", "absent", "blocked", "failed"]
+"""What a tile stands for: an image, an image that cannot be shown, or no image, for one of two reasons."""
 
 _HEADINGS: Final[dict[Kind, str]] = {
-    "picture": "Picture",
+    "image": "Image",
     "absent": "Not shown",
     "blocked": "Blocked",
     "failed": "Failed",
 }
 _TINTS: Final[dict[Kind, str]] = {
-    "picture": "128,128,128",
+    "image": "128,128,128",
     "absent": "128,128,128",
     "blocked": "214,137,16",
     "failed": "205,70,60",
@@ -37,172 +40,220 @@ _CELL: Final = 'style="padding:4px 0;border:0;text-align:left;vertical-align:top
 _TABLE: Final = 'style="border-collapse:collapse;border:0;margin:0;font-size:13px"'
 _ROW: Final = 'style="background-color:transparent"'
 _MAX_LINK: Final = 2_000
-_FEWEST_BYTES: Final = 150  # fewer show nothing
+_FEWEST_BYTES: Final = 150  # a smaller preview shows nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One place among others: a picture, or why there is none.
-
-    Attributes:
-        caption: What was asked for.
-        label: Stands before it, such as its number.
-        facts: Under it.
-        brief: Under it where there is little room.
-        badge: What the content filter said of a picture that was made.
-        kind: Whether it is a picture, one that is not at hand, or none: blocked or failed.
-        preview: The picture's; None where there is none, or it does not fit.
-        shape: Width and height of the picture in pixels; None where unknown.
-        reason: Why there is no picture.
-        link: Where it can be had; shown where the picture is not, and only when it is http(s).
-    """
+    """One image in a grid, table or page, or the reason why there is none."""
 
     caption: str = ""
+    """The prompt."""
     label: str = ""
+    """Text before the caption, such as a number."""
     facts: tuple[str, ...] = ()
+    """Facts below the caption."""
     brief: tuple[str, ...] = ()
+    """The most important facts, for small tiles."""
     badge: str = ""
-    kind: Kind = "picture"
+    """What the content filter reported of an image that was made."""
+    kind: Kind = "image"
+    """What the tile stands for."""
     preview: Preview | None = None
+    """The preview of the image, which is embedded; None if there is none or it does not fit."""
+    file: str | None = None
+    """Path of the image file relative to the page, with `/`; used if there is no preview."""
     shape: tuple[int, int] | None = None
+    """Width and height of the image in pixels; None if they are unknown."""
     reason: str = ""
+    """Why no image is shown."""
     link: str | None = None
+    """URL of an image that is not shown; it is linked only if it is http or https."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How much room each tile of many gets.
-
-    Attributes:
-        width: In pixels.
-        height: Of a picture, at most, in pixels.
-        caption: Characters.
-        reason: Characters.
-        facts: Whether all are shown, the brief ones, or none.
-    """
+class Layout:
+    """The size of each tile, and how much text it has."""
 
     width: int
+    """Width of a tile in pixels."""
     height: int
+    """Largest height of an image in pixels."""
     caption: int
+    """Largest number of characters of the caption."""
     reason: int
+    """Largest number of characters of the reason."""
     facts: Literal["all", "brief", "none"]
+    """Which facts are shown."""
 
     @classmethod
-    def of(cls, tiles: int) -> Room:
-        """The room of each of so many."""
-        for most, room in _ROOMS:
+    def of(cls, tiles: int) -> Layout:
+        """Choose a layout.
+
+        Args:
+            tiles: Number of tiles.
+
+        Returns:
+            The layout with the largest tiles for this number.
+        """
+        for most, layout in _LAYOUTS:
             if tiles <= most:
-                return room
-        return _ROOMS[-1][1]
+                return layout
+        return _LAYOUTS[-1][1]
 
 
-_ROOMS: Final = (
-    (1, Room(512, 512, 160, 400, "all")),
-    (4, Room(240, 240, 120, 240, "brief")),
-    (12, Room(190, 190, 80, 160, "brief")),
-    (30, Room(140, 140, 48, 90, "none")),
-    (100, Room(104, 104, 24, 50, "none")),
+_LAYOUTS: Final = (
+    (1, Layout(512, 512, 160, 400, "all")),
+    (4, Layout(240, 240, 120, 240, "brief")),
+    (12, Layout(190, 190, 80, 160, "brief")),
+    (30, Layout(140, 140, 48, 90, "none")),
+    (100, Layout(104, 104, 24, 50, "none")),
 )
-MOST_TILES: Final = _ROOMS[-1][0]
-"""More than these would be too small to look at."""
+MAX_TILES: Final = _LAYOUTS[-1][0]
+"""Largest number of tiles in a notebook output; more would be too small to look at."""
+SAVED_LAYOUT: Final = Layout(320, 320, 400, 400, "all")
+"""The layout of a saved gallery."""
+_SHEET_LAYOUT: Final = Layout(240, 240, 400, 400, "all")
 
 
-def fitted(tiles: Sequence[Tile], render: Callable[[Sequence[Tile]], str], limit: int, room: Room) -> list[Tile]:
-    """The tiles with previews so small that all of them together fit.
+# --- the size of a notebook output
+
+
+def fitted(tiles: Sequence[Tile], render: Callable[[Sequence[Tile]], str], limit: int, layout: Layout) -> list[Tile]:
+    """Reduce previews until the HTML of all tiles is small enough.
 
     Args:
-        tiles: With previews of any size.
-        render: Makes the HTML.
-        limit: Bytes of the HTML as JSON.
-        room: Of each tile.
+        tiles: Tiles with previews of any size.
+        render: Makes the HTML of the tiles.
+        limit: Largest size of the HTML as JSON, in bytes.
+        layout: Size of each tile.
+
+    Returns:
+        The tiles; those whose preview cannot be made small enough have none.
     """
-    there = sum(tile.preview is not None for tile in tiles)
-    if not there:
+    count = sum(tile.preview is not None for tile in tiles)
+    if not count:
         return list(tiles)
     empty = Preview(b"", "image/jpeg")
     bare = json_bytes(render([replace(tile, preview=tile.preview and empty) for tile in tiles]))
-    each = (limit - bare) // there * 3 // 4 - 2  # base64 makes four bytes of three, and fills up the last ones
-    side = min(2 * max(room.width, room.height), 768)  # screens have two dots for a pixel
-    return [_fitted(tile, each, side) for tile in tiles]
+    share = (limit - bare) // count * 3 // 4 - 2  # base64 makes four bytes of three, and pads the last ones
+    side = min(2 * max(layout.width, layout.height), 768)  # screens have two dots for each pixel
+    return [_fitted(tile, share, side) for tile in tiles]
 
 
 def _fitted(tile: Tile, limit: int, side: int) -> Tile:
     if tile.preview is None or len(tile.preview.content) <= limit:
         return tile
-    smaller = preview(tile.preview.content, limit, side=side) if limit >= _FEWEST_BYTES else None
-    return replace(tile, preview=smaller) if smaller else replace(tile, preview=None, kind="absent", reason="No room.")
+    smaller = make_preview(tile.preview.content, limit, side=side) if limit >= _FEWEST_BYTES else None
+    if smaller:
+        return replace(tile, preview=smaller)
+    return replace(tile, preview=None, kind="absent", reason="The output has no room for it.")
 
 
 def json_bytes(value: object) -> int:
-    """Bytes of a value in a notebook's file, at most."""
+    """The size of a value in a notebook file.
+
+    Args:
+        value: Plain JSON.
+
+    Returns:
+        Upper limit in bytes.
+    """
     return len(json.dumps(value))
 
 
-def page_of(tiles: Sequence[Tile], room: Room, heading: str = "") -> str:
-    """Tiles one beside the other, as many in a row as there is room for."""
-    return _root(f"{_heading(heading)}<div>{''.join(figure(tile, room) for tile in tiles)}</div>")
+# --- tiles
 
 
-def table_of(
-    rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Tile]], room: Room, heading: str = ""
-) -> str:
-    """Tiles in a table.
+def grid(tiles: Sequence[Tile], layout: Layout, heading: str = "") -> str:
+    """Render tiles side by side, in as many rows as the width of the window requires.
 
     Args:
-        rows: Their labels.
-        columns: Their labels.
-        cells: The tiles of each place, row by row.
-        room: Of each tile.
-        heading: Above it.
+        tiles: The tiles.
+        layout: Size of each tile.
+        heading: Text above them.
+
+    Returns:
+        HTML for a notebook output or the body of a page.
+    """
+    return _root(f"{_heading(heading)}<div>{''.join(_figure(tile, layout) for tile in tiles)}</div>")
+
+
+def table(
+    rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Tile]], layout: Layout, heading: str = ""
+) -> str:
+    """Render tiles in a table.
+
+    Args:
+        rows: Labels of the rows.
+        columns: Labels of the columns.
+        cells: The tiles of each cell, row by row.
+        layout: Size of each tile.
+        heading: Text above the table.
+
+    Returns:
+        HTML for a notebook output or the body of a page.
     """
     parts = ["".join(f"<th {_LABELLED}>{_text(label, 60)}</th>" for label in ("", *columns))]
     for number, label in enumerate(rows):
         start = number * len(columns)
-        places = cells[start : start + len(columns)]
-        shown = (f"<td {_CELL}>{''.join(figure(tile, room) for tile in place)}</td>" for place in places)
+        row = cells[start : start + len(columns)]
+        shown = (f"<td {_CELL}>{''.join(_figure(tile, layout) for tile in cell)}</td>" for cell in row)
         parts.append(f"<th {_LABELLED}>{_text(label, 80)}</th>{''.join(shown)}")
     body = "".join(f"<tr {_ROW}>{part}</tr>" for part in parts)
     return _root(f"{_heading(heading)}<table {_TABLE}>{body}</table>")
 
 
-def figure(tile: Tile, room: Room) -> str:
-    """One tile."""
-    shown = _picture(tile, tile.preview, room) if tile.preview else _placeholder(tile, room)
+def _figure(tile: Tile, layout: Layout) -> str:
+    if tile.preview:
+        data = base64.b64encode(tile.preview.content).decode()
+        shown = _image(tile, f"data:{tile.preview.mime_type};base64,{data}", layout)
+    elif tile.file is not None:
+        source = _relative_url(tile.file)
+        shown = f'<a href="{source}">{_image(tile, source, layout, lazy=True)}</a>'
+    else:
+        shown = _placeholder(tile, layout)
     lines = []
     label = f"<b>{_text(tile.label, 24)}</b> " if tile.label else ""
-    caption = _text(tile.caption, room.caption)
+    caption = _text(tile.caption, layout.caption)
     if label or caption:
         lines.append(f"{label}{caption}")
-    facts = {"all": tile.facts, "brief": tile.brief, "none": ()}[room.facts]
+    facts = {"all": tile.facts, "brief": tile.brief, "none": ()}[layout.facts]
     if facts:
         lines.append(f'<div style="opacity:0.7">{" · ".join(_text(fact, 100) for fact in facts)}</div>')
     if tile.badge:
         lines.append(f"<div><span {_tinted('blocked', '1px 7px')}>{_text(tile.badge, 80)}</span></div>")
-    style = f"display:inline-block;vertical-align:top;width:{room.width}px;max-width:100%;margin:0 12px 12px 0"
+    style = f"display:inline-block;vertical-align:top;width:{layout.width}px;max-width:100%;margin:0 12px 12px 0"
     below = f"<figcaption>{''.join(lines)}</figcaption>" if lines else ""
     return f'<figure style="{style}">{shown}{below}</figure>'
 
 
-def _picture(tile: Tile, shown: Preview, room: Room) -> str:
-    width, height = tile.shape or (room.width, room.height)
-    scale = min(room.width / width, room.height / height)
+def _image(tile: Tile, source: str, layout: Layout, *, lazy: bool = False) -> str:
+    width, height = tile.shape or (layout.width, layout.height)
+    scale = min(layout.width / width, layout.height / height)
     size = f'width="{max(1, round(width * scale))}"'
     if tile.shape:
         size += f' height="{max(1, round(height * scale))}"'
-    data = base64.b64encode(shown.content).decode()
-    # Where there is little room the caption is not said twice.
-    alt = _text(tile.caption, room.caption) if room.facts == "all" else f"Picture {_text(tile.label, 24)}".strip()
+    # Small tiles do not repeat the caption.
+    alt = _text(tile.caption, layout.caption) if layout.facts == "all" else f"Image {_text(tile.label, 24)}".strip()
     style = "display:block;max-width:100%;height:auto;margin:0 0 4px 0;border-radius:6px"
-    return f'<img src="data:{shown.mime_type};base64,{data}" {size} alt="{alt}" style="{style}">'
+    loading = f' loading="lazy" title="{alt}"' if lazy else ""
+    return f'<img src="{source}" {size} alt="{alt}"{loading} style="{style}">'
 
 
-def _placeholder(tile: Tile, room: Room) -> str:
-    kind: Kind = "absent" if tile.kind == "picture" else tile.kind
+def _relative_url(file: str) -> str:
+    # quote takes bytes, because the name of a file need not be text.
+    url = html.escape(quote(file.encode("utf-8", "surrogateescape")), quote=True)
+    return url if not url.startswith("/") and ":" not in url else f"./{url}"
+
+
+def _placeholder(tile: Tile, layout: Layout) -> str:
+    kind: Kind = "absent" if tile.kind == "image" else tile.kind
     link = ""
     if tile.link and tile.link.lower().startswith(("https://", "http://")) and len(tile.link) <= _MAX_LINK:
         target = html.escape(tile.link, quote=True)
-        link = f' <a href="{target}" target="_blank" rel="noopener noreferrer" style="color:inherit">Open its link</a>'
-    return f"<div {_tinted(kind, '10px 12px')}><b>{_HEADINGS[kind]}</b> {_text(tile.reason, room.reason)}{link}</div>"
+        link = f' <a href="{target}" target="_blank" rel="noopener noreferrer" style="color:inherit">Open the link</a>'
+    return f"<div {_tinted(kind, '10px 12px')}><b>{_HEADINGS[kind]}</b> {_text(tile.reason, layout.reason)}{link}</div>"
 
 
 def _tinted(kind: Kind, padding: str) -> str:
@@ -217,12 +268,88 @@ def _heading(text: str) -> str:
     return f'<div style="opacity:0.7;margin:0 0 8px 0">{_text(text, 200)}</div>' if text else ""
 
 
+# Notebooks typeset formulas in HTML too, and a formula can contain a link to a script: the classes exclude prompts from that.
+_ROOT: Final = (
+    '<div class="mathjax_ignore tex2jax_ignore" '
+    'style="font-family:system-ui,sans-serif;font-size:13px;line-height:1.45;overflow-wrap:break-word">'
+)
+
+
 def _root(inner: str) -> str:
-    # A notebook typesets formulas in HTML too, and a formula can hold a link to a script: the classes keep prompts out of that.
-    classes = "mathjax_ignore tex2jax_ignore"
-    style = "font-family:system-ui,sans-serif;font-size:13px;line-height:1.45;overflow-wrap:break-word"
-    return f'<div class="{classes}" style="{style}">{inner}</div>'
+    return f"{_ROOT}{inner}</div>"
 
 
 def _text(text: str, limit: int) -> str:
     return html.escape(printable(text, limit), quote=True)
+
+
+# --- pages
+
+_START: Final = (
+    '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+)
+_SHEET_START: Final = f'{_START}<meta name="generator" content="langchain-cogview">\n'
+_OLD_SHEET_START: Final = f"{_START}<title>CogView: "
+"""Start of the contact sheets of versions that wrote no generator's name."""
+_EMBEDDED_ONLY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_NO_SCRIPT: Final = "script-src 'none'; object-src 'none'"  # browsers disagree on how image files are to be allowed
+
+
+def _head(start: str, title: str, policy: str) -> str:
+    return (
+        f'{start}<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{_text(title, 200)}</title>\n'
+        "<style>figure{content-visibility:auto;contain-intrinsic-size:auto 300px}</style>\n</head>\n"
+        '<body style="margin:24px;background-color:canvas;color:canvastext">\n'
+    )
+
+
+_END: Final = "\n</body>\n</html>\n"
+
+
+def page(body: str, *, title: str) -> bytes:
+    """Render a page with embedded images.
+
+    Args:
+        body: HTML from `grid` or `table`.
+        title: Title of the page.
+
+    Returns:
+        HTML in UTF-8, which loads nothing.
+    """
+    return f"{_head(_START, title, _EMBEDDED_ONLY)}{body}{_END}".encode("utf-8", "replace")
+
+
+def contact_sheet(tiles: Iterable[Tile], *, title: str, facts: Iterable[str] = ()) -> Iterator[bytes]:
+    """Render a page that shows image files, for any number of them. Browsers load each file when it comes into view.
+
+    Args:
+        tiles: The tiles, with files relative to the folder of the page.
+        title: Title of the page, which is also its heading.
+        facts: Paragraphs above the tiles.
+
+    Yields:
+        HTML in UTF-8, piece by piece.
+    """
+
+    def parts() -> Iterator[str]:
+        yield _head(_SHEET_START, title, _NO_SCRIPT)
+        yield f"{_ROOT}<h1>{_text(title, 200)}</h1>\n"
+        yield from (f"<p>{_text(fact, 1_000)}</p>\n" for fact in facts)
+        yield from (f"{_figure(tile, _SHEET_LAYOUT)}\n" for tile in tiles)
+        yield f"</div>{_END}"
+
+    yield from (part.encode("utf-8", "replace") for part in parts())
+
+
+def is_contact_sheet(head: bytes) -> bool:
+    """Whether a file is a contact sheet, which a job may replace.
+
+    Args:
+        head: The first bytes of the file; a few hundred are enough.
+
+    Returns:
+        True if `contact_sheet` of this or an earlier version made it.
+    """
+    return head.startswith((_SHEET_START.encode(), _OLD_SHEET_START.encode()))

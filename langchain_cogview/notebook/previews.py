@@ -1,7 +1,8 @@
-"""Small pictures to look at: made where a picture's bytes are at hand, and held in memory for a notebook's outputs.
+"""Previews: small versions of images, which are held in memory for notebook outputs.
 
-What a notebook shows may neither read a file nor fetch. So inside a notebook (Jupyter, marimo) a preview is made when an image is
-made, and found again by the image's hash: by its result, its artifact, or a gallery of either. Elsewhere none is made.
+A notebook output is made without reading a file or fetching anything. Inside a notebook (Jupyter or marimo), a preview is
+therefore made when an image is made. It is found by the hash of the image, so that the result, its artifact and a gallery of
+either show the same preview. Outside notebooks none is made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import sys
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewError, CogViewStorageError, printable
@@ -23,62 +24,61 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from langchain_cogview.images.formats import ImageInfo
+    from langchain_cogview.result import GeneratedImage
 
 PREVIEW_BYTES: Final = 40_000
-"""Of one preview at most: with base64's third and its caption it stays under 60 kB."""
+"""Largest size of one preview; as base64 and with its caption it stays below 60 kB."""
 HELD_BYTES: Final = 32 << 20
-"""Of all previews held; those not looked at for longest go first."""
-PILLOW_MISSING: Final = 'A preview needs Pillow: pip install "langchain-cogview[notebook]"'
+"""Largest size of all previews in memory; the least recently used are dropped first."""
+PILLOW_MISSING: Final = 'A preview needs Pillow. Install it with: pip install "langchain-cogview[notebook]"'
 
 PREVIEW_MEMORY: Final = 160_000_000
-"""Bytes of memory that making a preview may take; an image that needs more has none."""
+"""Bytes of memory that making a preview may take; an image that needs more has no preview."""
 DECODING_MEMORY: Final = 220_000_000
-"""Bytes of memory that decoding a whole image may take: enough for every PNG of 50 million pixels, and every usual JPEG."""
+"""Bytes of memory that decoding an image may take: enough for every PNG of 50 million pixels, and every ordinary JPEG."""
 
 _SIDE: Final = 768
 _FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _SMALLEST_SIDE: Final = 24
-_WEBP_BELOW: Final = 12_000  # JPEG's tables alone are 600 bytes; a large WebP takes a hundred times as long to make
+_WEBP_BELOW: Final = 12_000  # the tables of a JPEG take 600 bytes; a large WebP takes a hundred times as long to encode
 
 logger = logging.getLogger(__name__)
 
 
 class Preview(NamedTuple):
-    """A small picture.
-
-    Attributes:
-        content: Its bytes.
-        mime_type: By its bytes.
-    """
+    """A small version of an image."""
 
     content: bytes
+    """The bytes of the image file."""
     mime_type: str
-
-
-class Previewable(Protocol):
-    """A picture that a preview can be made of."""
-
-    @property
-    def sha256(self) -> str | None:
-        """Of the bytes, in hexadecimal."""
-
-    def local_bytes(self) -> bytes | None:
-        """The bytes without fetching them."""
+    """Media type of the content."""
 
 
 def in_kernel() -> bool:
-    """Whether this is a Jupyter kernel. Where IPython is not loaded it is none; it is not loaded to find out."""
+    """Whether this process is a Jupyter kernel.
+
+    Returns:
+        False if IPython is not loaded; it is not loaded to find out.
+    """
     ask = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return ask is not None and getattr(ask(), "kernel", None) is not None
 
 
 def in_notebook() -> bool:
-    """Whether this process shows its results in a notebook of Jupyter or marimo."""
+    """Whether this process shows results in a notebook.
+
+    Returns:
+        True for Jupyter and marimo.
+    """
     return in_kernel() or in_marimo()
 
 
 def in_marimo() -> bool:
-    """Whether this is a marimo notebook. Where marimo is not loaded it is not; it is not loaded to find out."""
+    """Whether this process runs a marimo notebook.
+
+    Returns:
+        False if marimo is not loaded; it is not loaded to find out.
+    """
     ask = getattr(sys.modules.get("marimo"), "running_in_notebook", None)
     if ask is not None and ask():
         _Marimo.seen = True
@@ -86,27 +86,28 @@ def in_marimo() -> bool:
 
 
 class _Marimo:
-    """marimo knows its notebook in the cell's own thread alone; what a cell starts in other threads belongs to it, too."""
+    """Remembers that marimo was found: it answers in the thread of a cell only, and not in threads that the cell starts."""
 
     seen = False
 
 
-def preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SIDE) -> Preview | None:
-    """A picture in few bytes: as it is where it fits, else smaller (needs Pillow).
+def make_preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SIDE) -> Preview | None:
+    """Make a preview: the image itself if it is small enough, else a smaller version, which needs Pillow.
 
     Args:
         content: A whole PNG, JPEG or WebP.
-        limit: Bytes at most.
-        side: Pixels of the longer side, at most, where it is made smaller.
+        limit: Largest size in bytes.
+        side: Largest number of pixels of the longer side of a smaller version.
 
     Returns:
-        None where it cannot be made: no picture, no Pillow, no room, or more than 160 MB of memory needed.
+        None if there is no preview: the content is not an image, Pillow is not installed, the limit is too small, or more than
+        160 MB of memory would be needed.
     """
     try:
         info = inspect(io.BytesIO(content))
     except ImageFormatError:
         return None
-    if info.preview_bytes > PREVIEW_MEMORY:  # nor does a browser decode it
+    if info.preview_bytes > PREVIEW_MEMORY:  # a browser would need as much
         return None
     if len(content) <= limit:
         return Preview(content, info.mime_type)
@@ -117,13 +118,13 @@ def preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SIDE) ->
     try:
         webp = limit < _WEBP_BELOW and features.check("webp")
         return _shrunk(_opaque(Image, content, side), limit, side, "WEBP" if webp else "JPEG")
-    except Exception:  # whatever a foreign picture makes of the decoder, it is shown as text
-        logger.debug("No preview could be made of a picture", exc_info=True)
+    except Exception:  # an image can make a decoder raise anything; without a preview it is described in text
+        logger.debug("No preview could be made of an image", exc_info=True)
         return None
 
 
 def _opaque(pillow: Any, content: bytes, side: int) -> Any:
-    """The image at about the size of its preview, before anything copies all of its pixels."""
+    """Decode an image at about the size of its preview, before anything copies all of its pixels."""
     image = pillow.open(io.BytesIO(content), formats=_FORMATS)
     image.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at a lower resolution
     if "transparency" in image.info and image.mode != "RGBA":
@@ -133,28 +134,34 @@ def _opaque(pillow: Any, content: bytes, side: int) -> Any:
     image.thumbnail((2 * side, 2 * side), reducing_gap=2.0)
     if image.mode != "RGBA":
         return image
-    ground = pillow.new("RGB", image.size, "white")
-    ground.paste(image, mask=image.getchannel("A"))
-    return ground
+    background = pillow.new("RGB", image.size, "white")
+    background.paste(image, mask=image.getchannel("A"))
+    return background
 
 
-def _shrunk(picture: Any, limit: int, side: int, form: str) -> Preview | None:
+def _shrunk(image: Any, limit: int, side: int, form: str) -> Preview | None:
     while side >= _SMALLEST_SIDE:
-        picture.thumbnail((side, side), reducing_gap=2.0)
+        image.thumbnail((side, side), reducing_gap=2.0)
         out = io.BytesIO()
-        picture.save(out, form, quality=72)
+        image.save(out, form, quality=72)
         if out.tell() <= limit:
             return Preview(out.getvalue(), f"image/{form.lower()}")
-        # Bytes go with the area; a picture made smaller has more detail for each pixel.
-        side = int(max(picture.size) * min(0.9, 0.95 * math.sqrt(limit / out.tell())))
+        # The size grows with the area, and a smaller version has more detail in each pixel.
+        side = int(max(image.size) * min(0.9, 0.95 * math.sqrt(limit / out.tell())))
     return None
 
 
 def decoded(content: bytes) -> Any:
-    """An image as a `PIL.Image.Image`, decoded in at most 220 MB of memory.
+    """Decode an image in at most 220 MB of memory.
+
+    Args:
+        content: A whole PNG, JPEG or WebP.
+
+    Returns:
+        A `PIL.Image.Image`.
 
     Raises:
-        CogViewStorageError: When it would take more, or cannot be decoded.
+        CogViewStorageError: The image would take more memory, or it cannot be decoded.
     """
     from PIL import Image  # noqa: PLC0415
 
@@ -164,10 +171,10 @@ def decoded(content: bytes) -> Any:
         image.load()
     except CogViewError:
         raise
-    except Exception as error:  # noqa: BLE001  Pillow raises what it likes of a foreign image
+    except Exception as error:  # noqa: BLE001  an image can make Pillow raise anything
         raise CogViewStorageError(
             f"The image cannot be decoded: {printable(str(error), 120).rstrip('.')}.",
-            hint="image.read() gives its bytes.",
+            hint="image.read() returns its bytes.",
         ) from None
     return image
 
@@ -177,15 +184,15 @@ def _check_memory(info: ImageInfo) -> None:
         raise CogViewStorageError(
             f"The image is not decoded: its {info.width}x{info.height} pixels would take "
             f"{info.decoding_bytes // 1_000_000} MB of memory, more than the {DECODING_MEMORY // 1_000_000} MB allowed.",
-            hint="image.read() gives its bytes for another decoder.",
+            hint="image.read() returns its bytes for another decoder.",
         )
 
 
 class HeldPreviews:
-    """Previews by the hash of their picture. Thread-safe.
+    """Previews in memory, by the hash of their image. Thread-safe.
 
     Args:
-        limit: Bytes of all of them.
+        limit: Largest size of all previews, in bytes.
     """
 
     def __init__(self, limit: int = HELD_BYTES) -> None:
@@ -194,17 +201,29 @@ class HeldPreviews:
         self._previews: OrderedDict[str, Preview] = OrderedDict()
         self._lock = threading.Lock()
 
-    def keep(self, sha256: str, made: Preview) -> None:
-        """Hold a preview, in place of those that were not asked for since longest."""
+    def keep(self, sha256: str, preview: Preview) -> None:
+        """Add a preview; the least recently used ones are dropped to make room.
+
+        Args:
+            sha256: Hash of the image, in hexadecimal.
+            preview: Its preview.
+        """
         with self._lock:
             before = self._previews.pop(sha256, None)
-            self._size += len(made.content) - (len(before.content) if before else 0)
-            self._previews[sha256] = made
+            self._size += len(preview.content) - (len(before.content) if before else 0)
+            self._previews[sha256] = preview
             while self._size > self._limit:
                 self._size -= len(self._previews.popitem(last=False)[1].content)
 
     def get(self, sha256: str | None) -> Preview | None:
-        """The preview of the picture with this hash; None where none is held."""
+        """Look up a preview.
+
+        Args:
+            sha256: Hash of the image, in hexadecimal; None if it is unknown.
+
+        Returns:
+            The preview; None if there is none.
+        """
         with self._lock:
             if sha256 is None or sha256 not in self._previews:
                 return None
@@ -212,53 +231,63 @@ class HeldPreviews:
             return self._previews[sha256]
 
     def clear(self) -> None:
-        """Forget them all."""
+        """Drop all previews."""
         with self._lock:
             self._previews.clear()
             self._size = 0
 
 
 HELD: Final = HeldPreviews()
-"""Of this process."""
+"""The previews of this process."""
 
 
-def made_from(content: bytes | None, sha256: str | None) -> Preview | None:
-    """The preview of an image: made of its bytes, or the one that is held of the image with the recorded hash.
+def preview_of(content: bytes | None, sha256: str | None) -> Preview | None:
+    """Find the preview of an image in memory, or make it.
 
     Args:
-        content: The bytes, where they are in memory. The preview is held under the hash of these bytes.
-        sha256: The recorded hash; finds a preview where there are no bytes.
+        content: The bytes of the image; None if they are not in memory. A new preview is held under the hash of these bytes.
+        sha256: The recorded hash of the image, which finds a preview if there are no bytes.
+
+    Returns:
+        The preview; None if there is none.
     """
     if content is None:
         return HELD.get(sha256)
-    found = hashlib.sha256(content).hexdigest()
-    held = HELD.get(found)
+    actual = hashlib.sha256(content).hexdigest()
+    held = HELD.get(actual)
     if held is None:
-        held = preview(content)
+        held = make_preview(content)
         if held:
-            HELD.keep(found, held)
+            HELD.keep(actual, held)
     return held
 
 
-def remember(images: Iterable[Previewable]) -> None:
-    """Make and hold previews of pictures that were just made, from memory or their files; in a notebook only.
+def remember(images: Iterable[GeneratedImage]) -> None:
+    """Make and hold the previews of images that were just made, in a notebook only.
 
-    Costs some 30 ms for each picture. Whatever goes wrong is logged: it must not cost a picture that was paid for.
+    This takes about 30 ms for each image. Exceptions are logged, because they must not cost an image that was paid for.
+
+    Args:
+        images: The images; their bytes are read from memory or from their files.
     """
     if in_notebook():
         _remember(images)
 
 
-async def aremember(images: Iterable[Previewable]) -> None:
-    """Async version of `remember`."""
+async def aremember(images: Iterable[GeneratedImage]) -> None:
+    """Async version of `remember`.
+
+    Args:
+        images: The images; their bytes are read from memory or from their files.
+    """
     if in_notebook():
         await in_thread(_remember, images)
 
 
-def _remember(images: Iterable[Previewable]) -> None:
+def _remember(images: Iterable[GeneratedImage]) -> None:
     for image in images:
         try:
             if image.sha256 and HELD.get(image.sha256) is None:
-                made_from(image.local_bytes(), image.sha256)
+                preview_of(image.local_bytes(), image.sha256)
         except Exception:
-            logger.debug("No preview could be made of a picture", exc_info=True)
+            logger.debug("No preview could be made of an image", exc_info=True)

@@ -53,7 +53,7 @@ def test_a_flagged_picture_is_reported_once_by_every_way(generator, tool, way, m
     assert len(collected) == 1
     assert handler.events == got == collected
     event = collected[0]
-    assert (event["role"], event["level"], event["stage"], event["severity"]) == ("assistant", 3, "picture", "mildest")
+    assert (event["role"], event["level"], event["stage"], event["severity"]) == ("assistant", 3, "image", "mildest")
     assert event["blocked"] is False
 
 
@@ -189,7 +189,7 @@ def test_a_listener_that_cannot_listen_is_refused_when_it_is_made():
 
     with pytest.raises(TypeError, match="AsyncContentFilterCallbackHandler"):
         ContentFilterCallbackHandler(listen)
-    with pytest.raises(TypeError, match="cannot be called"):
+    with pytest.raises(TypeError, match="must be a function"):
         AsyncContentFilterCallbackHandler(5)
     with pytest.raises(ValueError, match="max_level"):
         ContentFilterCallbackHandler(max_level=7)

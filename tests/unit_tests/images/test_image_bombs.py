@@ -11,7 +11,7 @@ from PIL import Image
 
 from langchain_cogview import CogViewStorageError, GeneratedImage
 from langchain_cogview.images.formats import ImageRefusedError, inspect
-from langchain_cogview.notebook.previews import preview
+from langchain_cogview.notebook.previews import make_preview
 from tests.unit_tests.notebook.displayed import photo
 
 SIDE = 7040
@@ -62,14 +62,14 @@ def test_to_pil_gives_our_error_and_a_preview_gives_nothing(content):
     with pytest.raises(CogViewStorageError, match="is not decoded|cannot be decoded") as caught:
         image.to_pil()
     assert len(str(caught.value)) < 300
-    assert preview(content) is None
+    assert make_preview(content) is None
     assert "<img" not in image._repr_mimebundle_()["text/html"]
 
 
 def test_large_images_of_ordinary_kinds_are_decoded():
     image = GeneratedImage(id="a", request_id="a", model="m", prompt="p").with_content(jpeg(2048, quality=10))
     assert image.to_pil().size == (2048, 2048)
-    assert preview(jpeg(SIDE, quality=10)).mime_type == "image/jpeg"
+    assert make_preview(jpeg(SIDE, quality=10)).mime_type == "image/jpeg"
 
 
 MEASURE = """
@@ -77,7 +77,7 @@ import sys
 import PIL.Image, PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.WebPImagePlugin
 from langchain_cogview import GeneratedImage
 from langchain_cogview.errors import CogViewError
-from langchain_cogview.notebook.previews import preview
+from langchain_cogview.notebook.previews import make_preview
 
 def peak():  # of this program alone: ru_maxrss begins with the parent's
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
@@ -85,7 +85,7 @@ def peak():  # of this program alone: ru_maxrss begins with the parent's
 
 content = sys.stdin.buffer.read()
 image = GeneratedImage(id="a", request_id="a", model="m", prompt="p").with_content(content)
-preview(content)
+make_preview(content)
 image._repr_mimebundle_()
 after_preview = peak()
 try:
@@ -136,7 +136,7 @@ def test_the_jpeg_with_three_thousand_scans_takes_no_memory():
 
 
 def test_a_terminal_is_sent_no_image_that_takes_gigabytes():
-    from langchain_cogview.cli.output import Terminal, picture_on
+    from langchain_cogview.cli.output import Terminal, inline_image
 
-    assert picture_on(Terminal.KITTY, WEBP, (SIDE, SIDE), (80, 24)) == ""
-    assert picture_on(Terminal.KITTY, jpeg(), (64, 64), (80, 24)).startswith("\x1b_G")
+    assert inline_image(Terminal.KITTY, WEBP, (SIDE, SIDE), (80, 24)) == ""
+    assert inline_image(Terminal.KITTY, jpeg(), (64, 64), (80, 24)).startswith("\x1b_G")

@@ -18,6 +18,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from PIL import Image
 
 from langchain_cogview import CogViewImageGenerator, Sandbox
+from langchain_cogview.callbacks import ProgressCallbackHandler
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
     CogViewConfigurationError,
@@ -29,7 +30,6 @@ from langchain_cogview.errors import (
 from langchain_cogview.images import store
 from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
 from langchain_cogview.jobs.folder import JobFolder
-from langchain_cogview.progress import ProgressCallbackHandler
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
 

@@ -23,7 +23,7 @@ LEFT_IN_PLACE = {  # by JupyterLab's sanitizer, in a notebook that is not truste
     "font-weight", "height", "line-height", "margin", "max-width", "opacity", "overflow", "overflow-wrap", "padding",
     "text-align", "vertical-align", "width",
 }  # fmt: skip
-OF_A_PAGE = {"html", "head", "meta", "title", "body"}
+OF_A_PAGE = {"html", "head", "meta", "title", "style", "body"}
 VOID = {"img", "meta"}
 
 

@@ -16,7 +16,7 @@ from decimal import Decimal
 import pytest
 
 from langchain_cogview import CogViewImageGenerator, ContentFilter, ImageFailure, ImageResult
-from langchain_cogview.notebook.previews import HELD, HeldPreviews, Preview, aremember, preview, remember
+from langchain_cogview.notebook.previews import HELD, HeldPreviews, Preview, aremember, make_preview, remember
 from tests.unit_tests.notebook.displayed import EVIL, PHOTO, Seen, assert_harmless, be_a_kernel, image, photo, result
 
 
@@ -57,12 +57,12 @@ def test_the_last_line_of_a_cell_shows_the_picture_and_its_caption(generator):
         "1344×768",
         "standard",
         "sandbox, no cost",
-        f"link ends {drawn.expires_at:%Y-%m-%d}",
+        f"link expires {drawn.expires_at:%Y-%m-%d}",
     ):
         assert fact in seen.text
     plain = drawn._repr_mimebundle_()["text/plain"]
     assert plain.startswith(repr(drawn))
-    assert "link ends" in plain
+    assert "link expires" in plain
     assert drawn.url not in json.dumps(drawn._repr_mimebundle_())
 
 
@@ -75,9 +75,9 @@ def test_the_last_line_of_a_cell_shows_the_picture_and_its_caption(generator):
         ({"cost": Decimal(0), "cached": True}, "cached, no cost"),
         ({"size": "1024x1024"}, "1024×1024"),
         ({"quality": "hd"}, "hd"),
-        ({"expires_at": datetime(2020, 1, 2, 3, 4, tzinfo=UTC)}, "link ended 2020-01-02 03:04 UTC"),
-        ({"expires_at": datetime(2999, 1, 2, 3, 4, tzinfo=UTC)}, "link ends 2999-01-02 03:04 UTC"),
-        ({"content_filter": (ContentFilter("assistant", 2),)}, "content filter: picture (level 2, moderate)"),
+        ({"expires_at": datetime(2020, 1, 2, 3, 4, tzinfo=UTC)}, "link expired 2020-01-02 03:04 UTC"),
+        ({"expires_at": datetime(2999, 1, 2, 3, 4, tzinfo=UTC)}, "link expires 2999-01-02 03:04 UTC"),
+        ({"content_filter": (ContentFilter("assistant", 2),)}, "content filter: image (level 2, moderate)"),
     ],
 )
 def test_the_caption_tells(facts, told):
@@ -87,7 +87,7 @@ def test_the_caption_tells(facts, told):
 def test_a_flagged_picture_has_a_badge(generator):
     seen = shown(generator.invoke("[[flagged:2]] a kitten"))
     assert len(seen.pictures()) == 1
-    assert "content filter: picture (level 2, moderate)" in seen.text
+    assert "content filter: image (level 2, moderate)" in seen.text
 
 
 def test_a_large_picture_is_shown_small():
@@ -182,7 +182,7 @@ def test_a_picture_without_bytes_shows_its_warning_and_link(generator):
     assert "expired" in one._repr_mimebundle_()["text/plain"]
     assert one.url in one._repr_mimebundle_()["text/plain"]
     assert "expired" in shown(one).text
-    assert shown(generator.invoke({"prompt": "[[expired-url]] <b>", "n": 2})).text.count("has expired") == 2
+    assert shown(generator.invoke({"prompt": "[[expired-url]] <b>", "n": 2})).text.count("link has expired or") == 2
 
 
 def test_outside_a_notebook_nothing_is_made_or_loaded(saved):
@@ -193,9 +193,9 @@ def test_outside_a_notebook_nothing_is_made_or_loaded(saved):
         "import sys\n"
         "from langchain_cogview import CogViewImageGenerator\n"
         "from langchain_cogview.notebook.previews import remember\n"
-        "from langchain_cogview.notebook.status_line import call\n"
-        "with call() as told:\n"
-        "    drawn = told(CogViewImageGenerator(base_url='sandbox:').invoke('x'))\n"
+        "from langchain_cogview.notebook.display import show_status\n"
+        "with show_status() as report:\n"
+        "    drawn = report(CogViewImageGenerator(base_url='sandbox:').invoke('x'))\n"
         "remember(drawn.images)\n"
         "print(sorted({'PIL', 'IPython', 'tqdm'} & set(sys.modules)))"
     )
@@ -266,7 +266,7 @@ def test_pictures_of_every_mode_are_made_small(mode):
     out = io.BytesIO()
     grey = Image.effect_noise((900, 300), 90)
     (Image.new("I;16", (900, 300)) if mode == "I;16" else grey.convert("RGB").convert(mode)).save(out, form)
-    made = preview(out.getvalue(), min(20_000, len(out.getvalue()) - 1))
+    made = make_preview(out.getvalue(), min(20_000, len(out.getvalue()) - 1))
     picture = Image.open(io.BytesIO(made.content))
     assert picture.mode in {"RGB", "L"}
     assert picture.width == pytest.approx(3 * picture.height, abs=3)
@@ -281,7 +281,7 @@ def test_what_is_transparent_is_seen_on_white():
     clear.putalpha(0)
     out = io.BytesIO()
     clear.save(out, "PNG")
-    picture = Image.open(io.BytesIO(preview(out.getvalue(), 20_000).content))
+    picture = Image.open(io.BytesIO(make_preview(out.getvalue(), 20_000).content))
     assert min(picture.convert("L").getextrema()) > 250
 
 
@@ -289,12 +289,12 @@ def test_what_is_transparent_is_seen_on_white():
     "content", [b"", b"<svg onload=alert(1)>", b"GIF89a" + b"x" * 100, b"\x89PNG\r\n\x1a\n" + b"x" * 90_000]
 )
 def test_what_is_no_picture_has_no_preview(content):
-    assert preview(content, 1_000) is None
+    assert make_preview(content, 1_000) is None
 
 
 @pytest.mark.parametrize("limit", [40_000, 9_000, 800, 400])
 def test_a_preview_keeps_to_its_limit(limit):
-    assert len(preview(PHOTO, limit).content) <= limit
+    assert len(make_preview(PHOTO, limit).content) <= limit
 
 
 def test_what_is_held_is_bounded_and_the_oldest_goes_first():

@@ -18,8 +18,8 @@ from langchain_cogview import (
     ImageFailure,
     ImageResult,
 )
-from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet
 from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
+from langchain_cogview.notebook.html import Tile, contact_sheet
 from langchain_cogview.notebook.previews import HELD
 from tests.unit_tests.notebook.displayed import EVIL, OF_A_PAGE, PHOTO, Seen, assert_harmless, image, photo, result
 
@@ -69,7 +69,7 @@ def test_a_batch_with_failures_is_shown_whole_and_numbered(generator):
         "0", "Blocked", "1", "Failed", "2", "3",
     ]  # fmt: skip
     assert "The content filter blocked the prompt at level 1 (severe)." in seen.text
-    assert repr(made) == "Gallery(2 pictures, 1 blocked, 1 failed)"
+    assert repr(made) == "Gallery(2 images, 1 blocked, 1 failed)"
     assert made.results == tuple(results)
 
 
@@ -106,7 +106,7 @@ def test_it_takes_an_agents_output(generator):
 
     artifact = generator.invoke("x").to_artifact()
     output = {"messages": [AIMessage("hi"), ToolMessage("made", tool_call_id="1", artifact=artifact)]}
-    assert repr(gallery(output)) == "Gallery(1 picture)"
+    assert repr(gallery(output)) == "Gallery(1 image)"
 
 
 def test_errors_and_records_of_failures_are_tiles():
@@ -132,15 +132,15 @@ def test_what_it_cannot_show_is_told(given):
 
 
 def test_an_empty_one_is_one():
-    assert repr(gallery([])) == "Gallery(0 pictures)"
-    assert shown(gallery([])).text == "0 pictures"
+    assert repr(gallery([])) == "Gallery(0 images)"
+    assert shown(gallery([])).text == "0 images"
 
 
 def test_the_cost_is_told_and_what_is_unknown_is_not_zero():
     paid = {"cost": Decimal("0.06"), "currency": "CNY"}
-    assert repr(gallery([image(**paid), image(**paid)])) == "Gallery(2 pictures, 0.12 CNY)"
-    assert repr(gallery([image(**paid), image()])) == "Gallery(2 pictures, 0.06 CNY and 1 of unknown price)"
-    assert repr(gallery([image(sandbox=True, **paid), image(cached=True, **paid)])) == "Gallery(2 pictures)"
+    assert repr(gallery([image(**paid), image(**paid)])) == "Gallery(2 images, 0.12 CNY)"
+    assert repr(gallery([image(**paid), image()])) == "Gallery(2 images, 0.06 CNY and 1 of unknown price)"
+    assert repr(gallery([image(sandbox=True, **paid), image(cached=True, **paid)])) == "Gallery(2 images)"
     assert gallery([image(**paid)]).charges.amounts == {"CNY": Decimal("0.06")}
 
 
@@ -151,7 +151,7 @@ def test_it_is_at_most_150_kilobytes(count, tmp_path):
     seen = shown(made)
     assert len(seen.pictures()) == min(12 * (count // 12) or 1, 100)
     if count == 300:
-        assert "the last 200 are not shown here: save('gallery.html') writes them all" in seen.text
+        assert "the last 200 are not shown here: save('gallery.html') writes all" in seen.text
 
 
 @pytest.mark.parametrize("text", [EVIL, "猫" * 3000, '"&' * 1000])
@@ -255,7 +255,7 @@ async def test_every_combination_is_drawn_into_a_labelled_table(twin, sandbox):
         ("glm-image", "1280x1280", "hd"), ("glm-image", "1728x960", "hd"),
     ]  # fmt: skip
     assert "glm-image accepts only quality 'hd'" in seen.text
-    assert repr(made) == "Gallery(6 pictures, 2 failed)"
+    assert repr(made) == "Gallery(6 images, 2 failed)"
     assert "a fox" in seen.text
 
 
@@ -263,7 +263,7 @@ async def test_every_combination_is_drawn_into_a_labelled_table(twin, sandbox):
 async def test_an_illegal_combination_sends_nothing(twin, sandbox):
     made = await drawn_by(twin, "a fox", sizes=["100x100", "nonsense"], base_url=sandbox.base_url)
     assert sandbox.requests == []
-    assert repr(made) == "Gallery(0 pictures, 2 failed)"
+    assert repr(made) == "Gallery(0 images, 2 failed)"
     assert "nearest legal size is 512x512" in shown(made).text
 
 
@@ -278,7 +278,7 @@ async def test_one_kind_of_setting_is_one_row(twin, generator):
 async def test_a_blocked_one_does_not_cost_the_others(twin, generator, sandbox):
     sandbox.fail_next("content-filter")
     made = await drawn_by(twin, "x", sizes=["square", "16:9"], generator=generator)
-    assert repr(made) == "Gallery(1 picture, 1 blocked)"
+    assert repr(made) == "Gallery(1 image, 1 blocked)"
 
 
 @twins

@@ -7,8 +7,8 @@ import nbformat
 import pytest
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, ContentFilter
-from langchain_cogview.notebook.contact_sheet import Tile, contact_sheet
 from langchain_cogview.notebook.gallery import compare, gallery
+from langchain_cogview.notebook.html import Tile, contact_sheet
 from langchain_cogview.notebook.previews import HELD
 from tests.unit_tests.notebook.displayed import EVIL, PHOTO, image, result
 
@@ -92,7 +92,9 @@ def test_no_prompt_can_do_anything_in_a_contact_sheet(tmp_path):
     (tmp_path / "a.png").write_bytes(PHOTO)
     path = tmp_path / "index.html"
     path.write_bytes(
-        b"".join(contact_sheet([Tile(EVIL, EVIL, "a.png"), Tile(EVIL, EVIL, reason=EVIL)], title=TITLE, facts=[EVIL]))
+        b"".join(
+            contact_sheet([Tile(EVIL, EVIL, file="a.png"), Tile(EVIL, EVIL, reason=EVIL)], title=TITLE, facts=[EVIL])
+        )
     )
     assert f"<title>{TITLE}</title>" in opened(path, tmp_path / "profile")
 

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 
 from langchain_cogview import CogViewBalanceError, CogViewContentFilterError, CogViewOutcomeUnknownError, ImageFailure
 from langchain_cogview.errors import Outcome
-from langchain_cogview.notebook import status_line
-from langchain_cogview.notebook.status_line import Line
+from langchain_cogview.notebook import display
+from langchain_cogview.notebook.display import StatusLine
 from tests.unit_tests.notebook.displayed import be_a_kernel, image, result
 
 PAID = {"cost": Decimal("0.06"), "currency": "CNY"}
@@ -58,15 +58,15 @@ def output():
 
 @pytest.fixture
 def line(output, clock):
-    return Line(output.open, clock)
+    return StatusLine(output.open, clock)
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
-    monkeypatch.delenv(status_line.VARIABLE, raising=False)
+    monkeypatch.delenv(display.STATUS_LINE_VARIABLE, raising=False)
     yield
-    status_line.status_line(None)
-    status_line._LINES.clear()
+    display.status_line(None)
+    display._LINES.clear()
 
 
 # --- the line
@@ -76,7 +76,7 @@ def test_the_time_becomes_the_summary(line, clock, output):
     line.started()
     clock.now += 12.34
     line.ended(result(image(**PAID)))
-    assert output.texts == ["0 s · 1 under way", "12.3 s · 1 picture · 0.06 CNY"]
+    assert output.texts == ["0 s · 1 in flight", "12.3 s · 1 image · 0.06 CNY"]
     assert output.opened == 1
 
 
@@ -85,11 +85,11 @@ def test_all_calls_in_flight_share_it(line, clock, output):
         line.started()
     clock.now += 5
     line.ended(result(image(**PAID), image(**PAID)))
-    assert output.texts[-1] == "5 s · 2 pictures · 2 under way · 0.12 CNY"
+    assert output.texts[-1] == "5 s · 2 images · 2 in flight · 0.12 CNY"
     clock.now += 2
     line.ended(BLOCKED)
     line.ended(CogViewBalanceError())
-    assert output.texts[-1] == "7.0 s · 2 pictures · 1 blocked · 1 failed · 0.12 CNY"
+    assert output.texts[-1] == "7.0 s · 2 images · 1 blocked · 1 failed · 0.12 CNY"
     assert output.opened == 1
 
 
@@ -99,17 +99,17 @@ def test_calls_one_after_the_other_are_one_line_and_the_time_between_them_does_n
         clock.now += 3
         line.ended(result(image(**PAID)))
         clock.now += 100
-    assert output.texts[-1] == "6.0 s · 2 pictures · 0.12 CNY"
+    assert output.texts[-1] == "6.0 s · 2 images · 0.12 CNY"
     assert output.opened == 1
 
 
 @pytest.mark.parametrize(
     ("ended", "told"),
     [
-        (result(image(sandbox=True, cost=Decimal(0), currency="CNY")), "1 picture · sandbox, no cost"),
-        (result(image(cached=True, cost=Decimal(0), currency="CNY")), "1 picture · no cost"),
-        (result(image()), "1 picture · 1 of unknown price"),
-        (result(image(**PAID), image()), "2 pictures · 0.06 CNY and 1 of unknown price"),
+        (result(image(sandbox=True, cost=Decimal(0), currency="CNY")), "1 image · sandbox, no cost"),
+        (result(image(cached=True, cost=Decimal(0), currency="CNY")), "1 image · no cost"),
+        (result(image()), "1 image · 1 of unknown price"),
+        (result(image(**PAID), image()), "2 images · 0.06 CNY and 1 of unknown price"),
         (BLOCKED, "1 blocked"),
         (CogViewOutcomeUnknownError(), "1 of unknown outcome"),
         (ValueError(), "1 failed"),
@@ -125,7 +125,7 @@ def test_calls_one_after_the_other_are_one_line_and_the_time_between_them_does_n
                     ImageFailure(index=3, error="X", message=""),
                 ),
             ),
-            "1 picture · 1 blocked · 1 failed · 1 of unknown outcome · 0.06 CNY",
+            "1 image · 1 blocked · 1 failed · 1 of unknown outcome · 0.06 CNY",
         ),
     ],
 )
@@ -136,20 +136,20 @@ def test_the_summary_tells_what_became_of_it(line, output, ended, told):
 
 
 def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
-    monkeypatch.setattr(status_line, "TICK", 0.01)
+    monkeypatch.setattr(display, "TICK", 0.01)
     ticked = threading.Event()
 
     def change(text):
         Output.change(output, text)
-        if threading.current_thread().name == "cogview-line":
+        if threading.current_thread().name == "cogview-status-line":
             ticked.set()
 
     output.change = change
-    line = Line(output.open)
+    line = StatusLine(output.open)
     line.started()
     assert ticked.wait(20)
     line.ended()
-    ticking = [each for each in threading.enumerate() if each.name == "cogview-line"]
+    ticking = [each for each in threading.enumerate() if each.name == "cogview-status-line"]
     for each in ticking:
         each.join(20)
         assert not each.is_alive()
@@ -176,8 +176,8 @@ def test_many_threads_count_right(line, output):
         each.start()
     for each in threads:
         each.join()
-    assert " · 400 pictures · 24.00 CNY" in output.texts[-1]
-    assert "under way" not in output.texts[-1]
+    assert " · 400 images · 24.00 CNY" in output.texts[-1]
+    assert "in flight" not in output.texts[-1]
     assert output.opened == 1
 
 
@@ -186,10 +186,10 @@ def test_many_threads_count_right(line, output):
 
 def shown_at_all(monkeypatch, config=None):
     opened = []
-    monkeypatch.setattr(status_line, "_open_output", lambda text: opened.append(text) or opened.append)
-    with status_line.call(config) as told:
+    monkeypatch.setattr(display, "open_output", lambda text: opened.append(text) or opened.append)
+    with display.show_status(config) as told:
         assert told(drawn := result(image())) is drawn
-    status_line._LINES.clear()
+    display._LINES.clear()
     return bool(opened)
 
 
@@ -204,18 +204,18 @@ def test_it_is_shown_in_a_kernel_only(monkeypatch):
 )
 def test_the_environment_turns_it_off(monkeypatch, value, on):
     be_a_kernel(monkeypatch)
-    monkeypatch.setenv(status_line.VARIABLE, value)
+    monkeypatch.setenv(display.STATUS_LINE_VARIABLE, value)
     assert shown_at_all(monkeypatch) is on
 
 
 def test_the_function_goes_before_the_environment(monkeypatch):
     be_a_kernel(monkeypatch)
-    status_line.status_line(False)
+    display.status_line(False)
     assert not shown_at_all(monkeypatch)
-    monkeypatch.setenv(status_line.VARIABLE, "off")
-    status_line.status_line(True)
+    monkeypatch.setenv(display.STATUS_LINE_VARIABLE, "off")
+    display.status_line(True)
     assert shown_at_all(monkeypatch)
-    status_line.status_line()
+    display.status_line()
     assert not shown_at_all(monkeypatch)
 
 
@@ -235,19 +235,19 @@ def test_it_stays_away_where_a_bar_is_drawn(monkeypatch):
 
 def test_what_a_call_raises_passes_and_is_counted(monkeypatch, output):
     be_a_kernel(monkeypatch)
-    monkeypatch.setattr(status_line, "_open_output", output.open)
-    with pytest.raises(CogViewContentFilterError), status_line.call():
+    monkeypatch.setattr(display, "open_output", output.open)
+    with pytest.raises(CogViewContentFilterError), display.show_status():
         raise BLOCKED
     assert output.texts[-1] == "0.0 s · 1 blocked"
 
 
 def test_the_lines_of_cells_long_gone_are_forgotten(monkeypatch, output):
     shell = be_a_kernel(monkeypatch)
-    monkeypatch.setattr(status_line, "_open_output", output.open)
+    monkeypatch.setattr(display, "open_output", output.open)
     for shell.execution_count in range(100):
-        with status_line.call():
+        with display.show_status():
             pass
-    assert len(status_line._LINES) <= 16
+    assert len(display._LINES) <= 16
     assert output.opened == 100
 
 
@@ -259,15 +259,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from decimal import Decimal
 from langchain_cogview import CogViewContentFilterError
-from langchain_cogview.notebook import status_line
+from langchain_cogview.notebook import display
 from tests.unit_tests.notebook.displayed import image, result
-status_line.TICK = 0.05
+display.TICK = 0.05
 def draw(wait=0.12):
-    with status_line.call() as told:
+    with display.show_status() as told:
         threading.Event().wait(wait)
         return told(result(image(cost=Decimal("0.06"), currency="CNY")))
 async def adraw(wait=0.12):
-    with status_line.call() as told:
+    with display.show_status() as told:
         await asyncio.sleep(wait)
         return told(result(image(cost=Decimal("0.06"), currency="CNY")))
 """
@@ -296,12 +296,12 @@ def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     cells = [FIRST, *(code for code, _ in CELLS.values())]
     cells.append(
-        "try:\n    with status_line.call(): raise CogViewContentFilterError\nexcept CogViewContentFilterError: pass"
+        "try:\n    with display.show_status(): raise CogViewContentFilterError\nexcept CogViewContentFilterError: pass"
     )
     cells.append(
         "done = threading.Event()\n"
         "def late():\n"
-        "    with status_line.call() as told:\n"
+        "    with display.show_status() as told:\n"
         "        started.set()\n"
         "        done.wait(30)\n"
         "        told(result(image(sandbox=True)))\n"
@@ -311,12 +311,12 @@ def executed(tmp_path_factory):
         "started.wait(30)\nNone"
     )
     cells.append("done.set()\nthread.join(30)")
-    cells.append("status_line.status_line(False)\ndraw()\nNone")
+    cells.append("display.status_line(False)\ndraw()\nNone")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         monkeypatch.setenv("IPYTHONDIR", str(folder))
-        monkeypatch.delenv(status_line.VARIABLE, raising=False)
+        monkeypatch.delenv(display.STATUS_LINE_VARIABLE, raising=False)
         NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}}).execute()
     first, *others, blocked, late, later, off = notebook.cells
     assert first.outputs == []
@@ -338,7 +338,7 @@ class TestInANotebook:
         assert list(output.data) == ["text/plain"]
         count = CELLS[cell][1]
         text = output.data["text/plain"]
-        assert re.fullmatch(rf"\d+\.\d s · {count} pictures? · {Decimal('0.06') * count} CNY", text), text
+        assert re.fullmatch(rf"\d+\.\d s · {count} images? · {Decimal('0.06') * count} CNY", text), text
 
     def test_a_blocked_call_is_told(self, executed):
         (output,) = executed["blocked"].outputs
@@ -346,7 +346,7 @@ class TestInANotebook:
 
     def test_a_call_that_outlives_its_cell_ends_in_the_line_of_that_cell(self, executed):
         (output,) = executed["late"].outputs
-        assert output.data["text/plain"].endswith(" · 1 picture · sandbox, no cost")
+        assert output.data["text/plain"].endswith(" · 1 image · sandbox, no cost")
         assert executed["later"].outputs == []
 
     def test_it_can_be_turned_off(self, executed):
