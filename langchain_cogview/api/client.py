@@ -54,34 +54,34 @@ class RateLimiter(Protocol):
 
 
 class CallEvents(Protocol):
-    """Hears what a call does, while it does it."""
+    """Is called on every event of one call."""
 
     def sending(self) -> None:
-        """Right before each attempt is sent; what it raises stops the call."""
+        """Handle an attempt that is about to be sent. An exception ends the call, and nothing is sent."""
 
     async def asending(self) -> None:
         """Async version of `sending`."""
 
     def failed(self, error: BaseException) -> None:
-        """After each attempt that gave no reply that counts."""
+        """Handle an attempt that ended without an image or a task."""
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
-        """Before waiting to send again."""
+        """Handle a wait of some seconds before the next attempt."""
 
     async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
-        """The twin of `retrying`."""
+        """Async version of `retrying`."""
+
+    def submitted(self, task_id: str) -> None:
+        """Handle a task that was accepted."""
 
     async def asubmitted(self, task_id: str) -> None:
         """Async version of `submitted`."""
 
-    def submitted(self, task_id: str) -> None:
-        """A task was accepted."""
-
     def processing(self, task_id: str) -> None:
-        """A task has not ended."""
+        """Handle a poll of a task that has not ended."""
 
     async def aprocessing(self, task_id: str) -> None:
-        """The twin of `processing`."""
+        """Async version of `processing`."""
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class ImagesClient:
         Args:
             body: As `protocol.images_body` makes it; its `request_id` is the same on every attempt.
             deadline: For everything from the first slot in flight on, waits included; started here.
-            events: Hears of it.
+            events: Called on every event of the call.
 
         Raises:
             CogViewError: Carries the request id and the number of attempts.
