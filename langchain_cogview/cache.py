@@ -1,10 +1,11 @@
-"""The same request gives the same picture without paying: what a generator's `cache=` does.
+"""The same request gives the same image without paying: what a generator's `cache=` does.
 
-A cached picture is a hit when it can be had as it was made: from a file whose bytes are those recorded, or through its link
-while that lives. A cache that fails costs no picture and no call: the request goes to the service, and a note tells of it.
+A cached image is a hit when its bytes can be read as they were recorded, from a file, from remote storage, or through its URL
+before that expires. A cache that fails costs neither an image nor a call: the request goes to the service, and the result has a
+warning.
 
-Equal requests under way at once in one process can take turns, so that a batch with duplicates pays once. Processes share what
-is stored, and do not wait for each other.
+Equal requests in one process are single-flight, so a batch with duplicates pays once. Processes share what is stored, and do not
+wait for each other.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from langchain_cogview.cache_entries import (
     Entries,
     LangChainEntries,
     from_entry,
-    is_picture,
-    whole,
+    is_intact,
+    read_intact,
 )
 from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, in_thread, raised_by_signal, runs_event_loop
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
@@ -49,63 +50,66 @@ if TYPE_CHECKING:
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage
 
-UNDATED_LINK_LIFETIME: Final = timedelta(hours=24)
-"""How long a link that does not tell its end is taken to live: the shortest life that was seen."""
+UNDATED_URL_LIFETIME: Final = timedelta(hours=24)
+"""How long a URL without an expiry time is taken to be valid: the shortest lifetime that was seen."""
 
 _MAX_NAMES: Final = 99
-_MAX_TOLD: Final = 160
-_TELLING: Final = 8
-"""So many characters of a prompt in a row tell something of it."""
-_MAX_COMPARED: Final = 10_000
+_MAX_REASON_CHARACTERS: Final = 160
+_REVEALING_CHARACTERS: Final = 8
+"""A text that holds this many consecutive characters of a prompt reveals some of it."""
+_MAX_COMPARED_CHARACTERS: Final = 10_000
 _CREDENTIALS: Final = re.compile(r"//[^/\s]*@")
 _MAX_FAILING: Final = 1000
 _FAILING: Final[set[tuple[Hashable, str]]] = set()
-"""The caches of this process that could not be read or written the last time."""
+"""The caches of this process whose last read or write failed, with which of the two it was."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter alone is a Windows drive; Path("s3://b") is "s3:/b"
 
 logger = logging.getLogger(__name__)
 
 
-def image_cache(given: BaseCache | str | Path) -> ImageCache:
-    """The cache that was asked for with `cache=`.
+def image_cache(cache: BaseCache | str | Path) -> ImageCache:
+    """Create the cache that `cache=` asks for.
 
     Args:
-        given: A LangChain cache, or a directory of this machine, which is made when it is needed.
+        cache: A LangChain cache, or a directory on this machine, which is created when it is needed.
+
+    Returns:
+        The cache, with entries in that LangChain cache or directory.
 
     Raises:
-        CogViewConfigurationError: When it is neither.
+        CogViewConfigurationError: `cache` is neither.
     """
-    if isinstance(given, BaseCache):
-        return ImageCache(LangChainEntries(given))
-    if isinstance(given, str | Path):
-        return ImageCache(DirectoryEntries(_directory(str(given))))
-    shown = f"={given}" if given is None or isinstance(given, bool) else f" of type {type(given).__name__}"
+    if isinstance(cache, BaseCache):
+        return ImageCache(LangChainEntries(cache))
+    if isinstance(cache, str | Path):
+        return ImageCache(DirectoryEntries(_directory(str(cache))))
+    shown = f"={cache}" if cache is None or isinstance(cache, bool) else f" of type {type(cache).__name__}"
     raise CogViewConfigurationError(
         f"cache{shown} is neither a LangChain cache nor a directory.",
-        hint="Give one, such as InMemoryCache() from langchain_core.caches, or the path of a directory; None: no cache.",
+        hint="Pass one, such as InMemoryCache() from langchain_core.caches, or the path of a directory; None means no cache.",
     )
 
 
 def _directory(text: str) -> Path:
     if not text.strip() or "\0" in text or _URL.match(text):
         raise CogViewConfigurationError(
-            "cache= is a text that names no directory of this machine.",
-            hint="Give a path; for a server such as Redis, give LangChain's cache object for it.",
+            "cache= does not name a directory on this machine.",
+            hint="Pass a path; for a server such as Redis, pass LangChain's cache object for it.",
         )
     path = local_path(text, "cache")
     try:
-        # Found from wherever the program goes later.
+        # Absolute, because the program may change its current folder later.
         path = path.absolute()
     except FileNotFoundError:
         raise CogViewConfigurationError(
-            f"cache={printable(text, 120)!r} is in the current folder, which does not exist any more.",
+            f"cache={printable(text, 120)!r} is relative to the current folder, which does not exist any more.",
             hint="Pass an absolute path.",
         ) from None
-    except Exception:  # a server's protection of its event loop, where a generator is made or configured there
-        logger.debug("The current folder could not be asked for", exc_info=True)
+    except Exception:  # a server may refuse blocking calls on its event loop, where the generator is created
+        logger.debug("The current folder could not be determined.", exc_info=True)
     if not runs_event_loop() and _is_file(path):
         raise CogViewConfigurationError(
-            f"cache={printable(text, 120)!r} is a file, not a directory.", hint="Give another path."
+            f"cache={printable(text, 120)!r} is a file, not a directory.", hint="Pass another path."
         )
     return path
 
@@ -113,16 +117,16 @@ def _directory(text: str) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.exists() and not path.is_dir()
-    except OSError:  # it cannot be looked at now: each call tells
+    except OSError:  # each call reports that the directory cannot be used
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCache:
-    """The cache of a generator. Settings alone: threads, event loops and generators can share it.
+    """The cache of a generator. It holds settings only, so threads, event loops and generators can share it.
 
     Attributes:
-        entries: In a LangChain cache, or in a directory.
+        entries: Where the entries are: in a LangChain cache or in a directory.
     """
 
     entries: Entries
@@ -137,25 +141,35 @@ class ImageCache:
         allowed_hosts: tuple[str, ...] | None = None,
         timeout: float | None = 60.0,
     ) -> CachedRequest:
-        """The cache as one request sees it.
+        """Bind the cache to one request.
 
         Args:
-            request: What is asked for.
-            base_url: Where the service is, normalised; a part of the key.
-            download: Whether the caller wants the bytes. False: it wants the link, and one that lives is what makes a hit.
-            folder: Where the caller wants the file; None: in memory.
-            allowed_hosts: The only hosts that the picture's own `read` fetches from; None: any public one.
-            timeout: Seconds for a look-up's reads from and uploads to elsewhere; None: no limit.
+            request: The request that is looked up.
+            base_url: Normalised base URL of the service; a part of the key.
+            download: Whether the caller wants the bytes. False: it wants the URL, and a valid URL makes a hit.
+            folder: The folder where the caller wants the file; None keeps the image in memory.
+            allowed_hosts: The only hosts that the image's own `read` may download from; None allows any public host.
+            timeout: Limit in seconds for reads from and uploads to remote storage during a lookup; None: no limit.
+
+        Returns:
+            The cache for that request.
         """
         return CachedRequest(self.entries, request, base_url, download, folder, allowed_hosts, timeout)
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRequest:
-    """The cache as one request sees it: looks its pictures up and stores them, and never raises.
+    """The cache for one request: looks its images up and stores them. An error of the cache becomes a note, not an exception.
 
     Attributes:
-        notes: What went wrong with the cache itself, for the result's warnings.
+        entries: Where the entries are.
+        request: The request that is looked up.
+        base_url: Normalised base URL of the service; a part of the key.
+        download: Whether the caller wants the bytes, rather than the URL alone.
+        folder: The folder where the caller wants the file; None keeps the image in memory.
+        allowed_hosts: The only hosts that the image's own `read` may download from; None allows any public host.
+        timeout: Limit in seconds for reads from and uploads to remote storage during a lookup; None: no limit.
+        notes: Failures of the cache itself, for the warnings of the result.
     """
 
     entries: Entries
@@ -168,41 +182,44 @@ class CachedRequest:
     notes: list[str] = field(default_factory=list)
 
     def flight(self, index: int, seconds: float | None) -> AbstractContextManager[None]:
-        """Wait until no other call in this process is at the same picture, then keep others waiting until the block ends.
+        """Wait until no other call in this process works on the same image; others wait until this block ends.
 
-        Looking up, drawing and storing inside it makes equal requests pay once. Nobody may wait in it for a place in flight
-        that another waiter of the same turn holds.
+        Equal requests that look up, generate and store inside the block pay once. A caller that holds a slot of the limiter must
+        not wait here: the call that it waits for may need that slot.
 
         Args:
-            index: Which of the `n`.
-            seconds: How long to wait at most; after that the block begins all the same. None: as long as it takes.
+            index: Number of the image in the request, from 0.
+            seconds: Longest wait in seconds; after that the block begins anyway. None waits without a limit.
+
+        Returns:
+            A context manager for the block.
         """
-        return SINGLE_FLIGHT.flight((self.entries.place, self._key(index).digest), seconds)
+        return SINGLE_FLIGHT.flight((self.entries.identity, self._key(index).digest), seconds)
 
     def aflight(self, index: int, seconds: float | None) -> AbstractAsyncContextManager[None]:
-        """The twin of `flight`."""
-        return SINGLE_FLIGHT.aflight((self.entries.place, self._key(index).digest), seconds)
+        """Async version of `flight`."""
+        return SINGLE_FLIGHT.aflight((self.entries.identity, self._key(index).digest), seconds)
 
     def lookup(
         self, index: int, refetch: Callable[[str], DownloadedImage | CogViewError | None]
     ) -> GeneratedImage | None:
-        """The image number `index` (from 0) of the request, if it was made before and its bytes can still be read.
+        """Find an image that was generated before and whose bytes can still be read.
 
         Args:
-            index: Which of the `n`.
-            refetch: Fetches a link again (free) into the caller's folder or memory, by the caller's rules. A `CogViewError`,
-                returned or raised, means that there is no hit.
+            index: Number of the image in the request, from 0.
+            refetch: Downloads a URL again, which is free, into the caller's folder or memory, by the caller's rules. A
+                `CogViewError`, returned or raised, means that there is no hit.
 
         Returns:
-            The image as it was made, with `cached=True` and a cost of 0; None: not a hit.
+            The image as it was generated, with `cached=True` and a cost of 0; None where there is no hit.
         """
         with self._guarded("read"):
             key = self._key(index)
             recorded = self._recorded(key, self.entries.read(key))
             if recorded is None or not self.download:
-                return recorded and self._hit_by_link(recorded)
+                return recorded and self._hit_by_url(recorded)
             hit = self._hit_by_file(recorded)
-            url = None if hit else _living_url(recorded)
+            url = None if hit else _valid_url(recorded)
             if url is None:
                 return hit
             image = self._refetched(recorded, refetch(url))
@@ -214,14 +231,14 @@ class CachedRequest:
     async def alookup(
         self, index: int, refetch: Callable[[str], Awaitable[DownloadedImage | CogViewError | None]]
     ) -> GeneratedImage | None:
-        """Async version of `lookup`; files and stores are read in threads."""
+        """Async version of `lookup`. Files and remote storage are read in threads."""
         with self._guarded("read"):
             key = self._key(index)
             recorded = self._recorded(key, await self.entries.aread(key))
             if recorded is None or not self.download:
-                return recorded and self._hit_by_link(recorded)
+                return recorded and self._hit_by_url(recorded)
             hit = await in_thread(self._hit_by_file, recorded)
-            url = None if hit else _living_url(recorded)
+            url = None if hit else _valid_url(recorded)
             if url is None:
                 return hit
             image = await in_thread(self._refetched, recorded, await refetch(url))
@@ -231,12 +248,12 @@ class CachedRequest:
         return None
 
     def store(self, index: int, image: GeneratedImage) -> None:
-        """Remember an image that was made just now.
+        """Store an image that was just generated.
 
         Args:
-            index: Which of the `n`.
-            image: As the caller gets it. What came from a cache, what another model made than the request names, and what has
-                neither bytes nor a living link is not stored.
+            index: Number of the image in the request, from 0.
+            image: The image as the caller gets it. It is not stored if it came from a cache, if another model generated it than
+                the request names, or if it has neither bytes nor a valid URL.
         """
         if self._is_storable(image):
             self._write(self._key(index), image)
@@ -256,28 +273,28 @@ class CachedRequest:
             content = await in_thread(self._content_to_keep, image) if keeps else None
             await self.entries.awrite(key, image, content)
 
-    # --- these read and write files and stores
+    # --- reading and writing files and remote storage
 
     def _hit_by_file(self, recorded: GeneratedImage) -> GeneratedImage | None:
-        """The hit where the bytes are in a file or a store, as they were recorded."""
+        """The hit, where a file or an object of remote storage has the bytes as they were recorded."""
         if recorded.sha256 is None:
             return None
         deadline = Deadline(self.timeout)
-        own = self._own_places(recorded)
+        in_folder = self._locations_in_folder(recorded)
         others = [self.entries.bytes_path(recorded), recorded.path, recorded.uri]
-        for place in dict.fromkeys([*own, *(other for other in others if other is not None)]):
-            content = self._read(place, recorded, deadline)
+        for location in dict.fromkeys([*in_folder, *(other for other in others if other is not None)]):
+            content = self._read(location, recorded, deadline)
             if content is None:
                 continue
-            if place in own:
-                return self._hit(recorded, **_where(place))
+            if location in in_folder:
+                return self._hit(recorded, **_location_fields(location))
             if self.folder is None:
-                return self._hit(recorded, content=content, **_where(place))
+                return self._hit(recorded, content=content, **_location_fields(location))
             return self._saved(recorded, content, self.folder, deadline)
         return None
 
-    def _own_places(self, recorded: GeneratedImage) -> list[Path | str]:
-        """Where in the caller's folder the image is, if it is there."""
+    def _locations_in_folder(self, recorded: GeneratedImage) -> list[Path | str]:
+        """Where in the caller's folder the image can be."""
         if self.folder is None:
             return []
         if isinstance(self.folder, Path):
@@ -287,44 +304,44 @@ class CachedRequest:
         root = f"{self.folder.url.rstrip('/')}/"
         return [*([recorded.uri] if recorded.uri and recorded.uri.startswith(root) else []), root + _names(recorded)[0]]
 
-    def _read(self, place: Path | str, recorded: GeneratedImage, deadline: Deadline) -> bytes | None:
-        """The bytes of a file here or elsewhere, if they are as recorded."""
-        if isinstance(place, Path):
-            return whole(place, recorded)
+    def _read(self, location: Path | str, recorded: GeneratedImage, deadline: Deadline) -> bytes | None:
+        """The bytes of a local file or of an object of remote storage, if they are as recorded."""
+        if isinstance(location, Path):
+            return read_intact(location, recorded)
         try:
-            content = self._access().read_uri(place, seconds=deadline.remaining())
+            content = self._access().read_uri(location, seconds=deadline.remaining())
         except CogViewStorageError:
             return None
-        return content if is_picture(content, recorded) else None
+        return content if is_intact(content, recorded) else None
 
     def _saved(
         self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
     ) -> GeneratedImage:
-        """The image with a file in the caller's folder, as the caller would have got it when it was made."""
+        """The hit with a file in the caller's folder, as if it had just been generated."""
         names = _names(recorded)
         try:
             if isinstance(folder, Path):
-                return self._hit(recorded, path=_save(folder, names, content), uri=None)
+                return self._hit(recorded, path=_save_as_first_free(folder, names, content), uri=None)
             return self._hit(recorded, path=None, uri=folder.upload(names, content, deadline))
         except OSError as error:
             if raised_by_signal(error):
                 raise
-            note = _unsaved(folder, error.strerror or type(error).__name__)
+            note = _unsaved_note(folder, error.strerror or type(error).__name__)
             return self._hit(recorded, path=None, uri=None, content=content, warnings=(note,))
 
     def _refetched(
         self, recorded: GeneratedImage, fetched: DownloadedImage | CogViewError | None
     ) -> GeneratedImage | None:
-        """The recorded image with the bytes that its link gave; None where it gave none, or those of another image."""
+        """The recorded image with the bytes that its URL returned; None where it returned none, or those of another image."""
         if not isinstance(fetched, DownloadedImage):
             return None
         if recorded.sha256 not in {None, fetched.sha256}:
-            logger.warning("The link of a cached picture gives another one now, which is not used.")
+            logger.warning("The URL of a cached image returns another image now, which is not used.")
             if fetched.path:
                 with contextlib.suppress(OSError):
                     fetched.path.unlink()
             return None
-        facts = {
+        fields = {
             "path": fetched.path,
             "uri": fetched.uri,
             "mime_type": fetched.info.mime_type,
@@ -332,13 +349,13 @@ class CachedRequest:
             "height": fetched.info.height,
             "size_bytes": fetched.size_bytes,
             "sha256": fetched.sha256,
-            "warnings": (_unsaved(self.folder, fetched.problem),) if fetched.problem else (),
+            "warnings": (_unsaved_note(self.folder, fetched.problem),) if fetched.problem else (),
         }
-        image = recorded.model_copy(update=facts)
+        image = recorded.model_copy(update=fields)
         return image.with_content(fetched.content, self._access())
 
     def _content_to_keep(self, image: GeneratedImage) -> bytes | None:
-        """The bytes of an image for a cache that keeps them; None for one that does not, or where they cannot be read."""
+        """The bytes of an image for a cache that stores bytes; None for one that does not, or where they cannot be read."""
         if self.entries.bytes_path(image) is None:
             return None
         content = _local_bytes(image)
@@ -347,20 +364,20 @@ class CachedRequest:
     # --- pure decisions
 
     def _recorded(self, key: CacheKey, text: str | None) -> GeneratedImage | None:
-        """The image of an entry; None where there is none, or where it is damaged."""
+        """The image of an entry; None where there is no entry, or where it is damaged."""
         recorded = None if text is None else from_entry(key, text)
         if recorded is None:
             return None
-        # What was told of its files then is told anew by this call.
+        # The old warnings are about old files; this call adds its own.
         recorded = recorded.model_copy(update={"warnings": ()})
         return recorded.with_content(None, self._access())
 
-    def _hit_by_link(self, recorded: GeneratedImage) -> GeneratedImage | None:
-        # No path or URI that nobody has looked at.
-        return self._hit(recorded, path=None, uri=None) if _lives(recorded) else None
+    def _hit_by_url(self, recorded: GeneratedImage) -> GeneratedImage | None:
+        # Path and URI were not read, so the hit does not name them.
+        return self._hit(recorded, path=None, uri=None) if _has_valid_url(recorded) else None
 
     def _is_storable(self, image: GeneratedImage) -> bool:
-        return not image.cached and image.model == self.request.model and bool(image.sha256 or _lives(image))
+        return not image.cached and image.model == self.request.model and bool(image.sha256 or _has_valid_url(image))
 
     def _key(self, index: int) -> CacheKey:
         return CacheKey.of(self.request, index, self.base_url)
@@ -370,21 +387,21 @@ class CachedRequest:
         return hit if content is None else hit.with_content(content, self._access())
 
     def _access(self) -> ImageAccess:
-        # An entry names a URI that somebody else can have written: the folder's options go to the folder's own bucket alone.
+        # Somebody else may have written the URI of an entry, so the folder's credentials are used for its own bucket only.
         return ImageAccess.of_generator(self.base_url, self.allowed_hosts, self.folder)
 
     @contextlib.contextmanager
     def _guarded(self, what: Literal["read", "written"]) -> Iterator[None]:
-        """What the cache raises costs neither an image nor the call.
+        """Turn an error of the cache into a note, so that it costs neither an image nor the call.
 
-        It is logged in one line when it begins; not again for the same cache until that has worked again.
+        The first error is logged in one line; the same cache is not logged again until it has worked in between.
         """
-        failing = (self.entries.place, what)
+        failing = (self.entries.identity, what)
         try:
             yield
-        except CogViewError:  # of a link that was fetched again: there is no hit
+        except CogViewError:  # raised by `refetch`: there is no hit
             return
-        except Exception as error:  # foreign caches raise what they like
+        except Exception as error:  # a LangChain cache can raise any class
             if raised_by_signal(error):
                 raise
             reason = getattr(error, "strerror", None) or type(error).__name__
@@ -403,65 +420,65 @@ class CachedRequest:
         logger.warning(
             "The cache could not be %s (%s). Calls go on without it; this is not logged again until it works.",
             failing[1],
-            _told(error, self.request.prompt),
+            _describe(error, self.request.prompt),
         )
 
 
-def _told(error: Exception, prompt: str) -> str:
-    """The class of an error and what it says, in one short line without the prompt, the cache's key or credentials."""
+def _describe(error: Exception, prompt: str) -> str:
+    """The class and message of an error, in one short line without the prompt, the cache key or credentials."""
     name = type(error).__name__
     try:
         lines = str(error).splitlines()
-    except Exception:  # noqa: BLE001  foreign
+    except Exception:  # noqa: BLE001  the error's own __str__ can fail
         return name
-    text = printable(_CREDENTIALS.sub("//", lines[0]), _MAX_TOLD) if lines else ""
-    return f"{name}: {text}" if text and not _tells(text, prompt) else name
+    text = printable(_CREDENTIALS.sub("//", lines[0]), _MAX_REASON_CHARACTERS) if lines else ""
+    return f"{name}: {text}" if text and not _reveals(text, prompt) else name
 
 
-def _tells(text: str, prompt: str) -> bool:
-    """Whether a text holds a cache's key, or some of a prompt, in a form in which programs write it."""
+def _reveals(text: str, prompt: str) -> bool:
+    """Whether a text holds a cache key or a part of the prompt, in one of the forms in which programs write it."""
     if KEY_PREFIX in text:
         return True
     forms = {prompt, ascii(prompt)[1:-1], json.dumps(prompt)[1:-1], quote(prompt)}
     return any(
-        form[start : start + _TELLING] in text
+        form[start : start + _REVEALING_CHARACTERS] in text
         for form in forms
-        for start in range(max(1, min(len(form), _MAX_COMPARED) - _TELLING + 1))
+        for start in range(max(1, min(len(form), _MAX_COMPARED_CHARACTERS) - _REVEALING_CHARACTERS + 1))
     )
 
 
-def _living_url(image: GeneratedImage) -> str | None:
-    """The link of an image; None where it has none, or where it says that it has ended."""
-    ends = expires_at(image.url or "")
-    return None if ends and ends <= datetime.now(UTC) else image.url
+def _valid_url(image: GeneratedImage) -> str | None:
+    """The URL of an image; None where there is none, or where its own expiry time has passed."""
+    expiry = expires_at(image.url or "")
+    return None if expiry and expiry <= datetime.now(UTC) else image.url
 
 
-def _lives(image: GeneratedImage) -> bool:
-    """Whether a picture's link is good, as far as can be told without asking."""
+def _has_valid_url(image: GeneratedImage) -> bool:
+    """Whether the URL of an image is valid, as far as is known without a request."""
     if image.url is None:
         return False
-    now, ends = datetime.now(UTC), expires_at(image.url)
-    if ends is not None:
-        return ends > now
-    return image.created is not None and now.timestamp() < image.created + UNDATED_LINK_LIFETIME.total_seconds()
+    now, expiry = datetime.now(UTC), expires_at(image.url)
+    if expiry is not None:
+        return expiry > now
+    return image.created is not None and now.timestamp() < image.created + UNDATED_URL_LIFETIME.total_seconds()
 
 
 def _names(image: GeneratedImage) -> list[str]:
-    """Under which names a file is saved again; always the same ones, so that more hits make no more files."""
-    facts = (
+    """File names for saving an image again, in order; always the same, so that further hits add no files."""
+    parts = (
         re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8]),
         str(image.sha256),
         EXTENSIONS.get(image.mime_type or "", ""),
     )
     try:
-        names = image_names(*facts, moment=image.created or 0)
+        names = image_names(*parts, moment=image.created or 0)
     except (ValueError, OverflowError, OSError):
-        names = image_names(*facts, moment=0)
+        names = image_names(*parts, moment=0)
     return [*islice(names, _MAX_NAMES)]
 
 
-def _save(folder: Path, names: list[str], content: bytes) -> Path:
-    """Write the file under the first name that no other file has."""
+def _save_as_first_free(folder: Path, names: list[str], content: bytes) -> Path:
+    """Write a file under the first name that is free, or that has the same bytes already."""
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     for path in (folder / name for name in names):
@@ -469,16 +486,16 @@ def _save(folder: Path, names: list[str], content: bytes) -> Path:
             replace_file(path, content)
             return path
         with contextlib.suppress(OSError):
-            if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process was faster
+            if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process has just saved it
                 return path
     raise FileExistsError(errno.EEXIST, "every name is taken")
 
 
-def _where(place: Path | str) -> dict[str, Any]:
-    return {"path": place, "uri": None} if isinstance(place, Path) else {"path": None, "uri": place}
+def _location_fields(location: Path | str) -> dict[str, Any]:
+    return {"path": location, "uri": None} if isinstance(location, Path) else {"path": None, "uri": location}
 
 
-def _unsaved(folder: object, why: str) -> str:
+def _unsaved_note(folder: object, why: str) -> str:
     return (
         f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. "
         "Its bytes are in memory: call save(path)."
@@ -490,4 +507,4 @@ def _local_bytes(image: GeneratedImage) -> bytes | None:
         content = image.local_bytes()
     except CogViewStorageError:
         return None
-    return content if content is not None and is_picture(content, image) else None
+    return content if content is not None and is_intact(content, image) else None

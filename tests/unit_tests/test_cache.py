@@ -1,4 +1,4 @@
-"""The same request gives the same picture without paying, and a cache never costs one."""
+"""The same request gives the same image without paying, and a cache never costs one."""
 
 import asyncio
 import inspect
@@ -19,12 +19,12 @@ from langchain_core.caches import BaseCache, InMemoryCache
 from langchain_core.outputs import Generation
 
 from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, ImageRequest
-from langchain_cogview.api.transport import asender, sender
-from langchain_cogview.cache import UNDATED_LINK_LIFETIME, image_cache
+from langchain_cogview.api.transport import sender
+from langchain_cogview.cache import UNDATED_URL_LIFETIME, image_cache
 from langchain_cogview.cache_entries import CacheKey
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewError
-from langchain_cogview.images.download import afetch, fetch
+from langchain_cogview.images.download import fetch
 
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 
@@ -70,67 +70,27 @@ class Down(BaseCache):
         raise ConnectionError
 
 
-class Room:
-    """Asks the cache, else draws and stores: what a call with a cache does."""
+class Caller:
+    """Calls a generator that has a cache, in the sync or in the async way."""
 
-    def __init__(self, sandbox, cache, how="sync", **options):
+    def __init__(self, sandbox, cache, how="sync", **settings):
         self.how = how
-        self.sandbox = sandbox
-        self.cache = image_cache(cache)
-        self.options = options
-        self.generator = CogViewImageGenerator(base_url=sandbox.base_url, **options)
-        self.fetched = []
-        self.notes = []
+        self.generator = CogViewImageGenerator(base_url=sandbox.base_url, cache=cache, **settings)
+        self.warnings = ()
 
-    @property
-    def paid(self):
-        return self.sandbox.images_made
+    def image(self, prompt, **arguments):
+        call = self.generator.invoke if self.how == "sync" else self._ainvoke
+        result = call(prompt, **arguments)
+        self.warnings = result.warnings
+        return result.images[0]
 
-    def of(self, prompt, **arguments):
-        return self.cache.request(
-            ImageRequest(prompt=prompt, **arguments),
-            base_url=self.sandbox.base_url,
-            download=self.options.get("download", True),
-            folder=self.options.get("output_dir"),
-        )
+    def _ainvoke(self, prompt, **arguments):
+        return asyncio.run(self.generator.ainvoke(prompt, **arguments))
 
-    def image(self, prompt, index=0, **arguments):
-        cached = self.of(prompt, **arguments)
-        folder = self.options.get("output_dir")
-        try:
-            if self.how == "sync":
-                return self._image(cached, prompt, index, folder, arguments)
-            return asyncio.run(self._aimage(cached, prompt, index, folder, arguments))
-        finally:
-            self.notes = cached.notes
 
-    def _image(self, cached, prompt, index, folder, arguments):
-        def refetch(url):
-            self.fetched.append(url)
-            try:
-                return fetch(sender(self.sandbox.base_url), url, deadline=Deadline(0.5), folder=folder)
-            except CogViewError as error:
-                return error
-
-        found = cached.lookup(index, refetch)
-        if found is None:
-            found = self.generator.invoke(prompt, **arguments).images[0]
-            cached.store(index, found)
-        return found
-
-    async def _aimage(self, cached, prompt, index, folder, arguments):
-        async def refetch(url):
-            self.fetched.append(url)
-            try:
-                return await afetch(asender(self.sandbox.base_url), url, deadline=Deadline(0.5), folder=folder)
-            except CogViewError as error:
-                return error
-
-        found = await cached.alookup(index, refetch)
-        if found is None:
-            found = (await self.generator.ainvoke(prompt, **arguments)).images[0]
-            await cached.astore(index, found)
-        return found
+def cached(sandbox, cache, prompt, **arguments):
+    """The cache for one request."""
+    return image_cache(cache).request(ImageRequest(prompt=prompt, **arguments), base_url=sandbox.base_url)
 
 
 @pytest.fixture(params=["memory", "sqlite", "directory"])
@@ -154,23 +114,23 @@ def facts(image) -> dict:
 
 
 @HOWS
-def test_the_same_request_gives_the_same_picture_and_is_paid_once(sandbox, cache, how, tmp_path):
-    room = Room(sandbox, cache, how, output_dir=tmp_path / "out")
-    made, again = room.image("a kitten"), room.image("a kitten")
-    assert room.paid == 1
+def test_the_same_request_gives_the_same_image_and_is_paid_once(sandbox, cache, how, tmp_path):
+    caller = Caller(sandbox, cache, how, output_dir=tmp_path / "out")
+    made, again = caller.image("a kitten"), caller.image("a kitten")
+    assert sandbox.images_made == 1
     assert (again.cached, again.cost) == (True, Decimal(0))
     assert facts(again) == facts(made)
     assert (again.path, again.read()) == (made.path, made.read())
     assert not made.cached
-    assert room.fetched == []
-    assert room.notes == []
+    assert len(sandbox.downloads) == 1
+    assert caller.warnings == ()
 
 
 @HOWS
-def test_without_a_folder_the_picture_is_in_memory_again(sandbox, cache, how):
-    room = Room(sandbox, cache, how)
-    made, again = room.image("a kitten"), room.image("a kitten")
-    assert (room.paid, again.cached, again.url) == (1, True, made.url)
+def test_without_a_folder_the_image_is_in_memory_again(sandbox, cache, how):
+    caller = Caller(sandbox, cache, how)
+    made, again = caller.image("a kitten"), caller.image("a kitten")
+    assert (sandbox.images_made, again.cached, again.url) == (1, True, made.url)
     if again.path:
         again.path.unlink()
     sandbox.reset()
@@ -188,12 +148,12 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
-def test_what_decides_the_picture_is_another_request(other):
+def test_what_determines_the_image_is_another_request(other):
     one, another = ImageRequest(prompt="a kitten"), ImageRequest(**{"prompt": "a kitten", **other})
     assert CacheKey.of(one, 0, "sandbox:").digest != CacheKey.of(another, 0, "sandbox:").digest
 
 
-def test_the_service_and_the_place_among_several_decide_too():
+def test_the_service_and_the_number_of_the_image_make_another_key():
     request = ImageRequest(prompt="a kitten", n=2)
     keys = [
         CacheKey.of(request, index, url) for index in (0, 1) for url in ("sandbox:", "https://api.z.ai/api/paas/v4")
@@ -201,7 +161,7 @@ def test_the_service_and_the_place_among_several_decide_too():
     assert len({key.digest for key in keys}) == len({key.llm_string for key in keys}) == 4
 
 
-def test_who_asks_for_how_many_and_what_is_said_by_default_decide_nothing():
+def test_user_count_and_spelled_out_defaults_make_the_same_key():
     one = ImageRequest(prompt="a kitten")
     another = ImageRequest(
         prompt="a kitten", model="CogView-4-250304", size="1024x1024", quality="standard", user_id="somebody", n=3
@@ -219,38 +179,46 @@ def test_the_key_is_the_same_in_every_version_that_reads_these_entries():
     assert key.digest == "f52fb80fc62b694c66cbbdca5f666dea898cc4af8c6d1a6146eb4a31e82838fb"
 
 
-def test_a_picture_that_another_model_drew_is_not_kept_for_the_one_asked_for(sandbox, tmp_path):
-    room = Room(sandbox, tmp_path / "cache")
-    drawn = room.generator.invoke("a kitten", model="cogview-3-flash").images[0]
-    room.of("a kitten").store(0, drawn)
-    assert room.of("a kitten").lookup(0, None) is None
-    room.of("a kitten", model="cogview-3-flash").store(0, drawn)
-    assert room.of("a kitten", model="cogview-3-flash").lookup(0, None).model == "cogview-3-flash"
+def test_an_image_of_another_model_is_not_stored_for_the_model_that_was_asked_for(sandbox, tmp_path):
+    caller = Caller(sandbox, tmp_path / "cache", fallback_models=["cogview-3-flash"], max_retries=0)
+    sandbox.fail_next("busy")
+    assert caller.image("a kitten").model == "cogview-3-flash"
+    second = caller.image("a kitten")
+    assert (second.model, second.cached) == ("cogview-4-250304", False)
+    assert caller.image("a kitten").cached
 
 
 def test_a_hit_costs_nothing_and_repeats_no_old_warning(sandbox, tmp_path):
-    room = Room(sandbox, tmp_path / "cache")
-    made = room.generator.invoke("a kitten").images[0]
+    made = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a kitten").images[0]
     paid = {"cost": Decimal("0.06"), "currency": "CNY", "warnings": ("It could not be saved.",)}
-    room.of("a kitten").store(0, made.model_copy(update=paid))
-    hit = room.of("a kitten").lookup(0, None)
+    cached(sandbox, tmp_path, "a kitten").store(0, made.model_copy(update=paid))
+    hit = cached(sandbox, tmp_path, "a kitten").lookup(0, None)
     assert (hit.cost, hit.currency, hit.warnings) == (Decimal(0), "CNY", ())
     assert hit.to_pil().size == (1024, 1024)
 
 
 def test_a_hit_is_not_stored_again(sandbox):
-    down = Room(sandbox, Down())
-    down.of("a kitten").store(0, down.generator.invoke("a kitten").images[0].model_copy(update={"cached": True}))
-    assert down.cache.entries.cache.calls == 0
+    class Counting(InMemoryCache):
+        updates = 0
+
+        def update(self, prompt, llm_string, return_val):
+            self.updates += 1
+            super().update(prompt, llm_string, return_val)
+
+    cache = Counting()
+    caller = Caller(sandbox, cache, download=False)
+    assert [caller.image("a kitten").cached for _ in range(3)] == [False, True, True]
+    assert cache.updates == 1
 
 
-def test_a_link_that_ends_after_it_was_stored_is_not_asked(sandbox):
-    room = Room(sandbox, InMemoryCache())
-    made = room.generator.invoke("a kitten").images[0]
-    room.of("a kitten").store(0, made.model_copy(update={"url": "https://sandbox.invalid/files/a.png?Expires=1"}))
-    asked = []
-    assert room.of("a kitten").lookup(0, asked.append) is None
-    assert asked == []
+def test_a_url_that_expired_after_it_was_stored_is_not_requested(sandbox):
+    cache = InMemoryCache()
+    made = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a kitten").images[0]
+    expired = made.model_copy(update={"url": "https://sandbox.invalid/files/a.png?Expires=1"})
+    cached(sandbox, cache, "a kitten").store(0, expired)
+    requested = []
+    assert cached(sandbox, cache, "a kitten").lookup(0, requested.append) is None
+    assert requested == []
 
 
 def test_neither_bytes_nor_key_are_in_a_langchain_cache(sandbox):
@@ -260,41 +228,41 @@ def test_neither_bytes_nor_key_are_in_a_langchain_cache(sandbox):
             self.texts = [prompt, llm_string, *(each.text for each in return_val)]
 
     cache = Seen()
-    Room(sandbox, cache, api_key="0123456789abcdef.secret").image("a kitten")
+    Caller(sandbox, cache, api_key="0123456789abcdef.secret").image("a kitten")
     assert len(cache.texts) == 3
     assert max(map(len, cache.texts)) < 2000
     assert "secret" not in "".join(cache.texts)
 
 
-# Where the picture is gone.
+# Where the file is gone.
 
 
 @HOWS
 @pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
-def test_a_file_that_is_not_as_it_was_is_fetched_anew_while_the_link_lives(sandbox, how, harm, tmp_path):
-    room = Room(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
-    made = room.image("a kitten")
+def test_a_file_that_is_not_as_it_was_is_downloaded_again_while_the_url_is_valid(sandbox, how, harm, tmp_path):
+    caller = Caller(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
+    made = caller.image("a kitten")
     content = made.read()
     spoil(made.path, harm)
-    again, third = room.image("a kitten"), room.image("a kitten")
-    assert (room.paid, len(room.fetched)) == (1, 1)
+    again, third = caller.image("a kitten"), caller.image("a kitten")
+    assert (sandbox.images_made, len(sandbox.downloads)) == (1, 2)
     assert again.cached
     assert again.read() == content
     assert again.path != made.path or harm == "deleted"
-    assert third.path == again.path  # and that is remembered
+    assert third.path == again.path  # and that is recorded
 
 
 @HOWS
 @pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
-def test_without_file_and_link_it_is_no_hit(sandbox, how, harm, tmp_path):
-    room = Room(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
-    made = room.image("a kitten")
+def test_without_file_and_url_it_is_no_hit(sandbox, how, harm, tmp_path):
+    caller = Caller(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
+    made = caller.image("a kitten")
     spoil(made.path, harm)
-    sandbox.reset()  # the host knows the link no more
-    again = room.image("a kitten")
-    assert (room.paid, again.cached) == (1, False)
+    sandbox.reset()  # the host has forgotten the URL
+    again = caller.image("a kitten")
+    assert (sandbox.images_made, again.cached) == (1, False)
     assert again.request_id != made.request_id
-    assert room.image("a kitten").path == again.path
+    assert caller.image("a kitten").path == again.path
 
 
 def spoil(path: Path, harm: str) -> None:
@@ -312,20 +280,21 @@ def spoil(path: Path, harm: str) -> None:
 
 @HOWS
 @pytest.mark.parametrize("download", [True, False])
-def test_a_link_that_has_ended_is_no_hit(sandbox, cache, how, download):
-    room = Room(sandbox, cache, how, download=download)
-    images = [room.image("a kitten [[expired-url]]") for _ in range(2)]
+def test_an_expired_url_is_no_hit(sandbox, cache, how, download):
+    caller = Caller(sandbox, cache, how, download=download)
+    images = [caller.image("a kitten [[expired-url]]") for _ in range(2)]
     assert [image.cached for image in images] == [False, False]
-    assert room.paid == 2
-    assert room.fetched == []  # its own text tells that it has ended
+    assert sandbox.images_made == 2
+    assert len(sandbox.downloads) == (
+        2 if download else 0
+    )  # of the new images: the URL itself says that it has expired
 
 
-def test_a_link_where_nothing_is_yet_is_no_hit_and_is_asked_again_next_time(sandbox):
-    room = Room(sandbox, InMemoryCache())
-    prompt = "a kitten [[not-yet]]"
+def test_a_url_where_nothing_is_yet_is_no_hit_and_is_requested_again_next_time(sandbox):
+    cache, prompt = InMemoryCache(), "a kitten [[not-yet]]"
     linked = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke(prompt).images[0]
-    cached = room.of(prompt)
-    cached.store(0, linked)
+    request = cached(sandbox, cache, prompt)
+    request.store(0, linked)
     answers = []
 
     def refetch(url):
@@ -335,60 +304,59 @@ def test_a_link_where_nothing_is_yet_is_no_hit_and_is_asked_again_next_time(sand
             answers.append(error)
         return answers[-1]
 
-    assert cached.lookup(0, refetch) is None
-    assert cached.lookup(0, refetch).url == linked.url
+    assert request.lookup(0, refetch) is None
+    assert request.lookup(0, refetch).url == linked.url
     assert isinstance(answers[0], CogViewError)
-    assert cached.notes == []
+    assert request.notes == []
 
 
-def test_a_link_that_gives_another_picture_is_no_hit(sandbox, tmp_path):
-    out = tmp_path / "out"
-    room = Room(sandbox, SQLite(tmp_path / "cache.db"), output_dir=out)
-    made = room.image("a kitten")
+def test_a_url_that_returns_another_image_is_no_hit(sandbox, tmp_path):
+    cache, out = SQLite(tmp_path / "cache.db"), tmp_path / "out"
+    made = Caller(sandbox, cache, output_dir=out).image("a kitten")
     made.path.unlink()
     other = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a dog").images[0]
 
     def refetch(url):
         return fetch(sender(sandbox.base_url), other.url, deadline=Deadline(5), folder=out)
 
-    assert room.of("a kitten").lookup(0, refetch) is None
+    assert cached(sandbox, cache, "a kitten").lookup(0, refetch) is None
     assert files(out) == []
 
 
 @HOWS
-def test_who_wants_the_link_alone_gets_one_that_lives(sandbox, cache, how, tmp_path):
-    saved = Room(sandbox, cache, how, output_dir=tmp_path / "out").image("a kitten")
-    room = Room(sandbox, cache, how, download=False)
-    again = room.image("a kitten")
-    assert (room.paid, again.cached, again.url, again.path) == (1, True, saved.url, None)
+def test_a_caller_that_wants_the_url_alone_gets_a_valid_one(sandbox, cache, how, tmp_path):
+    saved = Caller(sandbox, cache, how, output_dir=tmp_path / "out").image("a kitten")
+    caller = Caller(sandbox, cache, how, download=False)
+    again = caller.image("a kitten")
+    assert (sandbox.images_made, again.cached, again.url, again.path) == (1, True, saved.url, None)
     assert (again.width, again.sha256) == (saved.width, saved.sha256)
-    assert room.fetched == []
+    assert len(sandbox.downloads) == 1
     assert again.read() == saved.read()
 
 
-def test_who_wants_the_bytes_gets_them_of_a_picture_that_was_a_link_alone(sandbox, cache, tmp_path):
-    linked = Room(sandbox, cache, download=False).image("a kitten")
-    room = Room(sandbox, cache, output_dir=tmp_path / "out")
-    again, third = room.image("a kitten"), room.image("a kitten")
-    assert (room.paid, len(room.fetched)) == (1, 1)
+def test_a_caller_that_wants_the_bytes_gets_them_of_an_image_that_was_a_url_alone(sandbox, cache, tmp_path):
+    linked = Caller(sandbox, cache, download=False).image("a kitten")
+    caller = Caller(sandbox, cache, output_dir=tmp_path / "out")
+    again, third = caller.image("a kitten"), caller.image("a kitten")
+    assert (sandbox.images_made, len(sandbox.downloads)) == (1, 1)
     assert (again.url, again.request_id, again.size_bytes) == (linked.url, linked.request_id, len(again.read()))
     assert third.path == again.path
 
 
 @pytest.mark.parametrize(("age", "hit"), [(-60.0, True), (60.0, False)])
-def test_a_link_without_an_end_is_trusted_for_a_day(sandbox, age, hit):
-    room = Room(sandbox, InMemoryCache(), download=False)
-    made = room.generator.invoke("a kitten").images[0]
-    asked = datetime.now(UTC) - UNDATED_LINK_LIFETIME
+def test_a_url_without_an_expiry_time_is_trusted_for_a_day(sandbox, age, hit):
+    made = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("a kitten").images[0]
+    asked = datetime.now(UTC) - UNDATED_URL_LIFETIME
     undated = {
         "url": "https://mfile.z.ai/a.png",
         "expires_at": None,
         "created": int(asked.timestamp() - age),
         "sha256": "0" * 64,
     }
-    cached = room.of("a kitten")
-    cached.store(0, made.model_copy(update=undated))
-    assert (cached.lookup(0, lambda url: None) is not None) is hit
+    cache = InMemoryCache()
+    cached(sandbox, cache, "a kitten").store(0, made.model_copy(update=undated))
+    result = CogViewImageGenerator(base_url=sandbox.base_url, download=False, cache=cache).invoke("a kitten")
+    assert result.cached is hit
 
 
 # Where the caller wants it.
@@ -396,184 +364,165 @@ def test_a_link_without_an_end_is_trusted_for_a_day(sandbox, age, hit):
 
 @HOWS
 def test_another_folder_gets_a_file_of_its_own_and_only_one(sandbox, cache, how, tmp_path):
-    first = Room(sandbox, cache, how, output_dir=tmp_path / "a").image("a kitten")
-    room = Room(sandbox, cache, how, output_dir=tmp_path / "b")
-    found = [room.image("a kitten") for _ in range(3)]
-    assert (room.paid, room.fetched) == (1, [])
+    first = Caller(sandbox, cache, how, output_dir=tmp_path / "a").image("a kitten")
+    caller = Caller(sandbox, cache, how, output_dir=tmp_path / "b")
+    found = [caller.image("a kitten") for _ in range(3)]
+    assert (sandbox.images_made, len(sandbox.downloads)) == (1, 1)
     assert files(tmp_path / "b") == [found[0].path] == list({image.path for image in found})
     assert found[0].read() == first.read()
     assert f"-{first.request_id[:8]}-" in found[0].path.name
-    assert Room(sandbox, cache, how, output_dir=tmp_path / "a").image("a kitten").path == first.path
+    assert Caller(sandbox, cache, how, output_dir=tmp_path / "a").image("a kitten").path == first.path
 
 
 def test_a_file_is_never_saved_over_another(sandbox, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
-    Room(sandbox, cache).image("a kitten")
-    room = Room(sandbox, cache, output_dir=out)
-    first = room.image("a kitten").path
+    Caller(sandbox, cache).image("a kitten")
+    caller = Caller(sandbox, cache, output_dir=out)
+    first = caller.image("a kitten").path
     first.write_text("mine")
-    second = room.image("a kitten").path
+    second = caller.image("a kitten").path
     assert first.read_text() == "mine"
     assert files(out) == sorted([first, second])
-    assert room.image("a kitten").path == second
-    assert room.paid == 1
+    assert caller.image("a kitten").path == second
+    assert sandbox.images_made == 1
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_bytes_in_memory(sandbox, tmp_path):
-    made = Room(sandbox, tmp_path / "cache").image("a kitten")
+    made = Caller(sandbox, tmp_path / "cache").image("a kitten")
     (tmp_path / "out").write_text("a file")
-    room = Room(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
-    again = room.of("a kitten").lookup(0, lambda url: None)
+    caller = Caller(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
+    again = caller.image("a kitten")
     assert (again.cached, again.path, again.read()) == (True, None, made.read())
     assert "could not be saved in output_dir" in again.warnings[0]
 
 
-# Storage elsewhere.
+# Remote storage.
 
 
 @pytest.fixture
-def elsewhere(tmp_path):
+def bucket(tmp_path):
     pytest.importorskip("fsspec")
-    from langchain_cogview.images.remote import remote_folder
-
-    return remote_folder(f"memory://{tmp_path.name}/pictures")
+    return f"memory://{tmp_path.name}/images"
 
 
-def removed(uri):
+def remove(uri):
     import fsspec
 
     fsspec.filesystem("memory").rm(uri)
 
 
-class Elsewhere:
-    """Looks a picture up for a caller who saves elsewhere."""
-
-    def __init__(self, room, folder, how):
-        self.room, self.folder, self.how = room, folder, how
-        self.fetched = []
-        self.notes = None
-
-    def found(self, prompt):
-        base_url = self.room.sandbox.base_url
-        cached = self.room.cache.request(ImageRequest(prompt=prompt), base_url=base_url, folder=self.folder)
-        self.notes = cached.notes
-
-        def refetch(url):
-            self.fetched.append(url)
-            return fetch(sender(base_url), url, deadline=Deadline(0.9), folder=self.folder)
-
-        async def arefetch(url):
-            self.fetched.append(url)
-            return await afetch(asender(base_url), url, deadline=Deadline(0.9), folder=self.folder)
-
-        if self.how == "sync":
-            return cached.lookup(0, refetch)
-        return asyncio.run(cached.alookup(0, arefetch))
-
-
 @HOWS
-def test_a_picture_elsewhere_is_a_hit_as_long_as_it_can_be_read(sandbox, elsewhere, how, tmp_path):
-    linked = Room(sandbox, SQLite(tmp_path / "cache.db"), download=False)
-    linked.image("a kitten")
-    caller = Elsewhere(linked, elsewhere, how)
-    first, second = caller.found("a kitten"), caller.found("a kitten")
-    assert len(caller.fetched) == 1
+def test_an_image_in_remote_storage_is_a_hit_as_long_as_it_can_be_read(sandbox, bucket, how, tmp_path):
+    cache = SQLite(tmp_path / "cache.db")
+    Caller(sandbox, cache, download=False).image("a kitten")
+    caller = Caller(sandbox, cache, how, output_dir=bucket)
+    first, second = caller.image("a kitten"), caller.image("a kitten")
+    assert len(sandbox.downloads) == 1
     assert first.uri.startswith("memory://")
     assert (second.uri, second.path, second.cached) == (first.uri, None, True)
     sandbox.reset()
-    assert Elsewhere(linked, None, how).found("a kitten") is None  # it has no folder elsewhere, so it reads none
-    removed(first.uri)
-    assert caller.found("a kitten") is None  # the link was asked once more, and is gone as well
-    assert (len(caller.fetched), caller.notes) == (2, [])
+    assert caller.image("a kitten").cached
+    remove(first.uri)
+    assert not caller.image("a kitten").cached  # the URL was requested once more, and is gone as well
+    assert caller.warnings == ()
 
 
 @HOWS
-def test_a_directory_keeps_the_bytes_of_a_picture_that_was_saved_elsewhere(sandbox, elsewhere, how, tmp_path):
-    room = Room(sandbox, tmp_path / "cache", download=False)
-    linked = room.image("a kitten")
-    fetched = Elsewhere(room, elsewhere, how).found("a kitten")
-    removed(fetched.uri)
+def test_a_caller_without_remote_storage_reads_none(sandbox, bucket, how, tmp_path):
+    cache = SQLite(tmp_path / "cache.db")
+    Caller(sandbox, cache, output_dir=bucket).image("a kitten")
     sandbox.reset()
-    kept = Elsewhere(room, None, how).found("a kitten")
-    assert (kept.request_id, len(kept.read())) == (linked.request_id, fetched.size_bytes)
+    assert not Caller(sandbox, cache, how).image("a kitten").cached
 
 
 @HOWS
-def test_a_directory_saves_elsewhere_again_what_is_gone_there(sandbox, elsewhere, how, tmp_path):
-    room = Room(sandbox, tmp_path / "cache")
-    made = room.image("a kitten")
-    caller = Elsewhere(room, elsewhere, how)
-    first = caller.found("a kitten")
-    assert first.uri.startswith(f"{elsewhere.url}/")
-    assert caller.found("a kitten").uri == first.uri
-    removed(first.uri)
-    again = caller.found("a kitten")
-    assert again.uri == first.uri
-    assert again.sha256 == made.sha256
-    assert caller.fetched == []
+def test_a_directory_keeps_the_bytes_of_an_image_that_was_saved_in_remote_storage(sandbox, bucket, how, tmp_path):
+    saved = Caller(sandbox, tmp_path / "cache", how, output_dir=bucket).image("a kitten")
+    remove(saved.uri)
+    sandbox.reset()
+    kept = Caller(sandbox, tmp_path / "cache", how).image("a kitten")
+    assert (kept.cached, kept.request_id, len(kept.read())) == (True, saved.request_id, saved.size_bytes)
 
 
 @HOWS
-def test_a_store_that_cannot_be_reached_leaves_the_bytes_in_memory(sandbox, how, tmp_path):
-    pytest.importorskip("fsspec")
-    from langchain_cogview.images.remote import RemoteFolder
+def test_a_directory_uploads_again_what_is_gone_from_remote_storage(sandbox, bucket, how, tmp_path):
+    made = Caller(sandbox, tmp_path / "cache").image("a kitten")
+    caller = Caller(sandbox, tmp_path / "cache", how, output_dir=bucket)
+    first = caller.image("a kitten")
+    assert first.uri.startswith(f"{bucket}/")
+    assert caller.image("a kitten").uri == first.uri
+    remove(first.uri)
+    again = caller.image("a kitten")
+    assert (again.uri, again.sha256) == (first.uri, made.sha256)
+    assert (sandbox.images_made, len(sandbox.downloads)) == (1, 1)
 
-    room = Room(sandbox, tmp_path / "cache")
-    made = room.image("a kitten")
-    found = Elsewhere(room, RemoteFolder("nosuch://bucket"), how).found("a kitten")
-    assert (found.cached, found.uri, found.read()) == (True, None, made.read())
-    assert "could not be saved in output_dir (nosuch://bucket)" in found.warnings[0]
+
+@HOWS
+def test_remote_storage_that_cannot_be_reached_leaves_the_bytes_in_memory(sandbox, how, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+
+    class Unreachable(fsspec.AbstractFileSystem):
+        protocol = "unreachable"
+
+        def pipe_file(self, path, value, **kwargs):
+            raise ConnectionError("no route to host")
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    made = Caller(sandbox, tmp_path / "cache").image("a kitten")
+    again = Caller(sandbox, tmp_path / "cache", how, output_dir="unreachable://bucket").image("a kitten")
+    assert (again.cached, again.uri, again.read()) == (True, None, made.read())
+    assert "could not be saved in output_dir (unreachable://bucket)" in again.warnings[0]
 
 
 @pytest.mark.parametrize(
     "uri", ["http://127.0.0.1:9/a.png", "file:///etc/passwd", "simplecache::memory://a", "nosuch://a"]
 )
 def test_an_entry_cannot_make_other_addresses_be_read(sandbox, tmp_path, uri):
-    room = Room(sandbox, SQLite(tmp_path / "cache.db"))
+    cache = SQLite(tmp_path / "cache.db")
     made = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a kitten").images[0]
-    room.of("a kitten").store(0, made.model_copy(update={"uri": uri, "url": None}))
-    assert room.of("a kitten").lookup(0, None) is None
+    cached(sandbox, cache, "a kitten").store(0, made.model_copy(update={"uri": uri, "url": None}))
+    assert cached(sandbox, cache, "a kitten").lookup(0, None) is None
 
 
 # A directory.
 
 
-def test_a_directory_outlives_link_and_file(sandbox, tmp_path):
+def test_a_directory_outlives_url_and_file(sandbox, tmp_path):
     out = tmp_path / "out"
-    room = Room(sandbox, tmp_path / "cache", output_dir=out)
-    made = room.image("a kitten")
+    caller = Caller(sandbox, tmp_path / "cache", output_dir=out)
+    made = caller.image("a kitten")
     content = made.read()
     made.path.unlink()
     sandbox.reset()
-    again = room.image("a kitten")
+    again = caller.image("a kitten")
     assert (again.path.parent, again.read()) == (out, content)
     assert files(out) == [again.path]
-    in_memory = Room(sandbox, tmp_path / "cache").image("a kitten")
-    assert in_memory.path.is_relative_to(tmp_path / "cache" / "pictures")
+    in_memory = Caller(sandbox, tmp_path / "cache").image("a kitten")
+    assert in_memory.path.is_relative_to(tmp_path / "cache" / "images")
     assert in_memory.path.read_bytes() == in_memory.read() == content
     assert sandbox.images_made == 0
 
 
-def test_equal_pictures_are_stored_once(sandbox, tmp_path):
-    room = Room(sandbox, tmp_path / "cache")
-    made = room.image("a kitten")
-    room.of("another prompt").store(0, made)
-    assert len(files(tmp_path / "cache" / "pictures")) == 1
+def test_equal_images_are_stored_once(sandbox, tmp_path):
+    caller = Caller(sandbox, tmp_path / "cache")
+    made = caller.image("a kitten")
+    cached(sandbox, tmp_path / "cache", "another prompt").store(0, made)
+    assert len(files(tmp_path / "cache" / "images")) == 1
     assert len(files(tmp_path / "cache" / "entries")) == 2
 
 
 @pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
-def test_spoiled_bytes_in_a_directory_are_no_hit_and_are_mended(sandbox, harm, tmp_path):
-    room = Room(sandbox, tmp_path / "cache")
-    room.image("a kitten")
-    spoil(files(tmp_path / "cache" / "pictures")[0], harm)
+def test_damaged_bytes_in_a_directory_are_no_hit_and_are_replaced(sandbox, harm, tmp_path):
+    caller = Caller(sandbox, tmp_path / "cache")
+    caller.image("a kitten")
+    spoil(files(tmp_path / "cache" / "images")[0], harm)
     sandbox.reset()
-    assert not room.image("a kitten").cached
+    assert not caller.image("a kitten").cached
     if harm != "replaced by a folder":
-        assert room.image("a kitten").cached
-        assert room.paid == 1
+        assert caller.image("a kitten").cached
+        assert sandbox.images_made == 1
     else:
-        assert room.notes == ["The cache could not be written: Is a directory."]
+        assert caller.warnings == ("The cache could not be written: Is a directory.",)
 
 
 SPOILED = {
@@ -592,16 +541,16 @@ SPOILED = {
 @HOWS
 @pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED)
 def test_a_damaged_or_foreign_entry_is_no_hit_and_is_replaced(sandbox, how, spoiled, tmp_path, caplog):
-    room = Room(sandbox, tmp_path / "cache", how)
-    room.image("a kitten")
+    caller = Caller(sandbox, tmp_path / "cache", how)
+    caller.image("a kitten")
     (entry,) = files(tmp_path / "cache" / "entries")
     text = entry.read_text()
     entry.write_text(spoiled(text) if callable(spoiled) else spoiled)
-    assert not room.image("a kitten").cached
+    assert not caller.image("a kitten").cached
     assert "damaged or foreign" in caplog.text
-    assert room.notes == []
-    assert room.image("a kitten").cached
-    assert room.paid == 2
+    assert caller.warnings == ()
+    assert caller.image("a kitten").cached
+    assert sandbox.images_made == 2
 
 
 @pytest.mark.parametrize(
@@ -612,9 +561,9 @@ def test_what_others_left_in_a_langchain_cache_is_no_hit(sandbox, foreign):
         def lookup(self, prompt, llm_string):
             return foreign
 
-    room = Room(sandbox, Foreign())
-    assert not room.image("a kitten").cached
-    assert room.notes == []
+    caller = Caller(sandbox, Foreign())
+    assert not caller.image("a kitten").cached
+    assert caller.warnings == ()
 
 
 def test_a_cache_that_answers_for_similar_prompts_gives_only_the_same(sandbox):
@@ -622,24 +571,25 @@ def test_a_cache_that_answers_for_similar_prompts_gives_only_the_same(sandbox):
         def lookup(self, prompt, llm_string):
             return next(iter(self._cache.values()), None)
 
-    room = Room(sandbox, Similar())
-    room.image("a kitten")
-    assert not room.image("a small cat").cached
+    caller = Caller(sandbox, Similar())
+    caller.image("a kitten")
+    assert not caller.image("a small cat").cached
 
 
 # A cache that fails.
 
 
 @HOWS
-def test_a_cache_that_is_down_costs_nothing_but_a_note(sandbox, how, caplog):
-    room = Room(sandbox, Down(), how)
-    image = room.image("a kitten")
-    assert (image.cached, image.read()[:4], room.paid) == (False, b"\x89PNG", 1)
-    assert room.cache.entries.cache.calls == 2
-    assert room.notes == [
+def test_a_cache_that_is_down_costs_nothing_but_a_warning(sandbox, how, caplog):
+    down = Down()
+    caller = Caller(sandbox, down, how)
+    image = caller.image("a kitten")
+    assert (image.cached, image.read()[:4], sandbox.images_made) == (False, b"\x89PNG", 1)
+    assert down.calls == 2
+    assert caller.warnings == (
         "The cache could not be read: ConnectionError.",
         "The cache could not be written: ConnectionError.",
-    ]
+    )
     assert [record.name for record in caplog.records].count("langchain_cogview.cache") == 1
 
 
@@ -692,7 +642,7 @@ def test_a_cache_that_is_down_is_logged_in_one_line_until_it_works_again(sandbox
         lambda prompt, key: f"no row for {key}",
     ],
 )
-def test_the_log_tells_neither_prompt_nor_key_of_a_cache_that_is_down(sandbox, caplog, say, prompt):
+def test_the_log_shows_neither_prompt_nor_key_of_a_cache_that_is_down(sandbox, caplog, say, prompt):
     class Talks(InMemoryCache):
         def lookup(self, prompt, llm_string):
             raise RuntimeError(say(prompt, llm_string))
@@ -721,26 +671,26 @@ def test_the_log_stays_short_and_printable_whatever_a_cache_raises(sandbox, capl
 
 
 @HOWS
-def test_a_directory_that_cannot_be_used_costs_nothing_but_a_note(sandbox, how, tmp_path):
-    room = Room(sandbox, tmp_path / "cache", how)
+def test_a_directory_that_cannot_be_used_costs_nothing_but_a_warning(sandbox, how, tmp_path):
+    caller = Caller(sandbox, tmp_path / "cache", how)
     (tmp_path / "cache").write_text("a file by now")
-    assert not room.image("a kitten").cached
-    assert len(room.notes) == 2
-    assert room.notes[0] == "The cache could not be read: Not a directory."
+    assert not caller.image("a kitten").cached
+    assert len(caller.warnings) == 2
+    assert caller.warnings[0] == "The cache could not be read: Not a directory."
 
 
 @HOWS
 def test_a_fetch_that_raises_is_no_hit(sandbox, how):
-    room = Room(sandbox, InMemoryCache(), how)
-    room.image("a kitten")
-    cached = room.of("a kitten")
+    cache = InMemoryCache()
+    Caller(sandbox, cache).image("a kitten")
+    request = cached(sandbox, cache, "a kitten")
 
     def refetch(url):
         raise OSError(28, "No space left on device")
 
-    found = cached.lookup(0, refetch) if how == "sync" else asyncio.run(cached.alookup(0, refetch))
+    found = request.lookup(0, refetch) if how == "sync" else asyncio.run(request.alookup(0, refetch))
     assert found is None
-    assert cached.notes == ["The cache could not be read: No space left on device."]
+    assert request.notes == ["The cache could not be read: No space left on device."]
 
 
 async def test_a_cancelled_lookup_ends_at_once():
@@ -750,13 +700,12 @@ async def test_a_cancelled_lookup_ends_at_once():
             await asyncio.Event().wait()
 
     entered = asyncio.Event()
-    cached = image_cache(Slow()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
-    task = asyncio.create_task(cached.alookup(0, None))
+    generator = CogViewImageGenerator(base_url="sandbox:", cache=Slow())
+    task = asyncio.create_task(generator.ainvoke("a kitten"))
     await entered.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert cached.notes == []
 
 
 # What may be given.
@@ -781,7 +730,7 @@ def test_a_file_is_no_directory(tmp_path):
 def test_a_directory_is_found_from_wherever_the_program_goes_and_made_when_needed(sandbox, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    here, home = Room(sandbox, "cache"), Room(sandbox, "~/cache")
+    here, home = Caller(sandbox, "cache"), Caller(sandbox, "~/cache")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -796,19 +745,13 @@ def test_a_directory_is_found_from_wherever_the_program_goes_and_made_when_neede
 
 CHILD = """
 import sys
-from langchain_cogview import CogViewImageGenerator, ImageRequest
-from langchain_cogview.cache import image_cache
-generator = CogViewImageGenerator(base_url="sandbox:")
-cache = image_cache(sys.argv[1])
-for number in range(int(sys.argv[3])):
-    request = ImageRequest(prompt=f"kitten {number % 7}", size="512x512")
-    cached = cache.request(request, base_url=sys.argv[2])
-    image = cached.lookup(0, lambda url: None)
-    if image is None:
-        image = generator.invoke(request).images[0]
-        cached.store(0, image)
+from langchain_cogview import CogViewImageGenerator
+generator = CogViewImageGenerator(base_url="sandbox:", cache=sys.argv[1], size="512x512")
+for number in range(int(sys.argv[2])):
+    result = generator.invoke(f"kitten {number % 7}")
+    image = result.images[0]
     assert len(image.read()) == image.size_bytes
-    assert not cached.notes, cached.notes
+    assert not result.warnings, result.warnings
     print(image.cached, flush=True)
 """
 
@@ -817,37 +760,43 @@ def child(*arguments):
     return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
-def test_another_process_finds_what_this_one_stored(sandbox, tmp_path):
-    room = Room(sandbox, tmp_path / "cache")
+class Offline:
+    """A sandbox of each process, under one base URL."""
+
+    base_url = "sandbox:"
+
+
+def test_another_process_finds_what_this_one_stored(tmp_path):
+    caller = Caller(Offline, tmp_path / "cache")
     for number in range(3):
-        room.image(f"kitten {number}", size="512x512")
-    out, _ = child(tmp_path / "cache", sandbox.base_url, 4).communicate(timeout=60)
+        caller.image(f"kitten {number}", size="512x512")
+    out, _ = child(tmp_path / "cache", 4).communicate(timeout=60)
     assert out.split() == ["True", "True", "True", "False"]
-    assert room.image("kitten 3", size="512x512").cached
+    assert caller.image("kitten 3", size="512x512").cached
 
 
 @pytest.mark.heavy
-def test_processes_write_at_once_and_are_killed_and_every_entry_stays_whole(sandbox, tmp_path):
+def test_processes_write_at_once_and_are_killed_and_every_entry_stays_whole(tmp_path):
     cache = tmp_path / "cache"
-    writers = [child(cache, sandbox.base_url, 100_000) for _ in range(2)]
+    writers = [child(cache, 100_000) for _ in range(2)]
     for writer in writers:  # each in the midst of its work
         for _ in range(10):
             assert writer.stdout.readline()
         os.kill(writer.pid, signal.SIGKILL)
         writer.communicate(timeout=60)
-    room = Room(sandbox, cache)
-    assert [room.image(f"kitten {number}", size="512x512").cached for number in range(7)] == [True] * 7
+    caller = Caller(Offline, cache)
+    assert [caller.image(f"kitten {number}", size="512x512").cached for number in range(7)] == [True] * 7
     assert len([path for path in files(cache) if path.suffix == ".json"]) == 7
 
 
 def test_threads_that_hit_at_once_share_one_file(sandbox, tmp_path):
-    Room(sandbox, tmp_path / "cache").image("a kitten")
+    Caller(sandbox, tmp_path / "cache").image("a kitten")
     found, start = [], threading.Barrier(8)
 
     def hit():
-        room = Room(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
+        caller = Caller(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
         start.wait()
-        found.append(room.image("a kitten"))
+        found.append(caller.image("a kitten"))
 
     threads = [threading.Thread(target=hit) for _ in range(8)]
     for thread in threads:
@@ -860,55 +809,48 @@ def test_threads_that_hit_at_once_share_one_file(sandbox, tmp_path):
 
 
 @HOWS
-def test_equal_requests_in_turns_are_paid_once(sandbox, cache, how):
+def test_equal_requests_from_many_threads_or_tasks_are_paid_once(sandbox, cache, how):
     sandbox.latency = 0.05
-    room = Room(sandbox, cache)
-
-    def one():
-        with room.of("a kitten").flight(0, 30):
-            return room.image("a kitten")
-
-    async def aone():
-        async with room.of("a kitten").aflight(0, 30):
-            return await room._aimage(room.of("a kitten"), "a kitten", 0, None, {})
+    caller = Caller(sandbox, cache)
 
     async def all_of_them():
-        return await asyncio.gather(*(aone() for _ in range(5)))
+        return await asyncio.gather(*(caller.generator.ainvoke("a kitten") for _ in range(5)))
 
     if how == "async":
         found = asyncio.run(all_of_them())
     else:
         found = []
-        threads = [threading.Thread(target=lambda: found.append(one())) for _ in range(5)]
+        threads = [threading.Thread(target=lambda: found.append(caller.image("a kitten"))) for _ in range(5)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert sorted(image.cached for image in found) == [False, True, True, True, True]
-    assert room.paid == 1
+    assert sandbox.images_made == 1
 
 
-def test_a_thousand_entries_are_found_without_listing_any(sandbox, tmp_path, monkeypatch):
-    room = Room(sandbox, tmp_path / "cache")
-    made = room.image("kitten 0", size="512x512")
-    for number in range(1, 1000):
-        room.of(f"kitten {number}", size="512x512").store(0, made.model_copy(update={"prompt": f"kitten {number}"}))
+def test_many_entries_are_found_without_listing_any(sandbox, tmp_path, monkeypatch):
+    made = Caller(sandbox, tmp_path).image("kitten 0", size="512x512")
+    prompts = [f"kitten {number}" for number in range(200)]
+    for prompt in prompts[1:]:
+        cached(sandbox, tmp_path, prompt, size="512x512").store(0, made.model_copy(update={"prompt": prompt}))
 
     def listed(*arguments):
         raise AssertionError("a folder was listed")
 
     for name in ("listdir", "scandir"):
         monkeypatch.setattr(os, name, listed)
-    found = [room.of(f"kitten {number}", size="512x512").lookup(0, lambda url: None) for number in range(1000)]
-    assert [image.prompt for image in found] == [f"kitten {number}" for number in range(1000)]
-    assert all(image.cached for image in found)
-    assert room.of("kitten 1000", size="512x512").lookup(0, lambda url: None) is None
+    requests = [cached(sandbox, tmp_path, prompt, size="512x512") for prompt in [*prompts, "kitten 200"]]
+    found = [request.lookup(0, lambda url: None) for request in requests]
+    assert [image.prompt for image in found[:-1]] == prompts
+    assert all(image.cached for image in found[:-1])
+    assert found[-1] is None
 
 
 def test_sync_and_async_have_the_same_arguments():
-    cached = image_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
+    request = image_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
     for name in ("lookup", "store", "flight"):
-        pair = [list(inspect.signature(getattr(cached, each)).parameters) for each in (name, f"a{name}")]
+        pair = [list(inspect.signature(getattr(request, each)).parameters) for each in (name, f"a{name}")]
         assert pair[0] == pair[1]
 
 
@@ -941,7 +883,7 @@ def test_equal_requests_under_way_at_once_are_paid_once(sandbox, tmp_path, how):
     assert sandbox.images_made == 2
 
 
-def test_a_cached_picture_counts_for_no_budget_and_tells_that_it_is_there(sandbox, tmp_path):
+def test_a_cached_image_counts_for_no_budget_and_its_event_says_so(sandbox, tmp_path):
     from langchain_core.callbacks import BaseCallbackHandler
 
     from langchain_cogview import CogViewImageTool
@@ -963,7 +905,7 @@ def test_a_cached_picture_counts_for_no_budget_and_tells_that_it_is_there(sandbo
     assert "Made 1 image" in tool.invoke({"prompt": "a hare"})
 
 
-def test_a_cache_that_fails_costs_no_picture_and_the_result_says_so(sandbox):
+def test_a_cache_that_fails_costs_no_image_and_the_result_says_so(sandbox):
     class Down(InMemoryCache):
         def lookup(self, prompt, llm_string):
             raise ConnectionError("down")
