@@ -197,7 +197,11 @@ class CachedRequest:
         return SINGLE_FLIGHT.flight((self.entries.identity, self._key(index).digest), seconds)
 
     def aflight(self, index: int, seconds: float | None) -> AbstractAsyncContextManager[None]:
-        """Async version of `flight`."""
+        """Async version of `flight`.
+
+        Returns:
+            An async context manager for the block.
+        """
         return SINGLE_FLIGHT.aflight((self.entries.identity, self._key(index).digest), seconds)
 
     def lookup(
@@ -231,7 +235,11 @@ class CachedRequest:
     async def alookup(
         self, index: int, refetch: Callable[[str], Awaitable[DownloadedImage | CogViewError | None]]
     ) -> GeneratedImage | None:
-        """Async version of `lookup`. Files and remote storage are read in threads."""
+        """Async version of `lookup`. Files and remote storage are read in threads.
+
+        Returns:
+            The image; None where there is no hit.
+        """
         with self._guarded("read"):
             key = self._key(index)
             recorded = self._recorded(key, await self.entries.aread(key))
@@ -276,7 +284,7 @@ class CachedRequest:
     # --- reading and writing files and remote storage
 
     def _hit_by_file(self, recorded: GeneratedImage) -> GeneratedImage | None:
-        """The hit, where a file or an object of remote storage has the bytes as they were recorded."""
+        """Return a hit if a file or an object of remote storage has the bytes as they were recorded."""
         if recorded.sha256 is None:
             return None
         deadline = Deadline(self.timeout)
@@ -294,7 +302,7 @@ class CachedRequest:
         return None
 
     def _locations_in_folder(self, recorded: GeneratedImage) -> list[Path | str]:
-        """Where in the caller's folder the image can be."""
+        """Return where in the caller's folder the image can be."""
         if self.folder is None:
             return []
         if isinstance(self.folder, Path):
@@ -305,7 +313,7 @@ class CachedRequest:
         return [*([recorded.uri] if recorded.uri and recorded.uri.startswith(root) else []), root + _names(recorded)[0]]
 
     def _read(self, location: Path | str, recorded: GeneratedImage, deadline: Deadline) -> bytes | None:
-        """The bytes of a local file or of an object of remote storage, if they are as recorded."""
+        """Return the bytes of a local file or of an object of remote storage, if they are as recorded."""
         if isinstance(location, Path):
             return read_intact(location, recorded)
         try:
@@ -317,7 +325,11 @@ class CachedRequest:
     def _saved(
         self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
     ) -> GeneratedImage:
-        """The hit with a file in the caller's folder, as if it had just been generated."""
+        """Return the hit with a file in the caller's folder, as if it had just been generated.
+
+        Raises:
+            OSError: A signal handler of the program raised it.
+        """
         names = _names(recorded)
         try:
             if isinstance(folder, Path):
@@ -332,7 +344,7 @@ class CachedRequest:
     def _refetched(
         self, recorded: GeneratedImage, fetched: DownloadedImage | CogViewError | None
     ) -> GeneratedImage | None:
-        """The recorded image with the bytes that its URL returned; None where it returned none, or those of another image."""
+        """Return the recorded image with the bytes of its URL; None where there are none, or those of another image."""
         if not isinstance(fetched, DownloadedImage):
             return None
         if recorded.sha256 not in {None, fetched.sha256}:
@@ -355,7 +367,7 @@ class CachedRequest:
         return image.with_content(fetched.content, self._access())
 
     def _content_to_keep(self, image: GeneratedImage) -> bytes | None:
-        """The bytes of an image for a cache that stores bytes; None for one that does not, or where they cannot be read."""
+        """Return the bytes of an image, for a cache that stores bytes; None for another, or where they cannot be read."""
         if self.entries.bytes_path(image) is None:
             return None
         content = _local_bytes(image)
@@ -364,7 +376,7 @@ class CachedRequest:
     # --- pure decisions
 
     def _recorded(self, key: CacheKey, text: str | None) -> GeneratedImage | None:
-        """The image of an entry; None where there is no entry, or where it is damaged."""
+        """Return the image of an entry; None where there is no entry, or where it is damaged."""
         recorded = None if text is None else from_entry(key, text)
         if recorded is None:
             return None
@@ -425,7 +437,7 @@ class CachedRequest:
 
 
 def _describe(error: Exception, prompt: str) -> str:
-    """The class and message of an error, in one short line without the prompt, the cache key or credentials."""
+    """Return class and message of an error, in one short line without the prompt, the cache key or credentials."""
     name = type(error).__name__
     try:
         lines = str(error).splitlines()
@@ -436,7 +448,7 @@ def _describe(error: Exception, prompt: str) -> str:
 
 
 def _reveals(text: str, prompt: str) -> bool:
-    """Whether a text holds a cache key or a part of the prompt, in one of the forms in which programs write it."""
+    """Return whether a text holds a cache key or a part of the prompt, in a form in which programs write it."""
     if KEY_PREFIX in text:
         return True
     forms = {prompt, ascii(prompt)[1:-1], json.dumps(prompt)[1:-1], quote(prompt)}
@@ -448,13 +460,13 @@ def _reveals(text: str, prompt: str) -> bool:
 
 
 def _valid_url(image: GeneratedImage) -> str | None:
-    """The URL of an image; None where there is none, or where its own expiry time has passed."""
+    """Return the URL of an image; None where there is none, or where its own expiry time has passed."""
     expiry = expires_at(image.url or "")
     return None if expiry and expiry <= datetime.now(UTC) else image.url
 
 
 def _has_valid_url(image: GeneratedImage) -> bool:
-    """Whether the URL of an image is valid, as far as is known without a request."""
+    """Return whether the URL of an image is valid, as far as is known without a request."""
     if image.url is None:
         return False
     now, expiry = datetime.now(UTC), expires_at(image.url)
@@ -464,7 +476,7 @@ def _has_valid_url(image: GeneratedImage) -> bool:
 
 
 def _names(image: GeneratedImage) -> list[str]:
-    """File names for saving an image again, in order; always the same, so that further hits add no files."""
+    """Return file names for saving an image again. They are always the same, so that further hits add no files."""
     parts = (
         re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8]),
         str(image.sha256),
@@ -478,7 +490,14 @@ def _names(image: GeneratedImage) -> list[str]:
 
 
 def _save_as_first_free(folder: Path, names: list[str], content: bytes) -> Path:
-    """Write a file under the first name that is free, or that has the same bytes already."""
+    """Write a file under the first name that is free, or that has the same bytes already.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileExistsError: Every name is in use.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     for path in (folder / name for name in names):
@@ -488,7 +507,7 @@ def _save_as_first_free(folder: Path, names: list[str], content: bytes) -> Path:
         with contextlib.suppress(OSError):
             if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process has just saved it
                 return path
-    raise FileExistsError(errno.EEXIST, "every name is taken")
+    raise FileExistsError(errno.EEXIST, "every name is in use")
 
 
 def _location_fields(location: Path | str) -> dict[str, Any]:

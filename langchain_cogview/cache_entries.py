@@ -153,7 +153,11 @@ class LangChainEntries:
         return self._text(self.cache.lookup(key.prompt, key.llm_string))
 
     async def aread(self, key: CacheKey) -> str | None:
-        """Async version of `read`."""
+        """Async version of `read`.
+
+        Returns:
+            The text of the entry; None where there is none.
+        """
         # LangChain's default would use the event loop's executor, which the application may have filled with its own threads.
         if type(self.cache).alookup is BaseCache.alookup:
             return await in_thread(self.read, key)
@@ -216,7 +220,11 @@ class DirectoryEntries:
             return None
 
     async def aread(self, key: CacheKey) -> str | None:
-        """Async version of `read`."""
+        """Async version of `read`.
+
+        Returns:
+            The text of the entry; None where there is none.
+        """
         return await in_thread(self.read, key)
 
     def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
@@ -283,6 +291,10 @@ def read_intact(path: Path, image: GeneratedImage) -> bytes | None:
 
     Returns:
         The bytes; None where they are not those of the image, or cannot be read.
+
+    Raises:
+        OSError: A signal handler of the program raised it.
+        ValueError: The same.
     """
     try:
         content = read_regular_file(path, MAX_IMAGE_BYTES)

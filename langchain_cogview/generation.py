@@ -56,6 +56,7 @@ ImageOutcome = list[GeneratedImage] | Exception
 
 _FLIGHT_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
+_REFETCH_RETRIES = 1  # the URL of a cached image is usually old: what is not there any more will not appear
 _CACHE_SECONDS = 60.0
 _MOST_LOGGED_CHARACTERS = 1000
 
@@ -206,17 +207,15 @@ class ImageCall:
         """
         if self.cache is None:
             return self._generate_new()
-        hit = self.cache.lookup(index, self._refetched)
-        if hit is None:
-            # A call that waits here for an equal request holds no slot.
-            with self.cache.flight(index, self.settings.timeout or _FLIGHT_SECONDS):
-                hit = self.cache.lookup(index, self._refetched)
-                if hit is None:
-                    outcome = self._generate_new()
-                    if not isinstance(outcome, Exception):
-                        with _noting_lost_image(outcome[0].request_id, outcome[0].url):
-                            self.cache.store(index, outcome[0])
-                    return outcome
+        # A call that waits here for an equal request holds no slot of the limiter.
+        with self.cache.flight(index, self.settings.timeout or _FLIGHT_SECONDS):
+            hit = self.cache.lookup(index, self._refetched)
+            if hit is None:
+                outcome = self._generate_new()
+                if not isinstance(outcome, Exception):
+                    with _noting_lost_image(outcome[0].request_id, outcome[0].url):
+                        self.cache.store(index, outcome[0])
+                return outcome
         self.dispatcher.dispatch(*self._events(Deadline(None), hit.request_id).made([hit]))
         return [hit]
 
@@ -224,16 +223,14 @@ class ImageCall:
         """Async version of `generate`."""
         if self.cache is None:
             return await self._agenerate_new()
-        hit = await self.cache.alookup(index, self._arefetched)
-        if hit is None:
-            async with self.cache.aflight(index, self.settings.timeout or _FLIGHT_SECONDS):
-                hit = await self.cache.alookup(index, self._arefetched)
-                if hit is None:
-                    outcome = await self._agenerate_new()
-                    if not isinstance(outcome, Exception):
-                        with _noting_lost_image(outcome[0].request_id, outcome[0].url):
-                            await self.cache.astore(index, outcome[0])
-                    return outcome
+        async with self.cache.aflight(index, self.settings.timeout or _FLIGHT_SECONDS):
+            hit = await self.cache.alookup(index, self._arefetched)
+            if hit is None:
+                outcome = await self._agenerate_new()
+                if not isinstance(outcome, Exception):
+                    with _noting_lost_image(outcome[0].request_id, outcome[0].url):
+                        await self.cache.astore(index, outcome[0])
+                return outcome
         await self.dispatcher.adispatch(*self._events(Deadline(None), hit.request_id).made([hit]))
         return [hit]
 
@@ -455,22 +452,28 @@ class ImageCall:
         except CogViewError as error:
             return error
 
-    def _fetched(self, url: str, deadline: Deadline, label: str) -> DownloadedImage | CogViewError | None:
+    def _fetched(
+        self, url: str, deadline: Deadline, label: str, retries: int | None = None
+    ) -> DownloadedImage | CogViewError | None:
         if not self.settings.download:
             return None
         try:
-            return fetch(sender(self.settings.base_url), url, **self._download_options(deadline, label))
+            return fetch(sender(self.settings.base_url), url, **self._download_options(deadline, label, retries))
         except CogViewError as error:
             return error
 
-    async def _afetched(self, url: str, deadline: Deadline, label: str) -> DownloadedImage | CogViewError | None:
+    async def _afetched(
+        self, url: str, deadline: Deadline, label: str, retries: int | None = None
+    ) -> DownloadedImage | CogViewError | None:
         if not self.settings.download:
             return None
         running = _running_task()
         task = None if running is None else weakref.ref(running)  # a strong one would keep an abandoned loop alive
         del running
         try:
-            return await afetch(asender(self.settings.base_url), url, **self._download_options(deadline, label))
+            return await afetch(
+                asender(self.settings.base_url), url, **self._download_options(deadline, label, retries)
+            )
         except CogViewError as error:
             return error
         except Exception as error:
@@ -479,17 +482,18 @@ class ImageCall:
             # For example a server that refuses blocking calls on its event loop: a thread may block, and downloads are free.
             reason = f"{type(error).__name__}: {printable(str(error), 100)}"
             logger.warning("An image could not be downloaded on the event loop (%s). A thread downloads it.", reason)
-            return await in_thread(self._fetched, url, deadline, label)
+            return await in_thread(self._fetched, url, deadline, label, retries)
 
     def _refetched(self, url: str) -> DownloadedImage | CogViewError | None:
-        return self._fetched(url, Deadline(_REFETCH_SECONDS), "")
+        return self._fetched(url, Deadline(_REFETCH_SECONDS), "", _REFETCH_RETRIES)
 
     async def _arefetched(self, url: str) -> DownloadedImage | CogViewError | None:
-        return await self._afetched(url, Deadline(_REFETCH_SECONDS), "")
+        return await self._afetched(url, Deadline(_REFETCH_SECONDS), "", _REFETCH_RETRIES)
 
-    def _download_options(self, deadline: Deadline, label: str) -> dict[str, Any]:
+    def _download_options(self, deadline: Deadline, label: str, retries: int | None) -> dict[str, Any]:
         rules = LinkRules(self.settings.base_url, self.settings.allowed_hosts)
-        return {"deadline": deadline, "folder": self.settings.folder, "label": label, "rules": rules}
+        folder = self.settings.folder
+        return {"deadline": deadline, "folder": folder, "label": label, "rules": rules, "retries": retries}
 
     def _image(
         self, paid: PaidReply, events: ImageEvents, downloaded: DownloadedImage | CogViewError | None

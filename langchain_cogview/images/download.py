@@ -16,6 +16,7 @@ import ssl
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urljoin, urlsplit
 
@@ -182,12 +183,13 @@ class _Download:
         url: The link.
         deadline: For the whole download, waits included.
         rules: Which links may be opened.
+        retries: How often to try again at most; None: as often as there are waits.
     """
 
-    def __init__(self, url: str, deadline: Deadline, rules: LinkRules) -> None:
+    def __init__(self, url: str, deadline: Deadline, rules: LinkRules, retries: int | None) -> None:
         self.deadline = deadline
         self._url, self._rules = url, rules
-        self._waits = iter(WAITS)
+        self._waits = islice(WAITS, retries)
         self._first_check = rules.check(url)
         self.start()
 
@@ -453,6 +455,7 @@ def fetch(
     folder: Path | RemoteFolder | None = None,
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
+    retries: int | None = None,
 ) -> DownloadedImage:
     """Download, check and save one image.
 
@@ -463,6 +466,7 @@ def fetch(
         folder: Where the file is saved; None: the bytes stay in memory.
         label: Part of the file name.
         rules: Which links may be opened.
+        retries: How often to try again at most; None: after each of `WAITS`.
 
     Returns:
         The image, and where its bytes are.
@@ -471,7 +475,7 @@ def fetch(
         CogViewDownloadError: No whole image was received.
         CogViewStorageError: The bytes could be written nowhere.
     """
-    download = _Download(url, deadline, rules)
+    download = _Download(url, deadline, rules, retries)
     while True:
         file = _new_file(folder, label)
         try:
@@ -495,9 +499,10 @@ async def afetch(
     folder: Path | RemoteFolder | None = None,
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
+    retries: int | None = None,
 ) -> DownloadedImage:
     """Async version of `fetch`. Files are written in threads."""
-    download = _Download(url, deadline, rules)
+    download = _Download(url, deadline, rules, retries)
     while True:
         file = _new_file(folder, label)
         try:
