@@ -24,6 +24,7 @@ SYNC_CALLS = {
     "langchain_cogview/jobs/__init__.py": {"run_job", "plan_job"},
     # In callbacks of tests:
     "tests/unit_tests/jobs/test_run.py": {"lines"},
+    "tests/unit_tests/test_faults_process.py": {"acquire"},
     "tests/unit_tests/api/test_transport.py": {"wait_a_moment"},
 }
 FAKE_KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"

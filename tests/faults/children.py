@@ -77,7 +77,7 @@ def interrupted(base_url: str, how: str) -> None:
     """One call that is interrupted from outside; the interrupt is reported and nothing else is done."""
     # A test run in the background of a shell inherits that Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    generator = CogViewImageGenerator(base_url=base_url, timeout=20)
+    generator = CogViewImageGenerator(base_url=base_url, timeout=120)
     try:
         if how == "sync":
             generator.invoke("a kitten")
