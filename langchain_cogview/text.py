@@ -1,4 +1,4 @@
-"""Foreign text, made safe to show: on a terminal, in a log, in an error."""
+"""Untrusted text, made safe to show on a terminal, in a log or in an error."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import re
 from typing import Final
 
 MAX_SERVER_TEXT: Final = 200
-"""Characters of a text of the service that an error holds."""
+"""Maximum length of the service's text in an error, in characters."""
 _USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 _SPACES: Final = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _JOINERS: Final = {0x200C: None, 0x200D: None}
-"""Between the parts of an emoji: without them its parts stand side by side."""
+"""Joiners between the parts of an emoji; without them the parts stand side by side."""
 
 
 def visible(text: str, *, instead: str = "?") -> str:
-    """Text that a terminal shows as it is: no control character, no change of direction, no half of a character.
+    """Replace everything in a text that a terminal does not show as it is.
+
+    Control characters, changes of writing direction and unpaired surrogates are replaced.
 
     Args:
-        text: May be foreign.
-        instead: Stands for each character that is not printable. Line breaks stay, and other spaces become a space.
+        text: May come from outside.
+        instead: Replaces each character that is not printable. Line breaks stay, and other white space becomes a space.
 
     Returns:
         Printable characters and line breaks.
@@ -30,11 +32,19 @@ def visible(text: str, *, instead: str = "?") -> str:
 
 
 def without_key(text: str) -> str:
-    """A text without API keys of the usual form: what was passed under a wrong name is not known to be one."""
+    """Return a text without API keys of the usual form; a value passed under a wrong name may be one."""
     return _USUAL_KEY.sub("[key]", text)
 
 
 def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
-    """Foreign text made safe to show: one line, printable, without a key of the usual form, at most `limit` characters."""
+    """Make untrusted text safe to show in one line.
+
+    Args:
+        text: May come from outside.
+        limit: Maximum length of the result, in characters.
+
+    Returns:
+        One line of printable characters; a longer text ends in an ellipsis.
+    """
     line = " ".join(without_key(visible(text[: limit * 8], instead=" ")).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""The `cogview` command: pictures from a shell, and the tool's JSON schema. Typer is the extra `cli`."""
+"""The `cogview` command: images from a shell, batches, and the tool's JSON schema. Typer is the extra `cli`."""
 
 from __future__ import annotations
 
@@ -49,39 +49,57 @@ TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip in
 
 
 _CLOSE: Final = 0.75
-"""How much alike a word and a command are where it is taken for mistyped, of 1."""
+"""Similarity from 0 to 1 above which a word is taken for a mistyped command."""
 
 
 class GenerateByDefault(TyperGroup):
-    """The group of commands, where anything that names none is the prompt and options of `generate`."""
+    """The group of commands; arguments that name no command belong to `generate`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put in the word that may be left out."""
+        """Insert the name of the default command.
+
+        Returns:
+            The remaining arguments.
+        """
         if not args:
             args = ["--help"]
         elif args[0] not in {
             *self.commands,
             *ctx.help_option_names,
-            *(name for own in self.params for name in own.opts),
+            *(name for option in self.params for name in option.opts),
         }:
             close = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=_CLOSE)
-            if close:  # a mistyped command is not painted: that would cost money
-                ctx.fail(f"Did you mean the command {close[0]}? To paint the word: cogview generate {args[0]}")
+            if close:  # sending a mistyped command as a prompt would cost money
+                ctx.fail(
+                    f"Did you mean the command {close[0]}? To use the word as a prompt: cogview generate {args[0]}"
+                )
             args = ["generate", *args]
         return super().parse_args(ctx, args)
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Arguments that are wrong are named without their control characters."""
+        """Parse the arguments; usage errors are cleaned of control characters.
+
+        Returns:
+            The context.
+        """
         with _clean_usage_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Those of a command, too."""
+        """Run the command; its usage errors are cleaned as well.
+
+        Returns:
+            The command's result.
+        """
         with _clean_usage_errors():
             return super().invoke(ctx)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """The first word is a command, an option of the group, or one of `generate`, which may be left out."""
+        """Complete the first word: a command, an option of the group, or an option of `generate`.
+
+        Returns:
+            The candidates.
+        """
         command = self.commands["generate"]
         return [
             *super().shell_complete(ctx, incomplete),
@@ -89,11 +107,15 @@ class GenerateByDefault(TyperGroup):
         ]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line is the one of `generate`."""
+        """Use the usage line of `generate`.
+
+        Returns:
+            The pieces of the line.
+        """
         return self.commands["generate"].collect_usage_pieces(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """One page for all: the options of `generate` stand with the group's own."""
+        """Show one page for everything: the options of `generate` together with those of the group."""
         page = copy.copy(self)
         page.params = [*self.commands["generate"].params, *self.params]
         super(GenerateByDefault, page).format_help(ctx, formatter)
@@ -111,7 +133,11 @@ def _clean_usage_errors() -> Iterator[None]:
 
 
 def application() -> typer.Typer:
-    """The command as a typer application; plain text wherever it does not write to a terminal."""
+    """Build the command as a typer application. Its help is plain text unless both outputs are terminals.
+
+    Returns:
+        The application.
+    """
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
     codes = "\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
     app = typer.Typer(
@@ -119,7 +145,7 @@ def application() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich" if terminal else None,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog=("" if terminal else "\b\n") + f"Exit codes, of several pictures the highest:\n{codes}",
+        epilog=("" if terminal else "\b\n") + f"Exit codes, of several images the highest:\n{codes}",
     )
     app.callback(invoke_without_command=True)(_common)
     app.command("generate")(generate)
@@ -132,19 +158,23 @@ def application() -> typer.Typer:
 
 
 def main() -> int:
-    """Run the command with the arguments of this process, which typer ends; 2 where there is no typer."""
+    """Run the command with the arguments of this process.
+
+    Returns:
+        2 if typer is missing; otherwise typer ends the process.
+    """
     if typer is None:
         print_stderr(TYPER_MISSING)
         return 2
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a path may hold bytes or letters that the stream's encoding does not have
+        if hasattr(stream, "reconfigure"):  # a path may have bytes or characters that the stream's encoding lacks
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
     application()(prog_name="cogview")
     return 0
 
 
 def _common(*, version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
-    """Make pictures with Zhipu's CogView. The key is read from ZHIPUAI_API_KEY or ZAI_API_KEY."""
+    """Generate images with Zhipu's CogView. The key is read from ZHIPUAI_API_KEY or ZAI_API_KEY."""
     if version:
         from importlib.metadata import version as installed  # noqa: PLC0415
 
@@ -153,31 +183,39 @@ def _common(*, version: Annotated[bool, typer.Option("--version", help="Show the
 
 def generate(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What the picture shows; - reads the standard input.")
+        str, typer.Argument(metavar="PROMPT", help="Description of the image; - reads the standard input.")
     ],
     *,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="File (replaced if there), folder, or - for the standard output."),
+        typer.Option("-o", "--output", help="File (replaced if it exists), folder, or - for the standard output."),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="As 1024x1024, 16:9, square, portrait, landscape.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="For example 1024x1024, 16:9, square, portrait or landscape.")
+    ] = None,
     quality: Annotated[str | None, typer.Option(help="standard or hd.")] = None,
     model: Annotated[str, typer.Option(help="One of the provider's image models.")] = DEFAULT_MODEL,
-    n: Annotated[int, typer.Option("--n", help="How many pictures (a.png, a-2.png, ...), each at its price.")] = 1,
+    n: Annotated[int, typer.Option("--n", help="Number of images (a.png, a-2.png, ...), each at full price.")] = 1,
     user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
-    region: Annotated[str | None, typer.Option(help="china or international. Default: as the key that is set.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one picture in all.")] = 120.0,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="A placeholder, offline: no key, no cost.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the whole result as JSON, not just the path.")] = False,
+    region: Annotated[
+        str | None, typer.Option(help="china or international. Default: the region of the key that is set.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
+    timeout: Annotated[float, typer.Option(help="Total time limit for one image, in seconds.")] = 120.0,
+    sandbox: Annotated[
+        bool, typer.Option("--sandbox", help="Generate a placeholder offline: no key, no cost.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write the whole result as JSON instead of the path.")
+    ] = False,
     show: Annotated[
-        bool, typer.Option("--show/--no-show", help="Show it on a terminal that can (kitty, iTerm2).")
+        bool, typer.Option("--show/--no-show", help="Show the image in the terminal (kitty, iTerm2).")
     ] = True,
-    open_saved: Annotated[bool, typer.Option("--open", help="Open the saved file with the system's viewer.")] = False,
+    open_saved: Annotated[bool, typer.Option("--open", help="Open the saved file in the system's viewer.")] = False,
 ) -> None:
-    """Make a picture. The word generate can be left out, unless the prompt is the word generate, schema, batch or doctor."""
+    """Generate an image. The word generate may be omitted, unless the prompt is generate, schema, batch or doctor."""
     if base_url is not None and (sandbox or not base_url.strip()):
-        raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+        raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if output == "-":
         _check_bytes_can_be_written(alone=n == 1 and not as_json and not open_saved)
     overrides = {"size": size, "quality": quality, "user_id": user_id, "region": region}
@@ -187,13 +225,13 @@ def generate(
     try:
         text = prompt if prompt != "-" else sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
     except UnicodeDecodeError:
-        raise typer.BadParameter("The prompt on the standard input is not text in UTF-8.") from None
+        raise typer.BadParameter("The prompt on the standard input is not valid UTF-8.") from None
     display = _Display(show=show and not as_json, open_saved=open_saved, as_json=as_json)
     run_command(lambda: _generate(text, output, settings, display))
 
 
-def schema(model: Annotated[str, typer.Option(help="The model that the tool would use.")] = DEFAULT_MODEL) -> None:
-    """Write the tool's JSON schema, as an LLM gets it. Needs no key."""
+def schema(model: Annotated[str, typer.Option(help="The model that the tool uses.")] = DEFAULT_MODEL) -> None:
+    """Write the tool's JSON schema, as a chat model receives it. Needs no key."""
     run_command(lambda: _schema(model))
 
 
@@ -207,21 +245,21 @@ def _schema(model: str) -> int:
 
 def check(
     *,
-    region: Annotated[str | None, typer.Option(help="china or international. Default: as the key that is set.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's.")] = None,
-    sandbox: Annotated[
-        bool, typer.Option("--sandbox", help="Look at the sandbox instead: no key, no network.")
-    ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Ask nobody: versions and settings only.")] = False,
+    region: Annotated[
+        str | None, typer.Option(help="china or international. Default: the region of the key that is set.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Check the sandbox instead: no key, no network.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Send nothing: check versions and settings only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")] = False,
 ) -> None:
-    """Check versions, settings, network and key. Makes no picture and costs nothing.
+    """Check versions, settings, network and key. Generates no image and costs nothing.
 
-    Of the key it shows where it comes from and the last four characters. It asks no host but the API's, and that for something
-    that must be refused.
+    Shows where the key comes from and its last four characters. Contacts only the API's host, with a request that the API must
+    refuse.
     """
     if base_url is not None and (sandbox or not base_url.strip()):
-        raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+        raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if region not in {None, "china", "international"}:
         raise typer.BadParameter("--region is china or international.")
     run_command(lambda: _check(region, "sandbox:" if sandbox else base_url, offline=offline, as_json=as_json))
@@ -238,7 +276,7 @@ def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: 
 
 
 class _Display(NamedTuple):
-    """What is done with a picture besides saving it."""
+    """What happens to an image besides saving it."""
 
     show: bool
     open_saved: bool
@@ -247,9 +285,11 @@ class _Display(NamedTuple):
 
 def _check_bytes_can_be_written(*, alone: bool) -> None:
     if not alone:
-        raise typer.BadParameter("-o - writes the bytes of one picture: leave --n, --json and --open out.")
+        raise typer.BadParameter(
+            "-o - writes the bytes of one image and cannot be combined with --n, --json or --open."
+        )
     if sys.stdout is None or sys.stdout.isatty():
-        raise typer.BadParameter("-o - writes the picture's bytes, which no terminal shows: pipe them, or name a file.")
+        raise typer.BadParameter("-o - writes binary data, which a terminal cannot show: pipe it, or name a file.")
 
 
 def _generate(prompt: str, output: str | None, settings: dict[str, Any], display: _Display) -> int:
@@ -266,20 +306,20 @@ def _generate(prompt: str, output: str | None, settings: dict[str, Any], display
         path = None if written else _save(image, number, target, codes)
         images.append(image.model_copy(update={"path": path}))
         if path and output == "-":
-            print_stderr("" if any(codes) else f"The picture was made and is kept in {path}")
+            print_stderr("" if any(codes) else f"The image was generated and saved as {path}")
             codes.append(6)
         elif path and not display.as_json:
             codes.append(_show_path(image, path, show=display.show))
         if path and display.open_saved and (problem := open_file(path)):
             print_stderr(f"Warning: {path} could not be opened: {problem}.")
         print_stderr(*(f"Content filter: {entry}" for entry in image.content_filter))
-    known = model_warning(result.model)  # told when the generator was made
+    known = model_warning(result.model)  # already reported when the generator was created
     print_stderr(*(f"Warning: {item}" for item in result.warnings if item != known))
-    print_stderr("Sandbox: this is a placeholder, not a real picture." if result.sandbox else "")
+    print_stderr("Sandbox: this is a placeholder, not a real image." if result.sandbox else "")
     for failure in result.failures:
-        which, kind = f"Picture {failure.index + 1} of {generator.n}", error_class(failure.error)
+        which, kind = f"Image {failure.index + 1} of {generator.n}", error_class(failure.error)
         hint = hint_of(kind, failure.hint)
-        print_stderr(f"Error: {which} was not made. {failure.message} {hint} Request id: {failure.request_id}")
+        print_stderr(f"Error: {which} was not generated. {failure.message} {hint} Request id: {failure.request_id}")
         codes.append(exit_code(kind))
     if display.as_json:
         codes.append(print_stdout(json_text(result.model_copy(update={"images": tuple(images)}).to_artifact())))
@@ -292,7 +332,7 @@ def _write_bytes(image: GeneratedImage) -> bool:
 
 
 def _show_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
-    """Write the path, and before it the picture, as far as the terminal behind the standard output can show them."""
+    """Return the exit code of writing the path, after the image if the terminal can show it."""
     terminal = detect_terminal(os.environ, is_terminal=shows_on_terminal())
     content = image.local_bytes() if show and image.width and image.height else None
     sequence = ""
@@ -303,10 +343,17 @@ def _show_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
 
 
 def _target(output: str | None) -> Path | None:
-    """Where the picture will be; what cannot work is found before anything is paid."""
+    """Determine where the image is saved, and check that before anything is paid for.
+
+    Returns:
+        The file or folder; None for the current folder.
+
+    Raises:
+        CogViewConfigurationError: The image cannot be saved there.
+    """
     from langchain_cogview.errors import CogViewConfigurationError  # noqa: PLC0415
 
-    problem = "it is no name of a file" if output == "" else ""
+    problem = "it is not a file name" if output == "" else ""
     try:
         target = Path(output or "").expanduser()
         if output and output.endswith("/"):
@@ -322,14 +369,14 @@ def _target(output: str | None) -> Path | None:
         problem = getattr(error, "strerror", None) or str(error).rstrip(".")
     if problem:
         raise CogViewConfigurationError(
-            f"The picture cannot be written to {output or 'the current folder'}: {problem}.",
-            hint="Nothing was sent. Choose another place with -o.",
+            f"The image cannot be written to {output or 'the current folder'}: {problem}.",
+            hint="Nothing was sent. Choose another file or folder with -o.",
         )
     return target if output else None
 
 
 def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[int]) -> Path | None:
-    """The file that holds the picture: the target, else one in the current folder, else in the temporary one."""
+    """Return the file with the image: the target, else in the current folder, else in the temporary directory, else None."""
     from langchain_cogview.errors import CogViewStorageError  # noqa: PLC0415
     from langchain_cogview.images.formats import EXTENSIONS  # noqa: PLC0415
 
@@ -344,13 +391,15 @@ def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[i
             print_stderr(f"Error: {getattr(error, 'message', error)}")
             continue
         if place is not target:
-            print_stderr(f"The picture was made and is kept in {path}")
+            print_stderr(f"The image was generated and saved as {path}")
             codes.append(6)
         elif path.suffix.lower().replace(".jpeg", ".jpg") != EXTENSIONS[image.mime_type or ""]:
-            print_stderr(f"Warning: {path} holds a picture of type {image.mime_type}, whatever its ending says.")
+            print_stderr(
+                f"Warning: {path} holds an image of type {image.mime_type}, which does not match its extension."
+            )
         return path
     print_stderr(
-        f"The picture was made, but no file holds it. Its link (until {image.expires_at or 'unknown'}): {image.url}"
+        f"The image was generated, but could not be saved. Its URL (until {image.expires_at or 'unknown'}): {image.url}"
     )
     codes.append(6)
     return None

@@ -1,4 +1,4 @@
-"""`cogview batch`: a file of prompts into a folder of pictures."""
+"""`cogview batch`: a file of prompts into a folder of images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROMPT_CHARACTERS: Final = 60
 
 
 class Format(StrEnum):
-    """How prompts stand in a file."""
+    """Format of a file of prompts."""
 
     TXT = "txt"
     CSV = "csv"
@@ -37,21 +37,25 @@ class Format(StrEnum):
 
 def batch(
     prompts: Annotated[
-        str, typer.Argument(metavar="FILE", help="Prompts: .txt (one a line), .csv, .tsv, .jsonl; - reads the input.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="Prompts: .txt (one per line), .csv, .tsv, .jsonl; - reads the standard input."
+        ),
     ],
     *,
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder for pictures, manifest and contact sheet.")],
-    form: Annotated[Format | None, typer.Option("--format", help="Default: as the file's ending says.")] = None,
-    size: Annotated[str | None, typer.Option(help="Where a line says none: as 1024x1024, 16:9, square.")] = None,
-    quality: Annotated[str | None, typer.Option(help="Where a line says none: standard or hd.")] = None,
-    model: Annotated[str, typer.Option(help="Where a line says none.")] = DEFAULT_MODEL,
-    n: Annotated[int, typer.Option("--n", help="Pictures for each prompt that says no number.")] = 1,
-    user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=0, help="Generate at most so many of the prompts that are left.")
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for images, manifest and contact sheet.")],
+    form: Annotated[Format | None, typer.Option("--format", help="Default: taken from the file's extension.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="For lines without a size: for example 1024x1024, 16:9 or square.")
     ] = None,
+    quality: Annotated[str | None, typer.Option(help="For lines without a quality: standard or hd.")] = None,
+    model: Annotated[str, typer.Option(help="For lines without a model.")] = DEFAULT_MODEL,
+    n: Annotated[int, typer.Option("--n", help="Images per prompt, for lines without a number.")] = 1,
+    user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="Maximum number of remaining prompts to generate.")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Stop before list prices pass it: all runs in the folder, in the key's currency.")
+        str | None,
+        typer.Option(help="Stop before list prices exceed this; all runs in the folder count, in the key's currency."),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Generate again what failed or was blocked.")
@@ -62,29 +66,31 @@ def batch(
     unique: Annotated[bool, typer.Option("--unique", help="Generate equal lines only once.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip lines that are not valid.")] = False,
     into_existing: Annotated[
-        bool, typer.Option("--into-existing", help="Begin the job in a folder with other files; none is written over.")
+        bool, typer.Option("--into-existing", help="Begin the job in a folder with other files; none is overwritten.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count, price and check; send and write nothing. Needs no key.")
+        bool, typer.Option("--dry-run", help="Check, count and price; send and write nothing. Needs no key.")
     ] = False,
-    region: Annotated[str | None, typer.Option(help="china or international. Default: as the key that is set.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one picture in all.")] = 120.0,
+    region: Annotated[
+        str | None, typer.Option(help="china or international. Default: the region of the key that is set.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
+    timeout: Annotated[float, typer.Option(help="Total time limit for one image, in seconds.")] = 120.0,
     max_concurrency: Annotated[
         int | None, typer.Option(help="Requests in flight at once. Default: the model's usual limit.")
     ] = None,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="Placeholders, offline: no key, no cost.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar, on a terminal either.")] = False,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Generate placeholders offline: no key, no cost.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the summary, or the plan, as JSON.")] = False,
 ) -> None:
-    """Make a picture of each prompt in a file. Run again after whatever ended it, it goes on and pays for nothing twice.
+    """Generate the images of each prompt in a file. Run again after an interruption, it continues and pays for nothing twice.
 
     The folder gets a manifest (JSON lines) and a contact sheet (index.html), whose path is written to the standard output.
-    """
+    """  # noqa: DOC501  the help shows this text
     if base_url is not None and (sandbox or not base_url.strip()):
-        raise typer.BadParameter("--base-url needs a URL, and does not go with --sandbox.")
+        raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if Path(output).is_file():
-        raise typer.BadParameter(f"--output is the folder of the job; {printable(output)} is a file.")
+        raise typer.BadParameter(f"--output must be the folder of the job; {printable(output)} is a file.")
     overrides: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
     overrides |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
     settings = {name: value for name, value in overrides.items() if value is not None}
@@ -101,7 +107,7 @@ def batch(
 def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip_bad: bool) -> int:
     from langchain_cogview.jobs import plan_job  # noqa: PLC0415
 
-    # Nothing is sent, so any key will do; the one that is set still tells the region.
+    # Nothing is sent, so any key is accepted; the key that is set still determines the region.
     plan = plan_job(prompts, output, **job, api_key="dry-run")
     code = 2 if plan.problems and not skip_bad else 0
     return max(code, print_stdout(json_text(plan.to_dict()) if as_json else with_cli_options(str(plan))))
@@ -131,20 +137,20 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
 
 
 def _failure_lines(report: JobReport) -> Iterator[str]:
-    """The prompts that were blocked or failed, a line each, the first twenty."""
+    """Yield one line for each of the first twenty prompts that were blocked or failed."""
     lines = (line for line in report.items() if line["failures"])
     for line in nsmallest(_SHOWN, lines, key=lambda line: int(line["line"])):
         prompt = " ".join(line["arguments"]["prompt"].split())
         prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[: _PROMPT_CHARACTERS - 1]}…"
-        yield f"Line {line['line']} was not made: {prompt!r}. {printable(line['failures'][0]['message'], 500)}"
+        yield f"Line {line['line']} was not generated: {prompt!r}. {printable(line['failures'][0]['message'], 500)}"
     more = report.blocked + report.failed - _SHOWN
     if more > 0:
-        yield f"{more:,} more were not made; the manifest says why."
+        yield f"{more:,} more were not generated; the manifest says why."
 
 
 @contextmanager
 def _graceful_signals(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let what was paid for end, and the second one ends the block at once."""
+    """Within this block, the first Ctrl-C or SIGTERM lets requests in flight finish, and the second ends the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -153,8 +159,10 @@ def _graceful_signals(stop: threading.Event) -> Iterator[None]:
         if stop.is_set():
             signal.default_int_handler(number, frame)
         stop.set()
-        # Not by the stream: the signal may have come while it was writing.
-        os.write(2, b"\nWaiting for what is under way; once more leaves it, and it may have been charged.\n")
+        # Not through the stream: the signal may interrupt a write to it.
+        os.write(
+            2, b"\nWaiting for requests in flight. Press Ctrl-C again to leave them; they may have been charged.\n"
+        )
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,10 +1,9 @@
-"""`cogview doctor`: what stands between this machine and a picture: versions, settings, the way to the API, and the key.
+"""The findings of `cogview doctor`: versions, settings, the connection to the API, and the key.
 
-Only the API's own host is asked, by the same connections, proxies and certificates as a picture would be. The probe is one
-POST that the service has to refuse for two reasons, so that neither alone has to hold: it names a model that does not
-exist, and it has no prompt. The refusal tells that the key is good: one for the key itself (401, codes 1000 to 1005) comes
-in place of one for the request (1210 to 1215). That the key is judged first is how the service was seen to behave, and is
-documented nowhere.
+Only the API's own host is contacted, through the same connections, proxies and certificates as for an image. The probe is one
+POST that the service must refuse for two independent reasons: it names a model that does not exist, and it has no prompt. The
+refusal shows whether the key is accepted: an error about the key (401, codes 1000 to 1005) takes precedence over one about the
+request (1210 to 1215). That order was observed, and is not documented by the provider.
 """
 
 from __future__ import annotations
@@ -74,13 +73,13 @@ EXTRAS: Final = {
     "storage": ("fsspec", "s3fs"),
 }
 PROBE: Final = {"model": "cogview-doctor-probe"}
-"""The body of the probe: no such model, and no prompt."""
+"""Body of the probe: a model that does not exist, and no prompt."""
 STEP_SECONDS: Final = 5.0
-_KEY_SHOWN_FROM: Final = 16  # characters; of a shorter one, four would be much
+_KEY_SHOWN_FROM: Final = 16  # characters; four characters of a shorter key would reveal too much
 _UNUSED_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "ZAI_BASE_URL", "ZHIPUAI_API_BASE")
 _SKEW_SECONDS: Final = 60
 _KEY_IS_GOOD: Final = {"1210", "1211", "1212", "1213", "1214", "1215", "1231", "1261"}
-_STEPS: Final = (  # the end of httpcore's event, and what it is called here
+_STEPS: Final = (  # suffix of httpcore's event name, and the name of the finding
     ("connect_tcp", "connect"),
     ("start_tls", "TLS"),
     ("receive_response_headers", "HTTP answer"),
@@ -90,15 +89,15 @@ State = Literal["ok", "note", "failed", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What it is.
-        state: `note` is worth a look but stops nothing; `skipped` was not looked at.
+        name: Name of the check.
+        state: `ok`; `note` for a remark that prevents nothing; `failed`; `skipped` if it was not checked.
         text: What was found.
-        hint: What to do; empty where there is nothing to do.
-        seconds: How long it took; None where that says nothing.
-        error: Name of the `CogViewError` class that a picture would fail with here; tells the exit code.
+        hint: What to do; empty if there is nothing to do.
+        seconds: Duration in seconds; None if it has no meaning.
+        error: Name of the `CogViewError` class with which a request would fail; determines the exit code.
     """
 
     name: str
@@ -115,20 +114,27 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings, in the order of the way to a picture. As text it is a Markdown list for a bug report.
+    """All findings, in the order of a request. `str(diagnosis)` is a Markdown list for a bug report.
 
-    Holds no key (but its last four characters), no password of a proxy, and no home directory.
+    It contains no key except the last four characters, no password of a proxy, and no home directory.
+
+    Attributes:
+        findings: The results of all checks.
     """
 
     findings: tuple[Finding, ...]
 
     @property
     def first_failed(self) -> Finding | None:
-        """The one to mend first; None where all is well."""
+        """The finding to fix first; None if nothing failed."""
         return next((item for item in self.findings if item.state == "failed"), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert the diagnosis to plain JSON.
+
+        Returns:
+            `ok` and the list of findings.
+        """
         return {"ok": self.first_failed is None, "findings": [asdict(item) for item in self.findings]}
 
     def __str__(self) -> str:
@@ -136,12 +142,15 @@ class Diagnosis:
 
 
 def diagnose(*, base_url: str | None = None, region: Region | None = None, offline: bool = False) -> Diagnosis:
-    """Look at everything that a picture needs, without making one.
+    """Check everything that an image needs, without generating one.
 
     Args:
         base_url: As for `CogViewImageGenerator`.
-        region: The same.
-        offline: Ask nobody; settings and folders only.
+        region: As for `CogViewImageGenerator`.
+        offline: Send nothing; check settings and folders only.
+
+    Returns:
+        The findings.
     """
     home = str(Path.home())
     return Diagnosis(
@@ -164,13 +173,13 @@ def _findings(base_url: str | None, region: Region | None, *, offline: bool) -> 
     if service is None:
         return
     if is_sandbox(service.base_url):
-        yield Finding("network", "skipped", "The sandbox is in this process; there is no network in between.")
+        yield Finding("network", "skipped", "The sandbox runs in this process, without a network.")
         yield from probe(service, [])
         return
     ready = [*_proxy(service.url), *_certificates(service.url)]
     yield from ready
     if offline:
-        yield Finding("network", "skipped", "Nothing was asked, as told (offline).")
+        yield Finding("network", "skipped", "Nothing was sent (offline).")
     elif not any(item.state == "failed" for item in ready):
         yield from network(service)
 
@@ -197,7 +206,7 @@ def _failed(name: str, error: CogViewError, **more: Any) -> Finding:
 
 
 def _service(base_url: str | None, region: Region | None) -> tuple[Target | None, list[Finding]]:
-    """Where a picture would be asked for and with what key; None where that cannot be known."""
+    """Return the API and its key, or None if they cannot be determined, with the findings about them."""
     configured = environment(BASE_URL_VARIABLE) if base_url is None else base_url
     source = "as given" if base_url is not None else f"set by {BASE_URL_VARIABLE}" if configured else "the region's"
     try:
@@ -208,7 +217,7 @@ def _service(base_url: str | None, region: Region | None) -> tuple[Target | None
         return None, [_failed("base URL", error, seconds=None)]
     findings = [Finding("region", "ok", f"{found}."), Finding("base URL", "ok", f"{address} ({source}).")]
     if is_sandbox(address):
-        return Target(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs none.")]
+        return Target(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs no key.")]
     key = None
     try:
         key = resolve_key(None, found)
@@ -230,7 +239,7 @@ def _end_of(key: SecretStr) -> str:
 def _unused_variables() -> Finding | None:
     names = [name for name in _UNUSED_VARIABLES if environment(name)]
     text = f"This package does not read {', '.join(names)}."
-    hint = "Its own are SSL_CERT_FILE and SSL_CERT_DIR, and COGVIEW_BASE_URL."
+    hint = "It reads SSL_CERT_FILE, SSL_CERT_DIR and COGVIEW_BASE_URL."
     return Finding("other settings", "note", text, hint) if names else None
 
 
@@ -238,10 +247,10 @@ def _folder() -> Finding:
     try:
         folder = Path.cwd()
         with tempfile.TemporaryFile(dir=folder):
-            return Finding("current folder", "ok", f"{folder} can be written to.")
+            return Finding("current folder", "ok", f"{folder} is writable.")
     except OSError as error:
-        text = f"It cannot be written to ({error.strerror})."
-        return Finding("current folder", "note", text, "Choose another place for pictures: -o FILE, or output_dir=.")
+        text = f"The current folder is not writable ({error.strerror})."
+        return Finding("current folder", "note", text, "Choose another folder for images: -o FILE, or output_dir=.")
 
 
 def _proxy(url: httpx.URL) -> Iterator[Finding]:
@@ -276,7 +285,7 @@ def _certificates(url: httpx.URL) -> Iterator[Finding]:
     missing = [name for name, place in settings.items() if not os.access(place, os.R_OK)]
     text = ", ".join(f"{name}={place}" for name, place in settings.items()) or "the built-in ones"
     if missing:
-        yield Finding("certificates", "note", f"{text}.", f"{missing[0]} names nothing that can be read.")
+        yield Finding("certificates", "note", f"{text}.", f"{missing[0]} does not name a readable file or folder.")
     else:
         yield Finding("certificates", "ok", f"{text}.")
 
@@ -285,11 +294,11 @@ def _certificates(url: httpx.URL) -> Iterator[Finding]:
 
 
 class Target(NamedTuple):
-    """Where a picture would be asked for, and with what key.
+    """The API and the key to use.
 
     Attributes:
         base_url: In normal form.
-        key: None where there is none that could be used.
+        key: None if there is no usable key.
     """
 
     base_url: str
@@ -297,19 +306,26 @@ class Target(NamedTuple):
 
     @property
     def url(self) -> httpx.URL:
-        """The base URL that requests are made with."""
+        """The base URL that requests are sent to."""
         return httpx.URL(SANDBOX_ENDPOINT if is_sandbox(self.base_url) else self.base_url)
 
 
 def network(service: Target) -> Iterator[Finding]:
-    """Look the host up, connect to it, and ask it what it must refuse; each step within 5 s."""
+    """Look up the host, connect to it, and send a request that it must refuse; each phase has a limit of 5 s.
+
+    Args:
+        service: The API and its key.
+
+    Yields:
+        The findings.
+    """
     url, proxy = service.url, proxy_for(service.url)
     first = httpx.URL(proxy) if proxy else url
     begun = time.monotonic()
     try:
         addresses = resolve(first.host, first.port or 443, None, Deadline(STEP_SECONDS))
     except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-        hint = "Check the network's name service, the base URL and the proxy settings."
+        hint = "Check the DNS settings, the base URL and the proxy settings."
         kind = CogViewConnectionError.__name__
         yield Finding("look-up", "failed", printable(str(error)), hint, time.monotonic() - begun, kind)
         return
@@ -323,7 +339,14 @@ def network(service: Target) -> Iterator[Finding]:
 
 @dataclass(slots=True)
 class _ProbeTrace:
-    """Listens to one request on its way, as httpcore's trace and the reply tell it."""
+    """Observes one request, through httpcore's trace and the reply.
+
+    Attributes:
+        steps: Findings about the phases of the request.
+        proxied: Whether a proxy is used.
+        begun: When each phase started, on the monotonic clock, in seconds.
+        date: The `Date` header of the reply.
+    """
 
     steps: list[Finding]
     proxied: bool
@@ -331,7 +354,7 @@ class _ProbeTrace:
     date: str | None = None
 
     def prepare(self, request: httpx.Request, *, has_key: bool) -> None:
-        """Take times for each step, and take the header for a key that is not there away."""
+        """Trace the request, limit each phase, and remove the header if there is no key."""
         trace = request.extensions["trace"]
 
         def on_trace(event: str, info: dict[str, Any]) -> None:
@@ -347,7 +370,7 @@ class _ProbeTrace:
         name, _, end = event.rpartition(".")
         step = next((shown for traced, shown in _STEPS if name.endswith(traced)), None)
         if name.endswith("send_request_headers") and getattr(info.get("request"), "method", b"CONNECT") != b"CONNECT":
-            self.begun["HTTP answer"] = time.monotonic()  # of the API, not of a proxy
+            self.begun["HTTP answer"] = time.monotonic()  # the API's answer, not a proxy's
         if step is None or (step == "HTTP answer" and step not in self.begun):
             return
         if end == "started" and step != "HTTP answer":
@@ -368,7 +391,15 @@ class _ProbeTrace:
 
 
 def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
-    """Ask for what must be refused, and judge by the refusal. Adds the steps of the way to `steps`."""
+    """Send a request that must be refused, and judge the refusal.
+
+    Args:
+        service: The API and its key.
+        steps: Findings about the phases of the request are added here.
+
+    Yields:
+        The findings about the clock and the key.
+    """
     trace = _ProbeTrace(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
     send = sender(service.base_url)
 
@@ -402,7 +433,7 @@ def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
 
 
 def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterator[Finding]:
-    """The host gave no answer. What a picture's error says of charges does not hold for the probe."""
+    """Yield what failed without an answer. What an image's error says about charges does not apply to the probe."""
     detail = f" ({error.detail})" if error.detail else ""
     sent = error.may_have_been_charged
     message = "The probe got no answer, or a broken one." if sent else error.message
@@ -416,20 +447,20 @@ def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterat
 
 def _judge_refusal(refusal: CogViewError | None, has_key: bool, took: float) -> Finding:  # noqa: FBT001
     if refusal is None:
-        text = "The service answered the probe, which it has to refuse, with a picture: it is not the provider's API."
+        text = "The service answered the probe, which it must refuse, with an image: this is not the provider's API."
         return Finding("probe", "failed", text, "Check the base URL.", took, CogViewMalformedReplyError.__name__)
     said = ", ".join(filter(None, (refusal.code and f"code {refusal.code}", f"HTTP {refusal.status}")))
     if refusal.code in _KEY_IS_GOOD and isinstance(refusal, CogViewInvalidRequestError | CogViewNotFoundError):
         if not has_key:
-            return Finding("probe", "skipped", f"The API answers ({said}); there is no key to judge.", seconds=took)
-        text = f"The key is accepted: the request itself was refused, as it must be ({said}). No picture was made."
+            return Finding("probe", "skipped", f"The API answers ({said}); there is no key to check.", seconds=took)
+        text = f"The key is accepted; the request itself was refused, as expected ({said}). No image was generated."
         return Finding("probe", "ok", text, seconds=took)
     if not has_key and isinstance(refusal, CogViewAuthenticationError):
         return Finding("probe", "skipped", f"The API answers ({said}) and asks for a key.", seconds=took)
     if refusal.may_have_been_charged or (isinstance(refusal, CogViewInvalidRequestError) and refusal.code is None):
         busy = (refusal.status or 0) >= 500  # noqa: PLR2004
         text = f"The host answers, but not as the API does ({said})."
-        hint = "Try again later." if busy else "Check the base URL: another service, or a login page, may stand there."
+        hint = "Try again later." if busy else "Check the base URL: it may belong to another service or a login page."
         kind = CogViewServerError if busy else CogViewConfigurationError
         return Finding("probe", "failed", text, hint, took, kind.__name__)
     return Finding("probe", "failed", f"{refusal.message} ({said})", refusal.hint, took, type(refusal).__name__)
@@ -443,8 +474,8 @@ def _clock(date: str | None) -> Iterator[Finding]:
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     skew = round((datetime.now(UTC) - moment).total_seconds())
     if abs(skew) <= _SKEW_SECONDS:
-        yield Finding("clock", "ok", "It agrees with the API's to the minute.")
+        yield Finding("clock", "ok", "The clock agrees with the API's within a minute.")
     else:
         ahead = "ahead of" if skew > 0 else "behind"
-        hint = "Set it right: certificates and the ends of links are judged by it."
-        yield Finding("clock", "note", f"It is {abs(skew):,} s {ahead} the API's.", hint)
+        hint = "Set the clock: certificates and link expiry depend on it."
+        yield Finding("clock", "note", f"The clock is {abs(skew):,} s {ahead} the API's.", hint)

@@ -1,8 +1,8 @@
-"""How the `cogview` command talks: exit codes, the two outputs, Python's words in a shell's, and pictures on a terminal.
+"""Output of the `cogview` command: exit codes, standard output and error output, and images in a terminal.
 
-Terminals that can show pictures are told by their environment: kitty's graphics protocol (kitty, Ghostty), iTerm2's inline
-images (iTerm2, WezTerm) and OSC 8 links. What goes into a sequence is base64, numbers, or a percent-encoded URL: no foreign
-text can end it.
+The environment tells whether a terminal can show images: kitty's graphics protocol (kitty, Ghostty), iTerm2's inline images
+(iTerm2, WezTerm) and OSC 8 links. Escape sequences contain only base64, numbers and percent-encoded URLs, so untrusted text
+cannot end them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 EXIT_CODES: Final = {
-    0: "made",
+    0: "generated",
     1: "another failure",
-    2: "wrong usage or settings: not made",
+    2: "wrong usage or settings: nothing generated",
     3: "blocked by the content filter",
     4: "key, permission or balance",
     5: "limit, busy, network or time: not charged, try later",
-    6: "made, but not saved where asked: the error output says where it is",
-    7: "outcome unknown: a picture may have been made and charged",
+    6: "generated, but not saved where asked: the error output says where it is",
+    7: "outcome unknown: an image may have been generated and charged",
     130: "interrupted",
 }
 _CODES_OF_SCOPES: Final = {
@@ -70,10 +70,10 @@ _VIEWER_SECONDS: Final = 2.0
 
 
 def exit_code(kind: type[BaseException] | None) -> int:
-    """The exit code of an error.
+    """Determine the exit code of an error.
 
     Args:
-        kind: The error's class; None for one that is not known here.
+        kind: The error's class; None for an unknown class.
 
     Returns:
         A key of `EXIT_CODES`.
@@ -88,28 +88,28 @@ def exit_code(kind: type[BaseException] | None) -> int:
 
 
 def hint_of(kind: type[BaseException] | None, hint: str) -> str:
-    """What to do about an error, without Python's arguments.
+    """Choose what to do about an error, in terms of the command's options.
 
     Args:
-        kind: The error's class; None for one that is not known here.
+        kind: The error's class; None for an unknown class.
         hint: The error's own hint.
 
     Returns:
-        A hint that names the command's options, where there is one for the class; else `hint`.
+        A hint for the class that names the command's options if there is one; else `hint`.
     """
     from langchain_cogview import errors  # noqa: PLC0415
 
     hints: dict[type[BaseException], str] = {
-        errors.CogViewRateLimitError: "Try again later, with fewer pictures at once (--n); the console shows the limit.",
+        errors.CogViewRateLimitError: "Try again later, with fewer images at once (--n); the provider's console shows the limit.",
         errors.CogViewBusyError: "Try again in a few minutes.",
         errors.CogViewTimeoutError: "Raise --timeout (seconds), or try again later.",
-        errors.CogViewOutcomeUnknownError: "Look in the provider's console before you run it again: that can pay twice.",
+        errors.CogViewOutcomeUnknownError: "Check the provider's console before you run it again: that can pay twice.",
     }
     return next((hints[item] for item in getattr(kind, "__mro__", ()) if item in hints), hint)
 
 
 class _LogHandler(logging.Handler):
-    """Writes what the package logs as a line of the command."""
+    """Writes the package's log records to the error output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, without its traceback."""
@@ -130,7 +130,14 @@ def _logs_on_stderr() -> Iterator[None]:
 
 
 def run_command(work: Callable[[], int]) -> NoReturn:
-    """End a command with the exit code of its work, or of the error that it raised, which is told."""
+    """Run a command, and exit with its exit code or that of the error that it raised, which is reported.
+
+    Args:
+        work: The command; returns its exit code.
+
+    Raises:
+        Exit: Always; ends the process with the exit code.
+    """
     import typer  # noqa: PLC0415  so that a command can say what to install where it is missing
     from pydantic import ValidationError  # noqa: PLC0415
 
@@ -159,25 +166,39 @@ def run_command(work: Callable[[], int]) -> NoReturn:
 
 
 def shows_on_terminal() -> bool:
-    """Whether the standard output is a terminal."""
+    """Check where the standard output goes.
+
+    Returns:
+        Whether it is a terminal.
+    """
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def json_text(value: Any) -> str:
-    """JSON that the standard output can take; for a terminal in printable ASCII."""
+    """Format a value as JSON for the standard output.
+
+    Args:
+        value: Plain JSON values.
+
+    Returns:
+        The text; in printable ASCII if it goes to a terminal.
+    """
     terminal = shows_on_terminal()
     ascii_only = terminal or not sys.stdout or sys.stdout.encoding.lower() != "utf-8"
     text = json.dumps(value, indent=2, ensure_ascii=ascii_only)
     text = text.replace("\x7f", "\\u007f") if terminal else text
-    return text.encode("utf-8", "backslashreplace").decode()  # a path's byte that is no letter: JSON writes it alike
+    return text.encode("utf-8", "backslashreplace").decode()  # undecodable bytes of a path, in JSON's own notation
 
 
 def print_stdout(text: str, *, sequences: bool = False) -> int:
-    """Write to the standard output; 1 where nobody takes it.
+    """Write a text to the standard output.
 
     Args:
-        text: On a terminal, what is not printable in it is replaced. Elsewhere a program reads it as it is.
-        sequences: It holds escape sequences of ours, and is clean otherwise.
+        text: Characters that are not printable are replaced if it goes to a terminal, and unchanged for another program.
+        sequences: The text contains escape sequences of ours, and is clean otherwise.
+
+    Returns:
+        The exit code: 0, or 1 if the output cannot be written.
     """
     text = text if sequences or not shows_on_terminal() else visible(text)
     try:
@@ -186,13 +207,20 @@ def print_stdout(text: str, *, sequences: bool = False) -> int:
             sys.stdout.flush()
     except OSError as error:
         _drop_output()
-        print_stderr(f"Error: The standard output cannot be written ({error.strerror}). It would have been:", text)
+        print_stderr(f"Error: The standard output cannot be written ({error.strerror}). The output is:", text)
         return 1
     return 0
 
 
 def write_stdout(content: bytes) -> bool:
-    """Write bytes to the standard output; False where it did not take them all, which is told."""
+    """Write bytes to the standard output.
+
+    Args:
+        content: The bytes.
+
+    Returns:
+        False if they could not all be written, which is reported.
+    """
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)
@@ -205,12 +233,16 @@ def write_stdout(content: bytes) -> bool:
 
 
 def _drop_output() -> None:
-    # What is left in the buffer would fail again when Python ends.
+    # The rest of the buffer would fail again when Python exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_stderr(*lines: str | None) -> None:
-    """Write lines to the error output, in a shell's words where they name Python's arguments."""
+    """Write lines to the error output, with options of the command in place of Python's arguments.
+
+    Args:
+        *lines: Empty lines and None are skipped.
+    """
     for line in filter(None, lines if sys.stderr else ()):
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{visible(with_cli_options(line))}\n")
@@ -218,26 +250,33 @@ def print_stderr(*lines: str | None) -> None:
 
 
 def with_cli_options(text: str) -> str:
-    """A text with a shell's options in place of Python's arguments."""
+    """Replace Python's arguments in a text by the options of the command.
+
+    Args:
+        text: A message of the library.
+
+    Returns:
+        The message for a user of the command.
+    """
     for python, shell in _CLI_OPTIONS:
         text = text.replace(python, shell)
     return text
 
 
-# --- pictures and links on a terminal
+# --- images and links on a terminal
 
 
 class Terminal(StrEnum):
-    """What a terminal can show, beginning with the least."""
+    """What a terminal can show, in ascending order."""
 
     PLAIN = "plain"
-    """Text alone: a pipe, a file, a dumb terminal."""
+    """Text only: a pipe, a file, or a dumb terminal."""
     LINK = "link"
-    """Links (OSC 8); terminals that do not know them show their text."""
+    """Links (OSC 8); terminals without support show the text."""
     ITERM2 = "iterm2"
-    """Links, and pictures by iTerm2's protocol."""
+    """Links, and images in iTerm2's protocol."""
     KITTY = "kitty"
-    """Links, and pictures by kitty's protocol."""
+    """Links, and images in kitty's protocol."""
 
 
 _PROGRAMS: Final = {
@@ -249,24 +288,27 @@ _PROGRAMS: Final = {
 
 
 def detect_terminal(environment: Mapping[str, str], *, is_terminal: bool) -> Terminal:
-    """What the terminal behind the standard output can show.
+    """Determine what the terminal behind the standard output can show.
 
-    Nothing is asked of the terminal itself: its answer would come on the standard input, which may be the prompt.
+    The terminal itself is not queried: its answer would arrive on the standard input, which may be the prompt.
 
     Args:
-        environment: The variables of the process.
-        is_terminal: Whether the standard output is one.
+        environment: Environment variables of the process.
+        is_terminal: Whether the standard output is a terminal.
+
+    Returns:
+        What it can show.
     """
     term = environment.get("TERM", "")
     if not is_terminal or term in {"", "dumb", "linux"} or environment.get("STY"):  # STY: inside GNU screen
         return Terminal.PLAIN
     if environment.get("TMUX") or term.startswith(("screen", "tmux")):
-        # It passes links on, or drops them; the pictures it would have to be told of, and it would lose their place.
+        # tmux and screen pass links on or drop them, but lose the position of images.
         return Terminal.LINK
     if term in {"xterm-kitty", "xterm-ghostty"}:
         return Terminal.KITTY
     program = environment.get("TERM_PROGRAM")
-    if program:  # says more than the variables below, which a terminal inherits from the one it was started in
+    if program:  # more reliable than the variables below, which are inherited from another terminal
         return _PROGRAMS.get(program, Terminal.LINK)
     if environment.get("KITTY_WINDOW_ID"):
         return Terminal.KITTY
@@ -274,16 +316,16 @@ def detect_terminal(environment: Mapping[str, str], *, is_terminal: bool) -> Ter
 
 
 def inline_image(terminal: Terminal, content: bytes, size: tuple[int, int], terminal_size: tuple[int, int]) -> str:
-    """The text that shows a picture, with the line's end behind it.
+    """Encode an image for a terminal.
 
     Args:
-        terminal: From `terminal_of`.
-        content: A whole PNG, JPEG or WebP. kitty takes PNG alone; the others need Pillow there.
-        size: Width and height of the picture, in pixels.
+        terminal: From `detect_terminal`.
+        content: A whole PNG, JPEG or WebP file. kitty shows PNG only; the other formats need Pillow there.
+        size: Width and height of the image, in pixels.
         terminal_size: Columns and rows of the terminal.
 
     Returns:
-        Empty where it cannot be shown.
+        The escape sequences and a line break; empty if the image cannot be shown.
     """
     if terminal in {Terminal.PLAIN, Terminal.LINK} or len(content) > _MAX_SHOWN_BYTES:
         return ""
@@ -294,7 +336,7 @@ def inline_image(terminal: Terminal, content: bytes, size: tuple[int, int], term
     png = _as_png(content)
     encoded = base64.b64encode(png).decode()
     chunks = [encoded[start : start + _KITTY_CHUNK] for start in range(0, len(encoded), _KITTY_CHUNK)]
-    # q=2: the terminal answers nothing, which would be read as the user's next command.
+    # q=2: the terminal must not answer, because the shell would read the answer as input.
     heads = [f"a=T,f=100,q=2,c={columns},", *[""] * (len(chunks) - 1)]
     pieces = [
         f"\x1b_G{head}m={int(chunk is not chunks[-1])};{chunk}\x1b\\"
@@ -304,7 +346,7 @@ def inline_image(terminal: Terminal, content: bytes, size: tuple[int, int], term
 
 
 def _columns(size: tuple[int, int], terminal_size: tuple[int, int]) -> int:
-    """Columns for a picture that leaves a few rows of the terminal free; a cell is twice as high as it is wide."""
+    """Return the width in columns that leaves a few rows free; a cell is twice as high as it is wide."""
     width, height = size
     by_height = 2 * max(terminal_size[1] - 4, 4) * width // max(height, 1)
     return max(1, min(_WIDEST, terminal_size[0], by_height))
@@ -319,29 +361,37 @@ def _as_png(content: bytes) -> bytes:
         out = io.BytesIO()
         decoded(content).save(out, "PNG", compress_level=1)
         return out.getvalue()
-    except Exception:  # noqa: BLE001  no Pillow, or a picture that it does not read: the link stands in
+    except Exception:  # noqa: BLE001  no Pillow, or an image that it does not read: the link stands in
         return b""
 
 
 def path_link(terminal: Terminal, path: Path) -> str:
-    """A path as the terminal shows it: a link to the file where it can, its plain text where it cannot.
+    """Format a path for a terminal.
 
-    In a link, characters of a file's name that are not printable are shown as question marks.
+    Args:
+        terminal: From `detect_terminal`.
+        path: The file.
+
+    Returns:
+        A link to the file if the terminal shows links, with question marks for characters that are not printable; else the path.
     """
     if terminal is Terminal.PLAIN:
         return str(path)
     shown = visible(str(path)).replace("\n", "?")
-    # With the host, so that a terminal on another one does not take it for a file of its own.
+    # With the host name, so that a terminal on another host does not open a local file.
     host = quote(socket.gethostname(), safe="")
     url = path.absolute().as_uri().replace("file://", f"file://{host}", 1)
     return f"\x1b]8;;{url}\x1b\\{shown}\x1b]8;;\x1b\\"
 
 
 def open_file(path: Path) -> str | None:
-    """Open a file with the system's viewer, and do not wait for it to be closed.
+    """Open a file with the system's viewer, without waiting for the viewer to be closed.
+
+    Args:
+        path: The file.
 
     Returns:
-        Why it could not be opened; None where nothing speaks against it.
+        Why it could not be opened; None if no problem was seen.
     """
     name = str(path.absolute())
     if sys.platform == "win32":
@@ -357,7 +407,7 @@ def open_file(path: Path) -> str | None:
     try:
         viewer = subprocess.Popen([command, name], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)  # noqa: S603
         code = viewer.wait(_VIEWER_SECONDS)
-    except subprocess.TimeoutExpired:  # it is the viewer itself, which stays
+    except subprocess.TimeoutExpired:  # the command is the viewer itself, which keeps running
         return None
     except OSError as error:
         return error.strerror or type(error).__name__

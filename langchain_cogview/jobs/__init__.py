@@ -1,7 +1,9 @@
-"""Many pictures as a job: a file of prompts, a folder with a manifest, and no picture paid twice however often it is killed.
+"""Generate many images as a job: from a file of prompts into a folder with a manifest.
 
->>> report = run_job("prompts.txt", "pictures", base_url="sandbox:")    # doctest: +SKIP
->>> print(report)                                                       # doctest: +SKIP
+No image is paid for twice, however often the job is killed and run again.
+
+>>> report = run_job("prompts.txt", "images", base_url="sandbox:")    # doctest: +SKIP
+>>> print(report)                                                     # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -71,43 +73,43 @@ def run_job(
     into_existing: bool = False,
     **settings: Any,
 ) -> JobReport:
-    """Draw every prompt of a file into a folder, each once, over as many runs as it takes.
+    """Generate the images of every prompt in a file, each once, over as many runs as it takes.
 
-    The folder's manifest has a line for each finished prompt, and a line was written before each paid request. Run again
-    after whatever ended it, the job goes on: what is in the manifest is skipped, a picture that was saved or is being made
-    at the service is entered without paying, and a request of which nothing tells what became of it is listed. Lines are
-    known by their arguments, so that the file may grow or be sorted anew.
+    The folder's manifest has a line for each finished prompt, and a line is written before each paid request. When the job
+    is run again, it continues: prompts in the manifest are skipped, images that were saved or are in progress at the service
+    are added without paying, and requests whose outcome is unknown are listed. Lines are identified by their arguments, so the
+    file may grow or be sorted differently.
 
     Args:
-        prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or texts and dicts of arguments.
-        output_dir: A local folder, made when missing; one job at a time writes to it. A symbolic link is resolved once, at the
-            start. A folder that holds something else than a job is refused.
-        generator: Makes the pictures; its `output_dir` is replaced. None: one is made of `settings`.
-        limit: Draw at most so many prompts; None: all.
-        budget: Stop before a picture whose list price would pass it, in the platform's currency; counts all runs in this
-            folder, what may have been charged, and sandbox pictures alike. None: no limit.
-        retry_failed: Draw again what failed or was blocked.
-        retry_unknown: Draw again what may have been charged, and tasks that do not end within the generator's `timeout`: that
-            can pay twice.
-        unique: Draw lines that say the same once, not each.
-        skip_bad: Skip lines that are not valid, in place of refusing all.
-        format: Of the file: `txt`, `csv`, `tsv` or `jsonl`. None: as its ending says.
-        progress: Show a bar. None: where somebody sees it.
-        config: LangChain's, for every call.
-        on_plan: Called with what will be done, before anything is sent; what it raises ends the job.
-        stop: Once it is set, nothing more is sent; what is under way ends, and the report tells what is left.
-        into_existing: Begin a job in a folder that holds other files. The job adds its files, and writes over none.
+        prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or strings and dicts of arguments.
+        output_dir: A local folder, created if it is missing; only one job at a time writes to it. A symbolic link is resolved
+            once, at the start. A folder that has other files than a job's is refused.
+        generator: Generates the images; its `output_dir` is replaced. None: one is created from `settings`.
+        limit: Maximum number of prompts to generate; None: no limit.
+        budget: Stop before an image whose list price would exceed this amount, in the currency of the generator's region. It
+            counts all runs in this folder, requests that may have been charged, and images of the sandbox. None: no limit.
+        retry_failed: Generate again what failed or was blocked.
+        retry_unknown: Generate again what may have been charged, and tasks that do not end within the generator's `timeout`.
+            This can pay twice.
+        unique: Generate equal lines only once.
+        skip_bad: Skip lines that are not valid instead of refusing all lines.
+        format: Format of the file: `txt`, `csv`, `tsv` or `jsonl`. None: taken from the file's extension.
+        progress: Show a progress bar. None: only in a terminal or a notebook.
+        config: The `RunnableConfig` of every call.
+        on_plan: Called with the plan before anything is sent; an exception that it raises ends the job.
+        stop: Once it is set, nothing more is sent; requests in flight finish, and the report says what is left.
+        into_existing: Begin a job in a folder that has other files. The job adds its files and overwrites none.
         **settings: Arguments of `CogViewImageGenerator`.
 
     Returns:
-        What it came to. An error that would befall every prompt (key, balance) stops the job and is `report.stopped`, and so
-        do five prompts in a row that did not run (no network, service overloaded); a blocked or failed prompt is counted,
-        and the others go on. What did not run is left for the next run.
+        What the run did. An error that every prompt would have (key, balance) stops the job and is `report.stopped`; so do five
+        prompts in a row whose requests did not run (no network, service overloaded). Blocked and failed prompts are counted, and
+        the job continues. Requests that did not run are left for the next run.
 
     Raises:
-        CogViewInvalidRequestError: A line is not valid, and `skip_bad` is not set; its notes say which.
+        CogViewInvalidRequestError: A line is not valid, and `skip_bad` is not set; the notes name the lines.
         CogViewConfigurationError: A setting or the file is wrong, the folder's job was begun with other arguments, its manifest
-            is damaged, another job is writing to it, or it holds something else than a job. Nothing was sent.
+            is damaged, another job is writing to it, or it has other files than a job's. Nothing was sent.
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
     try:
@@ -163,10 +165,35 @@ async def arun_job(
     into_existing: bool = False,
     **settings: Any,
 ) -> JobReport:
-    """Draw every prompt of a file into a folder. The twin of `run_job`.
+    """Async version of `run_job`.
 
-    Files are read and written in threads. The line before a paid request, and that of a task's id, are on the disk before the
-    next step is taken.
+    Files are read and written in threads. The records of a paid request and of a task's id are durable before the job continues.
+
+    Args:
+        prompts: As for `run_job`.
+        output_dir: As for `run_job`.
+        generator: As for `run_job`.
+        limit: As for `run_job`.
+        budget: As for `run_job`.
+        retry_failed: As for `run_job`.
+        retry_unknown: As for `run_job`.
+        unique: As for `run_job`.
+        skip_bad: As for `run_job`.
+        format: As for `run_job`.
+        progress: As for `run_job`.
+        config: As for `run_job`.
+        on_plan: As for `run_job`.
+        stop: As for `run_job`.
+        into_existing: As for `run_job`.
+        **settings: As for `run_job`.
+
+    Returns:
+        What the run did.
+
+    Raises:
+        CogViewInvalidRequestError: As for `run_job`.
+        CogViewConfigurationError: As for `run_job`.
+        CogViewStorageError: As for `run_job`.
     """
     try:
         job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
@@ -217,12 +244,28 @@ def plan_job(
     into_existing: bool = False,
     **settings: Any,
 ) -> JobPlan:
-    """What `run_job` would do with the same arguments: sends nothing, and changes no file.
+    """Determine what `run_job` would do with the same arguments. Sends nothing, and changes no file.
 
     Lines that are not valid are reported in the plan, not raised.
 
+    Args:
+        prompts: As for `run_job`.
+        output_dir: As for `run_job`.
+        generator: As for `run_job`.
+        limit: As for `run_job`.
+        budget: As for `run_job`.
+        retry_failed: As for `run_job`.
+        retry_unknown: As for `run_job`.
+        unique: As for `run_job`.
+        format: As for `run_job`.
+        into_existing: As for `run_job`.
+        **settings: As for `run_job`.
+
+    Returns:
+        The plan.
+
     Raises:
-        CogViewConfigurationError: As `run_job`.
+        CogViewConfigurationError: As for `run_job`.
     """
     try:
         job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
@@ -242,11 +285,11 @@ def plan_job(
 
 
 class _Job:
-    """A job's prompts, folder and generator; the steps that both twins share."""
+    """A job's prompts, folder and generator, and what the sync and the async version share."""
 
     plan: JobPlan
     ready_and_running: tuple[int, int]
-    """Pictures that need not be drawn: those in the folder, and those under way at the service."""
+    """Images that are not paid for again: those in the folder, and those in progress at the service."""
 
     def __init__(
         self,
@@ -268,10 +311,13 @@ class _Job:
         self.max_workers = max(self.generator.max_workers(model) for model in models)
 
     def was_begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
-        """Whether the folder's job was begun before.
+        """Check whether the folder's job was begun before.
+
+        Returns:
+            False if there is no job in the folder yet.
 
         Raises:
-            CogViewConfigurationError: It is another job's, or none's.
+            CogViewConfigurationError: The folder's job has other arguments, or the folder has other files.
         """
         settings = read_settings(folder)
         if settings is None:
@@ -281,7 +327,7 @@ class _Job:
         return settings is not None
 
     def budget(self, backlog: Backlog, amount: Any) -> Budget:
-        """What may be spent, and what is spent of it."""
+        """Return the budget, after subtracting what is spent."""
         budget = job_budget(self.generator, amount, (item.model for item in self.prompts.items))
         for model in backlog.spent_models():
             budget.commit(price_of(self.generator, model))
@@ -298,12 +344,22 @@ class _Job:
         skip_bad: bool,
         into_existing: bool,
     ) -> Iterator[JobRun]:
-        """The job with its folder locked and what is free in it entered."""
+        """Lock the folder, and add what is recovered in it to the manifest.
+
+        Yields:
+            The run.
+
+        Raises:
+            CogViewConfigurationError: As for `run_job`.
+            KeyboardInterrupt: With a note on how to continue.
+        """
         if limit is not None and (not isinstance(limit, int) or limit < 0):
-            raise CogViewConfigurationError(f"limit is a number of prompts, 0 or more, not {limit!r:.40}.", hint="")
+            raise CogViewConfigurationError(
+                f"limit must be a number of prompts, 0 or more, not {limit!r:.40}.", hint=""
+            )
         if not skip_bad:
             self.prompts.refuse_problems()
-        job_budget(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is made
+        job_budget(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is created
         with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
             folder.lock()
             begun = self.was_begun(folder, into_existing=into_existing)
@@ -336,10 +392,10 @@ class _Job:
                 raise
 
     def _fit_open_files(self) -> None:
-        """Have no more in flight than the process may open files for.
+        """Reduce the number of workers to what the process may open files for.
 
         Raises:
-            CogViewConfigurationError: That is none.
+            CogViewConfigurationError: The process cannot open enough files for one image.
         """
         spare = spare_descriptors()
         if spare is None or spare >= self.max_workers * FILES_PER_IMAGE:
@@ -347,16 +403,16 @@ class _Job:
         self.max_workers = spare // FILES_PER_IMAGE
         if not self.max_workers:
             raise CogViewConfigurationError(
-                f"This process may open only {spare} further files, and an image takes {FILES_PER_IMAGE}; nothing was sent.",
+                f"This process can open only {spare} more files, and an image needs {FILES_PER_IMAGE}; nothing was sent.",
                 hint="Raise the limit (ulimit -n), or close files.",
             )
-        note = f"At most {count_text(self.max_workers, 'prompt')} at a time: this process may open only {spare} further files."
+        note = f"At most {count_text(self.max_workers, 'prompt')} at a time: this process can open only {spare} more files."
         self.plan = replace(self.plan, notes=(*self.plan.notes, note))
 
     @contextmanager
     def with_progress(self, progress: bool | None, config: RunnableConfig | None) -> Iterator[RunnableConfig]:  # noqa: FBT001
-        """The config of every call: with a bar over all of them."""
-        # A run id names one run, and these are many.
+        """Yield the config of every call, with one progress bar over all of them."""
+        # A run id belongs to one run, and this is many runs.
         options = {name: value for name, value in ensure_config(config).items() if name != "run_id"}
         if progress is False:
             yield options  # type: ignore[misc]
@@ -373,7 +429,7 @@ class _Job:
 def _run_all(results: Any) -> None:
     with contextlib.closing(results):
         for _, result in results:
-            if isinstance(result, Exception):  # the tasks raise nothing of their own accord
+            if isinstance(result, Exception):  # only an error of the job itself
                 raise result
 
 
@@ -388,13 +444,15 @@ def _local(output_dir: str | Path) -> Path:
     text = str(output_dir)
     if "://" in text or "\0" in text or not text.strip():
         raise CogViewConfigurationError(
-            f"A job's folder is a local one, not {printable(text, 120)!r}.",
-            hint="Its manifest is appended to, which no other storage does; copy the folder when the job has ended.",
+            f"A job's folder must be a local folder, not {printable(text, 120)!r}.",
+            hint="The manifest is appended to, which other storage cannot do; copy the folder when the job has ended.",
         )
     try:
         return Path(output_dir).expanduser().resolve()
     except (OSError, RuntimeError) as error:
-        raise CogViewConfigurationError(f"The folder cannot be found: {error}.", hint="Name another.") from None
+        raise CogViewConfigurationError(
+            f"The folder cannot be found: {error}.", hint="Choose another folder."
+        ) from None
 
 
 def _generator(given: CogViewImageGenerator | None, settings: dict[str, Any], folder: Path) -> CogViewImageGenerator:
@@ -404,7 +462,7 @@ def _generator(given: CogViewImageGenerator | None, settings: dict[str, Any], fo
         return CogViewImageGenerator(**settings, output_dir=folder)
     if settings:
         raise CogViewConfigurationError(
-            f"The setting {next(iter(settings))!r} does not go with a generator, which has its own.",
+            f"The setting {next(iter(settings))!r} cannot be combined with a generator, which has its own settings.",
             hint="Set it on the generator.",
         )
     return given.model_copy(update={"output_dir": folder, "download": True, "storage_options": None})

@@ -1,10 +1,10 @@
-"""A job's folder: locked by its descriptor, and written only through files that a job made.
+"""A job's folder: locked through its descriptor, and written only through files that a job created.
 
-Every file is opened relative to the folder's descriptor where the system can do that, and never through a symbolic link. The
-folder stays the same one when somebody renames it, and a job notices before it pays.
+Where the system allows it, each file is opened relative to the folder's descriptor, and never through a symbolic link. The
+descriptor still names the same folder after a rename, and a job checks the path again before each paid request.
 """
 
-# ruff: noqa: PTH105, PTH116, PTH208  pathlib knows no descriptors
+# ruff: noqa: PTH105, PTH116, PTH208  pathlib cannot open relative to a descriptor
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOCK: Final = ".lock"
 MAX_RECORD: Final = 16 << 20
-"""Bytes of one line; a longer one was not written by a job."""
+"""Maximum length of a line, in bytes; a job never writes a longer one."""
 _LEFTOVER: Final = re.compile(r"\.lock|\.(?:job\.json|manifest\.jsonl)\.part|\.cogview-[0-9a-f]+\.part|\.DS_Store")
 _HAS_DESCRIPTORS: Final = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY")
 _FLAGS: Final = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
@@ -35,14 +35,14 @@ _START: Final = b'{"key":"'
 
 
 class JobFolder:
-    """A folder that is read, and after `lock` also written, by one job. It is a context manager.
+    """A folder that one job reads and, after `lock`, also writes. It is a context manager.
 
     Args:
-        path: Absolute. A symbolic link was resolved before: the job belongs to the folder that it leads to.
-        create: Make the folder where it is missing. Without it, a missing folder is one without files.
+        path: Absolute path. The caller resolves symbolic links before: the job belongs to the folder that they lead to.
+        create: Create the folder if it is missing. Otherwise a missing folder is treated as an empty one.
 
     Raises:
-        CogViewStorageError: It cannot be made or opened.
+        CogViewStorageError: The folder cannot be created or opened.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
@@ -67,15 +67,15 @@ class JobFolder:
     # --- one job at a time
 
     def lock(self) -> None:
-        """Keep other jobs out until `close`, or until the process ends, however it ends.
+        """Keep other jobs out until `close`, or until the process ends for any reason.
 
         Raises:
             CogViewConfigurationError: Another job is writing to the folder.
-            CogViewStorageError: It cannot be locked.
+            CogViewStorageError: The folder cannot be locked.
         """
         try:
             if self._descriptor is None or not _locked(self._descriptor):
-                # Windows, and file systems over a network that lock only files that are open for writing.
+                # Windows, and network file systems that lock only files that are open for writing.
                 self._lock = self.open(LOCK, os.O_RDWR | os.O_CREAT)
                 if not _locked(self._lock):
                     raise write_error(self.path, OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
@@ -83,12 +83,12 @@ class JobFolder:
             if isinstance(error, PermissionError) or error.errno in _BUSY:
                 raise CogViewConfigurationError(
                     f"Another job is writing to {printable(str(self.path), 120)}; nothing was sent.",
-                    hint="Wait until it has ended, or choose another folder.",
+                    hint="Wait until it ends, or choose another folder.",
                 ) from None
             raise write_error(self.path, error) from None
 
     def check(self) -> None:
-        """See that the path still leads to this folder: images are saved by their path.
+        """Check that the path still leads to this folder, because images are saved by path.
 
         Raises:
             CogViewStorageError: The folder was moved, replaced or deleted.
@@ -102,11 +102,11 @@ class JobFolder:
         if not same:
             raise CogViewStorageError(
                 f"The folder {printable(str(self.path), 120)} was moved, replaced or deleted while the job ran.",
-                hint="Put it back where it was, then run the job again.",
+                hint="Move it back, then run the job again.",
             )
 
     def close(self) -> None:
-        """Let the next job in."""
+        """Release the lock and close the folder."""
         for descriptor in (self._lock, self._descriptor):
             if descriptor is not None:
                 os.close(descriptor)
@@ -121,7 +121,11 @@ class JobFolder:
     # --- files
 
     def names(self) -> set[str]:
-        """Names of all files and folders in it, without those that a job may leave behind when it is killed early."""
+        """Return all names in the folder, except those that a killed job may leave behind.
+
+        Raises:
+            CogViewStorageError: The folder cannot be read.
+        """
         if self._identity is None:
             return set()
         try:
@@ -131,17 +135,20 @@ class JobFolder:
         return {name for name in names if not _LEFTOVER.fullmatch(name)}
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
-        """Open a regular file; a symbolic link is not followed, and a pipe is not waited for.
+        """Open a regular file. A symbolic link is not followed, and opening a named pipe does not block.
 
         A file that has a second name (a hard link) is not opened for writing.
 
         Args:
-            name: In the folder.
+            name: Name of the file in the folder.
             flags: As for `os.open`.
 
+        Returns:
+            The file descriptor.
+
         Raises:
-            CogViewConfigurationError: It is no regular file.
-            OSError: As the system says, such as `FileNotFoundError`.
+            CogViewConfigurationError: The name does not belong to a regular file.
+            OSError: The system's error, such as `FileNotFoundError`.
         """
         if self._identity is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -150,7 +157,7 @@ class JobFolder:
                 raise self._foreign(name)
             descriptor = os.open(*self._at(name), flags | _FLAGS, 0o666, **self._relative())
         except OSError as error:
-            # ELOOP: a symbolic link. ENXIO: a pipe that nobody reads, or a socket. EISDIR: a folder.
+            # ELOOP: a symbolic link. ENXIO: a pipe without a reader, or a socket. EISDIR: a folder.
             if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
                 raise self._foreign(name) from None
             raise
@@ -162,11 +169,11 @@ class JobFolder:
         return descriptor
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """The first `limit` bytes of a regular file; None where there is no such file.
+        """Return the first `limit` bytes of a regular file; None if there is no such file.
 
         Raises:
-            CogViewConfigurationError: It is no regular file.
-            CogViewStorageError: It cannot be read.
+            CogViewConfigurationError: The name does not belong to a regular file.
+            CogViewStorageError: The file cannot be read.
         """
         try:
             with os.fdopen(self.open(name), "rb") as file:
@@ -177,17 +184,17 @@ class JobFolder:
             raise read_error(self.path / name, error) from None
 
     def is_file(self, name: str, descriptor: int) -> bool:
-        """Whether a name still belongs to an open file."""
+        """Return whether a name still belongs to an open file."""
         try:
             return _identity(self._stat(name)) == _identity(os.fstat(descriptor))
         except OSError:
             return False
 
     def replace(self, name: str, content: Iterable[bytes]) -> None:
-        """Put a file in place of the one of that name, whole or not at all, and durable.
+        """Replace a file atomically and durably, or create it.
 
         Raises:
-            OSError: As the system says; the file is as it was.
+            OSError: The system's error; the old file is unchanged.
         """
         part = self._new_file(content)
         try:
@@ -198,17 +205,17 @@ class JobFolder:
         self.sync()
 
     def add(self, names: Iterable[str], content: bytes) -> str:
-        """Write a file that was not there, whole or not at all, and durable.
+        """Write a new file durably; it appears whole or not at all.
 
         Args:
-            names: Tried in this order; one that is taken is left as it is.
-            content: Of the file.
+            names: Names to try, in this order; a file that exists is never overwritten.
+            content: Content of the file.
 
         Returns:
-            The name that it got.
+            The name that was used.
 
         Raises:
-            OSError: As the system says, and `FileExistsError` where all names are taken.
+            OSError: The system's error; `FileExistsError` if all names are in use.
         """
         part = self._new_file([content])
         try:
@@ -222,7 +229,7 @@ class JobFolder:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def sync(self, name: str | None = None) -> None:
-        """See that the names in the folder, and the bytes of a file, survive a power cut, where the system knows how."""
+        """Make the names in the folder durable, and the bytes of one file, as far as the system allows it."""
         if name is not None:
             descriptor = self.open(name)
             try:
@@ -278,7 +285,11 @@ class JobFolder:
 
 
 class DamagedRecordError(ValueError):
-    """A line is not one of its file; the message says why. `incomplete`: its JSON may go on behind it."""
+    """A line is not a valid record of its file; the message says why.
+
+    Attributes:
+        incomplete: Whether the line may be the beginning of a longer JSON text.
+    """
 
     def __init__(self, message: str, *, incomplete: bool = False) -> None:
         super().__init__(message)
@@ -286,14 +297,20 @@ class DamagedRecordError(ValueError):
 
 
 class RecordPosition(Protocol):
-    """What knows where its line is: at which byte it begins, and how many bytes it has."""
+    """Position of a line in its file: the byte at which it begins, and its length in bytes."""
 
     start: int
     size: int
 
 
 class StoredRecord(NamedTuple):
-    """One line: where it begins, how many bytes it has, and what it says."""
+    """One line of a file of records.
+
+    Attributes:
+        start: The byte at which the line begins.
+        size: Length of the line, in bytes.
+        values: The checked content of the line.
+    """
 
     start: int
     size: int
@@ -301,17 +318,17 @@ class StoredRecord(NamedTuple):
 
 
 class RecordFile:
-    """A file of JSON lines to which whole lines are appended, each durable before `append` returns. Safe for threads.
+    """A file of JSON lines that is only appended to. Each line is durable before `append` returns. Safe for threads.
 
     Args:
-        folder: Of the job.
+        folder: The job's folder.
         name: `manifest.jsonl` or `attempts.jsonl`.
-        parse: Checks a line and returns what it says; raises `DamagedError` for one that is not of this file.
-        writable: Make the file where it is missing, and append to it. Without it, a missing file is one without lines.
+        parse: Checks a line and returns its content; raises `DamagedRecordError` for a line that does not belong to this file.
+        writable: Create the file if it is missing, and allow appending. Otherwise a missing file is treated as an empty one.
 
     Raises:
-        CogViewConfigurationError: It is no regular file.
-        CogViewStorageError: It cannot be opened.
+        CogViewConfigurationError: The name does not belong to a regular file.
+        CogViewStorageError: The file cannot be opened.
     """
 
     def __init__(
@@ -333,10 +350,13 @@ class RecordFile:
             raise (write_error if writable else read_error)(self.path, error) from None
 
     def records(self) -> Iterator[StoredRecord]:
-        """All lines, checked; of a last one that is cut nothing. Appending goes on behind the last whole line.
+        """Read and check all lines. An incomplete last line is ignored, and the next line is appended in its place.
+
+        Yields:
+            The records, in the order of the file.
 
         Raises:
-            CogViewConfigurationError: A line is damaged; with its number.
+            CogViewConfigurationError: A line is damaged; the message has its number.
             CogViewStorageError: The file cannot be read.
         """
         if self._descriptor < 0:
@@ -353,7 +373,7 @@ class RecordFile:
                     try:
                         values = self._parse(raw)
                     except DamagedRecordError as problem:
-                        # Only what a job begins to write is cut off: a line of its own, or the zeros of a power cut.
+                        # Only what a job writes is cut off: the beginning of a record, or the zeros that a power cut leaves.
                         began = raw[: len(_START)] == _START[: len(raw)] or not raw.strip(b"\0")
                         if torn and problem.incomplete and began:
                             break
@@ -365,7 +385,7 @@ class RecordFile:
             raise read_error(self.path, error) from None
 
     def ready(self) -> None:
-        """Cut off the torn end that `records` left out, as a process leaves it that was killed.
+        """Cut off the incomplete last line that `records` ignored, which a killed process leaves behind.
 
         Raises:
             CogViewStorageError: The file cannot be written.
@@ -375,17 +395,17 @@ class RecordFile:
             if self._end:
                 os.lseek(self._descriptor, self._end - 1, os.SEEK_SET)
                 if os.read(self._descriptor, 1) != b"\n":
-                    self._write(b"\n")  # an editor took the last line's end away
+                    self._write(b"\n")  # an editor removed the last line break
         except OSError as error:
             raise write_error(self.path, error) from None
         self._folder.sync()
 
     def read(self, start: int, size: int) -> dict[str, Any]:
-        """The line that `records` or `append` told the place of.
+        """Return the checked content of a line, whose position is from `records` or `append`.
 
         Raises:
             CogViewConfigurationError: Another program changed the file.
-            CogViewStorageError: It cannot be read.
+            CogViewStorageError: The file cannot be read.
         """
         try:
             return self._parse(self._bytes(start, size))
@@ -394,14 +414,17 @@ class RecordFile:
         except DamagedRecordError as problem:
             raise CogViewConfigurationError(
                 f"{printable(str(self.path), 120)} was changed by another program while the job ran ({problem}).",
-                hint="Put it back as it was, then run the job again.",
+                hint="Restore it, then run the job again.",
             ) from None
 
     def append(self, values: Mapping[str, Any]) -> tuple[int, int]:
-        """Write a line, and return at which byte it begins and how many bytes it has.
+        """Append a line durably, and return the byte at which it begins and its length in bytes.
+
+        Returns:
+            The position of the line.
 
         Raises:
-            CogViewStorageError: It cannot be written, or the file is no longer the one that the job opened. It is as it was.
+            CogViewStorageError: The line cannot be written, or this is not the file that the job opened. The file is unchanged.
         """
         line = record_bytes(values)
         with self._lock:
@@ -416,10 +439,10 @@ class RecordFile:
             return start, len(line)
 
     def compact(self, finished: Mapping[str, RecordPosition]) -> None:
-        """Leave only the lines of these prompts, each at its new place.
+        """Rewrite the file with the lines of these prompts only, and update their positions.
 
         Raises:
-            CogViewStorageError: It cannot be written; the file is as it was.
+            CogViewStorageError: The file cannot be written; it is unchanged.
         """
         kept = sorted(finished.values(), key=lambda item: item.start)
         try:
@@ -442,17 +465,17 @@ class RecordFile:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
                 self._descriptor = -1
 
     def check(self) -> None:
-        """See that the name of the file still leads to it.
+        """Check that the file's name still belongs to the open file.
 
         Raises:
-            CogViewStorageError: It was moved, replaced or deleted.
+            CogViewStorageError: The file was moved, replaced or deleted.
         """
         if self._descriptor < 0:
             raise CogViewStorageError(f"The job has ended; {self.path.name} is closed.", hint="")
@@ -460,7 +483,7 @@ class RecordFile:
             raise self._changed("moved, replaced or deleted")
 
     def _check_end(self) -> None:
-        """See that nobody else writes to the file."""
+        """Check that no other program wrote to the file."""
         self.check()
         if os.fstat(self._descriptor).st_size != self._end:
             raise self._changed("changed")
@@ -468,7 +491,7 @@ class RecordFile:
     def _changed(self, how: str) -> CogViewStorageError:
         return CogViewStorageError(
             f"{printable(str(self.path), 120)} was {how} by another program while the job ran.",
-            hint="Put it back as it was, then run the job again.",
+            hint="Restore it, then run the job again.",
         )
 
     def _bytes(self, start: int, size: int) -> bytes:
@@ -490,15 +513,15 @@ class RecordFile:
 
 
 def record_bytes(values: Mapping[str, Any]) -> bytes:
-    """One line. Half a character, which UTF-8 does not have, becomes JSON's escape for it."""
+    """Return one line as bytes. Unpaired surrogates, which UTF-8 cannot encode, become JSON escapes."""
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def damaged_record(path: Path, number: int, why: str) -> CogViewConfigurationError:
-    """That a line of one of the job's files is damaged."""
+    """Return the error for a damaged line in one of the job's files."""
     return CogViewConfigurationError(
         f"Line {number} of {printable(str(path), 120)} is damaged ({why}); nothing was sent.",
-        hint="Take it out, or put the file back as it was; a picture that it told of is found again by its name.",
+        hint="Delete the line, or restore the file; an image that the line names is found again by its file name.",
     )
 
 
@@ -506,7 +529,7 @@ def damaged_record(path: Path, number: int, why: str) -> CogViewConfigurationErr
 
 
 def spare_descriptors() -> int | None:
-    """How many further files this process may open now; None where that is not known, or there is no limit."""
+    """Return how many more files this process may open; None if there is no limit or it is unknown."""
     try:
         import resource  # noqa: PLC0415  not on Windows
 
@@ -518,7 +541,7 @@ def spare_descriptors() -> int | None:
 
 
 def read_error(path: Path, error: OSError) -> CogViewStorageError:
-    """That a file of the job's folder cannot be read."""
+    """Return the error for a file of the job's folder that cannot be read."""
     return CogViewStorageError(
         f"{printable(str(path), 120)} cannot be read: {error.strerror or type(error).__name__}.",
         hint="Nothing was sent.",
@@ -526,10 +549,10 @@ def read_error(path: Path, error: OSError) -> CogViewStorageError:
 
 
 def write_error(path: Path, error: OSError) -> CogViewError:
-    """That a file of the job's folder cannot be written."""
+    """Return the error for a file of the job's folder that cannot be written."""
     return CogViewStorageError(
         f"{printable(str(path), 120)} cannot be written: {error.strerror or type(error).__name__}.",
-        hint="See that the folder is writable and its disk has space left, then run the job again.",
+        hint="Check that the folder is writable and the disk has space left, then run the job again.",
     )
 
 
@@ -538,10 +561,13 @@ def _identity(facts: os.stat_result) -> tuple[int, int]:
 
 
 def _locked(descriptor: int) -> bool:
-    """Lock an open file or folder; False where this kind of file cannot be locked here.
+    """Lock an open file or folder.
+
+    Returns:
+        False if this kind of file cannot be locked on this system.
 
     Raises:
-        OSError: Another process or job holds it.
+        OSError: Another process or job holds the lock.
     """
     try:
         import fcntl  # noqa: PLC0415

@@ -1,31 +1,31 @@
-"""The records of a job in its folder: what is finished, and what was sent.
+"""The records of a job in its folder: which prompts are finished, and which requests were sent.
 
-    job.json        the arguments that hold for every prompt; it marks a folder as a job's
+    job.json        the arguments that apply to every prompt; the file marks a folder as a job's
     manifest.jsonl  one line for each finished prompt
-    attempts.jsonl  one line before each paid request: a request without an end in the manifest is not forgotten
+    attempts.jsonl  one line before each paid request, so that a request without an end in the manifest is not forgotten
 
-A line is on the disk before the next step is taken, and a file cut in the middle of its last line is read up to there. All that
-is read here may have been written by somebody else: each line is checked against its schema before anything is sent.
+Each line is durable before the job continues, and an incomplete last line is ignored. Another program may have written these
+files: each line is checked against its schema before anything is sent.
 
-A line of the manifest has
+A manifest record has these keys:
 
-key          of the prompt's arguments, and of which one it is among those that say the same
-line         its line in the file of prompts, when it was drawn
-status       made (all its pictures), blocked, failed, unknown (made in part, the rest may have been charged), or left (made
-             in part, the rest did not run: the next run draws it)
-arguments    prompt, model, size, quality, n, ... as drawn
-extra        what else its line holds; left out where that is nothing
-images       of each: file (in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
+key          identifies the prompt: a hash of its arguments, with a counter for lines that are equal
+line         its line number in the file of prompts at the time of the request
+status       made (all images), blocked, failed, unknown (some images are missing and may have been charged) or left (some images
+             are missing because their requests did not run; the next run generates them)
+arguments    prompt, model, size, quality, n, ... as sent
+extra        other columns or keys of the line; absent if there are none
+images       for each image: file (name in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
              cached, request_id, sandbox
-failures     of each picture that was not made: error, message, code, status, outcome, scope, request_id, content_filter,
-             model;             with url and expires_at where it was made, but its bytes could not be had
-given_up     requests that may have been charged besides, and were drawn anew: request_id, model
-cost         of all its images, a decimal number; null where a price is unknown
-currency     ISO code
-sandbox      whether a placeholder is among them
-request_ids  of all its requests
-seconds      from the first request to the last file
-finished     when, UTC
+failures     for each image that is missing: error, message, code, status, outcome, scope, request_id, content_filter, model; with
+             url and expires_at if the image was generated but could not be downloaded
+given_up     earlier requests that may have been charged, and whose images were generated again: request_id, model
+cost         of all its images, as a decimal number; null if a price is unknown
+currency     ISO 4217 code
+sandbox      whether an image is a placeholder of the sandbox
+request_ids  ids of all its requests
+seconds      time from the first request to the last file
+finished     time of the record, in UTC
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 MANIFEST: Final = "manifest.jsonl"
 ATTEMPTS: Final = "attempts.jsonl"
 MAX_URL: Final = 2_000
-"""Characters of a link that is told."""
+"""Maximum length of a URL in a message, in characters."""
 _MAX_AMOUNT: Final = Decimal(10) ** 12
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _IMAGE: Final = {
@@ -99,7 +99,7 @@ _Amount = Annotated[str, Field(max_length=60), AfterValidator(_amount)]
 
 
 class _Checked(BaseModel):
-    """Checks without converting; what is not named here is left as it is."""
+    """Checks without converting; other keys are left unchanged."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -195,7 +195,14 @@ class _Settled(_Checked):
 
 
 def _parsed(raw: bytes, schema: Callable[[dict[str, Any]], type[_Checked]]) -> dict[str, Any]:
-    """One line of a file of records, checked. The only parser of such a line."""
+    """Parse and check one line. The only parser of records.
+
+    Returns:
+        The content of the line.
+
+    Raises:
+        DamagedRecordError: The line is not a valid record.
+    """
     try:
         values = json.loads(raw)
     except UnicodeDecodeError:
@@ -220,30 +227,30 @@ def _attempt_schema(values: dict[str, Any]) -> type[_Checked]:
 
 
 def attempts_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
-    """The file of what was sent."""
+    """Return the open file of sent requests; `writable` creates it and allows appending."""
     return RecordFile(folder, ATTEMPTS, lambda raw: _parsed(raw, _attempt_schema), writable=writable)
 
 
 def manifest_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
-    """The file of what is finished."""
+    """Return the open file of finished prompts; `writable` creates it and allows appending."""
     return RecordFile(folder, MANIFEST, lambda raw: _parsed(raw, lambda _: ManifestRecord), writable=writable)
 
 
-# --- what the records say
+# --- the history of a folder
 
 
 @dataclass(slots=True)
 class Attempt:
-    """A paid request, noted before it was sent.
+    """A paid request, recorded before it was sent.
 
     Attributes:
-        request_id: Ours.
-        key: Of the prompt.
-        line: Its line at that time.
-        model: Which model was asked; of a task, which one took it.
-        prompt: Its beginning, in one line.
-        task_id: Of the task endpoint, once the task was accepted.
-        posts: How often it was sent though it may have been charged.
+        request_id: The request id that this client generated.
+        key: Key of the prompt.
+        line: Line number of the prompt at that time.
+        model: The model that was asked; for a task, the model that accepted it.
+        prompt: Beginning of the prompt, in one line.
+        task_id: Id at the task endpoint, once the task is accepted.
+        posts: How many of its POSTs may have been charged.
     """
 
     request_id: str
@@ -257,18 +264,18 @@ class Attempt:
 
 @dataclass(slots=True)
 class Finished:
-    """What the manifest says of one prompt, in short.
+    """Summary of the manifest record of one prompt.
 
     Attributes:
-        start: At which byte of the manifest its line begins.
-        size: How many bytes its line has.
-        line: Of the prompt, when it was drawn.
-        made: How many pictures.
-        cost: Of all its pictures, as a decimal number; None where a price is unknown, or there is no picture.
-        currency: ISO code.
-        spent: The models of the pictures that were paid, or may have been.
-        errors: Names of the errors' classes, of the pictures that were not made.
-        links: How many of those have a link from which they may still be fetched.
+        start: The byte at which its line begins in the manifest.
+        size: Length of its line, in bytes.
+        line: Line number of the prompt at the time of the request.
+        made: Number of images.
+        cost: Cost of all its images, as a decimal number; None if a price is unknown or there is no image.
+        currency: ISO 4217 code.
+        spent: The model of each image that was paid for, or may have been.
+        errors: Class name of the error of each missing image.
+        links: How many missing images have a URL from which they may still be downloaded.
     """
 
     start: int
@@ -284,14 +291,14 @@ class Finished:
 
 @dataclass(slots=True)
 class History:
-    """What a folder tells of the work so far.
+    """What the folder's records say about earlier requests.
 
     Attributes:
-        finished: By the prompt's key; of several lines the last.
-        superseded: How many lines of the manifest a later one replaces.
-        open: Requests without an end in the manifest: by the prompt's key, then by their id.
-        files: Names of the pictures in the manifest.
-        sandbox: Whether a placeholder is among them.
+        finished: Finished prompts by key; the last record of a prompt counts.
+        superseded: How many lines of the manifest are replaced by a later one.
+        open: Requests without an end in the manifest, by key of the prompt and request id.
+        files: Names of the image files in the manifest.
+        sandbox: Whether an image is a placeholder of the sandbox.
     """
 
     finished: dict[str, Finished] = field(default_factory=dict)
@@ -301,7 +308,7 @@ class History:
     sandbox: bool = False
 
     def take(self, start: int, size: int, values: Mapping[str, Any]) -> None:
-        """Note a checked line of the manifest."""
+        """Add a checked line of the manifest, which begins at byte `start` and has `size` bytes."""
         key, images, failures = values["key"], values["images"], values["failures"]
         paid = [image["model"] for image in images if not image["cached"]]
         paid += [item["model"] for item in failures if item.get("url")]
@@ -324,10 +331,10 @@ class History:
             self.settle(key, request_id)
 
     def note(self, values: Mapping[str, Any]) -> None:
-        """Note a checked line of the attempts.
+        """Add a checked line of the attempts.
 
         Raises:
-            KeyError: It is about a request that none before it names.
+            KeyError: No earlier line names the request.
         """
         key, request_id = values["key"], values["request_id"]
         if "settled" in values:
@@ -335,7 +342,7 @@ class History:
         elif "task_id" in values:
             attempt = self.open[key][request_id]
             attempt.task_id = values["task_id"]
-            attempt.model = values.get("model", attempt.model)  # a fallback model's task
+            attempt.model = values.get("model", attempt.model)  # a fallback model accepted the task
         else:
             attempt = Attempt(request_id, key, values["line"], values["model"], values["prompt"])
             before = self.open.setdefault(key, {}).get(request_id)
@@ -344,22 +351,22 @@ class History:
             self.open[key][request_id] = attempt
 
     def settle(self, key: str, request_id: str) -> None:
-        """A request has its end."""
+        """Remove a request whose end is known."""
         attempts = self.open.get(key, {})
         attempts.pop(request_id, None)
         if not attempts:
             self.open.pop(key, None)
 
     def attempts(self) -> Iterator[Attempt]:
-        """The requests without an end."""
+        """Return the requests without an end in the manifest."""
         return (attempt for attempts in self.open.values() for attempt in attempts.values())
 
 
 def read_history(attempts: RecordFile, manifest: RecordFile) -> History:
-    """What a folder tells of the work so far; changes nothing.
+    """Return what the records of a folder say, without changing them.
 
     Raises:
-        CogViewConfigurationError: A line is damaged; with its number.
+        CogViewConfigurationError: A line is damaged; the message has its number.
         CogViewStorageError: A file cannot be read.
     """
     history = History()
@@ -367,18 +374,26 @@ def read_history(attempts: RecordFile, manifest: RecordFile) -> History:
         try:
             history.note(record.values)
         except KeyError:
-            raise damaged_record(attempts.path, number, "it names a request that was never sent") from None
+            raise damaged_record(attempts.path, number, "its request has no earlier line") from None
     for record in manifest.records():
         history.take(*record)
     return history
 
 
-# --- what is written
+# --- building records
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveredImage:
-    """A picture that was paid for, is whole in the folder, and is not in the manifest."""
+    """An image that was paid for and is complete in the folder, but missing in the manifest.
+
+    Attributes:
+        attempt: The request that generated it.
+        path: The file.
+        info: Format and size of the image.
+        sha256: SHA-256 of the file's bytes, in hexadecimal.
+        size_bytes: Size of the file, in bytes.
+    """
 
     attempt: Attempt
     path: Path
@@ -388,11 +403,7 @@ class RecoveredImage:
 
 
 def kind_of(errors: Iterable[str]) -> str:
-    """What became of a prompt that was not made: `blocked` by the content filter alone, `failed`, `unknown` without errors.
-
-    Args:
-        errors: Names of the classes of its errors.
-    """
+    """Return `blocked` if all errors are content filter errors, `failed` for other errors, `unknown` if there are none."""
     kinds = [error_class(name) for name in errors]
     if not kinds:
         return "unknown"
@@ -400,23 +411,23 @@ def kind_of(errors: Iterable[str]) -> str:
 
 
 def now() -> str:
-    """The time, UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).strftime(_TIME)
 
 
 def image_record(image: GeneratedImage, path: Path) -> dict[str, Any]:
-    """A picture whose file is in the folder."""
+    """Return the record of an image whose file is in the folder."""
     values = image.model_dump(mode="json", include=_IMAGE)
     warnings = values.pop("warnings")
     return {"file": path.name, **values, **({"warnings": warnings} if warnings else {})}
 
 
 class SavedImage(NamedTuple):
-    """What became of the bytes of a picture that was made.
+    """What happened to the bytes of a generated image.
 
     Attributes:
-        entry: For the manifest; None where the bytes are elsewhere than in the folder: then its request has no end yet.
-        problem: Why they are not in the folder; its notes say where they are.
+        record: For the manifest; None if the bytes are not in the folder, so that the request has no end yet.
+        problem: Why the bytes are not in the folder; its notes say where they are.
     """
 
     record: dict[str, Any] | None
@@ -424,31 +435,37 @@ class SavedImage(NamedTuple):
 
 
 def save_image(folder: JobFolder, image: GeneratedImage) -> SavedImage:
-    """See that a picture that was made is safe: in the folder, else aside, else by its link."""
+    """Keep an image that was paid for: in the folder, otherwise in the temporary directory, otherwise by its URL.
+
+    Returns:
+        The image's record, or the problem.
+    """
     try:
         if image.path is not None and image.path.parent == folder.path and is_in_folder(folder, image.path.name):
             return SavedImage(image_record(image, image.path))
         content = _local_bytes(image)
         if content is None:
             return SavedImage(undownloaded_record(image))
-    except Exception as error:  # noqa: BLE001  told at the end; the other pictures are kept all the same
+    except Exception as error:  # noqa: BLE001  reported at the end; the other images are saved anyway
         return SavedImage(None, write_error(folder.path, error) if isinstance(error, OSError) else error)
     try:
         return SavedImage(write_image(folder, image, content))
-    except Exception as problem:  # noqa: BLE001  the same
+    except Exception as problem:  # noqa: BLE001  reported at the end
         elsewhere = _save_elsewhere(image, content)
         if elsewhere:
             problem.add_note(
-                f"A picture that was paid for is kept in {elsewhere}: move it into the folder before the next run."
+                f"An image that was paid for is kept in {elsewhere}: move it into the folder before the next run."
             )
             return SavedImage(None, problem)
         link = f"; its link is {printable(image.url, MAX_URL)}" if image.url else ""
-        problem.add_note(f"A picture that was paid for could be kept nowhere (request id {image.request_id}){link}")
+        problem.add_note(
+            f"An image that was paid for could not be saved anywhere (request id {image.request_id}){link}"
+        )
         return SavedImage(undownloaded_record(image) if image.url else None, problem)
 
 
 def is_in_folder(folder: JobFolder, name: str) -> bool:
-    """Whether a file is durable in the folder itself, and not in another one that took its path."""
+    """Return whether a file is durable in this folder, and not in another folder at the same path."""
     try:
         folder.sync(name)
     except FileNotFoundError:
@@ -458,14 +475,14 @@ def is_in_folder(folder: JobFolder, name: str) -> bool:
 
 def _local_bytes(image: GeneratedImage) -> bytes | None:
     try:
-        # Without a type it is what a gateway put into its reply in place of an image; the image's warnings say so.
+        # Without a type, the bytes are what a gateway sent in place of an image; the image's warnings say so.
         return image.local_bytes() if image.mime_type else None
     except CogViewError:
         return None
 
 
 def recovered_record(recovered: RecoveredImage, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
-    """A picture that was found in the folder."""
+    """Return the record of an image that was found in the folder; `price` is its list price."""
     image = GeneratedImage(
         id=recovered.attempt.request_id[:8],
         mime_type=recovered.info.mime_type,
@@ -483,7 +500,7 @@ def recovered_record(recovered: RecoveredImage, price: Decimal | None, *, sandbo
 
 
 def undownloaded_record(image: GeneratedImage) -> dict[str, Any]:
-    """A picture that was made and paid, but whose bytes could not be had: its link may still give them."""
+    """Return the record of an image that was paid for but not downloaded; its URL may still work."""
     return {
         "error": CogViewDownloadError.__name__,
         "message": " ".join(image.warnings) or CogViewDownloadError.default_message,
@@ -497,18 +514,18 @@ def undownloaded_record(image: GeneratedImage) -> dict[str, Any]:
 
 
 def image_with_link(record: Mapping[str, Any], prompt: str) -> GeneratedImage | None:
-    """The picture of a `lost_entry`; None of another one, and of one whose link has ended."""
+    """Return the image of a record of `undownloaded_record`; None if it has no URL, or the URL has expired."""
     if not record.get("url") or (record["expires_at"] or now()) < now():
         return None
     facts = {name: record[name] for name in _LINK if name in record}
     try:
         return GeneratedImage(id=record["request_id"][:8], prompt=prompt, **facts)
-    except ValidationError:  # a manifest that somebody else wrote
+    except ValidationError:  # another program wrote the manifest
         return None
 
 
 def failure_record(failure: ImageFailure, model: str) -> dict[str, Any]:
-    """A picture that was not made."""
+    """Return the record of an image that was not generated."""
     return {**failure.model_dump(mode="json", include=_FAILURE), "model": model}
 
 
@@ -521,7 +538,7 @@ def manifest_record(
     *,
     unknown: bool,
 ) -> dict[str, Any]:
-    """What a line says of a prompt, its requests and times apart; `unknown`: whether a request of it has no end."""
+    """Return the record of a prompt, without request ids and times; `unknown`: whether a request has no known end."""
     costs = [image["cost"] for image in images]
     made = len(images) >= item.n
     rest = kind_of(failure["error"] for failure in failures)
@@ -540,10 +557,10 @@ def manifest_record(
 
 
 def write_image(folder: JobFolder, image: GeneratedImage, content: bytes) -> dict[str, Any]:
-    """Write a picture's bytes into the folder, under the name that it has in every folder.
+    """Return the record of an image after writing it into the folder, under the name that it has in every folder.
 
     Raises:
-        CogViewStorageError: It cannot be written.
+        CogViewStorageError: The file cannot be written.
     """
     info = inspect(io.BytesIO(content))
     sha256 = hashlib.sha256(content).hexdigest()
@@ -556,7 +573,7 @@ def write_image(folder: JobFolder, image: GeneratedImage, content: bytes) -> dic
 
 
 def _save_elsewhere(image: GeneratedImage, content: bytes) -> Path | None:
-    """Where the bytes are that have no room in the folder, under the name by which the folder's next run finds them."""
+    """Return the path in the temporary directory to which the bytes were written, or None if that fails too."""
     try:
         extension = inspect(io.BytesIO(content)).extension
         names = image_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)

@@ -1,4 +1,4 @@
-"""What a job would do: its prompts beside what its folder tells, what is left of them, counted and priced."""
+"""Plan a job: compare its prompts with its folder, count what is left to do, and add up the price."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _SAME: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 
 @dataclass(frozen=True, slots=True)
 class UnknownAttempt:
-    """A paid request of which nothing tells what became of it: it may have been charged.
+    """A paid request whose outcome is unknown: it may have been charged.
 
     Attributes:
-        line: Of the prompt.
-        prompt: Its beginning, in one line.
-        request_id: Ours; quote it to the provider.
+        line: Line number of the prompt.
+        prompt: Beginning of the prompt, in one line.
+        request_id: The request id that this client generated; quote it to the provider.
     """
 
     line: int
@@ -60,24 +60,24 @@ class UnknownAttempt:
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """What a job would do. Nothing was sent or written for it.
+    """What a job would do. Nothing is sent or written to make a plan.
 
     Attributes:
-        lines: Lines with a prompt, good or not.
-        blank: Lines without anything.
-        problems: Lines that are not valid, by number.
-        duplicates: Numbers of the lines that say the same as one before them.
-        unique: Whether those are left out.
-        notes: What else to know.
-        done: Prompts whose pictures are all there.
+        lines: Number of lines with a prompt, valid or not.
+        blank: Number of blank lines.
+        problems: The lines that are not valid.
+        duplicates: Numbers of the lines that equal an earlier one.
+        unique: Whether duplicates are left out.
+        notes: Remarks for the user.
+        done: Prompts whose images are all in the folder.
         blocked: Prompts that the content filter blocked, and that are not repeated.
-        failed: Prompts that failed otherwise, and that are not repeated.
-        unknown: Requests that may have been charged; repeated only with `retry_unknown`.
-        recovered: Pictures found in the folder, or under way at the service, that the manifest does not have: free.
-        prompts: Those to be drawn now.
-        pictures: How many that makes.
-        cost: Their list price, by currency.
-        unpriced: How many of them have no known price.
+        failed: Prompts that failed for another reason, and that are not repeated.
+        unknown: Requests that may have been charged; they are repeated only with `retry_unknown`.
+        recovered: Images found in the folder or in progress at the service that the manifest does not have; they cost nothing.
+        prompts: Number of prompts to generate.
+        images: Number of images to generate.
+        cost: List price of these images, by currency.
+        unpriced: How many of these images have no known price.
     """
 
     lines: int
@@ -97,7 +97,11 @@ class JobPlan:
     unpriced: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Convert the plan to plain JSON.
+
+        Returns:
+            All attributes; amounts of money are strings.
+        """
         plain = {name: getattr(self, name) for name in self.__slots__}
         return plain | {
             "problems": [{"line": item.line, "text": item.text} for item in self.problems],
@@ -129,7 +133,11 @@ class JobPlan:
         return f"{count_text(self.images, 'image')}, {cost_text(self.cost, self.unpriced)}"
 
     def warnings(self) -> list[str]:
-        """What the sender should know before anything is sent, a line each."""
+        """List what the user should know before anything is sent.
+
+        Returns:
+            One line for each remark.
+        """
         lines = list(self.notes)
         if self.duplicates:
             shown = ", ".join(map(str, self.duplicates[:MAX_LISTED])) + (
@@ -149,18 +157,18 @@ class JobPlan:
 
 
 def unknown_dict(item: UnknownAttempt) -> dict[str, Any]:
-    """Plain JSON."""
+    """Return an attempt as plain JSON."""
     return {"line": item.line, "prompt": item.prompt, "request_id": item.request_id}
 
 
 def cost_text(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
-    """`0.06 CNY`; what has no price is told beside."""
+    """Return amounts by currency as a text such as `0.06 CNY`, and the number of images without a known price."""
     known = [money_text(amount, currency) for currency, amount in cost.items()]
     unknown = [f"{count_text(unpriced, 'image')} of unknown price"] if unpriced else []
     return " and ".join(known + unknown) or "no cost"
 
 
-# --- what is left
+# --- the backlog
 
 
 @dataclass(slots=True)
@@ -168,15 +176,15 @@ class WorkItem:
     """What is left to do for one prompt.
 
     Attributes:
-        item: The prompt.
-        finished: What the manifest says of it.
-        found: Pictures to enter into the manifest.
-        running: Requests that the service took as tasks, to be asked for.
-        unknown: Requests of which nothing is known, and those of tasks that were asked for and go on.
-        draw: How many pictures to draw.
-        repeats_unknown: Whether `unknown` is given up and drawn anew.
-        repeats_failed: Whether the failures so far are drawn anew.
-        reservation: What the budget holds for `draw`.
+        prompt: The prompt.
+        finished: Summary of its manifest record; None if there is none.
+        recovered: Images in the folder that are missing in the manifest.
+        running: Requests that are tasks of the service, and can be polled.
+        unknown: Requests whose outcome is unknown, and tasks that were polled in this run without an end.
+        missing: Number of images to generate.
+        repeats_unknown: Whether the requests in `unknown` are given up and sent again.
+        repeats_failed: Whether earlier failures are sent again.
+        reservation: The part of the budget that is reserved for the missing images.
     """
 
     prompt: PromptItem
@@ -190,7 +198,12 @@ class WorkItem:
     reservation: Reservation | None = None
 
     def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
-        """Find out how many pictures to draw."""
+        """Determine how many images to generate.
+
+        Args:
+            retry_failed: Generate again what failed or was blocked.
+            retry_unknown: Generate again what may have been charged.
+        """
         made = (self.finished.made if self.finished else 0) + len(self.recovered) + len(self.running)
         absent = max(0, self.prompt.n - made)
         failed = min(absent, len(self.finished.errors) if self.finished else 0)
@@ -200,12 +213,12 @@ class WorkItem:
 
     @property
     def made(self) -> bool:
-        """Whether all its pictures are in the manifest."""
+        """Whether all its images are in the manifest."""
         return self.finished is not None and self.finished.made >= self.prompt.n
 
     @property
     def is_free(self) -> bool:
-        """Whether something is left that costs nothing."""
+        """Whether there is work left that costs nothing."""
         return bool(self.recovered or self.running or (self.finished and self.finished.links and not self.made))
 
 
@@ -218,17 +231,17 @@ def _reaches(budget: Budget, price: Money, count: int) -> bool:
 
 
 class Backlog:
-    """The prompts of a job beside what its folder tells.
+    """The prompts of a job, compared with its folder.
 
     Args:
-        prompts: Checked.
-        history: What the folder tells.
-        folder: Where the pictures are.
-        retry_failed: Draw again what failed or was blocked.
-        retry_unknown: Draw again what may have been charged.
+        prompts: The checked prompts.
+        history: What the folder's records say.
+        folder: The job's folder.
+        retry_failed: Generate again what failed or was blocked.
+        retry_unknown: Generate again what may have been charged.
 
     Attributes:
-        unfinished: Requests of tasks that were asked for in this run and have not ended: they are waited for no more.
+        unfinished: Request ids of tasks that were polled in this run without an end; they are not polled again.
     """
 
     def __init__(
@@ -241,7 +254,14 @@ class Backlog:
         self._recovered = recovered_images(folder, history)
 
     def work_item(self, item: PromptItem) -> WorkItem:
-        """What is left to do for a prompt."""
+        """Determine what is left to do for a prompt.
+
+        Args:
+            item: The prompt.
+
+        Returns:
+            A new work item.
+        """
         attempts = tuple(self.history.open.get(item.key, {}).values())
         recovered = [
             self._recovered[attempt.request_id] for attempt in attempts if attempt.request_id in self._recovered
@@ -254,14 +274,25 @@ class Backlog:
         return work_item
 
     def spent_models(self) -> Iterator[str]:
-        """The model of each picture that was paid, or may have been."""
+        """List what counts as spent.
+
+        Yields:
+            The model of each image that was paid for, or may have been.
+        """
         for finished in self.history.finished.values():
             yield from finished.spent
         for attempt in self.history.attempts():
             yield from [attempt.model] * attempt.posts
 
     def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
-        """The requests of this job's prompts of which nothing is known; `with_running`: those of tasks too."""
+        """List the requests of this job's prompts whose outcome is unknown.
+
+        Args:
+            with_running: Include the requests of tasks.
+
+        Returns:
+            The requests, in the order of the prompts.
+        """
         work_items = (self.work_item(item) for item in self.prompts.items if item.key in self.history.open)
         return tuple(
             UnknownAttempt(work_item.prompt.number, attempt.prompt, attempt.request_id)
@@ -270,7 +301,16 @@ class Backlog:
         )
 
     def plan(self, generator: CogViewImageGenerator, budget: Budget, *, limit: int | None = None) -> JobPlan:
-        """Count everything; `budget` is used up as the job would use it."""
+        """Count what is left, and add up its price.
+
+        Args:
+            generator: Knows the prices.
+            budget: Is used up as the job would use it.
+            limit: Maximum number of prompts to generate; None: no limit.
+
+        Returns:
+            The plan.
+        """
         counts: Counter[str] = Counter()
         cost = Charges()
         for item in self.prompts.items:
@@ -306,13 +346,13 @@ class Backlog:
         )
 
     def _notes(self, counts: Counter[str]) -> Iterator[str]:
-        """What a plan tells besides."""
+        """Yield further remarks of a plan."""
         if counts["over"]:
-            yield f"The budget does not reach for {count_text(counts['over'], 'further prompt')}."
+            yield f"The budget does not cover {count_text(counts['over'], 'further prompt')}."
         if counts["running"] and self._retry["retry_unknown"]:
             yield (
-                f"{count_text(counts['running'], 'image')} under way at the service will be asked for; what has not ended "
-                "by the time limit of a call is generated and paid for again."
+                f"{count_text(counts['running'], 'image')} in progress at the service will be polled; what does not end "
+                "within the time limit of a call is generated and paid for again."
             )
         keys = {item.key for item in self.prompts.items}
         gone = sum(attempt.key not in keys for attempt in self.history.attempts())
@@ -324,23 +364,23 @@ class Backlog:
 
 
 def price_of(generator: CogViewImageGenerator, model: str) -> Money:
-    """The list price of one image of a model."""
+    """Return the list price of one image of a model."""
     return Money(*(generator.price(model) or (None, None)))
 
 
 def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[str] = ()) -> Budget:
-    """How much a job may spend, counted in list prices; images of the sandbox count alike.
+    """Create the budget of a job. It counts list prices, and images of the sandbox like all others.
 
     Args:
         generator: Knows the prices.
-        amount: In the platform's currency; None: no limit.
-        models: All that may be asked, for which a budget needs the price.
+        amount: In the currency of the generator's region; None: no limit.
+        models: All models that may be used; a budget needs the price of each.
 
     Returns:
-        A budget of which nothing is spent.
+        An unused budget.
 
     Raises:
-        CogViewConfigurationError: `amount` is no amount of money, or a price is unknown.
+        CogViewConfigurationError: `amount` is not an amount of money, or a price is unknown.
     """
     budget = Budget(amount, currency_of(generator.resolved_region), owner="this job")
     asked = dict.fromkeys((*models, *generator.fallback_models)) if budget.amount is not None else ()
@@ -354,7 +394,7 @@ def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[s
 
 
 def recovered_images(folder: JobFolder, history: History) -> dict[str, RecoveredImage]:
-    """By request id: whole pictures in the folder of requests without an end in the manifest."""
+    """Return complete images in the folder whose requests have no end in the manifest, by request id."""
     wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
     recovered: dict[str, RecoveredImage] = {}
     for name in sorted(folder.names()) if wanted else ():
@@ -381,7 +421,7 @@ def _whole(folder: JobFolder, name: str, start_of_hash: str) -> tuple[ImageInfo,
         return None
 
 
-# --- the settings
+# --- the job's settings
 
 
 class _Settings(BaseModel):
@@ -393,11 +433,17 @@ class _Settings(BaseModel):
 
 
 def read_settings(folder: JobFolder) -> dict[str, Any] | None:
-    """The arguments that every prompt of the folder's job has; None where there is no job yet.
+    """Read the arguments that apply to every prompt of the folder's job.
+
+    Args:
+        folder: The job's folder.
+
+    Returns:
+        The arguments by name; None if there is no job in the folder yet.
 
     Raises:
-        CogViewConfigurationError: The file is damaged, of a later version, or no regular file.
-        CogViewStorageError: It cannot be read.
+        CogViewConfigurationError: The file is damaged, of a later version, or not a regular file.
+        CogViewStorageError: The file cannot be read.
     """
     raw = folder.read(SETTINGS, _MAX_SETTINGS)
     if raw is None:
@@ -408,22 +454,26 @@ def read_settings(folder: JobFolder) -> dict[str, Any] | None:
         content = None
     if content is None or content.type != SETTINGS_TYPE:
         raise CogViewConfigurationError(
-            f"The file {printable(str(folder.path / SETTINGS), 120)} is not one of a job, or is damaged.",
+            f"The file {printable(str(folder.path / SETTINGS), 120)} does not belong to a job, or is damaged.",
             hint="Choose another folder.",
         )
     if content.version != SETTINGS_VERSION:
         raise CogViewConfigurationError(
-            f"The job in {printable(str(folder.path), 120)} was begun by another version of this package.",
-            hint="Go on with that version, or choose another folder.",
+            f"The job in {printable(str(folder.path), 120)} was begun with another version of this package.",
+            hint="Continue with that version, or choose another folder.",
         )
     return dict(content.settings)
 
 
 def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
-    """Begin a folder's job.
+    """Mark a folder as a job's.
+
+    Args:
+        folder: The job's folder.
+        settings: The arguments that apply to every prompt.
 
     Raises:
-        CogViewStorageError: It cannot be written.
+        CogViewStorageError: The file cannot be written.
     """
     content = {"type": SETTINGS_TYPE, "version": SETTINGS_VERSION, "settings": dict(settings)}
     try:
@@ -433,10 +483,14 @@ def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
 
 
 def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
-    """Refuse a folder without a job that holds something else, unless the caller agreed to add files there.
+    """Refuse a folder that has no job but other files, unless the caller agreed to add files to it.
+
+    Args:
+        folder: The folder.
+        into_existing: Whether files may be added to a folder with other files.
 
     Raises:
-        CogViewConfigurationError: With what it holds.
+        CogViewConfigurationError: The folder has other files.
     """
     names = folder.names()
     if not names:
@@ -445,18 +499,18 @@ def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
     if not into_existing:
         raise CogViewConfigurationError(
             f"The folder {where} is not empty and holds no job; nothing was sent.",
-            hint="Choose another folder, or pass into_existing=True to add the job's files to it; none is written over.",
+            hint="Choose another folder, or pass into_existing=True to add the job's files to it; no file is overwritten.",
         )
     for name in (MANIFEST, ATTEMPTS):
         if name in names and not folder.read(name, 1):
             raise CogViewConfigurationError(
-                f"The file {name} in {where} is empty and was there before the job; nothing was sent.",
+                f"The file {name} in {where} is empty and existed before the job; nothing was sent.",
                 hint="Move it away, or choose another folder.",
             )
 
 
 def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
-    """What holds for every prompt of a job: another value is another job."""
+    """Return the arguments that apply to every prompt of a job; other values make another job."""
     base_url = generator.resolved_base_url
     parts = urlsplit(base_url)
     service = "sandbox" if is_sandbox(base_url) else f"{parts.scheme}://{parts.netloc}"
@@ -464,10 +518,15 @@ def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
 
 
 def refuse_other_settings(folder: Path, begun: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
-    """Raise where a folder's job was begun with other arguments.
+    """Refuse to continue a job with other arguments.
+
+    Args:
+        folder: The job's folder.
+        begun: The arguments with which the job was begun; None: there is no job yet.
+        settings: The arguments now.
 
     Raises:
-        CogViewConfigurationError: With those that differ.
+        CogViewConfigurationError: The message names the arguments that differ.
     """
     if begun is None:
         return
@@ -478,7 +537,7 @@ def refuse_other_settings(folder: Path, begun: Mapping[str, Any] | None, setting
         )
         raise CogViewConfigurationError(
             f"The job in {printable(str(folder), 120)} was begun with other arguments; nothing was sent. {changes}.",
-            hint="Go on with those arguments, or choose another folder.",
+            hint="Continue with those arguments, or choose another folder.",
         )
 
 

@@ -1,7 +1,7 @@
-"""The prompts of a job: text, CSV, TSV and JSON lines, read line by line and checked; what is wrong is told with its line number.
+"""Read and check the prompts of a job: text, CSV, TSV and JSON lines, one line at a time.
 
-A prompt's line says at least the prompt, and may say `model`, `size`, `quality`, `n`, `user_id` and `watermark_enabled` for
-itself. Other columns and keys are carried along as `extra`.
+A line has at least a prompt, and may have `model`, `size`, `quality`, `n`, `user_id` and `watermark_enabled` of its own. Other
+columns and keys are kept as `extra`. Each problem is reported with its line number.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 PromptFormat = Literal["txt", "csv", "tsv", "jsonl"]
 PromptSource = str | Path | Iterable[str | Mapping[str, Any]]
-"""A file (`-`: the standard input), or the prompts themselves, each a text or a dict of arguments."""
+"""A file (`-` is the standard input), or the prompts themselves, each a string or a dict of arguments."""
 MAX_LINE: Final = 100_000
-"""Characters of a line, or of the lines that a quote joins, above which it is a problem."""
+"""Maximum length of a line, or of the lines that a quoted cell spans, in characters."""
 MAX_LISTED: Final = 20
 _ENDINGS: Final[dict[str, PromptFormat]] = {
     ".txt": "txt",
@@ -46,13 +46,13 @@ _ARGUMENTS: Final = frozenset(ImageRequest.model_fields)
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One prompt.
+    """One line of a file of prompts, before it is checked.
 
     Attributes:
-        number: Of the line in the file where it begins, from 1; in a list of prompts its place, from 1.
-        arguments: Those that it says, as written: values of a CSV or TSV file are texts.
-        extra: What else stands there.
-        problem: Why it cannot be read; None where it can.
+        number: The line in the file where the prompt begins, counted from 1; in a list, the position of the prompt.
+        arguments: The arguments as written; values of a CSV or TSV file are strings.
+        extra: All other columns or keys of the line.
+        problem: Why the line cannot be read; None if it can.
     """
 
     number: int
@@ -62,11 +62,11 @@ class PromptLine:
 
 
 class PromptFile:
-    """The prompts of a source, read as they are taken; one pass.
+    """The prompts of a source, read in one pass.
 
     Attributes:
-        blank: Lines without anything, skipped so far.
-        notes: What the reader should know, such as columns that are no arguments; each is said once.
+        blank: Number of blank lines skipped so far.
+        notes: Remarks for the user, such as columns that are not arguments; each appears once.
     """
 
     def __init__(self, source: PromptSource, *, format: PromptFormat | None = None) -> None:  # noqa: A002
@@ -107,7 +107,7 @@ class PromptFile:
         except json.JSONDecodeError as error:
             return PromptLine(number, problem=f"Not valid JSON: {error.msg} at character {error.colno}.")
         except (ValueError, RecursionError):
-            return PromptLine(number, problem="Its JSON is nested too deep, or holds a number that is too long.")
+            return PromptLine(number, problem="Its JSON is nested too deeply, or holds a number that is too long.")
         return self._of_value(number, value)
 
     def _of_value(self, number: int, value: Any) -> PromptLine:
@@ -115,7 +115,7 @@ class PromptFile:
             return PromptLine(number, {"prompt": value})
         if not isinstance(value, Mapping):
             return PromptLine(
-                number, problem=f"A prompt is a text or an object with the key 'prompt', not {_kind(value)}."
+                number, problem=f"A prompt is a string or an object with the key 'prompt', not {_kind(value)}."
             )
         if "prompt" not in value:
             close = next((name for name in value if str(name).strip().lower() == "prompt"), None)
@@ -129,9 +129,7 @@ class PromptFile:
         try:
             json.dumps(extra)
         except (TypeError, ValueError, RecursionError):
-            return PromptLine(
-                number, arguments, problem="It holds, besides its arguments, something that JSON cannot say."
-            )
+            return PromptLine(number, arguments, problem="A value beside its arguments cannot be written as JSON.")
         return PromptLine(number, arguments, extra)
 
     def _from_values(self, values: Iterable[str | Mapping[str, Any]]) -> Iterator[PromptLine]:
@@ -143,7 +141,7 @@ class PromptFile:
 
     def _csv(self, file: TextIO) -> Iterator[PromptLine]:
         bounded = _Bounded(file)
-        # strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
+        # strict: without it, a quote that is never closed silently swallows the rest of the file.
         rows = csv.reader(bounded, strict=True)
         header: list[str] | None = None
         while True:
@@ -166,7 +164,7 @@ class PromptFile:
             raise _no_header(1, "it is empty")
 
     def _tsv(self, file: TextIO) -> Iterator[PromptLine]:
-        # A tab cannot stand in a cell here, so quotes need no meaning: only a cell that is quoted as spreadsheets write it
+        # A cell cannot contain a tab here, so quotes have no meaning; only a cell that is quoted as spreadsheets do it
         # (quotes at both ends, doubled within) loses them.
         header: list[str] | None = None
         for number, text, problem in self._lines(file):
@@ -187,10 +185,10 @@ class PromptFile:
         if problem:
             raise _no_header(number, problem.rstrip("."))
         if double:
-            raise _no_header(number, f"the column {double!r} stands in it twice")
+            raise _no_header(number, f"it has the column {double!r} twice")
         if "prompt" not in known:
             shown = ", ".join(repr(printable(name, 30)) for name in names[:10])
-            raise _no_header(number, f"it has no column 'prompt', separated by {separators}, but {shown}")
+            raise _no_header(number, f"it has no column 'prompt'; its columns, separated by {separators}, are {shown}")
         self._note_others("column", [name for name in known if name not in _ARGUMENTS and name])
         return known
 
@@ -209,10 +207,10 @@ class PromptFile:
         extra = {name: cell for name, cell in cells.items() if name not in _ARGUMENTS and name and cell}
         return PromptLine(number, arguments, cast("dict[str, Any]", extra))
 
-    # --- steps
+    # --- shared by the formats
 
     def _lines(self, file: TextIO) -> Iterator[tuple[int, str, str | None]]:
-        """Number, text and problem of each line that is not blank."""
+        """Yield number, text and problem of each line that is not blank."""
         number = 0
         while text := file.readline(MAX_LINE + 2):
             number += 1
@@ -228,26 +226,32 @@ class PromptFile:
             if name in self._others:
                 continue
             self._others.add(name)
-            if len(self._others) > 20:  # noqa: PLR2004  no list of a foreign file's thousand names
+            if len(self._others) > 20:  # noqa: PLR2004  a file may have thousands of columns
                 continue
             close = unknown_argument(name, _ARGUMENTS) if name in NOT_TAKEN else ""
             self.notes.append(
-                f"The {kind} {printable(name, 60)!r} is not an argument; it goes into the manifest as it is. {close}".strip()
+                f"The {kind} {printable(name, 60)!r} is not an argument; it is copied to the manifest. {close}".strip()
             )
 
 
 def _exists(source: str | Path) -> bool:
     try:
         return Path(source).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, or one of another user
+    except (OSError, ValueError, RuntimeError):  # the name is too long, or names an unknown user
         return False
 
 
 def _refuse_one(source: Any) -> None:
-    """Raise for what is one prompt, or none: its keys, bytes or fields would be drawn one by one."""
+    """Raise if the source is a single prompt or not a collection of prompts.
+
+    Iterating over a mapping, bytes or a model would send its keys, bytes or fields as prompts.
+
+    Raises:
+        CogViewConfigurationError: The source is not a list of prompts.
+    """
     if isinstance(source, Mapping | bytes | bytearray | BaseModel) or not isinstance(source, Iterable):
         raise CogViewConfigurationError(
-            f"The prompts are a list of texts and dicts, or the name of a file, not {_kind(source)}.",
+            f"The prompts must be a list of strings and dicts, or the name of a file, not {_kind(source)}.",
             hint="Put a single prompt into a list: [prompt].",
         )
 
@@ -258,13 +262,13 @@ def _format_of(source: str | Path) -> PromptFormat:
     form = _ENDINGS.get(Path(source).suffix.lower())
     if form is None and not _exists(source):
         raise CogViewConfigurationError(
-            f"There is no file {printable(str(source), 120)!r}: a text on its own is the name of a file of prompts.",
-            hint="Check the path. Prompts themselves stand in a list, [prompt], or come through the input, '-'.",
+            f"There is no file {printable(str(source), 120)!r}. A single string is read as the name of a file of prompts.",
+            hint="Check the path. Pass the prompts themselves as a list, [prompt], or on the standard input, '-'.",
         )
     if form is None:
         raise CogViewConfigurationError(
-            f"The ending of {printable(str(source), 120)} does not tell how the prompts stand in it.",
-            hint="Say it with format=: 'txt' (a prompt a line), 'csv', 'tsv' or 'jsonl'.",
+            f"The extension of {printable(str(source), 120)} does not name a format of prompts.",
+            hint="Choose one with format=: 'txt' (one prompt per line), 'csv', 'tsv' or 'jsonl'.",
         )
     return form
 
@@ -289,7 +293,7 @@ def _opened(source: str | Path) -> Iterator[BinaryIO]:
     try:
         if file.peek(2)[:2] in _UTF_16:
             raise CogViewConfigurationError(
-                f"The prompts in {name} are in UTF-16, as some programs call 'Unicode'.", hint="Save them as UTF-8."
+                f"The prompts in {name} are in UTF-16, which some programs call 'Unicode'.", hint="Save them as UTF-8."
             )
         yield file
     except OSError as error:
@@ -304,17 +308,17 @@ def _opened(source: str | Path) -> Iterator[BinaryIO]:
 
 
 def _line_problem(text: str, file: TextIO) -> str | None:
-    """What is wrong with a line as it stands; the rest of one that is too long is skipped."""
+    """Return what is wrong with a line, or None; skip the rest of a line that is too long."""
     if len(text.rstrip("\r\n")) > MAX_LINE:
         while text and not text.endswith(("\n", "\r")):
             text = file.readline(MAX_LINE)
         return f"It has more than {MAX_LINE:,} characters."
     wrong = next((place for place, c in enumerate(text, 1) if "\udc80" <= c <= "\udcff"), None)
-    return f"It is not UTF-8 at character {wrong}." if wrong else None
+    return f"Not valid UTF-8 at character {wrong}." if wrong else None
 
 
 class _Bounded:
-    """The lines of a CSV file for its reader, cut where one record has become too long."""
+    """The lines of a CSV file for its reader, cut off where one record is too long."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -322,7 +326,7 @@ class _Bounded:
         self._taken = 0
 
     def begin(self) -> None:
-        """A new record begins."""
+        """Start a new record."""
         self.problem, self._taken = None, 0
 
     def __iter__(self) -> Iterator[str]:
@@ -334,27 +338,27 @@ class _Bounded:
             raise StopIteration
         if problem := _line_problem(text, self._file):
             self.problem = self.problem or problem
-            text = text if len(text) <= MAX_LINE else "\n"  # what is cut may open a quote and never close it
+            text = text if len(text) <= MAX_LINE else "\n"  # a line that is cut may open a quote and never close it
         self._taken += len(text)
         if self._taken > MAX_LINE + 2:
             self.problem = self.problem or (
-                f"With the lines that its quote joins to it, it has more than {MAX_LINE:,} characters."
+                f"With the lines that its quoted cell spans, it has more than {MAX_LINE:,} characters."
             )
             raise csv.Error(self.problem)
         return text
 
 
 def _csv_problem(error: csv.Error, start: int, end: int) -> str:
-    lines = f" Lines {start} to {end} are read as one." if end > start else ""
+    lines = f" Lines {start} to {end} are read as one line." if end > start else ""
     if "unexpected end" in str(error):
-        return f"A quote that opens in it is never closed.{lines}"
-    return f"Its quotes are wrong ({printable(str(error), 80)}); a quote within a quoted cell is doubled.{lines}"
+        return f"A quote in it is never closed.{lines}"
+    return f"Its quotes are wrong ({printable(str(error), 80)}); double a quote within a quoted cell.{lines}"
 
 
 def _no_header(number: int, reason: str) -> CogViewConfigurationError:
     return CogViewConfigurationError(
-        f"The first line of the prompts names the columns, and that line ({number}) cannot be used: {reason}.",
-        hint="Name a column 'prompt'; model, size, quality, n, user_id and watermark_enabled may stand beside it.",
+        f"The first line of the prompts must name the columns, but line {number} cannot be used: {reason}.",
+        hint="Name a column 'prompt', and optionally model, size, quality, n, user_id and watermark_enabled.",
     )
 
 
@@ -377,16 +381,19 @@ def _kind(value: Any) -> str:
 
 
 def read_prompts(source: PromptSource, *, format: PromptFormat | None = None) -> PromptFile:  # noqa: A002
-    """The prompts of a file, or of an iterable.
+    """Read the prompts of a file or of an iterable.
 
     Args:
-        source: A file: `.txt` holds a prompt a line; `.csv` and `.tsv` a header with the column `prompt` (of any case);
-            `.jsonl` an object or a text on each line. All in UTF-8, with or without a byte-order mark. `-` is the
-            standard input. Or texts and dicts of arguments.
-        format: `txt`, `csv`, `tsv` or `jsonl`. None: as the file's ending says; `txt` for the standard input.
+        source: A file, or the prompts themselves as strings and dicts of arguments. A `.txt` file holds one prompt per line,
+            `.csv` and `.tsv` a header with the column `prompt` (in any case), `.jsonl` an object or a string on each line. Files
+            are UTF-8, with or without a byte order mark. `-` is the standard input.
+        format: `txt`, `csv`, `tsv` or `jsonl`. None: taken from the file's extension; `txt` for the standard input.
+
+    Returns:
+        The prompts, read while they are iterated over.
 
     Raises:
-        CogViewConfigurationError: When taken: the file cannot be read, its format is not told, or its header is wrong.
+        CogViewConfigurationError: Raised on iteration: the file cannot be read, its format is unknown, or its header is wrong.
     """
     return PromptFile(source, format=format)
 
@@ -399,8 +406,8 @@ class Problem:
     """Why a line is not valid.
 
     Attributes:
-        line: Its number.
-        text: What is wrong with it.
+        line: The line number.
+        text: What is wrong with the line.
     """
 
     line: int
@@ -412,15 +419,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """One prompt of a job.
+    """One valid prompt of a job.
 
     Attributes:
-        number: Its line.
-        key: Of its whole arguments, and of which one it is among those that say the same.
-        said: The arguments that it says for itself, checked.
-        extra: What else stands in its line.
-        model: Which model is asked.
-        n: How many pictures.
+        number: The line number.
+        key: Identifies the prompt: a hash of all its arguments, with a counter for lines that are equal.
+        arguments: The checked arguments that the line itself sets.
+        extra: All other columns or keys of the line.
+        model: The model to use.
+        n: How many images to generate.
     """
 
     number: int
@@ -433,16 +440,16 @@ class PromptItem:
 
 @dataclass
 class PromptList:
-    """The prompts of a job, checked.
+    """The checked prompts of a job.
 
     Attributes:
-        items: Those that can be drawn, in their order.
-        lines: Lines with a prompt, good or not.
-        blank: Lines without anything.
-        problems: Of the lines that are not valid.
-        duplicates: Numbers of lines that say the same as one before.
-        unique: Whether those are left out.
-        notes: What else to know.
+        items: The valid prompts, in their order.
+        lines: Number of lines with a prompt, valid or not.
+        blank: Number of blank lines.
+        problems: The lines that are not valid.
+        duplicates: Numbers of the lines that equal an earlier one.
+        unique: Whether duplicates are left out.
+        notes: Remarks for the user.
     """
 
     items: list[PromptItem] = field(default_factory=list)
@@ -454,10 +461,10 @@ class PromptList:
     notes: list[str] = field(default_factory=list)
 
     def refuse_problems(self) -> None:
-        """Raise where a line is not valid.
+        """Raise if a line is not valid.
 
         Raises:
-            CogViewInvalidRequestError: With every such line, the first twenty by what is wrong with them.
+            CogViewInvalidRequestError: Its notes name the first twenty invalid lines and what is wrong with them.
         """
         if not self.problems:
             return
@@ -478,8 +485,17 @@ def check_prompts(
 ) -> PromptList:
     """Read and check all prompts of a source.
 
+    Args:
+        source: As for `read_prompts`.
+        defaults: Arguments for lines that do not set them.
+        format: As for `read_prompts`.
+        unique: Leave out lines that equal an earlier one.
+
+    Returns:
+        The valid prompts and the problems of the others.
+
     Raises:
-        CogViewConfigurationError: As `read_prompts`.
+        CogViewConfigurationError: The file cannot be read, its format is unknown, or its header is wrong.
     """
     result = PromptList(unique=unique)
     file = read_prompts(source, format=format)
@@ -514,17 +530,17 @@ def _digest(request: ImageRequest) -> str:
 
 
 def resolved_arguments(request: ImageRequest) -> dict[str, Any]:
-    """All arguments, with the model's defaults where none was said."""
+    """Return all arguments of a request, with the model's defaults for size and quality."""
     return request.model_dump() | {"size": request.resolved_size, "quality": request.resolved_quality}
 
 
 def count_text(count: int, what: str) -> str:
-    """`1 picture`, `1,632 pictures`."""
+    """Return a count with its noun: `1 image`, `1,632 images`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def bullet_list(title: str, items: Iterable[Any]) -> list[str]:
-    """A title and a line for each, the first twenty of them."""
+    """Return a title and one line for each of the first twenty items; an empty list if there are none."""
     texts = [str(item) for item in items]
     more = [f"  and {len(texts) - MAX_LISTED:,} more"] if len(texts) > MAX_LISTED else []
     return [f"{title} ({len(texts):,}):", *(f"  {text}" for text in texts[:MAX_LISTED]), *more] if texts else []

@@ -1,4 +1,4 @@
-"""What a run of a job came to: the report, the manifest's final form, and the page with all pictures."""
+"""Report what a run of a job did; bring the manifest into its final form and write the contact sheet."""
 
 from __future__ import annotations
 
@@ -33,37 +33,39 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.run import JobRun
 
 CONTACT_SHEETS: Final = ("index.html", "contact-sheet.html", *(f"contact-sheet-{n}.html" for n in range(2, 100)))
-"""Names of the page with all pictures: the first one that is free, or that a job wrote."""
+"""Names for the page with all images; the first one that is free, or that a job wrote, is used."""
 INTERRUPTED: Final = "Interrupted; run the job again to continue."
-UNDER_WAY: Final = "A request that was under way may have been charged: the next run finds its picture, or lists it."
+UNDER_WAY: Final = (
+    "A request that was in flight may have been charged: the next run finds its image or lists the request."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """What a run of a job came to. `str(report)` says it in a few lines.
+    """What a run of a job did. `str(report)` summarizes it in a few lines.
 
     Attributes:
-        made: Prompts whose pictures were all made or recovered in this run.
-        skipped: Prompts whose pictures were there before.
+        made: Prompts whose images were all generated or recovered in this run.
+        skipped: Prompts whose images were all in the folder before this run.
         blocked: Prompts that the content filter blocked, in this run or before.
-        failed: Prompts that failed otherwise, in this run or before.
-        unknown: Requests that may have been charged; repeated only with `retry_unknown`.
-        left: Prompts that are still to be drawn: behind the limit, the budget or what stopped the job, or because what was
-            sent did not run.
-        bad: Lines that could not be drawn and were left out.
-        pictures: How many were made or recovered in this run.
-        cost: Of those, by currency; a sandbox picture costs nothing.
-        unpriced: How many of them have no known price.
-        total_cost: Of all pictures in the manifest, by currency.
-        seconds: That the run took.
-        over_budget: Whether something was left because of the budget.
-        stopped: The error that stopped the job; None where nothing did.
+        failed: Prompts that failed for another reason, in this run or before.
+        unknown: Requests that may have been charged; they are repeated only with `retry_unknown`.
+        left: Prompts that remain to be generated, because of the limit, the budget or an early stop, or because their requests
+            did not run.
+        bad: Lines that are not valid and were skipped.
+        images: Number of images generated or recovered in this run.
+        cost: Cost of these images, by currency; an image of the sandbox costs nothing.
+        unpriced: How many of these images have no known price.
+        total_cost: Cost of all images in the manifest, by currency.
+        seconds: Duration of the run.
+        over_budget: Whether something was left out because of the budget.
+        stopped: The error that stopped the job; None if nothing did.
         interrupted: Whether the job was asked to stop, by its `stop` or by a signal.
-        errors: Names of the classes of all errors that keep a prompt from being made, with their number.
-        folder: Where the pictures are.
-        manifest: One line of JSON for each finished prompt.
-        contact_sheet: A page with all pictures, for a browser. It is `index.html`, unless another file has that name.
-        notes: What else to know.
+        errors: Number of errors by class name, for all prompts that are not made.
+        folder: The folder with the images.
+        manifest: The manifest, with one line of JSON for each finished prompt.
+        contact_sheet: A page with all images, for a browser. Its name is `index.html` unless another file has that name.
+        notes: Remarks for the user.
     """
 
     made: int
@@ -88,13 +90,21 @@ class JobReport:
     notes: tuple[str, ...] = ()
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """The manifest's lines, read as they are taken; `langchain_cogview.jobs.manifest` says what stands in them."""
+        """Read the manifest.
+
+        Yields:
+            One record for each finished prompt; `langchain_cogview.jobs.manifest` describes its keys.
+        """
         with JobFolder(self.folder) as folder, manifest_of(folder) as manifest:
             for record in manifest.records():
                 yield record.values
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Convert the report to plain JSON.
+
+        Returns:
+            All attributes; amounts of money and paths are strings.
+        """
         plain = {name: getattr(self, name) for name in self.__slots__}
         stopped = self.stopped and {
             "error": type(self.stopped).__name__,
@@ -131,12 +141,12 @@ class JobReport:
         ]
         lines = [f"{', '.join(counts)}; {cost_text(self.cost, self.unpriced)} in {self.seconds:,.1f} s."]
         if self.total_cost != self.cost and any(self.total_cost.values()):
-            lines.append(f"All pictures of the folder: {cost_text(self.total_cost)}.")
+            lines.append(f"All images in the folder: {cost_text(self.total_cost)}.")
         if self.over_budget:
-            lines.append("The budget does not reach for the next prompt.")
+            lines.append("The budget does not cover the next prompt.")
         not_run = [f"{name} ({count:,})" for name, count in self.errors.items() if _not_run(name)]
         if not_run:
-            lines.append(f"Did not run, and is left for the next run: {', '.join(not_run)}.")
+            lines.append(f"Did not run; the next run sends these again: {', '.join(not_run)}.")
         if self.stopped:
             lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
         lines += bullet_list("May have been charged, and repeated only with retry_unknown=True", self.unknown)
@@ -152,12 +162,15 @@ def _not_run(name: str) -> bool:
 
 
 def make_report(run: JobRun, started: float, skipped: int) -> JobReport:
-    """What a run came to; the manifest gets its final form, and the page is written.
+    """Finish the folder and report the run.
 
     Args:
-        run: That has ended.
-        started: When, on the monotonic clock.
-        skipped: Prompts that were made before.
+        run: A run that has ended.
+        started: When it started, on the monotonic clock, in seconds.
+        skipped: Number of prompts whose images were all in the folder before.
+
+    Returns:
+        The report.
     """
     backlog = run.backlog
     counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
@@ -214,17 +227,24 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
         run.stop(
             CogViewStorageError(
                 f"The contact sheet could not be written. {reason}",
-                hint="All else is in the manifest; run the job again to write the page.",
+                hint="The manifest is complete; run the job again to write the page.",
             )
         )
         return total.amounts, None, ()
     first = CONTACT_SHEETS[0]
-    other = f"The folder has another {first}, which stays as it is: the contact sheet is {name}."
+    other = f"The folder has another {first}, which is not overwritten; the contact sheet is {name}."
     return total.amounts, folder.path / name, (other,) if name != first else ()
 
 
 def _sheet_name(folder: JobFolder) -> str:
-    """The first name for the page that is free, or that a job wrote."""
+    """Choose the first name for the page that is free, or that a job used before.
+
+    Returns:
+        The name.
+
+    Raises:
+        FileExistsError: All names belong to other files.
+    """
     for name in CONTACT_SHEETS:
         try:
             head = folder.read(name, 1000)
@@ -236,7 +256,7 @@ def _sheet_name(folder: JobFolder) -> str:
 
 
 def _tiles(record: dict[str, Any]) -> Iterator[Tile]:
-    """The tiles of one prompt on the contact sheet."""
+    """Yield the tiles of one prompt on the contact sheet."""
     prompt, label = record["arguments"]["prompt"], f"{record['line']}"
     for image in record["images"]:
         shape = (image["width"], image["height"]) if image["width"] and image["height"] else None

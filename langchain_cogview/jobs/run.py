@@ -1,4 +1,4 @@
-"""A job under way: what is taken next, what is written down before and after, and when to stop."""
+"""Run a job: choose the next work item, record each request before and after it is sent, and stop where needed."""
 
 from __future__ import annotations
 
@@ -58,34 +58,35 @@ if TYPE_CHECKING:
     from langchain_cogview.result import GeneratedImage
 
 MAX_NOT_RUN: Final = 5
-"""Prompts in a row of which nothing ran (no network, service overloaded or unavailable), after which the job stops."""
+"""The job stops after this many prompts in a row whose requests did not run (no network, service overloaded)."""
 FILES_PER_IMAGE: Final = 4
-"""Open files that one image in flight takes: two connections, its file, and the folder while it gets its name."""
+"""Open files that one image in flight needs: two connections, its file, and the folder while the file is named."""
 STOPPING_SCOPES: Final = frozenset({Scope.ACCOUNT, Scope.LOCAL, Scope.CANCELLED})
-"""Scopes of errors that every other prompt would meet too."""
+"""Scopes of errors that every other prompt would have too."""
 _PROMPT_CHARACTERS: Final = 200
 _NO_LINE: Final[dict[str, Any]] = {"images": [], "failures": [], "given_up": [], "request_ids": [], "seconds": 0.0}
 logger = logging.getLogger(__name__)
 
 
 class JobRun:
-    """A folder's job, while its lock is held.
+    """A job in its locked folder.
 
     Args:
-        folder: Locked.
-        attempts: Its file of what was sent, open for writing.
-        manifest: Its file of what is finished, open for writing.
-        generator: Saves into the folder.
-        survey: What is left.
-        budget: What may be spent.
-        limit: How many prompts to draw; None: all.
+        folder: The locked folder.
+        generator: Saves images into the folder.
+        backlog: What is left to do.
+        budget: What may still be spent.
+        attempts: The open file of sent requests.
+        manifest: The open file of finished prompts.
+        limit: Maximum number of prompts to generate; None: no limit.
 
     Attributes:
-        stopped: Why nothing more is sent.
-        over_budget: Whether a prompt was left because of the budget.
-        errors: Names of the classes of errors that are not in the manifest, counted.
-        made: Pictures that were made or recovered.
-        charges: What those cost.
+        stopped: Why nothing more is sent; None while the job runs.
+        stop_event: Set by the caller to stop the job.
+        over_budget: Whether a prompt was left out because of the budget.
+        errors: Number of errors by class name, without those in the manifest.
+        made: Number of images that were generated or recovered.
+        charges: Cost of these images.
     """
 
     def __init__(
@@ -119,39 +120,39 @@ class JobRun:
         self._attempts = attempts
 
     def close(self) -> None:
-        """End: what is still under way sends and writes nothing more."""
+        """End the run: requests still in flight send and write nothing more."""
         self.stop(CogViewStoppedError())
 
     def stop(self, error: Exception) -> None:
-        """Send nothing more; what is in flight may end."""
+        """Send nothing more; requests in flight may finish. The first error is kept."""
         with self._lock:
             self.stopped = self.stopped or error
 
     @property
     def halts(self) -> bool:
-        """Whether nothing more is sent: an error stopped the job, or its caller asked for it."""
+        """Whether nothing more is sent, because of an error or because the caller asked to stop."""
         return self.stopped is not None or (self.stop_event is not None and self.stop_event.is_set())
 
     @contextmanager
     def cancel_token(self) -> Iterator[None]:
-        """In this block no request is sent once the job halts."""
+        """Within this block, no request is sent once the job halts."""
         token = CANCEL_TOKEN.set(CANCEL_TOKEN.get().child(lambda: self.halts))
         try:
             yield
         finally:
             CANCEL_TOKEN.reset(token)
 
-    # --- what is next
+    # --- choosing work
 
     def free_work_items(self) -> Iterator[WorkItem]:
-        """Work that costs nothing: tasks of the service, and links that may still be valid."""
+        """Yield what costs nothing: tasks of the service, and URLs that may still work."""
         for item in self.backlog.prompts.items:
             work_item = self._work_item(item)
             if work_item.is_free and not self.halts:
                 yield work_item
 
     def work_items(self) -> Iterator[WorkItem]:
-        """What is to be drawn, as far as limit and budget reach, from where the last pass ended."""
+        """Yield what to generate, within limit and budget, from where the last pass ended."""
         items = self.backlog.prompts.items
         while self._next < len(items) and not self.halts:
             work_item = self._work_item(items[self._next])
@@ -172,7 +173,7 @@ class JobRun:
                 yield work_item
 
     def should_continue(self) -> bool:
-        """Whether what the budget did not reach for should be tried again: something that it counted was not made."""
+        """Return whether part of the budget was released, so that the next prompt may be within it."""
         again = self._has_released and self.over_budget and not self.halts
         self._has_released = False
         return again
@@ -181,10 +182,10 @@ class JobRun:
         with self._lock:
             return self.backlog.work_item(item)
 
-    # --- one prompt, twice: only "invoke" and "wait" differ
+    # --- one prompt, sync and async
 
     def generate(self, work_item: WorkItem, config: RunnableConfig) -> None:
-        """Draw the pictures of a prompt that are missing, and write down what became of them."""
+        """Generate the missing images of a prompt, and record the outcome."""
         call = PromptCall(self, work_item, is_paid=True)
         if self.halts:
             self._release(call, 0)
@@ -199,7 +200,7 @@ class JobRun:
         self._finish(call, outcome)
 
     async def agenerate(self, work_item: WorkItem, config: RunnableConfig) -> None:
-        """The twin of `draw`."""
+        """Async version of `generate`."""
         call = PromptCall(self, work_item, is_paid=True)
         if self.halts:
             self._release(call, 0)
@@ -214,14 +215,14 @@ class JobRun:
         await in_thread(self._finish, call, outcome)
 
     def collect(self, work_item: WorkItem, config: RunnableConfig) -> None:
-        """Have what is free for a prompt."""
+        """Poll the tasks of a prompt and download from its URLs, which costs nothing."""
         for call, task in self._tasks(work_item):
             self._finish_task(call, or_error(task.result, config, timeout=self.generator.timeout))
         for call, number, image in self._links(work_item):
             self._record_download(call, number, image, or_error(image.read))
 
     async def acollect(self, work_item: WorkItem, config: RunnableConfig) -> None:
-        """The twin of `collect`."""
+        """Async version of `collect`."""
         for call, task in self._tasks(work_item):
             outcome = await aor_error(task.aresult, config, timeout=self.generator.timeout)
             await in_thread(self._finish_task, call, outcome)
@@ -229,13 +230,14 @@ class JobRun:
         for call, number, image in links:
             await in_thread(self._record_download, call, number, image, await aor_error(image.aread))
 
-    # --- before
+    # --- before a request
 
     def record_attempt(self, item: PromptItem, request_id: str, model: str) -> None:
-        """Write down that a request is about to be paid.
+        """Record that a paid request is about to be sent.
 
         Raises:
-            CogViewError: The job stops, or it cannot be written down: it must not be sent.
+            CogViewStoppedError: The job stops; the request must not be sent.
+            CogViewStorageError: The record cannot be written; the request must not be sent.
         """
         if CANCEL_TOKEN.get().is_set():
             raise CogViewStoppedError
@@ -246,7 +248,7 @@ class JobRun:
             self.manifest.check()
             if spare_descriptors() in range(FILES_PER_IMAGE):
                 raise CogViewStorageError(  # noqa: TRY301
-                    "This process may open no further files; nothing more was sent.",
+                    "This process cannot open more files; nothing more was sent.",
                     hint="Close files, or raise the limit (ulimit -n), then run the job again.",
                 )
             self.note({**values, "at": now()})
@@ -255,7 +257,7 @@ class JobRun:
             raise
 
     def note(self, values: dict[str, Any]) -> None:
-        """Append to the attempts."""
+        """Append a line to the attempts."""
         self._attempts.append(values)
         with self._lock:
             self.backlog.history.note(values)
@@ -271,7 +273,7 @@ class JobRun:
     def _links(self, work_item: WorkItem) -> Iterator[tuple[PromptCall, int, GeneratedImage]]:
         finished = self._work_item(work_item.prompt).finished
         failures = self.manifest.read(finished.start, finished.size)["failures"] if finished and finished.links else []
-        # From the last on: an entry that is taken out leaves the places of those before it as they are.
+        # From the last to the first, so that removing a record does not shift the ones before it.
         for number, failure in reversed([*enumerate(failures)]):
             image = image_with_link(failure, work_item.prompt.arguments["prompt"])
             if image:
@@ -281,10 +283,10 @@ class JobRun:
     def _request(self, item: PromptItem) -> ImageRequest:
         return ImageRequest.model_validate({**self._defaults, **item.arguments})
 
-    # --- after
+    # --- after a request
 
     def record_recovered(self) -> None:
-        """Enter the pictures that are in the folder already."""
+        """Add images to the manifest that are already in the folder."""
         for item in self.backlog.prompts.items:
             work_item = self.backlog.work_item(item)
             if work_item.recovered:
@@ -308,14 +310,14 @@ class JobRun:
         self._guarded(call, self._judge, call, outcome)
 
     def _guarded(self, call: PromptCall, write: Callable[..., None], *arguments: Any) -> None:
-        """Stop the job where something cannot be written down; the attempts say that it was sent."""
+        """Stop the job if a record cannot be written; the attempts still show that the request was sent."""
         try:
             write(*arguments)
-        except Exception as error:  # noqa: BLE001  told at the end
+        except Exception as error:  # noqa: BLE001  reported at the end
             self._stop_unwritten(call, write_error(self.folder.path, error) if isinstance(error, OSError) else error)
 
     def _stop_unwritten(self, call: PromptCall, error: Exception) -> None:
-        """Stop, and tell where the pictures are, here and at the end: of the first error and of all that follow."""
+        """Stop the job, and log where the images are; the notes of later errors are added to the first error."""
         notes = getattr(error, "__notes__", ())
         with self._lock:
             closed = isinstance(self.stopped, CogViewStoppedError)
@@ -326,13 +328,13 @@ class JobRun:
         if notes or not closed:
             reported = " ".join((str(error), *notes))
             logger.warning(
-                "Line %s: what became of it could not be written down. %s",
+                "Line %s: the outcome could not be recorded. %s",
                 call.work_item.prompt.number,
                 visible(reported),
             )
 
     def _judge(self, call: PromptCall, outcome: Any) -> None:
-        """Write down what became of a call that paid."""
+        """Record the outcome of a paid call."""
         failures, unknown = failures_in(call, outcome)
         images = list(outcome.images) if isinstance(outcome, ImageResult) else []
         ends = {item.request_id: str(item.outcome) for item in failures}
@@ -357,10 +359,10 @@ class JobRun:
             self.note({"key": call.work_item.prompt.key, "request_id": item, "settled": ends.get(item, Outcome.FINAL)})
 
     def _finish_task(self, call: PromptCall, outcome: Any) -> None:
-        """Write down what became of a task that was paid before. Where its end was not seen, it can be asked again."""
+        """Record the outcome of a task that was paid for earlier. A task without an end can be polled again."""
         if isinstance(outcome, ImageResult | CogViewTaskFailedError | CogViewContentFilterError):
             self._finish(call, outcome)
-        elif isinstance(outcome, CogViewNotFoundError):  # then it is like any request without an answer
+        elif isinstance(outcome, CogViewNotFoundError):  # treated like any request without an answer
             for request_id in call.sent:
                 end = {"key": call.work_item.prompt.key, "request_id": request_id, "task_id": None}
                 self._guarded(call, self.note, end)
@@ -373,15 +375,15 @@ class JobRun:
                 self.stop(outcome)
 
     def _record_download(self, call: PromptCall, number: int, image: GeneratedImage, content: Any) -> None:
-        """Enter a picture that was had from its link after all."""
+        """Add an image to the manifest that could be downloaded from its URL after all."""
         if isinstance(content, bytes):
             record = partial(write_image, self.folder, image, content)
             self._guarded(call, lambda: self._record(call, [record()], [], set(), without=number))
 
     def _save_images(self, call: PromptCall, images: list[GeneratedImage]) -> tuple[list[dict[str, Any]], set[str]]:
-        """The entries of pictures that are safe, and the requests of those whose bytes are elsewhere than in the folder."""
+        """Return the records of saved images, and the request ids of images whose bytes are not in the folder."""
         records, elsewhere = [], set()
-        for image in images:  # one that cannot be written keeps none of the others
+        for image in images:  # one that cannot be written does not affect the others
             saved = save_image(self.folder, image)
             if saved.problem:
                 self._stop_unwritten(call, saved.problem)
@@ -399,13 +401,13 @@ class JobRun:
             self._not_run = self._not_run + 1 if none_ran else 0
             stops = self._not_run >= MAX_NOT_RUN
         fatal = [item for item in failures if affects_every_prompt(item, call.work_item.prompt)]
-        if isinstance(outcome, OSError):  # no further file can be opened, not even for a connection
+        if isinstance(outcome, OSError):  # no file can be opened, not even for a connection
             self.stop(write_error(self.folder.path, outcome))
         elif isinstance(outcome, Exception) and not isinstance(outcome, CogViewError):
             self.stop(outcome)
         elif fatal or stops:
             first = [*fatal, *failures][0]
-            # The raised error is that of one of the pictures, and says more than its record.
+            # The raised error belongs to one of the images, and has more details than its record.
             self.stop(outcome if type(outcome) is error_class(first.error) else error_from(first))
 
     def _release(self, call: PromptCall, paid: int) -> None:
@@ -415,7 +417,7 @@ class JobRun:
         with self._lock:
             if call.is_paid:
                 self._has_released = self._has_released or (held is not None and held.released > 0)
-            elif paid < call.reserved:  # a task that was counted as paid made no image
+            elif paid < call.reserved:  # a task that was counted as paid gave no image
                 self._budget.release(price_of(self.generator, call.work_item.prompt.model), call.reserved - paid)
                 self._has_released = True
 
@@ -428,12 +430,12 @@ class JobRun:
         *,
         without: int | None = None,
     ) -> None:
-        """Write the prompt's line into the manifest, with what it had before."""
+        """Write the manifest record of a prompt, together with what an earlier record has."""
         work_item = call.work_item
         with self._lock:
             finished = self.backlog.history.finished.get(work_item.prompt.key)
             requests = [*self.backlog.history.open.get(work_item.prompt.key, ())]
-        # No lock from here on: while the disk is waited for, others go on. Nobody else writes this prompt's line.
+        # Without the lock, other prompts continue while the disk is slow. No other thread writes this prompt's record.
         old = self.manifest.read(finished.start, finished.size) if finished else _NO_LINE
         kept = [item for number, item in enumerate(old["failures"]) if number != without]
         given_up = list(old["given_up"])
@@ -473,11 +475,11 @@ class PromptCall:
     """One call for one prompt, and the journal of what it sends.
 
     Attributes:
-        work: What it is for.
-        draws: Whether it pays; else it only asks for what was paid before.
-        reserved: How many pictures the budget has counted for it.
-        sent: The requests that were written down, by id, with the model asked.
-        repeated: The requests that were sent again though they may have been charged, one entry for each time.
+        work_item: The prompt and what is left to do for it.
+        is_paid: Whether the call pays for images; otherwise it only asks for images that were paid for earlier.
+        reserved: How many images the budget counts for the call.
+        sent: The model of each recorded request, by request id.
+        repeated: The requests that were sent again though they may have been charged, once for each repetition.
     """
 
     def __init__(
@@ -493,11 +495,11 @@ class PromptCall:
 
     @property
     def seconds(self) -> float:
-        """Since the first request was sent, else since the beginning."""
+        """Seconds since the first request was sent, or since the beginning if none was."""
         return round(time.monotonic() - self._started, 3)
 
     def sending(self, request_id: str, model: str) -> None:
-        """The generator's word right before it pays."""
+        """Record a request; the generator calls this right before it sends a paid request."""
         if not self.sent:
             self._started = time.monotonic()
         self._run.record_attempt(self.work_item.prompt, request_id, model)
@@ -506,21 +508,21 @@ class PromptCall:
         self.sent[request_id] = model
 
     async def asending(self, request_id: str, model: str) -> None:
-        """Async version of `sending`: a thread waits for the disk."""
+        """Async version of `sending`: a thread writes the record."""
         await in_thread(self.sending, request_id, model)
 
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
-        """The generator's word once the service took a task, for a model that may be another than was asked first."""
+        """Record a task that the service has accepted; its model may be a fallback model."""
         self.sent[request_id] = model
         self._run.note({"key": self.work_item.prompt.key, "request_id": request_id, "task_id": task_id, "model": model})
 
     async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
-        """Async version of `submitted`."""
+        """Async version of `submitted`: a thread writes the record."""
         await in_thread(self.submitted, request_id, task_id, model)
 
     @contextmanager
     def journal(self) -> Iterator[None]:
-        """Hear what is sent in this block."""
+        """Within this block, this call records what is sent."""
         token = JOURNAL.set(self)
         try:
             yield
@@ -529,15 +531,19 @@ class PromptCall:
 
 
 def failures_in(call: PromptCall, outcome: Any) -> tuple[list[ImageFailure], set[str]]:
-    """What failed in a call, one for each picture, and which of its requests may have been charged without a picture."""
+    """Determine what failed in a call that gave `outcome`, a result or an error.
+
+    Returns:
+        One failure for each missing image, and the ids of requests that may have been charged without giving an image.
+    """
     images = outcome.images if isinstance(outcome, ImageResult) else ()
     failures: list[ImageFailure] = list(getattr(outcome, "failures", ()))
-    if not failures and isinstance(outcome, Exception):  # it befell all of them
+    if not failures and isinstance(outcome, Exception):  # it applies to all images
         failures = [ImageFailure.of(outcome, index) for index in range(max(1, call.reserved))]
-    if not call.is_paid:  # the end of a task does not tell under which request it was submitted
+    if not call.is_paid:  # the end of a task does not name the request that submitted it
         failures = [item.model_copy(update={"request_id": next(iter(call.sent), None)}) for item in failures]
     reported = {item.request_id for item in images} | {item.request_id for item in failures}
-    # Each request that is not told is of a failure without an id: it may have been charged if one of those may.
+    # Each other request belongs to a failure without an id: it may have been charged if one of those may.
     nameless = [item for item in failures if item.request_id is None]
     ended = len(nameless) >= len(call.sent.keys() - reported) and not any(may_be_charged(item) for item in nameless)
     unknown = {item.request_id for item in failures if may_be_charged(item)} | (
@@ -547,24 +553,24 @@ def failures_in(call: PromptCall, outcome: Any) -> tuple[list[ImageFailure], set
 
 
 def is_final_for_prompt(failure: ImageFailure, item: PromptItem) -> bool:
-    """Whether a failure is the prompt's own, so that it is not drawn again by itself; what did not run is nobody's."""
+    """Return whether a failure is caused by the prompt itself, so that it is repeated only on demand."""
     final = failure.outcome is Outcome.FINAL and not may_be_charged(failure)
     return final and not affects_every_prompt(failure, item)
 
 
 def may_be_charged(failure: ImageFailure) -> bool:
-    """Whether its picture may be paid for; an error that is none of ours does not tell."""
+    """Return whether the image may be paid for; an exception of another package leaves that open."""
     return failure.outcome is Outcome.UNKNOWN or failure.scope is None
 
 
 def affects_every_prompt(failure: ImageFailure, item: PromptItem) -> bool:
-    """Whether every other prompt would fail alike."""
+    """Return whether every other prompt would fail for the same reason."""
     wrong_model = failure.scope is Scope.MODEL and "model" not in item.arguments
     return wrong_model or failure.scope in STOPPING_SCOPES
 
 
 def error_from(failure: ImageFailure) -> CogViewError:
-    """The error that a failure is the record of."""
+    """Return the exception that a failure describes."""
     kind = error_class(failure.error) or CogViewError
     facts = {name: getattr(failure, name) for name in ("hint", "code", "status", "request_id")}
     return kind(failure.message, **facts)

@@ -46,7 +46,7 @@ def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_
     plan, to_draw, blocked, summary = result.stderr.splitlines()
     assert plan == "3 lines with a prompt, 1 blank line skipped."
     assert to_draw == "To generate: 3 prompts, 3 images, 0.18 CNY."
-    assert blocked.startswith("Line 4 was not made: 'x [[content-filter]]'. The content filter blocked the prompt")
+    assert blocked.startswith("Line 4 was not generated: 'x [[content-filter]]'. The content filter blocked the prompt")
     assert summary.startswith("2 prompts made, 1 blocked; 0 CNY in ")
     assert len(manifest(folder)) == 3
     assert {each.suffix for each in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html"}
@@ -103,10 +103,10 @@ def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
     assert told[1] == "Not valid (4):"
     assert [line.split(":")[0] for line in told[2:6]] == ["  Line 2", "  Line 4", "  Line 7", "  Line 8"]
     assert "the nearest legal size is 992x992" in told[2]
-    assert "It is not UTF-8" in told[3]
+    assert "Not valid UTF-8" in told[3]
     assert "The prompt is blank" in told[4]
     assert "never closed" in told[5]
-    assert told[6] == "The column 'mood' is not an argument; it goes into the manifest as it is."
+    assert told[6] == "The column 'mood' is not an argument; it is copied to the manifest."
     assert told[7].endswith(
         "1 duplicate line (the same as one before): 6. Each is generated and paid for, unless --unique is given."
     )
@@ -133,7 +133,7 @@ def test_bad_lines_refuse_the_job_and_skip_bad_leaves_them_out(batch, folder, sa
         "Error: 2 lines of 3 are not valid; nothing was sent.",
         "Fix them, or leave them out with --skip-bad.",
         "Line 2: n: Input should be greater than or equal to 1",
-        "Line 3: A prompt is a text or an object with the key 'prompt', not a list.",
+        "Line 3: A prompt is a string or an object with the key 'prompt', not a list.",
     ]
     assert not (folder / "out").exists()
     assert sandbox.requests == []
@@ -190,7 +190,7 @@ def test_limit_and_budget_leave_the_rest(batch, folder, sandbox):
     assert "1 prompt made, 2 left" in limited.stderr
     bounded = batch("--budget", "0.06")
     assert (bounded.exit_code, sandbox.images_made) == (2, 1)
-    assert "The budget does not reach for the next prompt." in bounded.stderr
+    assert "The budget does not cover the next prompt." in bounded.stderr
     assert batch("--budget", "nothing").exit_code == 2
     assert batch("--limit", "-1").exit_code == 2
 
@@ -272,11 +272,11 @@ def test_other_arguments_and_a_damaged_manifest_are_2(batch, folder):
     [
         (("none.txt", "-o", "out"), "none.txt, cannot be read: No such file or directory."),
         (("p.md", "-o", "out"), "There is no file 'p.md'"),
-        ((".", "-o", "out"), "Say it with --format: 'txt'"),
+        ((".", "-o", "out"), "Choose one with --format: 'txt'"),
         (("p.txt",), "Missing option '-o'"),
-        (("p.txt", "-o", "s3://bucket/x"), "A job's folder is a local one"),
+        (("p.txt", "-o", "s3://bucket/x"), "A job's folder must be a local folder"),
         (("p.txt", "-o", "out", "--format", "xml"), "Invalid value for '--format'"),
-        (("p.txt", "-o", "out", "--base-url", "http://127.0.0.1:9"), "does not go with --sandbox"),
+        (("p.txt", "-o", "out", "--base-url", "http://127.0.0.1:9"), "cannot be combined with --sandbox"),
         (("p.txt", "-o", "out", "--model", "cogview-3", "--budget", "1"), "Leave --budget out."),
         (("p.txt", "-o", "out", "--seed", "1"), "No such option: --seed"),
     ],
@@ -362,7 +362,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
         while process.poll() is None and manifest_file.read_text().count("\n") < before:
             time.sleep(0.01)
         process.send_signal(number)
-        assert any("once more leaves it" in line for line in process.stderr)
+        assert any("Press Ctrl-C again to leave them" in line for line in process.stderr)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
         assert (process.returncode, stdout) == (130, "")

@@ -28,7 +28,7 @@ from langchain_cogview.cli import output as shell
 from langchain_cogview.images import store
 
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
-SANDBOX_NOTE = "Sandbox: this is a placeholder, not a real picture.\n"
+SANDBOX_NOTE = "Sandbox: this is a placeholder, not a real image.\n"
 SCRIPT = Path(sysconfig.get_path("scripts"), "cogview")
 MODULE = (sys.executable, "-m", "langchain_cogview.cli")
 
@@ -241,8 +241,7 @@ def test_a_full_stdout_does_not_lose_the_path(tmp_path):
         )
     assert done.returncode == 1
     assert done.stderr == (
-        "Error: The standard output cannot be written (No space left on device). It would have been:\n"
-        f"k.png\n{SANDBOX_NOTE}"
+        f"Error: The standard output cannot be written (No space left on device). The output is:\nk.png\n{SANDBOX_NOTE}"
     )
     assert size_of(tmp_path / "k.png") == (1024, 1024)
 
@@ -334,7 +333,7 @@ def test_a_folder_is_made_and_filled(folder):
 def test_an_ending_of_another_format_is_told(folder):
     result = drawn("a cat", "-o", "cat.jpg")
     assert (result.exit_code, result.stdout) == (0, "cat.jpg\n")
-    assert "Warning: cat.jpg holds a picture of type image/png" in result.stderr
+    assert "Warning: cat.jpg holds an image of type image/png" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -345,8 +344,8 @@ def test_a_place_that_cannot_work_is_told_before_anything_is_sent(folder, sandbo
     result = cogview("a cat", "--base-url", sandbox.base_url, "-o", output)
     assert sandbox.requests == []
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("Error: The picture cannot be written to ")
-    assert result.stderr.endswith("\nNothing was sent. Choose another place with -o.\n")
+    assert result.stderr.startswith("Error: The image cannot be written to ")
+    assert result.stderr.endswith("\nNothing was sent. Choose another file or folder with -o.\n")
     assert [each.name for each in folder.iterdir()] == ["file.txt"]
 
 
@@ -363,7 +362,7 @@ def test_a_picture_that_cannot_be_saved_where_asked_is_kept_in_the_current_folde
     assert result.exit_code == 6
     assert result.stderr == (
         "Error: The picture could not be written to cat.png: Is a directory.\n"
-        f"The picture was made and is kept in {kept}\n{SANDBOX_NOTE}"
+        f"The image was generated and saved as {kept}\n{SANDBOX_NOTE}"
     )
     assert (kept.parent, size_of(kept)) == (Path(), (1024, 1024))
 
@@ -407,7 +406,7 @@ def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch)
     monkeypatch.setattr(store, "write_whole", disk)
     result = drawn("a cat", "-o", "cat.png")
     assert (result.exit_code, result.stdout, len(disk.asked)) == (6, "", 3)
-    assert "The picture was made, but no file holds it. Its link (until " in result.stderr
+    assert "The image was generated, but could not be saved. Its URL (until " in result.stderr
     assert "https://sandbox.invalid/files/" in result.stderr
 
 
@@ -427,13 +426,13 @@ def test_a_dash_writes_the_bytes_and_no_file(tmp_path):
 def test_bytes_go_with_nothing_else_and_nothing_is_sent(folder, sandbox, more):
     result = cogview("a cat", "--base-url", sandbox.base_url, "-o", "-", *more)
     assert (result.exit_code, result.stdout, sandbox.requests) == (2, "", [])
-    assert "-o - writes the bytes of one picture: leave --n, --json and --open out." in result.stderr
+    assert "-o - writes the bytes of one image and cannot be combined with --n, --json or --open." in result.stderr
 
 
 def test_bytes_are_not_thrown_at_a_terminal(tmp_path):
     seen, code = on_a_terminal(*MODULE, "a cat", "-o", "-", "--sandbox", folder=tmp_path)
     assert code == 2
-    assert "pipe them, or name a file." in " ".join(seen.replace("│", "").split())
+    assert "pipe it, or name a file." in " ".join(seen.replace("│", "").split())
     assert "PNG" not in seen
 
 
@@ -446,7 +445,7 @@ def test_bytes_that_nobody_takes_are_kept_in_the_current_folder(tmp_path):
     assert (done.returncode, size_of(kept)) == (6, (1024, 1024))
     assert done.stderr == (
         "Error: The standard output cannot be written (No space left on device).\n"
-        f"The picture was made and is kept in {kept.name}\n{SANDBOX_NOTE}"
+        f"The image was generated and saved as {kept.name}\n{SANDBOX_NOTE}"
     )
 
 
@@ -566,7 +565,7 @@ def test_time_that_ends_after_the_request_was_sent_is_7(folder):
     result = drawn("a cat [[slow:5]]", "--timeout", "0.2")
     assert (result.exit_code, result.stdout) == (7, "")
     assert "the time limit of 0.2 s passed before an answer came" in result.stderr
-    assert "Look in the provider's console before you run it again: that can pay twice.\n" in result.stderr
+    assert "Check the provider's console before you run it again: that can pay twice.\n" in result.stderr
 
 
 def test_nobody_at_the_address_is_5_and_shows_no_key(folder, monkeypatch):
@@ -605,9 +604,9 @@ def test_pictures_that_were_made_are_kept_when_others_fail_and_the_highest_code_
     lines = ["cat.png", "cat-2.png", "cat-3.png"][: 3 - len(faults)]
     assert (result.exit_code, result.stdout.splitlines()) == (code, lines)
     assert {each.name for each in folder.iterdir()} == {*lines}
-    assert result.stderr.count(" of 3 was not made. ") == result.stderr.count("Request id: ") == len(faults)
+    assert result.stderr.count(" of 3 was not generated. ") == result.stderr.count("Request id: ") == len(faults)
     for text in words:
-        assert f" of 3 was not made. {text}" in result.stderr
+        assert f" of 3 was not generated. {text}" in result.stderr
 
 
 def test_an_error_that_is_not_ours_among_several_is_1(folder, sandbox, monkeypatch):
@@ -616,7 +615,7 @@ def test_an_error_that_is_not_ours_among_several_is_1(folder, sandbox, monkeypat
     monkeypatch.setattr(CogViewImageGenerator, "invoke", lambda *_: failed)
     result = drawn("a cat", "-o", "cat.png", "--n", "2")
     assert (result.exit_code, result.stdout) == (1, "cat.png\n")
-    assert "Error: Picture 2 of 2 was not made. a surprise" in result.stderr
+    assert "Error: Image 2 of 2 was not generated. a surprise" in result.stderr
 
 
 def test_every_error_has_its_exit_code():
@@ -647,7 +646,7 @@ def test_every_error_has_its_exit_code():
         (("--timeout", "0"), "timeout: A time limit is a number of seconds"),
         (("--seed", "1"), "No such option: --seed"),
         (("kitten",), "Got unexpected extra argument"),
-        (("--base-url", "http://127.0.0.1:9"), "--base-url needs a URL, and does not go with --sandbox."),
+        (("--base-url", "http://127.0.0.1:9"), "--base-url needs a URL and cannot be combined with --sandbox."),
     ],
 )
 def test_a_wrong_argument_is_2_with_its_name_and_the_rule(folder, arguments, words):

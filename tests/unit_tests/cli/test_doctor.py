@@ -74,7 +74,7 @@ def test_no_reason_alone_is_relied_on_for_the_refusal(sandbox):
 def test_the_sandbox_needs_nothing():
     result = doctor("--sandbox")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "- [ok] key: The sandbox needs none." in result.stdout
+    assert "- [ok] key: The sandbox needs no key." in result.stdout
     assert "- [ok] probe: The key is accepted" in result.stdout
 
 
@@ -98,7 +98,7 @@ def test_the_report_is_a_list_without_key_password_or_home(server, tmp_path, mon
             secret in result.output for secret in (FAKE_KEY[:8], FAKE_KEY[-8:], "secret", "someone", str(home))
         )
         assert f"ends in {FAKE_KEY[-4:]}." in result.stdout
-        assert "~/work can be written to." in result.stdout
+        assert "~/work is writable." in result.stdout
     assert "SSL_CERT_FILE=~/ca.pem" in doctor(env=environment).stdout
     title, blank, *lines = doctor(env=environment).stdout.splitlines()
     assert (title, blank) == ("### cogview doctor", "")
@@ -183,7 +183,7 @@ def test_settings_that_are_not_read_are_named(monkeypatch, key):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/x.pem")
     assert "This package does not read REQUESTS_CA_BUNDLE" in str(diagnose(offline=True))
     monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
-    assert "SSL_CERT_DIR names nothing that can be read" in str(diagnose(offline=True))
+    assert "SSL_CERT_DIR does not name a readable file or folder" in str(diagnose(offline=True))
 
 
 def test_wrong_usage_is_2():
@@ -249,7 +249,7 @@ def test_no_answer_is_5_and_speaks_of_no_charge(key, monkeypatch):
 def test_a_clock_that_is_wrong_is_told(key):
     with Host(http(400, '{"error":{"code":"1211","message":"x"}}', Date="Mon, 01 Jan 2001 00:00:00 GMT")) as host:
         diagnosis = diagnose(base_url=f"http://127.0.0.1:{host.port}/v4")
-    assert re.search(r"\[note\] clock: It is [\d,]+ s ahead of the API's\.", str(diagnosis))
+    assert re.search(r"\[note\] clock: The clock is [\d,]+ s ahead of the API's\.", str(diagnosis))
     assert diagnosis.first_failed is None
 
 
@@ -265,7 +265,7 @@ def test_a_clock_that_is_wrong_is_told(key):
         (400, "nonsense", 2, "answers, but not as the API does"),
         (502, "<html>Bad gateway</html>", 5, "answers, but not as the API does"),
         (302, "", 2, "redirect"),
-        (200, '{"data":[{"url":"https://x.invalid/p.png"}]}', 7, "it is not the provider's API"),
+        (200, '{"data":[{"url":"https://x.invalid/p.png"}]}', 7, "this is not the provider's API"),
     ],
 )
 def test_what_the_api_says_of_the_probe_is_judged(key, status, body, code, words):

@@ -308,7 +308,7 @@ def test_a_job_has_no_more_in_flight_than_the_process_may_open_files_for(command
     job = command([f"picture {n}" for n in range(20)])
     code, stderr = job.finished("--max-concurrency", "20", limits=open_files(32))
     assert code == 0, stderr
-    assert "at a time: this process may open only" in stderr
+    assert "at a time: this process can open only" in stderr
     assert job.paid() == Counter(job.prompts)
 
 

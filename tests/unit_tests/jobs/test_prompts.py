@@ -65,7 +65,7 @@ def test_what_is_no_utf_8_is_told_by_line_and_the_others_are_read(written, name,
     row = b'"good"' if name == "p.jsonl" else b"good"
     path = written(before + row + b"\ncaf\xe9\n" + row + b"\n", name)
     first = 1 + before.count(b"\n")
-    assert problems(path) == {first + 1: "It is not UTF-8 at character 4."}
+    assert problems(path) == {first + 1: "Not valid UTF-8 at character 4."}
     assert [number for number, _ in said(path)] == [first, first + 1, first + 2]
 
 
@@ -146,13 +146,13 @@ def test_line_ends_within_a_quoted_prompt_are_plain_ones(written):
 def test_a_csv_quote_that_is_never_closed_swallows_nothing_in_silence(written):
     path = written('prompt\ngood\n"never closed\nlost\nlost too\n', "p.csv")
     assert said(path)[0] == (2, "good")
-    assert problems(path) == {3: "A quote that opens in it is never closed. Lines 3 to 5 are read as one."}
+    assert problems(path) == {3: "A quote in it is never closed. Lines 3 to 5 are read as one line."}
 
 
 def test_wrong_quotes_in_a_csv_file_are_told(written):
     path = written('prompt\n"G I G" painted\ngood\n', "p.csv")
     assert problems(path).keys() == {2}
-    assert "a quote within a quoted cell is doubled" in problems(path)[2]
+    assert "double a quote within a quoted cell" in problems(path)[2]
     assert said(path)[-1] == (3, "good")
 
 
@@ -184,9 +184,9 @@ def test_the_parti_prompts_are_read_as_they_stand():
     [
         ("", "it is empty"),
         ("\n \n", "it is empty"),
-        ("text,size\na cat,square", "it has no column 'prompt', separated by commas, but 'text', 'size'"),
-        ("prompt,Prompt\na,b", "the column 'prompt' stands in it twice"),
-        (b"pr\xff\xffmpt\na", "It is not UTF-8"),
+        ("text,size\na cat,square", "it has no column 'prompt'; its columns, separated by commas, are 'text', 'size'"),
+        ("prompt,Prompt\na,b", "it has the column 'prompt' twice"),
+        (b"pr\xff\xffmpt\na", "Not valid UTF-8"),
         ('"prompt\na', "never closed"),
     ],
 )
@@ -214,7 +214,7 @@ def test_json_lines_are_texts_or_objects(written):
         (4, {"prompt": 7}, {}),
     ]
     assert file.blank == 1
-    assert file.notes == ["The key 'id' is not an argument; it goes into the manifest as it is."]
+    assert file.notes == ["The key 'id' is not an argument; it is copied to the manifest."]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_prompts_can_be_texts_and_dicts():
     assert [line.number for line in lines] == [1, 3, 4, 5]
     assert (lines[1].arguments, lines[1].extra) == ({"prompt": "a dog", "n": 2}, {"mood": "calm"})
     assert "not a number" in lines[2].problem
-    assert "that JSON cannot say" in lines[3].problem
+    assert "cannot be written as JSON" in lines[3].problem
     assert file.blank == 1
 
 
@@ -270,9 +270,7 @@ def test_a_dash_is_the_standard_input_and_leaves_it_open(monkeypatch):
 def test_the_format_can_be_said(written):
     path = written("prompt\na cat", "prompts.data")
     assert said(path, format="csv") == [(2, "a cat")]
-    with pytest.raises(
-        CogViewConfigurationError, match=r"does not tell how the prompts stand in it\. Say it with format="
-    ):
+    with pytest.raises(CogViewConfigurationError, match=r"does not name a format of prompts\. Choose one with format="):
         said(path)
 
 

@@ -154,7 +154,7 @@ def test_a_generator_can_be_given_and_keeps_its_settings(run, out, sandbox, tmp_
     assert run(["a cat"], generator=generator).made == 1
     (line,) = lines(out)
     assert {"size": "512x512", "user_id": "user-123", "model": "cogview-4"}.items() <= line["arguments"].items()
-    with pytest.raises(CogViewConfigurationError, match="does not go with a generator"):
+    with pytest.raises(CogViewConfigurationError, match="cannot be combined with a generator"):
         run(["a cat"], generator=generator, model="glm-image")
 
 
@@ -308,7 +308,7 @@ def test_no_key_and_no_path_of_the_service_is_in_the_folder(tmp_path, out):
     ],
 )
 def test_one_prompt_or_none_in_place_of_a_list_is_refused(run, out, sandbox, prompts, what):
-    with pytest.raises(CogViewConfigurationError, match=f"The prompts are a list .*, not {what}"):
+    with pytest.raises(CogViewConfigurationError, match=f"The prompts must be a list .*, not {what}"):
         run(prompts)
     assert not out.exists()
     assert sandbox.requests == []
@@ -322,7 +322,7 @@ def test_a_text_on_its_own_is_the_name_of_a_file(run, text):
 
 @pytest.mark.parametrize("folder", ["s3://bucket/x", "memory://x", "", "a\0b"])
 def test_the_folder_is_a_local_one(folder, sandbox):
-    with pytest.raises(CogViewConfigurationError, match="A job's folder is a local one"):
+    with pytest.raises(CogViewConfigurationError, match="A job's folder must be a local folder"):
         run_job(["a cat"], folder, base_url=sandbox.base_url)
 
 
@@ -511,7 +511,7 @@ def test_a_task_that_does_not_end_is_given_up_when_asked_for(run, out, sandbox):
         assert report.errors == {"CogViewTaskUnfinishedError": 1}
     assert len(sandbox.ledger) == 1
     plan = plan_job(["a cat"], out, base_url=sandbox.base_url, retry_unknown=True, **big)
-    assert "1 image under way at the service will be asked for; what has not ended" in str(plan)
+    assert "1 image in progress at the service will be polled; what does not end" in str(plan)
     again = run(["a cat"], **big, timeout=1, retry_unknown=True)
     assert (again.made, again.unknown) == (1, ())
     assert len(sandbox.ledger) == 2
@@ -563,7 +563,7 @@ def test_what_did_not_run_is_left_for_the_next_run(run, out, sandbox, fault):
     report = run(["a cat", "a dog"], max_retries=0)
     assert (report.made, report.left, report.failed, report.unknown, report.stopped) == (1, 1, 0, (), None)
     (name,) = report.errors
-    assert f"Did not run, and is left for the next run: {name} (1)." in str(report)
+    assert f"Did not run; the next run sends these again: {name} (1)." in str(report)
     assert len(lines(out)) == 1
     assert run(["a cat", "a dog"]).made == 1
     assert (sandbox.images_made, len(lines(out))) == (2, 2)
@@ -794,7 +794,7 @@ def test_limit_draws_at_most_so_many(run, sandbox):
 
 @pytest.mark.parametrize("limit", [-1, 1.5, "3"])
 def test_a_limit_is_a_number(run, sandbox, limit):
-    with pytest.raises(CogViewConfigurationError, match="limit is a number of prompts"):
+    with pytest.raises(CogViewConfigurationError, match="limit must be a number of prompts"):
         run(["a cat"], limit=limit)
 
 
@@ -803,7 +803,7 @@ def test_a_budget_stops_before_it_is_passed_over_all_runs(run, sandbox, out, bud
     prompts = [f"prompt {number}" for number in range(6)]
     report = run(prompts, budget=budget)
     assert (report.made, report.left, report.over_budget) == (3, 3, True)
-    assert "The budget does not reach" in str(report)
+    assert "The budget does not cover" in str(report)
     assert run(prompts, budget=budget).made == 0
     assert run(prompts, budget="0.30").made == 2
     assert plan_job(prompts, out, base_url=sandbox.base_url, budget="1", **SMALL).images == 1
@@ -947,7 +947,7 @@ def test_a_picture_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_
     report = run(["a cat"])
     assert isinstance(report.stopped, CogViewStorageError)
     for told in (str(report), caplog.text):
-        assert "could be kept nowhere" in told
+        assert "could not be saved anywhere" in told
         assert "https://sandbox.invalid/files/" in told
     monkeypatch.undo()
     assert run(["a cat"]).made == 1
