@@ -41,6 +41,7 @@ from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.images.store import image_names, local_path, read_regular_file, replace_file
+from langchain_cogview.result import with_content
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -364,7 +365,7 @@ class CachedRequest:
             "warnings": (_unsaved_note(self.folder, fetched.problem),) if fetched.problem else (),
         }
         image = recorded.model_copy(update=fields)
-        return image.with_content(fetched.content, self._access())
+        return with_content(image, fetched.content, self._access())
 
     def _content_to_keep(self, image: GeneratedImage) -> bytes | None:
         """Return the bytes of an image, for a cache that stores bytes; None for another, or where they cannot be read."""
@@ -382,7 +383,7 @@ class CachedRequest:
             return None
         # The old warnings are about old files; this call adds its own.
         recorded = recorded.model_copy(update={"warnings": ()})
-        return recorded.with_content(None, self._access())
+        return with_content(recorded, None, self._access())
 
     def _hit_by_url(self, recorded: GeneratedImage) -> GeneratedImage | None:
         # Path and URI were not read, so the hit does not name them.
@@ -396,7 +397,7 @@ class CachedRequest:
 
     def _hit(self, recorded: GeneratedImage, *, content: bytes | None = None, **changes: Any) -> GeneratedImage:
         hit = recorded.model_copy(update={"cached": True, "cost": Decimal(0), **changes})
-        return hit if content is None else hit.with_content(content, self._access())
+        return hit if content is None else with_content(hit, content, self._access())
 
     def _access(self) -> ImageAccess:
         # Somebody else may have written the URI of an entry, so the folder's credentials are used for its own bucket only.

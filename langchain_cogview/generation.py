@@ -36,7 +36,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
+from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, with_content
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -525,26 +525,30 @@ class ImageCall:
                 content = reply.content
                 notes.append("The bytes of the reply are in memory: image.save(path) writes them as they are.")
         amount, currency = settings.price(request.model)
-        return GeneratedImage(
-            id=events.label,
-            url=url,
-            expires_at=expires_at(url) if url else None,
-            content_filter=reply.content_filter,
-            request_id=events.request_id,
-            response_id=reply.response_id,
-            task_id=reply.task_id,
-            created=reply.created,
-            model=request.model,
-            size=request.resolved_size,
-            quality=request.resolved_quality,
-            prompt=request.prompt,
-            cost=Decimal(0) if reply.sandbox else amount,
-            currency=currency,
-            seconds=round(events.deadline.elapsed, 3),
-            sandbox=reply.sandbox,
-            warnings=tuple(notes),
-            **made,
-        ).with_content(content, ImageAccess.of_generator(settings.base_url, settings.allowed_hosts, settings.folder))
+        return with_content(
+            GeneratedImage(
+                id=events.label,
+                url=url,
+                expires_at=expires_at(url) if url else None,
+                content_filter=reply.content_filter,
+                request_id=events.request_id,
+                response_id=reply.response_id,
+                task_id=reply.task_id,
+                created=reply.created,
+                model=request.model,
+                size=request.resolved_size,
+                quality=request.resolved_quality,
+                prompt=request.prompt,
+                cost=Decimal(0) if reply.sandbox else amount,
+                currency=currency,
+                seconds=round(events.deadline.elapsed, 3),
+                sandbox=reply.sandbox,
+                warnings=tuple(notes),
+                **made,
+            ),
+            content,
+            ImageAccess.of_generator(settings.base_url, settings.allowed_hosts, settings.folder),
+        )
 
 
 def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from langchain_core.messages import BaseMessage
 from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, validated
 from langchain_cogview.errors import CogViewInvalidRequestError, printable
 from langchain_cogview.images.remote import ImageAccess, image_access
-from langchain_cogview.result import GeneratedImage, ImageResult
+from langchain_cogview.result import GeneratedImage, ImageResult, with_content
 
 if TYPE_CHECKING:
     import os
@@ -134,7 +134,7 @@ def _image_or_error(item: Any, access: ImageAccess) -> GeneratedImage | CogViewI
             f"An image of this artifact is damaged: it is of type {printable(type(item).__name__, 40)}.", hint=""
         )
     try:
-        return validated(GeneratedImage, item).with_content(None, access)
+        return with_content(validated(GeneratedImage, item), None, access)
     except CogViewInvalidRequestError as error:
         return error
 

@@ -127,12 +127,6 @@ class GeneratedImage(BaseModel):
     _content: bytes | None = PrivateAttr(default=None)
     _access: Any = PrivateAttr(default=None)
 
-    def with_content(self, content: bytes | None, access: ImageAccess | None = None) -> Self:
-        """The same image holding its bytes in memory, and where more may be read from; in no repr, JSON or trace."""
-        self._content = content
-        self._access = access
-        return self
-
     def read(self) -> bytes:
         """The image's bytes, as the service made them: from memory, its file or its URI, else fetched from its URL (free).
 
@@ -309,6 +303,22 @@ class GeneratedImage(BaseModel):
         from langchain_cogview.notebook.display import image_output  # noqa: PLC0415
 
         return image_output(self, self._content)
+
+
+def with_content(image: GeneratedImage, content: bytes | None, access: ImageAccess | None = None) -> GeneratedImage:
+    """Let a new image hold its bytes in memory, in no repr, JSON or trace, and say what it may be read from.
+
+    Args:
+        image: The image, which is changed.
+        content: Its bytes; None if they are not in memory.
+        access: Which files, stores and hosts it may be read from; None: any file and public host, and no store.
+
+    Returns:
+        The image.
+    """
+    image._content = content  # noqa: SLF001
+    image._access = access  # noqa: SLF001
+    return image
 
 
 def _suffixes() -> Iterator[str]:
@@ -573,7 +583,7 @@ class ImageResult(BaseModel):
         check_artifact(artifact)
         result = validated(cls, artifact)
         for image in result.images:
-            image.with_content(None, access)
+            with_content(image, None, access)
         return result
 
     def __repr_args__(self) -> Any:

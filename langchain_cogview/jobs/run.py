@@ -40,7 +40,7 @@ from langchain_cogview.jobs.manifest import (
 )
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.request import ImageRequest
-from langchain_cogview.result import ImageFailure, ImageResult
+from langchain_cogview.result import ImageFailure, ImageResult, with_content
 from langchain_cogview.tasks import ImageTask
 from langchain_cogview.text import visible
 from langchain_cogview.worker_pool import aor_error, or_error
@@ -277,7 +277,7 @@ class JobRun:
         for number, failure in reversed([*enumerate(failures)]):
             image = image_with_link(failure, work_item.prompt.arguments["prompt"])
             if image:
-                image.with_content(None, ImageAccess(self._base_url, self.generator.allowed_image_hosts))
+                with_content(image, None, ImageAccess(self._base_url, self.generator.allowed_image_hosts))
                 yield PromptCall(self, work_item), number, image
 
     def _request(self, item: PromptItem) -> ImageRequest:

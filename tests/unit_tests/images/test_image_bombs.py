@@ -12,6 +12,7 @@ from PIL import Image
 from langchain_cogview import CogViewStorageError, GeneratedImage
 from langchain_cogview.images.formats import ImageRefusedError, inspect
 from langchain_cogview.notebook.previews import make_preview
+from langchain_cogview.result import with_content
 from tests.unit_tests.notebook.displayed import photo
 
 SIDE = 7040
@@ -58,7 +59,7 @@ def test_the_scans_of_a_jpeg_are_bounded_and_those_of_encoders_pass():
     "content", [WEBP, jpeg(scans=3000, progressive=True), photo(1, 64)[:-9], b"\x89PNG\r\n\x1a\n"], ids=range(4)
 )
 def test_to_pil_gives_our_error_and_a_preview_gives_nothing(content):
-    image = GeneratedImage(id="a", request_id="a", model="m", prompt="p").with_content(content)
+    image = with_content(GeneratedImage(id="a", request_id="a", model="m", prompt="p"), content)
     with pytest.raises(CogViewStorageError, match="is not decoded|cannot be decoded") as caught:
         image.to_pil()
     assert len(str(caught.value)) < 300
@@ -67,7 +68,7 @@ def test_to_pil_gives_our_error_and_a_preview_gives_nothing(content):
 
 
 def test_large_images_of_ordinary_kinds_are_decoded():
-    image = GeneratedImage(id="a", request_id="a", model="m", prompt="p").with_content(jpeg(2048, quality=10))
+    image = with_content(GeneratedImage(id="a", request_id="a", model="m", prompt="p"), jpeg(2048, quality=10))
     assert image.to_pil().size == (2048, 2048)
     assert make_preview(jpeg(SIDE, quality=10)).mime_type == "image/jpeg"
 
@@ -76,15 +77,17 @@ MEASURE = """
 import sys
 import PIL.Image, PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.WebPImagePlugin
 from langchain_cogview import GeneratedImage
+from langchain_cogview.result import with_content
 from langchain_cogview.errors import CogViewError
 from langchain_cogview.notebook.previews import make_preview
+from langchain_cogview.result import with_content
 
 def peak():  # of this program alone: ru_maxrss begins with the parent's
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) // 1024
 
 content = sys.stdin.buffer.read()
-image = GeneratedImage(id="a", request_id="a", model="m", prompt="p").with_content(content)
+image = with_content(GeneratedImage(id="a", request_id="a", model="m", prompt="p"), content)
 make_preview(content)
 image._repr_mimebundle_()
 after_preview = peak()

@@ -25,6 +25,7 @@ from langchain_cogview import (
     gallery,
     images_from_messages,
 )
+from langchain_cogview.result import with_content
 from tests.unit_tests.notebook.displayed import Seen, photo
 
 PNG = photo(1, 32)
@@ -328,7 +329,7 @@ EVIL = [
 def test_an_id_never_leads_out_of_the_folder(evil, tmp_path):
     folder = tmp_path / "a" / "folder"
     folder.mkdir(parents=True)
-    images = [GeneratedImage(**{**RECORD, "id": evil}).with_content(PNG)]
+    images = [with_content(GeneratedImage(**{**RECORD, "id": evil}), PNG)]
     result = ImageResult(images=images, prompt="p", model="m")
     assert images[0].save(folder).parent == result.save(folder).parent == folder
     [path] = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -339,7 +340,7 @@ def test_an_id_never_leads_out_of_the_folder(evil, tmp_path):
 
 def test_images_with_the_same_id_do_not_replace_each_other(tmp_path):
     images = [
-        GeneratedImage(**{**RECORD, "id": name}).with_content(content)
+        with_content(GeneratedImage(**{**RECORD, "id": name}), content)
         for name, content in (("a", PNG), ("a", OTHER), ("a-2", PNG), ("A", OTHER), ("b", PNG))
     ]
     ImageResult(images=images, prompt="p", model="m").save(tmp_path)
@@ -350,8 +351,8 @@ def test_images_with_the_same_id_do_not_replace_each_other(tmp_path):
 
 
 def test_a_preview_is_found_by_what_was_read_and_not_by_what_an_artifact_claims(tmp_path):
-    honest = GeneratedImage(**RECORD, **facts(OTHER)).with_content(OTHER)
-    claims = GeneratedImage(**{**RECORD, "id": "b2"}, **facts(OTHER)).with_content(PNG)
+    honest = with_content(GeneratedImage(**RECORD, **facts(OTHER)), OTHER)
+    claims = with_content(GeneratedImage(**{**RECORD, "id": "b2"}, **facts(OTHER)), PNG)
     sources = [[each["src"] for each in shown(one).all("img")] for one in (claims, honest, claims)]
     assert sources[0] == sources[2] != sources[1]
 

@@ -17,6 +17,7 @@ import pytest
 
 from langchain_cogview import CogViewImageGenerator, ContentFilter, ImageFailure, ImageResult
 from langchain_cogview.notebook.previews import HELD, HeldPreviews, Preview, aremember, make_preview, remember
+from langchain_cogview.result import with_content
 from tests.unit_tests.notebook.displayed import EVIL, PHOTO, Seen, assert_harmless, be_a_kernel, image, photo, result
 
 
@@ -91,7 +92,7 @@ def test_a_flagged_picture_has_a_badge(generator):
 
 
 def test_a_large_picture_is_shown_small():
-    large = image(PHOTO).with_content(PHOTO, None)
+    large = with_content(image(PHOTO), PHOTO, None)
     assert len(PHOTO) > 1_000_000
     assert size(large) <= 60_000
     (picture,) = shown(large).pictures()
@@ -101,7 +102,7 @@ def test_a_large_picture_is_shown_small():
 @pytest.mark.parametrize("prompt", ["猫" * 2000, "😀" * 2000, "<&\"'" * 800, "\x00" * 500 + "x", EVIL * 5])
 def test_one_picture_is_at_most_60_kilobytes_whatever_the_texts_are(prompt):
     facts = {"prompt": prompt, "model": prompt, "quality": prompt, "size": prompt, "warnings": (prompt,) * 3}
-    one = image(PHOTO, **facts).with_content(PHOTO, None)
+    one = with_content(image(PHOTO, **facts), PHOTO, None)
     assert len(shown(one).pictures()) == 1
     assert size(one) <= 60_000
     assert size(result(one)) <= 60_000
@@ -229,7 +230,7 @@ def test_failures_stand_beside_the_pictures(generator, sandbox):
 
 @pytest.mark.parametrize("count", [2, 12, 100])
 def test_the_pictures_of_a_result_are_at_most_150_kilobytes(count, monkeypatch):
-    images = [image(each).with_content(each, None) for each in (photo(seed, 256) for seed in range(count))]
+    images = [with_content(image(each), each, None) for each in (photo(seed, 256) for seed in range(count))]
     failures = [ImageFailure(index=1, error="X", message=EVIL, hint="猫" * 500)] * 3
     many = result(*images, failures=failures)
     assert size(many) <= 150_000
@@ -250,7 +251,7 @@ def test_without_pillow_a_small_original_is_embedded(generator, no_pillow, monke
 
 
 def test_without_pillow_a_large_one_is_a_text_that_names_the_extra(no_pillow):
-    seen = shown(image(PHOTO).with_content(PHOTO, None))
+    seen = shown(with_content(image(PHOTO), PHOTO, None))
     assert seen.all("img") == []
     assert 'pip install "langchain-cogview[notebook]"' in seen.text
 

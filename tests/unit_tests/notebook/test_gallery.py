@@ -21,6 +21,7 @@ from langchain_cogview import (
 from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
 from langchain_cogview.notebook.html import Tile, contact_sheet
 from langchain_cogview.notebook.previews import HELD
+from langchain_cogview.result import with_content
 from tests.unit_tests.notebook.displayed import EVIL, OF_A_PAGE, PHOTO, Seen, assert_harmless, image, photo, result
 
 
@@ -188,7 +189,7 @@ def test_a_picture_that_was_not_fetched_is_not_fetched(sandbox):
 def test_without_pillow_small_originals_are_shown_and_others_named(generator, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     drawn = generator.invoke("x")
-    made = gallery([drawn, image(PHOTO).with_content(PHOTO, None)])
+    made = gallery([drawn, with_content(image(PHOTO), PHOTO, None)])
     html = made._repr_mimebundle_()["text/html"]
     assert html.count("<img") == 1
     assert "needs Pillow" in html

@@ -10,6 +10,7 @@ from langchain_cogview import CogViewContentFilterError, CogViewError, ContentFi
 from langchain_cogview.notebook.gallery import compare, gallery
 from langchain_cogview.notebook.html import Tile, contact_sheet
 from langchain_cogview.notebook.previews import HELD
+from langchain_cogview.result import with_content
 from tests.unit_tests.notebook.displayed import EVIL, PHOTO, image, result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -56,7 +57,7 @@ def evil():
         "content_filter": entries,
     }
     yield [
-        result(image(PHOTO, **facts).with_content(PHOTO, None)),
+        result(with_content(image(PHOTO, **facts), PHOTO, None)),
         image(url="javascript:document.title='owned'", **facts),
         image(url=f"https://example.invalid/{EVIL}", **facts),
         image(path=f"/{EVIL.replace(chr(0), '')}", **facts),
@@ -105,7 +106,7 @@ def test_an_exported_notebook_shows_picture_and_caption(evil, tmp_path):
     nbconvert = pytest.importorskip("nbconvert")
     outputs = [
         nbformat.v4.new_output("display_data", data=each._repr_mimebundle_())
-        for each in (result(image(PHOTO, prompt="a red fox").with_content(PHOTO, None)), gallery(evil))
+        for each in (result(with_content(image(PHOTO, prompt="a red fox"), PHOTO, None)), gallery(evil))
     ]
     cell = nbformat.v4.new_code_cell("draw.invoke('a red fox')", outputs=outputs)
     html, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
