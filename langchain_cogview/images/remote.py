@@ -251,17 +251,6 @@ class ImageAccess:
         content = await aread_uri(uri, self._options(uri), seconds=seconds)
         return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
-    def covers(self, uri: str) -> bool:
-        """Tell whether a URI lies in one of the remote folders.
-
-        Args:
-            uri: The URI.
-
-        Returns:
-            Whether it does.
-        """
-        return any(_holds(folder, uri) for folder in self.storage)
-
     def _options(self, uri: str) -> Mapping[str, Any]:
         for folder in self.storage:
             if _holds(folder, uri):
