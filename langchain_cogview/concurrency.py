@@ -29,11 +29,12 @@ _MOST_LEFT: Final = 30.0
 
 
 class Deadline:
-    """A moment on the monotonic clock that every step of a call looks at.
+    """A point in time on the monotonic clock at which a call has to end.
 
     Args:
-        seconds: From its start on; None never ends.
-        started: False: it starts with `start`, so that a queue before the call does not count.
+        seconds: Seconds after its start; None for no limit.
+        started: Whether the time runs from now on. If not, it runs from `start` on, so that queueing before a call does not
+            count.
     """
 
     __slots__ = ("_end", "_started", "seconds")
@@ -46,7 +47,7 @@ class Deadline:
             self.start()
 
     def start(self) -> None:
-        """Let the time run; a second start changes nothing."""
+        """Start the time. A second start has no effect."""
         if self._started is None:
             self._started = time.monotonic()
             self._end = None if self.seconds is None else self._started + self.seconds
@@ -58,11 +59,11 @@ class Deadline:
 
     @property
     def started(self) -> bool:
-        """Whether the time runs."""
+        """Whether the time has been started."""
         return self._started is not None
 
     def remaining(self) -> float | None:
-        """Seconds left, 0.0 when it has passed, None when it never ends."""
+        """Seconds left; 0.0 if the deadline has passed, None if there is no limit."""
         return self.seconds if self._end is None else max(0.0, self._end - time.monotonic())
 
     @property
@@ -71,14 +72,14 @@ class Deadline:
         return self.remaining() == 0.0
 
     def allows(self, seconds: float) -> bool:
-        """Whether a wait of `seconds` ends before it."""
+        """Whether a wait of `seconds` ends before the deadline."""
         left = self.remaining()
         return left is None or seconds < left
 
     def is_worth_sending(self, wait: float = 0.0) -> bool:
-        """Whether a request that is sent `wait` seconds from now has time for its answer: a tenth of the limit, at most 30 s.
+        """Whether a request that is sent in `wait` seconds has time for its reply: a tenth of the limit, at most 30 s.
 
-        A picture whose answer comes too late is paid for and lost.
+        An image whose reply comes too late is paid for and lost.
         """
         return self.seconds is None or self.allows(wait + min(self.seconds / 10, _MOST_LEFT))
 
@@ -97,13 +98,13 @@ _MARK: Final = "cogview_raised_by_signal"
 
 
 class CancelToken(threading.Event):
-    """A cancel token. Once it is set, no further request is sent; requests in flight may end.
+    """Cancels work. Once it is set, no further request is sent; requests in flight may finish.
 
-    It is set by `set` when the caller has gone (Ctrl-C, an iterator that was left), and while one of its conditions answers yes
-    (a job that was asked to stop). A child is set with its parent, and not the other way round.
+    It is set by `set`, when the caller is gone (after Ctrl-C, or an iterator that was closed), and while one of its conditions is
+    true (a job that was asked to stop). A child is set with its parent, but not a parent with its child.
 
     Args:
-        conditions: Each returns whether an end was asked for.
+        conditions: Functions that return whether to cancel.
     """
 
     def __init__(self, *conditions: Callable[[], bool]) -> None:
@@ -114,11 +115,11 @@ class CancelToken(threading.Event):
 
     @property
     def has_conditions(self) -> bool:
-        """Whether it can be set without a call of `set`, so that it has to be asked again and again."""
+        """Whether it has conditions, which have to be polled."""
         return bool(self._conditions)
 
     def set(self) -> None:
-        """The caller has gone: cancel this work and its children."""
+        """Cancel this work and its children, because the caller is gone."""
         with self._changing:
             super().set()
             children = list(self._children)
@@ -126,11 +127,11 @@ class CancelToken(threading.Event):
             each.set()
 
     def is_set(self) -> bool:
-        """Whether no further request is sent."""
+        """Whether the work is cancelled."""
         return super().is_set() or any(holds() for holds in self._conditions)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until no further request is sent, at most `timeout` seconds; returns whether that is so."""
+        """Wait until the work is cancelled, at most `timeout` seconds; returns whether it is."""
         if not self._conditions:
             return super().wait(timeout)
         end = None if timeout is None else time.monotonic() + timeout
@@ -142,19 +143,19 @@ class CancelToken(threading.Event):
         return True
 
     async def await_seconds(self, seconds: float) -> None:
-        """Async version of `wait`. An async caller that has gone cancels its tasks, so only the conditions end it."""
+        """Async version of `wait`. Only the conditions end it early, because an async caller that is gone cancels its tasks."""
         end = time.monotonic() + seconds
-        while self._conditions and not self.is_set() and end - time.monotonic() > _POLL_SECONDS:  # noqa: ASYNC110  a question has no event
+        while self._conditions and not self.is_set() and end - time.monotonic() > _POLL_SECONDS:  # noqa: ASYNC110  a condition has no event
             await asyncio.sleep(_POLL_SECONDS)
         if not (self._conditions and self.is_set()):
             await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     def wait_until_abandoned(self, timeout: float) -> bool:
-        """Wait until the caller has gone, at most `timeout` seconds; returns whether it has. Questions do not count."""
+        """Wait until the caller is gone, at most `timeout` seconds; returns whether it is. Conditions are ignored."""
         return super().wait(timeout)
 
     def child(self, *conditions: Callable[[], bool]) -> CancelToken:
-        """A child, with further conditions."""
+        """Create a child with further conditions."""
         token = CancelToken(*self._conditions, *conditions)
         if self is not NEVER:
             with self._changing:
@@ -170,23 +171,23 @@ CANCEL_TOKEN: Final[ContextVar[CancelToken]] = ContextVar("cogview_cancel_token"
 
 
 def raised_by_signal(error: BaseException) -> BaseException | None:
-    """What a signal handler of this program raised, where an error is that, or was made from it.
+    """Find the exception of a signal handler that an error is, or that caused it.
 
     Such a handler runs in the middle of anything, such as a socket operation. What it raises (Celery's `SoftTimeLimitExceeded`, a
-    `TimeoutError` of an alarm) is no fault of that operation, whatever its class, and belongs to the caller.
+    `TimeoutError` of an alarm) is not a failure of that operation, whatever its class, and is passed on to the caller.
 
     Returns:
-        The handler's exception; None where no handler raised one.
+        The handler's exception, or None.
     """
     handlers = {signal.getsignal(each) for each in signal.valid_signals()}
-    # Python's own handler of Ctrl-C is not written in Python; nothing of ours takes its KeyboardInterrupt for a fault.
+    # Python's own handler of Ctrl-C is not written in Python; its KeyboardInterrupt is never treated as a failure here.
     codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)} - {None}
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
         frames = [frame for frame, _ in traceback.walk_tb(link.__traceback__)]
         if hasattr(link, _MARK) or any(frame.f_code in codes for frame in frames) or _holds_handler(frames):
-            # Marked, because the frames are taken away from what passes through: they hold the request, and so the key.
+            # Marked, because its frames are removed later: they hold the request, and so the key.
             setattr(link, _MARK, True)
             return link
         seen.append(link)
@@ -294,14 +295,14 @@ async def entered_in_thread(context: AbstractContextManager[T]) -> AsyncIterator
 # --- single-flight
 
 _Entry = concurrent.futures.Future[None]
-"""A place in a queue; done once it is its turn."""
+"""A caller in the queue of a key; done once it is first."""
 
 
 class SingleFlight:
-    """Who is at what.
+    """Runs equal work once at a time in this process, in threads and tasks: callers with the same key queue first in, first out.
 
-    A wait lasts no longer than its caller says; then the caller goes on without the turn. So nobody hangs on another who
-    never comes back, such as a task of an event loop that was left behind.
+    A caller waits no longer than it says and then goes on, so that it does not hang on another one that never ends, such as a
+    task of an abandoned event loop.
     """
 
     def __init__(self) -> None:
@@ -310,13 +311,13 @@ class SingleFlight:
 
     @contextlib.contextmanager
     def flight(self, key: Hashable, seconds: float | None) -> Iterator[None]:
-        """Wait for the turn, and have it until the block ends.
+        """Wait until no earlier caller has the same key; later ones wait until the block ends.
 
-        In a thread that runs an event loop there is no wait: whose turn it is may be a task of that very loop.
+        A thread that runs an event loop does not wait, because the earlier caller may be a task of that loop.
 
         Args:
-            key: What is done once at a time.
-            seconds: How long to wait at most; None: as long as it takes.
+            key: Identifies the work.
+            seconds: The longest wait; None for no limit.
         """
         place = self._enter(key)
         try:
@@ -328,7 +329,7 @@ class SingleFlight:
 
     @contextlib.asynccontextmanager
     async def aflight(self, key: Hashable, seconds: float | None) -> AsyncIterator[None]:
-        """The twin of `flight`."""
+        """Async version of `flight`."""
         place = self._enter(key)
         try:
             if not place.done():
@@ -338,7 +339,7 @@ class SingleFlight:
             self._leave(key, place)
 
     def forget(self) -> None:
-        """Start anew, in a forked process: whose turn it was is not there."""
+        """Reset, in a forked process: the callers in the queues are those of the parent."""
         self._lock = threading.Lock()
         self._queues = {}
 
@@ -372,7 +373,7 @@ def runs_event_loop() -> bool:
 
 
 SINGLE_FLIGHT: Final = SingleFlight()
-"""Those of this process."""
+"""The flights of this process."""
 
 
 def _after_fork() -> None:

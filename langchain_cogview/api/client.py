@@ -1,4 +1,4 @@
-"""One logical call of the endpoint: its slot in flight, attempts, waits and deadline."""
+"""One logical call of the endpoint: its slot in the limiter, its attempts, waits and deadline."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _LIMITER_POLL_SECONDS = 0.05
 
 
 class RateLimiter(Protocol):
-    """What is asked for leave before each attempt: LangChain's `BaseRateLimiter` has this form."""
+    """A rate limiter that is acquired before each attempt, such as a `BaseRateLimiter` of LangChain."""
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        """Take a slot; False where there is none and `blocking` is False."""
+        """Acquire the limiter. Returns False if that would block and `blocking` is False."""
         ...
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
-        """The same, for async callers."""
+        """Async version of `acquire`."""
         ...
 
 
@@ -86,14 +86,14 @@ class CallEvents(Protocol):
 
 @dataclass(slots=True)
 class _Attempts:
-    """Of one logical call.
+    """The attempts of one logical call.
 
     Attributes:
-        begun: How many there were, also those that found no slot.
-        made: How many were sent.
-        waited_for: The errors after which it was sent again.
-        ticket: Where the call stands in the queue of the limiter.
-        queue_is_wait: Whether the queue for a slot replaces a wait.
+        begun: The number of attempts, including those that got no slot.
+        made: The number of requests that were sent.
+        waited_for: The errors after which the request was sent again.
+        ticket: The call's position in the queue of the limiter.
+        queue_is_wait: Whether queueing for a slot replaces the wait before the next attempt.
     """
 
     begun: int = 0
@@ -105,14 +105,14 @@ class _Attempts:
 
 @dataclass(frozen=True, slots=True)
 class ImagesClient:
-    """Calls of the endpoint, each in its slot among those in flight.
+    """Calls of the images endpoint, each with a slot in the limiter.
 
     Args:
-        endpoint: Where to.
-        account: The base URL as the user knows it; with key and model it tells who shares a limiter.
-        max_concurrency: Requests in flight; None: the catalog's figure for the model.
-        policy: What is sent again, and when.
-        rate_limiter: Asked before every attempt.
+        endpoint: Sends the requests.
+        account: The base URL as the user wrote it. Calls of the same account, key and model share a limiter.
+        max_concurrency: The most requests in flight; None for the catalog's number for the model.
+        policy: Which requests are sent again, and when.
+        rate_limiter: Acquired before every attempt.
     """
 
     endpoint: Endpoint
@@ -122,7 +122,7 @@ class ImagesClient:
     rate_limiter: RateLimiter | None = None
 
     def generate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """POST one request, again only where that is safe.
+        """Send one request, and send it again only if it did not run.
 
         Args:
             body: As `protocol.images_body` makes it; its `request_id` is the same on every attempt.
@@ -130,14 +130,14 @@ class ImagesClient:
             events: Called on every event of the call.
 
         Raises:
-            CogViewError: Carries the request id and the number of attempts.
+            CogViewError: With the request id and the number of attempts.
         """
         reply, slot = self.paid(ROUTE, body, read_reply, deadline, events)
         slot.done()
         return reply
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """POST one request, again only where that is safe. The twin of `generate`."""
+        """Async version of `generate`."""
         reply, slot = await self.apaid(ROUTE, body, read_reply, deadline, events)
         slot.done()
         return reply
@@ -145,7 +145,7 @@ class ImagesClient:
     def paid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Slot]:
-        """POST to a route that costs money; the caller ends the slot in flight that comes with the reply."""
+        """Send a request that costs money. Returns the reply and its slot, which the caller has to end."""
         attempts = _Attempts()
         call = Call("POST", route, body)
         while True:
@@ -163,14 +163,14 @@ class ImagesClient:
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
                 if wait is None:
-                    raise _told(error, body, attempts) from None
+                    raise _with_facts(error, body, attempts) from None
                 events.retrying(error, wait, attempts.made)
             CANCEL_TOKEN.get().wait(wait)
 
     async def apaid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Slot]:
-        """The twin of `paid`."""
+        """Async version of `paid`."""
         attempts = _Attempts()
         call = Call("POST", route, body)
         while True:
@@ -188,11 +188,11 @@ class ImagesClient:
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
                 if wait is None:
-                    raise _told(error, body, attempts) from None
+                    raise _with_facts(error, body, attempts) from None
                 await events.aretrying(error, wait, attempts.made)
             await CANCEL_TOKEN.get().await_seconds(wait)
 
-    # --- a slot in flight, then the rate limiter's leave. Both are a queue before the call: its time starts with the first.
+    # --- acquire a slot, then the rate limiter. The time limit of the call starts after both.
 
     def _acquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
         cancelled = CANCEL_TOKEN.get()
@@ -201,15 +201,15 @@ class ImagesClient:
         slot = limiter.acquire(cap, deadline=again, cancelled=cancelled, ticket=attempts.ticket)
         if slot is None and not cancelled.is_set() and not deadline.started:
             raise CogViewTimeoutError(
-                "No slot in flight got free while this call kept its event loop from going on; nothing was sent.",
+                "No other call finished while this one blocked its event loop; nothing was sent.",
                 hint="Inside a running event loop, await ainvoke or abatch.",
             )
         if slot is None:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
-            self._wait_for_leave(deadline)
-            _go_on(cancelled)
-            _in_time(deadline)
+            self._acquire_rate_limiter(deadline)
+            _check_cancelled(cancelled)
+            _check_time(deadline)
         except BaseException:
             slot.release()
             raise
@@ -228,9 +228,9 @@ class ImagesClient:
         if slot is None:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
-            await self._await_leave(deadline)
-            _go_on(cancelled)
-            _in_time(deadline)
+            await self._aacquire_rate_limiter(deadline)
+            _check_cancelled(cancelled)
+            _check_time(deadline)
         except BaseException:
             slot.release()
             raise
@@ -239,33 +239,33 @@ class ImagesClient:
         attempts.ticket = slot.ticket
         return slot
 
-    def _wait_for_leave(self, deadline: Deadline) -> None:
+    def _acquire_rate_limiter(self, deadline: Deadline) -> None:
         if self.rate_limiter and not deadline.started:
             self.rate_limiter.acquire(blocking=True)
             return
         while self.rate_limiter:
-            _in_time(deadline)
+            _check_time(deadline)
             if self.rate_limiter.acquire(blocking=False) or CANCEL_TOKEN.get().wait(_LIMITER_POLL_SECONDS):
                 return
 
-    async def _await_leave(self, deadline: Deadline) -> None:
+    async def _aacquire_rate_limiter(self, deadline: Deadline) -> None:
         if self.rate_limiter and not deadline.started:
             await self.rate_limiter.aacquire(blocking=True)
             return
         while self.rate_limiter:
-            _in_time(deadline)
+            _check_time(deadline)
             if CANCEL_TOKEN.get().is_set() or await self.rate_limiter.aacquire(blocking=False):
                 return
             await asyncio.sleep(_LIMITER_POLL_SECONDS)
 
-    # --- pure steps
+    # --- decisions without I/O
 
     def _limiter(self, model: str) -> tuple[Limiter, int]:
         key = self.endpoint.api_key.get_secret_value()
         return limiter_for(self.account, model, key), self.max_concurrency or model_info(model).in_flight
 
     def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
-        """Seconds before the call is sent again after an error; None where the error stands."""
+        """Seconds to wait before the next attempt; None if the error is final."""
         if attempts.begun > self.policy.max_retries or not self.policy.sends_again(error):
             return None
         wait = 0.0 if attempts.queue_is_wait else self.policy.wait(error, attempts.begun)
@@ -286,7 +286,7 @@ def client_of(
     http_client: httpx.Client | None,
     http_async_client: httpx.AsyncClient | None,
 ) -> ImagesClient:
-    """Put a client together: on connections of our own, in a sandbox of this process, or on clients of the caller's."""
+    """Create a client that uses this package's connections, a sandbox of this process, or injected HTTP clients."""
     endpoint = Endpoint(
         base_url=SANDBOX_ENDPOINT if is_sandbox(base_url) else base_url,
         api_key=key,
@@ -307,7 +307,7 @@ def _end_slot(slot: Slot, error: BaseException, attempts: _Attempts) -> None:
 
 
 def _queue_limit(deadline: Deadline) -> Deadline | None:
-    """How long a sync call queues: as long as it takes, but where it blocks an event loop whose tasks may have the slots."""
+    """The time limit of a sync call in the queue. It has one only if it blocks an event loop whose tasks may hold the slots."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -315,12 +315,12 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
     return Deadline(deadline.seconds or _BLOCKED_LOOP_SECONDS)
 
 
-def _go_on(cancelled: CancelToken) -> None:
+def _check_cancelled(cancelled: CancelToken) -> None:
     if cancelled.is_set():
         raise CogViewStoppedError
 
 
-def _in_time(deadline: Deadline) -> None:
+def _check_time(deadline: Deadline) -> None:
     if not deadline.is_worth_sending():
         raise CogViewTimeoutError(
             f"Too little of the time limit of {deadline.seconds:g} s was left for an answer; the request was not sent."
@@ -333,15 +333,15 @@ def _no_slot(deadline: Deadline, *, cancelled: bool = False) -> CogViewError:
     return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
 
 
-def _told(error: CogViewError, body: dict[str, Any], attempts: _Attempts) -> CogViewError:
-    """The error to raise after all attempts, with what is known of the call."""
+def _with_facts(error: CogViewError, body: dict[str, Any], attempts: _Attempts) -> CogViewError:
+    """The error to raise after all attempts, with the facts about the call."""
     unknown = [each for each in attempts.waited_for if each.outcome is Outcome.UNKNOWN]
     if unknown and error.outcome is not Outcome.UNKNOWN:
-        # A later refusal does not undo that an earlier attempt may have been charged.
+        # An earlier attempt may have been charged, whatever a later refusal says.
         unknown[-1].add_note(f"A later attempt ended with: {error}")
         error = unknown[-1]
     elif attempts.waited_for and isinstance(error, CogViewTimeoutError):
-        # That time ran out before another attempt tells less than why there was to be one.
+        # Why another attempt was needed says more than that there was no time for it.
         error = attempts.waited_for[-1]
     if attempts.made or not isinstance(error, CogViewStoppedError):  # nobody can look up a request that was never sent
         error.request_id = body.get("request_id")

@@ -243,7 +243,7 @@ class Endpoint:
             )
         if _answers_another(call, body):
             return CogViewOutcomeUnknownError(
-                "The reply belongs to another request; a picture may have been made and charged for this one.",
+                "The reply belongs to another request; an image may have been made and charged for this one.",
                 status=response.status_code,
             )
         retry_after = parse_retry_after(response.headers.get("retry-after"))
@@ -268,12 +268,12 @@ class Endpoint:
                 error.__context__ = None  # the connection's view of it, with frames that hold the request
             if call.body is not None and progress.sent:
                 sent = f"The request {call.body.get('request_id', '')} was sent before this"
-                error.add_note(f"{sent}: a picture may have been made and charged.")
+                error.add_note(f"{sent}: an image may have been made and charged.")
             return error
         return self._salvaged(reading, call, read) or self._as_ours(error, progress, deadline.seconds)
 
     def _salvaged(self, reading: _Reading, call: Call, read: Reader[Any]) -> _Received | None:
-        """A reply whose end was lost, when the picture's link is in what came: it is paid for."""
+        """A reply whose end was lost, when the image's link is in what came: it is paid for."""
         received = self._received(reading, call) if reading.body.has_content else None
         if not isinstance(received, _Received):
             return None

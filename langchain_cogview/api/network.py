@@ -72,7 +72,7 @@ class ReplyGuard:
         self.expect_reply()
 
     def expect_reply(self) -> None:
-        """A request is about to be sent: what comes now is its reply."""
+        """A request is about to be sent; what is received from now on is its reply."""
         self._is_head = True
         self._is_request_sent = False
         self._head_size = 0
@@ -180,8 +180,8 @@ def _is_spoiled(came: bytes | None, *, was_used: bool) -> bool:
 class SyncStream(httpcore.NetworkStream):
     """A connection: one of httpcore's, with a guard and a deadline."""
 
-    def __init__(self, inner: httpcore.NetworkStream, backend: SyncBackend, *, is_encrypted: bool = False) -> None:
-        self._inner, self._backend, self._is_encrypted = inner, backend, is_encrypted
+    def __init__(self, stream: httpcore.NetworkStream, backend: SyncBackend, *, is_encrypted: bool = False) -> None:
+        self._stream, self._backend, self._is_encrypted = stream, backend, is_encrypted
         self._outgoing: list[bytes] = []
         self.guard = ReplyGuard()
         self.is_closed = self._was_used = False
@@ -193,7 +193,7 @@ class SyncStream(httpcore.NetworkStream):
         self._send_outgoing(timeout)
         left = self._backend.time_left(timeout, httpcore.ReadTimeout)
         if self.guard.is_empty:
-            self.guard.put(self._inner.read(_READ_BYTES, left))
+            self.guard.put(self._stream.read(_READ_BYTES, left))
         return self.guard.take(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -217,7 +217,7 @@ class SyncStream(httpcore.NetworkStream):
                 return
             left = self._backend.time_left(timeout, httpcore.WriteTimeout)
             try:
-                self._inner.write(buffer[start : start + _WRITE_BYTES], left)
+                self._stream.write(buffer[start : start + _WRITE_BYTES], left)
             except httpcore.WriteError as error:
                 # httpcore ignores this error, because a server may answer before it has read everything, and close.
                 raise raised_by_signal(error) or error from None
@@ -225,7 +225,7 @@ class SyncStream(httpcore.NetworkStream):
 
     def _wait_until_writable(self, timeout: float | None) -> bytes | None:
         """Wait until more of the request can be written, or something is received; returns what was received."""
-        sock = self._inner.get_extra_info("socket")
+        sock = self._stream.get_extra_info("socket")
         while True:
             left = self._backend.time_left(timeout, httpcore.WriteTimeout)
             is_writable = _wait_until_ready(sock, left)
@@ -237,9 +237,9 @@ class SyncStream(httpcore.NetworkStream):
         """Receive without waiting. Returns None when nothing is there, and no bytes at the end."""
         try:
             # With TLS, what can be read from the socket itself may be a session ticket.
-            if not self._is_encrypted and not self._inner.get_extra_info("is_readable"):
+            if not self._is_encrypted and not self._stream.get_extra_info("is_readable"):
                 return None
-            return self._inner.read(_READ_BYTES, timeout=0)
+            return self._stream.read(_READ_BYTES, timeout=0)
         except httpcore.ReadTimeout:
             return None
         except httpcore.ReadError as error:
@@ -248,7 +248,7 @@ class SyncStream(httpcore.NetworkStream):
     def close(self) -> None:
         """Close it; a second time changes nothing."""
         self.is_closed = True
-        self._inner.close()
+        self._stream.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
@@ -258,24 +258,24 @@ class SyncStream(httpcore.NetworkStream):
             if not self.guard.is_empty:
                 raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
             left = self._backend.time_left(timeout, httpcore.ConnectTimeout)
-            inner = self._inner.start_tls(ssl_context, server_hostname, left)
+            stream = self._stream.start_tls(ssl_context, server_hostname, left)
         except BaseException:
             self.close()
             raise
-        return SyncStream(inner, self._backend, is_encrypted=True)
+        return SyncStream(stream, self._backend, is_encrypted=True)
 
     def get_extra_info(self, info: str) -> Any:
         """As httpcore names it."""
         if info == "is_readable" and not self.guard.is_empty:
             return True
-        return self._inner.get_extra_info(info)
+        return self._stream.get_extra_info(info)
 
 
 class SyncBackend(httpcore.NetworkBackend):
     """Opens connections that look at `deadline`, which is set anew for every request."""
 
     def __init__(self, check: AddressCheck | None) -> None:
-        self._check, self._inner = check, httpcore.SyncBackend()
+        self._check, self._backend = check, httpcore.SyncBackend()
         self.deadline = Deadline(None)
         self.stream: SyncStream | None = None
 
@@ -300,7 +300,7 @@ class SyncBackend(httpcore.NetworkBackend):
             last = number == len(addresses)
             share = _connect_share(self.time_left(timeout, httpcore.ConnectTimeout), last=last)
             try:
-                return SyncStream(self._inner.connect_tcp(address, port, share, local_address, socket_options), self)
+                return SyncStream(self._backend.connect_tcp(address, port, share, local_address, socket_options), self)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if last:
                     raise
@@ -344,8 +344,8 @@ class _SocketChannel:
 class _TLSChannel:
     """TLS over another channel, in Python's own way without sockets: `ssl.MemoryBIO`."""
 
-    def __init__(self, inner: _Channel, context: ssl.SSLContext, host: str | None) -> None:
-        self._inner = inner
+    def __init__(self, channel: _Channel, context: ssl.SSLContext, host: str | None) -> None:
+        self._channel = channel
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
 
@@ -371,7 +371,7 @@ class _TLSChannel:
             try:
                 return self._tls.read(_READ_BYTES)
             except ssl.SSLWantReadError:
-                data = self._inner.receive_now()
+                data = self._channel.receive_now()
                 if data is None:
                     return None
                 self._feed(data)
@@ -379,14 +379,14 @@ class _TLSChannel:
                 return b""
 
     def close(self) -> None:
-        self._inner.close()
+        self._channel.close()
 
     def get_extra_info(self, info: str) -> Any:
         if info == "ssl_object":
             return self._tls
         if info == "is_readable" and (self._incoming.pending or self._tls.pending()):
             return True
-        return self._inner.get_extra_info(info)
+        return self._channel.get_extra_info(info)
 
     async def _run(self, step: Callable[[], Any]) -> Any:
         while True:
@@ -394,14 +394,14 @@ class _TLSChannel:
                 result = step()
             except ssl.SSLWantReadError:
                 await self._flush()
-                self._feed(await self._inner.receive())
+                self._feed(await self._channel.receive())
             else:
                 await self._flush()
                 return result
 
     async def _flush(self) -> None:
         if self._outgoing.pending:
-            await self._inner.send(self._outgoing.read())
+            await self._channel.send(self._outgoing.read())
 
     def _feed(self, data: bytes) -> None:
         if data:

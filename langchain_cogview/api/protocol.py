@@ -93,7 +93,7 @@ class ImagesReply:
     Attributes:
         urls: Where the image is; empty where the reply held only its bytes. The addresses of images that were not asked for are
             in `unasked_urls`.
-        content_filter: What the filter said of a picture that was made all the same.
+        content_filter: What the filter said of an image that was made all the same.
         created: Unix seconds of the request.
         response_id: The service's own id of the reply.
         task_id: Of the task endpoint, where that was used.
@@ -138,7 +138,7 @@ class TaskReply:
 
     Attributes:
         task_id: The service's id; None where a poll's reply leaves it out.
-        reply: The pictures; None while it is processing.
+        reply: The images; None while it is processing.
         warnings: What was odd on the way.
     """
 
@@ -148,7 +148,7 @@ class TaskReply:
 
 
 def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
-    """The body of one POST: one picture, unset fields left out."""
+    """The body of one POST: one image, unset fields left out."""
     fields = {
         "model": request.model,
         "prompt": request.prompt,
@@ -187,8 +187,8 @@ def read_task(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> 
         images = _images_reply(fields, "image_result", entries, failure, context)
         if images:
             return TaskReply(task_id, images)
-        said = fields.get("task_status")
-        state = said.strip().upper() if isinstance(said, str) else ""
+        status_text = fields.get("task_status")
+        state = status_text.strip().upper() if isinstance(status_text, str) else ""
         if state == "FAIL" and failure is None:
             if entries:
                 raise CogViewContentFilterError(content_filter=entries, status=status)
@@ -335,7 +335,7 @@ def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, 
     if kind is CogViewConfigurationError:
         facts["hint"] = "Check base_url: give the address that the redirect leads to."
     elif kind is CogViewMalformedReplyError and body.lstrip()[:1] == b"<":
-        message = "The base URL answered with a web page and not as the API does; a picture may have been charged."
+        message = "The base URL answered with a web page and not as the API does; an image may have been charged."
         facts["hint"] = f"Check base_url. If it is right: {kind.default_hint[0].lower()}{kind.default_hint[1:]}"
     if kind is CogViewContentFilterError:
         return CogViewContentFilterError(content_filter=entries, **facts)
@@ -481,13 +481,13 @@ def transport_error(  # noqa: PLR0911
         if fault is Fault.TIMEOUT:
             return CogViewOutcomeUnknownError(
                 f"The request was sent, but {time_limit} passed before an answer came; "
-                "a picture may have been made and charged.",
+                "an image may have been made and charged.",
                 hint=f"{CogViewOutcomeUnknownError.default_hint} A longer timeout gives the service more time.",
             )
         if fault is Fault.NOT_HTTP:
             return CogViewMalformedReplyError(detail=detail)
         return CogViewOutcomeUnknownError(
-            "The connection broke after the request was sent; a picture may have been made and charged.", detail=detail
+            "The connection broke after the request was sent; an image may have been made and charged.", detail=detail
         )
     if fault is Fault.TIMEOUT:
         return CogViewTimeoutError(

@@ -53,12 +53,12 @@ _DOMAINS: Final = (".bigmodel.cn", ".z.ai")
 
 
 def environment(name: str) -> str | None:
-    """A variable of the environment; an empty one counts as not set."""
+    """Return an environment variable, or None if it is not set or empty."""
     return os.environ.get(name, "").strip() or None
 
 
 def is_sandbox(base_url: str | None) -> bool:
-    """Whether a base URL names the offline service in this process."""
+    """Whether a base URL is that of a sandbox in this process."""
     return bool(base_url) and str(base_url).startswith(SANDBOX_SCHEME)
 
 
@@ -121,7 +121,7 @@ def _known_path(parts: SplitResult, path: str) -> str:
 
 
 def plain_text_warning(base_url: str) -> str | None:
-    """What to say, once for each host, of a base URL that sends the key over the network in plain text."""
+    """Return a warning, once per host, for a base URL that sends the key over the network in plain text."""
     parts = urlsplit(base_url)
     host = _host(parts)
     if parts.scheme != "http" or _is_loopback(host) or host in _warned_hosts:
@@ -139,25 +139,25 @@ def _is_loopback(host: str) -> bool:
 
 
 def both_keys_are_set() -> bool:
-    """Whether the environment has a key of either platform."""
+    """Whether the environment has the keys of both regions."""
     return all(environment(variable) for variable in KEY_VARIABLES.values())
 
 
 def region_of(base_url: str | None, region: Region | None) -> Region:
-    """The platform: what was said, else what the base URL's host tells, else the one whose key is set, else China."""
+    """The region: the argument, else the one of the base URL's host, else the one whose key is set, else China."""
     host = _host(urlsplit(base_url)) if base_url and not is_sandbox(base_url) else ""
-    told = _HOSTS.get(host)
-    if region and told and region != told:
+    known = _HOSTS.get(host)
+    if region and known and region != known:
         raise CogViewConfigurationError(
-            f"region={region!r} does not go with the base URL {base_url}, which is {told}.",
+            f"region={region!r} does not go with the base URL {base_url}, which is {known}.",
             hint="Leave one of the two out.",
         )
     only_international = bool(environment("ZAI_API_KEY")) and not environment("ZHIPUAI_API_KEY")
-    return region or told or ("international" if only_international else "china")
+    return region or known or ("international" if only_international else "china")
 
 
 def key_problem(key: SecretStr) -> str | None:
-    """What is wrong with a key's form; never shows any of it. None when nothing is."""
+    """Return what is wrong with the form of a key, without showing any of it, or None."""
     text = key.get_secret_value()
     if not text.strip():
         return "is empty"
@@ -173,18 +173,18 @@ def key_problem(key: SecretStr) -> str | None:
 
 
 def resolve_key(key: SecretStr | None, region: Region, *, unpickled: bool = False) -> SecretStr:
-    """The key to use: the one given, else the platform's variable.
+    """Return the API key to use: the argument, else the region's environment variable.
 
     Args:
-        key: The one given.
-        region: The platform.
-        unpickled: Whether a generator that came from another process looks for its key.
+        key: The key that was passed, or None.
+        region: The region whose variable is read.
+        unpickled: Whether the key is for a generator that was unpickled, perhaps in another process.
 
     Returns:
-        A key of the right form.
+        A key whose form is valid.
 
     Raises:
-        CogViewConfigurationError: When there is none, or its form is wrong.
+        CogViewConfigurationError: There is no key, or its form is not valid.
     """
     variable = KEY_VARIABLES[region]
     source = "api_key"
@@ -192,7 +192,7 @@ def resolve_key(key: SecretStr | None, region: Region, *, unpickled: bool = Fals
         source = variable
         key = SecretStr(os.environ.get(variable, ""))
         if not key.get_secret_value():
-            message, hint = _left_behind(region) if unpickled else _missing(region)
+            message, hint = _missing_after_pickle(region) if unpickled else _missing(region)
             raise CogViewConfigurationError(message, hint=hint)
     problem = key_problem(key)
     if problem:
@@ -202,7 +202,7 @@ def resolve_key(key: SecretStr | None, region: Region, *, unpickled: bool = Fals
     return key
 
 
-def _left_behind(region: Region) -> tuple[str, str]:
+def _missing_after_pickle(region: Region) -> tuple[str, str]:
     variable = KEY_VARIABLES[region]
     return (
         f"There is no API key in this process: a pickled generator leaves its key behind, and {variable} is not set here.",
@@ -211,7 +211,7 @@ def _left_behind(region: Region) -> tuple[str, str]:
 
 
 def _missing(region: Region) -> tuple[str, str]:
-    """What to say, and what to do, where there is no key."""
+    """The message and the hint for a missing key."""
     other: Region = "international" if region == "china" else "china"
     ways = ", or ".join(f"{KEY_VARIABLES[each]} to a key from {_CONSOLES[each]}" for each in (region, other))
     hint = f"Set {ways}; or pass api_key=...; or try it without a key: base_url='sandbox:'."
@@ -227,9 +227,9 @@ class Service(NamedTuple):
     """Where requests go, and with which key.
 
     Attributes:
-        key: None after a generator came through pickle, until it is found in the environment.
-        region: The platform.
-        base_url: Normal form.
+        key: The API key; None in an unpickled generator until it is read from the environment.
+        region: The region of the account.
+        base_url: The normalised base URL.
     """
 
     key: SecretStr | None
@@ -240,10 +240,13 @@ class Service(NamedTuple):
 def find_service(
     api_key: SecretStr | None, region: Region | None, base_url: str | None, *, injected: bool = False
 ) -> Service:
-    """Complete what was given from the environment.
+    """Complete the arguments from the environment.
+
+    Returns:
+        The service to use.
 
     Raises:
-        CogViewConfigurationError: A part is missing or malformed, or two of them contradict each other.
+        CogViewConfigurationError: An argument is missing or malformed, or two of them contradict each other.
     """
     base_url = environment(BASE_URL_VARIABLE) if base_url is None else base_url
     found = region_of(None if base_url is None else normal_base_url(base_url), region)
@@ -258,12 +261,15 @@ def find_service(
 
 
 def service_warnings(service: Service, models: Iterable[str], *, chosen: bool) -> Iterator[str]:
-    """Warnings about a service.
+    """Yield warnings about a service.
 
     Args:
-        service: As it was found.
-        models: Those that will be asked.
-        chosen: Whether key, region or base URL were passed by the caller.
+        service: The service to check.
+        models: The names of the models that will be used.
+        chosen: Whether the caller passed a key, a region or a base URL.
+
+    Yields:
+        One warning at a time, as text.
     """
     if is_sandbox(service.base_url):
         return
@@ -282,7 +288,7 @@ def service_warnings(service: Service, models: Iterable[str], *, chosen: bool) -
 
 
 def proxy_for(url: httpx.URL) -> str | None:
-    """The proxy that the environment names for a URL; loopback is never reached through one."""
+    """Return the proxy that the environment sets for a URL, or None. Loopback addresses are never reached through a proxy."""
     if _is_loopback(url.host):
         return None
     proxies = urllib.request.getproxies()
@@ -298,7 +304,7 @@ def _proxy_variable(scheme: str) -> str:
 
 
 def httpcore_proxy(proxy: str, scheme: str) -> httpcore.Proxy:
-    """A proxy's URL as httpcore takes it; `scheme` is the request's, to name the variable in an error."""
+    """Convert the URL of a proxy for httpcore. `scheme` is that of the request, to name the variable in an error."""
     import httpcore  # noqa: PLC0415  the HTTP stack
     import httpx  # noqa: PLC0415
 
@@ -326,7 +332,7 @@ _tls_contexts: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
 
 
 def tls_context() -> ssl.SSLContext:
-    """One context for a setting of the environment: making one takes 15 ms."""
+    """Return the TLS context for the environment's certificates. It is cached, because making one takes 15 ms."""
     import httpx  # noqa: PLC0415  the HTTP stack
 
     setting = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
@@ -346,9 +352,9 @@ def tls_context() -> ssl.SSLContext:
 
 
 async def preload(base_url: str) -> None:
-    """Have a thread load what the first call to a service needs: the HTTP stack, and the certificates for https.
+    """Load in a thread what the first call to a service needs: the HTTP stack, and the certificates for https.
 
-    Both take tens of milliseconds, in which the event loop would stand still.
+    Each takes tens of milliseconds, for which it would block the event loop.
     """
     scheme = base_url.partition(":")[0]
     if scheme not in _LOADED:
@@ -360,7 +366,7 @@ def _load(scheme: str) -> None:
     for name in ("langchain_cogview.generation", *_MODULES.get(scheme, _HTTP_MODULES)):
         importlib.import_module(name)
     if scheme == "https":
-        with contextlib.suppress(Exception):  # told by the call that needs them
+        with contextlib.suppress(Exception):  # known by the call that needs them
             tls_context()
 
 

@@ -1,7 +1,7 @@
-"""The task endpoint of glm-image: a paid POST that takes milliseconds, and free polls until the picture is there.
+"""The task endpoint of glm-image: a paid POST that takes milliseconds, and free polls until the image is ready.
 
-A poll may be repeated as often as one likes, so a lost answer costs nothing: the task's id finds the picture again, in another
-process too.
+Polls can be repeated at no cost, so that a lost reply loses nothing: the task's id finds the image again, in another process
+too.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ BAD_TASK_ID: Final = "A task's id is a text of letters, digits and . _ ~ : = + @
 _FIRST_POLL_SECONDS = 0.25
 _LAST_POLL_SECONDS = 1.0
 KNOWN_AFTER_SECONDS: Final = 10.0
-"""In which a task that was just accepted may not be known yet."""
+"""Seconds in which the service may not know a task yet that it has just accepted."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TasksClient:
-    """Calls of the task endpoint; in form like `ImagesClient`.
+    """Calls of the task endpoint, with the interface of `ImagesClient`.
 
-    A task holds its slot in flight until its end is known; one that is only submitted does not.
+    A task holds its slot until its end is known. A task that is only submitted does not.
 
     Args:
         images: Sends the paid POST.
         poll_interval: Seconds between two polls; the first ones come sooner.
-        plain_route: Whether to use the plain route where the service does not know the task endpoint.
+        plain_route: Whether to use the images endpoint if the service does not know the task endpoint.
     """
 
     images: ImagesClient
@@ -70,7 +70,10 @@ class TasksClient:
     plain_route: bool = False
 
     def generate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """Submit a task and wait for its picture.
+        """Submit a task and wait for its image.
+
+        Returns:
+            The reply with the image.
 
         Raises:
             CogViewTaskUnfinishedError: The task runs on; its id is on the error.
@@ -81,47 +84,53 @@ class TasksClient:
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
-            return _said_plain(self.images.generate(body, deadline, events))
+            return _with_route_warning(self.images.generate(body, deadline, events))
         with _paid_for(body, task.task_id, slot):
             return _warned(task.reply or self._followed(_accepted(task, events), deadline, events), task)
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """Submit a task and wait for its picture. The twin of `generate`."""
+        """Async version of `generate`."""
         try:
             task, slot = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         except CogViewNotFoundError as error:
             if not (self.plain_route and _no_such_route(error)):
                 raise
-            return _said_plain(await self.images.agenerate(body, deadline, events))
+            return _with_route_warning(await self.images.agenerate(body, deadline, events))
         with _paid_for(body, task.task_id, slot):
             return _warned(task.reply or await self._afollowed(await _aaccepted(task, events), deadline, events), task)
 
     def submit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
-        """Submit a task and give its id."""
+        """Submit a task and return its id."""
         task, slot = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
         with _paid_for(body, task.task_id, slot):
             return _accepted(task, events)
 
     async def asubmit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
-        """Submit a task and give its id. The twin of `submit`."""
+        """Async version of `submit`."""
         task, slot = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         with _paid_for(body, task.task_id, slot):
             return await _aaccepted(task, events)
 
     def status(self, task_id: str, deadline: Deadline) -> TaskReply:
-        """Ask once.
+        """Poll a task once.
+
+        Returns:
+            The state of the task.
 
         Raises:
-            CogViewError: The task failed, is not known, or could not be asked for.
+            CogViewError: The task failed, is not known, or could not be polled.
         """
         return self.images.endpoint.exchange(_poll(task_id), deadline, read_task)
 
     async def astatus(self, task_id: str, deadline: Deadline) -> TaskReply:
-        """Ask once. The twin of `status`."""
+        """Async version of `status`."""
         return await self.images.endpoint.aexchange(_poll(task_id), deadline, read_task)
 
     def result(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Poll until the task ends.
+
+        Returns:
+            The reply with the image.
 
         Raises:
             CogViewTaskUnfinishedError: It has not ended in time.
@@ -130,7 +139,7 @@ class TasksClient:
         return self._polled(_Polls(task_id, deadline, self.poll_interval), events)
 
     async def aresult(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """Poll until the task ends. The twin of `result`."""
+        """Async version of `result`."""
         return await self._apolled(_Polls(task_id, deadline, self.poll_interval), events)
 
     def _followed(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
@@ -148,7 +157,7 @@ class TasksClient:
             try:
                 task = self.status(polls.task_id, polls.deadline)
             except CogViewError as error:
-                polls.pass_over(error)
+                polls.record_or_raise(error)
             else:
                 if task.reply:
                     return replace(task.reply, task_id=polls.task_id)
@@ -161,7 +170,7 @@ class TasksClient:
             try:
                 task = await self.astatus(polls.task_id, polls.deadline)
             except CogViewError as error:
-                polls.pass_over(error)
+                polls.record_or_raise(error)
             else:
                 if task.reply:
                     return replace(task.reply, task_id=polls.task_id)
@@ -170,11 +179,11 @@ class TasksClient:
 
 
 class _Polls:
-    """When to ask for a task again, and after which errors.
+    """When to poll a task again, and after which errors.
 
     Args:
-        task_id: The task's.
-        deadline: For all of it.
+        task_id: The id of the task.
+        deadline: Bounds all polls together.
         interval: Seconds between two polls; the first ones come sooner.
         known_after: Seconds in which the service may not know the task yet.
     """
@@ -188,7 +197,10 @@ class _Polls:
         self._is_last = False
 
     def pause(self) -> float:
-        """Seconds until the next poll; the last one still has time to be answered.
+        """Seconds until the next poll. The last poll leaves time for its reply.
+
+        Returns:
+            The wait in seconds.
 
         Raises:
             CogViewTaskUnfinishedError: There is no time for another.
@@ -203,8 +215,8 @@ class _Polls:
         self._is_last = True
         return max(0.0, min(wait, left - _LAST_POLL_SECONDS))
 
-    def pass_over(self, error: CogViewError) -> None:
-        """Note an error of a poll after which it may be asked again; raise others, the task's own end among them."""
+    def record_or_raise(self, error: CogViewError) -> None:
+        """Store the error of a poll that can be repeated. Raise any other, such as the failure of the task."""
         error.task_id = self.task_id
         unknown = isinstance(error, CogViewNotFoundError)
         if (unknown and self._not_known.passed) or (error.outcome is Outcome.FINAL and not unknown):
@@ -213,7 +225,7 @@ class _Polls:
             self.last = error
 
     def unfinished(self) -> CogViewTaskUnfinishedError:
-        """The error of a task whose end was not seen."""
+        """The error for a task whose end was not seen."""
         return _unfinished(self.task_id, self.last)
 
 
@@ -249,20 +261,20 @@ def _unfinished(task_id: str, last: CogViewError | None) -> CogViewTaskUnfinishe
 
 @contextmanager
 def _paid_for(body: dict[str, Any], task_id: str | None, slot: Slot) -> Iterator[None]:
-    """What ends a wait for a task that runs on says so: it may be paid for, and can be resumed."""
+    """Whatever ends the wait for a running task says that the task may be paid for and can be resumed."""
     try:
         yield
     except CogViewError as error:
-        told = error
+        reported = error
         if _is_end(error):
             slot.done()
         elif task_id:
-            told = _unfinished(task_id, None if isinstance(error, CogViewTaskUnfinishedError) else error)
-            told.detail = told.detail or error.detail
-        told.request_id, told.attempts = body.get("request_id"), max(error.attempts, 1)
-        if told is error:
+            reported = _unfinished(task_id, None if isinstance(error, CogViewTaskUnfinishedError) else error)
+            reported.detail = reported.detail or error.detail
+        reported.request_id, reported.attempts = body.get("request_id"), max(error.attempts, 1)
+        if reported is error:
             raise
-        raise told from None
+        raise reported from None
     except BaseException as error:
         note = f"Task {task_id} was submitted and may be paid for (request id {body.get('request_id')})."
         logger.warning("The caller left before it ended. %s", note)
@@ -271,11 +283,11 @@ def _paid_for(body: dict[str, Any], task_id: str | None, slot: Slot) -> Iterator
     else:
         slot.done()
     finally:
-        slot.release()  # without effect where it is done: a task that runs on teaches the limiter nothing
+        slot.release()  # has no effect after `done`; a task that is still running says nothing about the limit
 
 
 def _is_end(error: CogViewError) -> bool:
-    """Whether the service said that the task ended without a picture, rather than that it cannot be asked."""
+    """Whether an error means that the task ended without an image, not that it could not be polled."""
     return isinstance(error, CogViewTaskFailedError | CogViewContentFilterError)
 
 
@@ -283,8 +295,8 @@ def _no_such_route(error: CogViewError) -> bool:
     return error.code != "1211"
 
 
-def _said_plain(reply: ImagesReply) -> ImagesReply:
-    note = "The service does not know the task endpoint; the picture was made by the plain one. use_tasks=False says so at once."
+def _with_route_warning(reply: ImagesReply) -> ImagesReply:
+    note = "The service does not know the task endpoint; the image was made by the plain one. use_tasks=False says so at once."
     return replace(reply, warnings=(*reply.warnings, note))
 
 
