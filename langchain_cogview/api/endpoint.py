@@ -1,4 +1,4 @@
-"""One exchange with the endpoint: a request out, its reply in, bounded, judged and without the key."""
+"""One HTTP exchange with the endpoint, bounded in size and time, with errors classified and the key removed."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
 class Reader(Protocol[_Reply_co]):
-    """Reads a reply, or raises the `CogViewError` that it is."""
+    """Reads a reply, or raises the `CogViewError` that it stands for."""
 
     def __call__(self, status: int, body: bytes, context: ReplyContext = ...) -> _Reply_co:
-        """Pure: no I/O."""
+        """Read a reply without I/O."""
         ...
 
 
@@ -48,11 +48,11 @@ _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.
 _SETTINGS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError)
 _NOT_HTTP = (httpx.RemoteProtocolError, httpx.DecodingError)
 _CONVERTED = (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, CogViewError)
-"""What becomes one of our errors. Everything else (a signal's exception, an interrupt, a cancelled task) is the caller's."""
+"""Exceptions that become a `CogViewError`. Others (of a signal handler, an interrupt, a cancelled task) reach the caller."""
 
 
 class _Progress:
-    """How far one attempt has come, as httpcore's trace tells it, under our transport and under an injected client."""
+    """How far one attempt has come, by the trace extension of httpcore, which injected clients support as well."""
 
     def __init__(self) -> None:
         self.traced = False
@@ -68,7 +68,7 @@ class _Progress:
         self.trace(event, info)
 
     def phase(self, error: BaseException | None = None) -> Phase:
-        """Without a trace (another transport than httpcore's) only the exception's class tells; in doubt it was sent."""
+        """Return the phase. Without a trace (a transport without httpcore) it depends on the error; in doubt, it is `SENT`."""
         if isinstance(error, UnexpectedDataError):
             return Phase.CONNECTING
         if self.traced:
@@ -77,7 +77,7 @@ class _Progress:
 
 
 class _Reading:
-    """What has come of one reply."""
+    """The part of a reply that was received."""
 
     def __init__(self) -> None:
         self.response: httpx.Response | None = None
@@ -90,18 +90,18 @@ class _Reading:
         return self._body
 
     def add(self, chunk: bytes) -> bool:
-        """Take a part of the body; False when it is larger than a reply may be."""
+        """Add a part of the body. Returns False if the body is larger than allowed."""
         return self.body.add(chunk)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is asked.
+    """A request to the endpoint.
 
     Attributes:
         method: `POST` or `GET`.
-        route: Behind the base URL.
-        body: Sent as JSON; None sends none.
+        route: The path after the base URL.
+        body: Sent as JSON; None for no body.
     """
 
     method: str
@@ -110,11 +110,11 @@ class Call:
 
 
 def is_free(base_url: str, key: SecretStr) -> bool:
-    """Whether a service may call its images placeholders of the sandbox, which cost nothing: a header alone is not believed.
+    """Whether images can be placeholders of the sandbox, which cost nothing. A header of the reply is not enough for that.
 
     Args:
-        base_url: The service's, as the user knows it.
-        key: The API key that is used.
+        base_url: The base URL as the user wrote it.
+        key: The API key.
 
     Returns:
         True for the sandbox in this process, for a sandbox that this process serves, and for a service of this machine that the
@@ -137,11 +137,11 @@ class Endpoint:
     """The endpoint at one base URL with one key.
 
     Args:
-        base_url: Normal form, without a trailing slash.
-        api_key: Goes into the `Authorization` header and nowhere else.
-        account: The base URL as the user knows it.
-        send: Sends one sync request and gives the response with its body unread.
-        asend: The same, async.
+        base_url: The normalised base URL, without a trailing slash.
+        api_key: Sent in the `Authorization` header and nowhere else.
+        account: The base URL as the user wrote it.
+        send: Sends a request and returns the response with its body unread.
+        asend: Async version of `send`.
     """
 
     base_url: str
@@ -156,10 +156,12 @@ class Endpoint:
     def exchange(self, call: Call, deadline: Deadline, read: Reader[ReplyT]) -> ReplyT:
         """Send one request and read its reply.
 
+        Returns:
+            What `read` makes of the reply.
+
         Raises:
-            CogViewError: As `read` says, or what became of the connection.
-            BaseException: What somebody else raised meanwhile, such as a signal handler, as it is; a note on it says that the
-                request was sent.
+            CogViewError: The error that the reply stands for, or a failure of the connection.
+            BaseException: Any exception from elsewhere, such as a signal handler. A note says if the request was sent.
         """
         return _read_or_raise(self._exchanged(call, deadline, read), read)
 
@@ -205,7 +207,7 @@ class Endpoint:
         except BaseException as error:  # noqa: BLE001
             return self._failed(error, call, reading, progress, deadline, read)
 
-    # --- pure steps
+    # --- decisions without I/O
 
     def _request(self, call: Call, deadline: Deadline, trace: Callable[..., Any]) -> httpx.Request:
         left = deadline.remaining()
@@ -260,7 +262,7 @@ class Endpoint:
         deadline: Deadline,
         read: Reader[Any],
     ) -> _Received | BaseException:
-        """What an exchange ends with that did not come to its end."""
+        """Return the outcome of an exchange that was interrupted."""
         by_signal = raised_by_signal(error)
         if by_signal or not isinstance(error, _CONVERTED):
             error = by_signal or error
@@ -273,7 +275,7 @@ class Endpoint:
         return self._salvaged(reading, call, read) or self._as_ours(error, progress, deadline.seconds)
 
     def _salvaged(self, reading: _Reading, call: Call, read: Reader[Any]) -> _Received | None:
-        """A reply whose end was lost, when the image's link is in what came: it is paid for."""
+        """Return an incomplete reply if it holds the link of the image, which is paid for."""
         received = self._received(reading, call) if reading.body.has_content else None
         if not isinstance(received, _Received):
             return None
@@ -304,7 +306,7 @@ class Endpoint:
 
 
 class _Received(NamedTuple):
-    """A whole reply, without the key."""
+    """A complete reply, with the key removed."""
 
     status: int
     body: bytes
@@ -314,7 +316,7 @@ class _Received(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _url(url: str) -> httpx.URL:
-    """Parsed once: it is the same for every call of a service."""
+    """Parse a URL; cached, because all calls of a service use the same one."""
     return httpx.URL(url)
 
 
@@ -329,7 +331,7 @@ def _read_or_raise(received: _Received | BaseException, read: Reader[ReplyT]) ->
 
 
 def _answers_another(call: Call, body: bytes) -> bool:
-    """Whether a reply carries another request id than the one that was sent: then it is not this call's."""
+    """Whether a reply has another request id than the one that was sent, so that it answers another request."""
     sent = (call.body or {}).get("request_id")
     if not sent or b"request_id" not in body:
         return False

@@ -1,4 +1,4 @@
-"""Name look-ups and connections under httpcore, by its public interface: `NetworkBackend` and `NetworkStream`.
+"""Connections under httpcore, by its public interface: `NetworkBackend` and `NetworkStream`.
 
 A connection made here goes only to addresses that are allowed, gives each operation only the time that is left, and bounds what a
 reply can do before httpcore has parsed it. `ReplyGuard` has these bounds once, for both the sync and the async streams.
@@ -36,11 +36,11 @@ _SocketOptions = Iterable[Any] | None
 
 
 class UnexpectedDataError(httpcore.ConnectError, httpx.ConnectError):
-    """When the other side sent something, or left, before the request: nothing of the request was sent."""
+    """When the server sent something or closed the connection before the request. Nothing of the request was sent."""
 
 
 def _connect_share(timeout: float | None, *, last: bool) -> float | None:
-    """Seconds for one of several addresses: a dead first one must not use up the time of the others."""
+    """Seconds for one of several addresses, so that the first one cannot use up the time of the others."""
     if last:
         return timeout
     return _FIRST_ADDRESSES_SECONDS if timeout is None else min(_FIRST_ADDRESSES_SECONDS, timeout / 2)
@@ -50,7 +50,7 @@ def _connect_share(timeout: float | None, *, last: bool) -> float | None:
 
 
 class ReplyGuard:
-    """Received bytes on their way to httpcore, which are handed over in pieces that bound what a reply can do.
+    """Buffers received bytes and passes them to httpcore in pieces that bound what a reply can do.
 
     - The head of a reply comes alone, is at most 100 kB, and has no run of 256 blanks: h11 takes a time that grows with the
       square of such a run, half a minute for 64 kB. In a body, where the same holds between chunks, they come in small pieces.
@@ -82,11 +82,11 @@ class ReplyGuard:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all that came was handed over. After a whole reply: whether nothing stands behind it."""
+        """Whether all received bytes were passed on. After a complete reply: whether nothing follows it."""
         return self._at == len(self._waiting)
 
     def put(self, data: bytes) -> None:
-        """Take what was received; call it only when empty."""
+        """Store received bytes. The buffer has to be empty."""
         self._waiting, self._at = data, 0
 
     @property
@@ -109,7 +109,10 @@ class ReplyGuard:
         self._is_request_sent = True
 
     def take(self, max_bytes: int) -> bytes:
-        """The next piece for httpcore.
+        """Return the next piece for httpcore.
+
+        Returns:
+            At most `max_bytes` bytes.
 
         Raises:
             httpcore.RemoteProtocolError: When the reply breaks a bound.
@@ -143,7 +146,7 @@ class ReplyGuard:
         return piece
 
     def head_was_read(self, status: int) -> None:
-        """The head is with httpcore; what follows is the body.
+        """Httpcore has read the head of the reply; the body follows.
 
         Raises:
             httpcore.ReadError: When the reply is a success that came before the request was sent: it answers another request.
@@ -154,7 +157,7 @@ class ReplyGuard:
             raise httpcore.ReadError("The server answered with a success before it had the whole request.")
 
     def chunk_was_read(self, size: int) -> None:
-        """A part of the body was given by httpcore.
+        """Httpcore has returned a part of the body.
 
         Raises:
             httpcore.RemoteProtocolError: When the parts are many and tiny.
@@ -166,8 +169,8 @@ class ReplyGuard:
             raise httpcore.RemoteProtocolError("The reply came in too many tiny chunks.")
 
 
-def _is_spoiled(came: bytes | None, *, was_used: bool) -> bool:
-    """Whether a request may not be sent, judged by what came before it.
+def _is_unusable(came: bytes | None, *, was_used: bool) -> bool:
+    """Whether a connection is unusable, by what was received before the request.
 
     A new connection that is closed at once is not told from one that is closed while the request is under way.
     """
@@ -178,7 +181,7 @@ def _is_spoiled(came: bytes | None, *, was_used: bool) -> bool:
 
 
 class SyncStream(httpcore.NetworkStream):
-    """A connection: one of httpcore's, with a guard and a deadline."""
+    """A connection of httpcore with a guard and a deadline."""
 
     def __init__(self, stream: httpcore.NetworkStream, backend: SyncBackend, *, is_encrypted: bool = False) -> None:
         self._stream, self._backend, self._is_encrypted = stream, backend, is_encrypted
@@ -189,7 +192,7 @@ class SyncStream(httpcore.NetworkStream):
         backend.stream = self
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """The next bytes; none at the end."""
+        """Return the next bytes; no bytes at the end."""
         self._send_outgoing(timeout)
         left = self._backend.time_left(timeout, httpcore.ReadTimeout)
         if self.guard.is_empty:
@@ -197,7 +200,7 @@ class SyncStream(httpcore.NetworkStream):
         return self.guard.take(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Keep bytes until the request is whole, which httpcore tells by writing nothing: then one look and one write do."""
+        """Collect the bytes of a request. httpcore ends a request by writing nothing; then it is sent."""
         if buffer:
             self._outgoing.append(buffer)
         else:
@@ -208,7 +211,7 @@ class SyncStream(httpcore.NetworkStream):
             return
         buffer = b"".join(self._outgoing)
         self._outgoing.clear()
-        if not self.guard.is_empty or _is_spoiled(self._receive_now(), was_used=self._was_used):
+        if not self.guard.is_empty or _is_unusable(self._receive_now(), was_used=self._was_used):
             raise UnexpectedDataError("The server sent something, or closed the connection, before the request.")
         self._was_used = True
         self.guard.expect_reply()
@@ -246,14 +249,14 @@ class SyncStream(httpcore.NetworkStream):
             return None if isinstance(error.__cause__, BlockingIOError | ssl.SSLWantReadError) else b""
 
     def close(self) -> None:
-        """Close it; a second time changes nothing."""
+        """Close the connection. A second call has no effect."""
         self.is_closed = True
         self._stream.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        """Go on encrypted; a handshake that fails or is interrupted closes the connection."""
+        """Start TLS. A handshake that fails or is interrupted closes the connection."""
         try:
             if not self.guard.is_empty:
                 raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
@@ -265,14 +268,14 @@ class SyncStream(httpcore.NetworkStream):
         return SyncStream(stream, self._backend, is_encrypted=True)
 
     def get_extra_info(self, info: str) -> Any:
-        """As httpcore names it."""
+        """Return what httpcore calls by this name."""
         if info == "is_readable" and not self.guard.is_empty:
             return True
         return self._stream.get_extra_info(info)
 
 
 class SyncBackend(httpcore.NetworkBackend):
-    """Opens connections that look at `deadline`, which is set anew for every request."""
+    """Opens connections that keep to `deadline`, which is set for every request."""
 
     def __init__(self, check: AddressCheck | None) -> None:
         self._check, self._backend = check, httpcore.SyncBackend()
@@ -280,7 +283,7 @@ class SyncBackend(httpcore.NetworkBackend):
         self.stream: SyncStream | None = None
 
     def time_left(self, timeout: float | None, error: type[Exception]) -> float | None:
-        """Seconds for the next operation; raises `error` when none are left."""
+        """Return the seconds for the next operation, or raise `error` if none are left."""
         left = self.deadline.clamp(timeout)
         if left is not None and left <= 0:
             raise error("The time limit passed.")
@@ -323,7 +326,7 @@ class _SocketChannel:
         await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
     def receive_now(self) -> bytes | None:
-        """What has come, without waiting; None when nothing has, and nothing at the end."""
+        """Receive without waiting. Returns None when nothing is there, and no bytes at the end."""
         try:
             return self._socket.recv(_READ_BYTES)
         except BlockingIOError:
@@ -342,7 +345,7 @@ class _SocketChannel:
 
 
 class _TLSChannel:
-    """TLS over another channel, in Python's own way without sockets: `ssl.MemoryBIO`."""
+    """TLS over another channel, with `ssl.MemoryBIO`."""
 
     def __init__(self, channel: _Channel, context: ssl.SSLContext, host: str | None) -> None:
         self._channel = channel
@@ -443,7 +446,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         backend.stream = self
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
-        """The next bytes; none at the end."""
+        """Return the next bytes; no bytes at the end."""
         await self._send_outgoing()
         if self.guard.is_empty:
             try:
@@ -453,7 +456,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         return self.guard.take(max_bytes)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Keep bytes until the request is whole, which httpcore tells by writing nothing: then one look and one write do."""
+        """Async version of `SyncStream.write`."""
         if buffer:
             self._outgoing.append(buffer)
         else:
@@ -464,7 +467,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
             return
         buffer = b"".join(self._outgoing)
         self._outgoing.clear()
-        if not self.guard.is_empty or _is_spoiled(self._channel.receive_now(), was_used=self._was_used):
+        if not self.guard.is_empty or _is_unusable(self._channel.receive_now(), was_used=self._was_used):
             raise UnexpectedDataError("The server sent something, or closed the connection, before the request.")
         self._was_used = True
         self.guard.expect_reply()
@@ -494,11 +497,11 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         return True
 
     async def aclose(self) -> None:
-        """Close it; a second time changes nothing."""
+        """Close the connection. A second call has no effect."""
         self.close()
 
     def close(self) -> None:
-        """Close it from anywhere, also when its event loop is gone."""
+        """Close the connection. This works without its event loop, too."""
         self.is_closed = True
         self._channel.close()
 
@@ -508,7 +511,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> httpcore.AsyncNetworkStream:
-        """Go on encrypted; a handshake that fails or is cancelled closes the connection."""
+        """Async version of `SyncStream.start_tls`."""
         try:
             if not self.guard.is_empty:
                 raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
@@ -523,7 +526,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         return AsyncStream(channel, self._backend)
 
     def get_extra_info(self, info: str) -> Any:
-        """As httpcore names it."""
+        """Return what httpcore calls by this name."""
         if info == "is_readable" and not self.guard.is_empty:
             return True
         return self._channel.get_extra_info(info)

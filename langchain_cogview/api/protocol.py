@@ -1,7 +1,7 @@
 """What is sent to the endpoint, what its replies mean, and what may be sent again: pure functions, no I/O.
 
 The codes are those of the provider's error table (docs.bigmodel.cn, "Error codes"); decisions are taken on the code, never on
-the text, which is Chinese on one platform and English on the other and changes.
+the text, which is Chinese in one region and English in the other, and changes.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class TaskReply:
 
 
 def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
-    """The body of one POST: one image, unset fields left out."""
+    """Return the body of a request for one image, without unset fields."""
     fields = {
         "model": request.model,
         "prompt": request.prompt,
@@ -164,6 +164,9 @@ def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
 def read_reply(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> ImagesReply:
     """Read one reply, whatever it is.
 
+    Returns:
+        The reply with its images.
+
     Raises:
         CogViewError: The class says what became of the request.
     """
@@ -177,6 +180,9 @@ def read_reply(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) ->
 
 def read_task(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> TaskReply:
     """Read one reply of the task endpoint, to the POST or to a poll.
+
+    Returns:
+        The state of the task.
 
     Raises:
         CogViewError: The class says what became of the request; `CogViewTaskFailedError` where the task itself failed.
@@ -201,7 +207,10 @@ def read_task(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> 
 
 
 def read_submitted(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> TaskReply:
-    """Read the reply to a task's POST: with an id and no error the task is accepted, whatever else is missing.
+    """Read the reply to the POST of a task. With an id and no error, the task is accepted, whatever else is missing.
+
+    Returns:
+        The state of the task.
 
     Raises:
         CogViewError: As `read_task`; with the task's id where the reply has one, for it may be running.
@@ -459,7 +468,7 @@ class Fault(StrEnum):
     NOT_HTTP = "not http"
     """What came back is not HTTP."""
     PROXY = "proxy"
-    """A proxy answered in place of the host."""
+    """A proxy answered instead of the host."""
     UNTRUSTED = "untrusted"
     """The host's certificate did not verify."""
     SETTINGS = "settings"
@@ -469,7 +478,7 @@ class Fault(StrEnum):
 def transport_error(  # noqa: PLR0911
     fault: Fault, phase: Phase, *, detail: str | None = None, limit: float | None = None
 ) -> CogViewError:
-    """The error for a transport failure; total over its arguments. `limit` is the time limit in seconds, to name it."""
+    """Return the error for any failure of the transport. `limit` is the time limit in seconds, to name it."""
     time_limit = "the time limit" if limit is None else f"the time limit of {limit:g} s"
     if fault is Fault.SETTINGS:
         return CogViewConfigurationError(
@@ -519,27 +528,30 @@ def transport_error(  # noqa: PLR0911
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often, and after which wait, a request is sent again.
+    """How often a request is sent again, and after which wait.
 
     Attributes:
         max_retries: Further attempts after the first.
-        retry_unknown: Also send again what may have been charged. Can pay twice.
+        retry_unknown: Whether to send requests again that may have been charged. This can pay twice.
     """
 
     max_retries: int = 2
     retry_unknown: bool = False
 
     def sends_again(self, error: BaseException) -> bool:
-        """Whether the decision allows another attempt, however many there were."""
+        """Whether an error allows another attempt, regardless of their number."""
         if not isinstance(error, CogViewError) or isinstance(error, _NEVER_AGAIN):
             return False
         return error.outcome is Outcome.NOT_RUN or (self.retry_unknown and error.outcome is Outcome.UNKNOWN)
 
     def wait(self, error: BaseException, attempt: int) -> float:
-        """Seconds before attempt number `attempt` + 1: what the service asked for, else full jitter.
+        """Seconds to wait before attempt number `attempt` + 1: what the service asked for, else full jitter.
 
-        The jitter's bound doubles with each attempt: from 1 s, at a limit from 2 s, when the model is overloaded from 5 s;
-        never over 60 s.
+        The bound of the jitter doubles with each attempt, up to 60 s. It starts at 1 s, at 2 s after a refusal for too many
+        requests in flight, and at 5 s when the model is overloaded.
+
+        Returns:
+            The wait in seconds; infinity if the service asks for too long a wait.
         """
         asked = error.retry_after if isinstance(error, CogViewError) else None
         if asked is not None:
@@ -549,10 +561,10 @@ class RetryPolicy:
 
 
 def parse_retry_after(value: str | None, *, now: datetime | None = None) -> float | None:
-    """Seconds to wait of a `Retry-After` header: a number of seconds or an HTTP date.
+    """Parse a `Retry-After` header, which holds a number of seconds or an HTTP date.
 
     Returns:
-        0.0 or more; infinity for an absurd number; None where the header is missing or says nothing usable.
+        The seconds to wait, 0.0 or more; infinity for an absurd number; None if the header is missing or unusable.
     """
     text = (value or "").strip()
     if not text or len(text) > 4096:  # noqa: PLR2004

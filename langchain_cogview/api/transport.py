@@ -1,4 +1,4 @@
-"""httpx transports over httpcore: one connection per connection, kept per process and event loop.
+"""httpx transports over httpcore, with one httpcore pool per connection, kept per process and event loop.
 
 `SyncTransport` and `AsyncTransport` take one idle connection for each request, the last used first, or open one; there is no
 pool to search, so that hundreds in flight cost no more than one. httpcore does HTTP, TLS and proxies; `network` has what
@@ -10,7 +10,7 @@ connections are made of. A request may carry these extensions, beside httpcore's
   the address that is connected to, so a name cannot resolve to something else afterwards.
 
 `sender` and `asender` give the one function that the endpoint and the download send with: these transports, the sandbox in this
-process, or a client of the caller's, be it of httpx or of httpx2.
+process, or a client that was injected, of httpx or httpx2.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from langchain_cogview.sandbox.service import SandboxTransport
 
 KEEPALIVE_SECONDS: Final = 30.0
-"""How long a connection may be idle and be used again; after that nobody knows what became of it."""
+"""Seconds that an idle connection can be used again. After a longer time, a gateway may have dropped it."""
 MOST_IDLE: Final = 1000
 """Idle connections that are kept for each host."""
 _CHUNKS_A_TURN: Final = 64
@@ -52,7 +52,7 @@ ConnectionT = TypeVar("ConnectionT", bound="_SyncConnection | _AsyncConnection")
 
 
 class _Route(NamedTuple):
-    """What connections can be shared by."""
+    """Requests of the same route can share a connection."""
 
     scheme: bytes
     host: bytes
@@ -62,7 +62,10 @@ class _Route(NamedTuple):
 
     @classmethod
     def of(cls, request: httpx.Request) -> _Route:
-        """The route of a request; an address that it may not go to is refused here where a proxy connects to it.
+        """Return the route of a request, and refuse an address in its URL if a proxy would connect to it.
+
+        Returns:
+            The route.
 
         Raises:
             AddressRefusedError: When the URL spells such an address out, and a proxy is used.
@@ -128,7 +131,7 @@ for _name in ("connection", "http11", "proxy", "socks"):
 
 @contextlib.contextmanager
 def _ours() -> Iterator[None]:
-    """For one step of httpcore's: its log records tell no more than the event, and its errors are httpx's."""
+    """Around calls of httpcore: shorten its log records to the event, and raise its errors as those of httpx."""
     token = _IS_OURS.set(True)
     try:
         yield
@@ -143,7 +146,7 @@ def _ours() -> Iterator[None]:
 
 
 class _SyncConnection:
-    """One connection, open or not, to one route."""
+    """One connection to one route, open or not."""
 
     def __init__(self, route: _Route, keepalive_seconds: float) -> None:
         self.route = route
@@ -160,7 +163,7 @@ class _SyncConnection:
         return response
 
     def is_usable(self) -> bool:
-        """Whether another request may follow, as far as can be seen from here."""
+        """Whether another request can be sent, as far as this side can see."""
         stream = self.backend.stream
         whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
         return whole and any(not each.has_expired() for each in self._pool.connections)
@@ -224,7 +227,7 @@ class _AsyncConnection:
         return whole and any(not each.has_expired() for each in self._pool.connections)
 
     def close(self) -> None:
-        """Close it, also when its event loop is gone: its streams are closed without one."""
+        """Close the connection. This works without its event loop, too."""
         if self.backend.stream:
             self.backend.stream.close()
 
@@ -275,7 +278,7 @@ class _Idle(Generic[ConnectionT]):
         self._connections: dict[_Route, deque[ConnectionT]] = {}
 
     def take(self, route: _Route) -> ConnectionT | None:
-        """The connection that was used last, or None."""
+        """Return the connection that was used last, or None."""
         connections = self._connections.get(route)
         with contextlib.suppress(IndexError):  # another thread may take the last
             while connections:
@@ -286,7 +289,7 @@ class _Idle(Generic[ConnectionT]):
         return None
 
     def give_back(self, connection: ConnectionT) -> None:
-        """Keep a connection whose reply was read to its end and has nothing behind it; close any other, and those too old."""
+        """Keep a connection if it can be used again, or close it. Close idle connections that are too old."""
         connections = self._connections.setdefault(connection.route, deque())
         if connection.is_usable() and len(connections) < MOST_IDLE:
             connection.idle_since = time.monotonic()
@@ -298,7 +301,7 @@ class _Idle(Generic[ConnectionT]):
                 connections.popleft().close()
 
     def close(self) -> None:
-        """Close them all."""
+        """Close all idle connections."""
         connections, self._connections = self._connections, {}
         for each in connections.values():
             for connection in each:
@@ -321,7 +324,11 @@ class SyncTransport(httpx.BaseTransport):
         self._process = os.getpid()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; the response's body is read by the caller, who closes it."""
+        """Send a request. The caller reads the body of the response and closes it.
+
+        Returns:
+            The response, whose body has not been read.
+        """
         route = _Route.of(request)
         deadline = request.extensions.get(DEADLINE) or Deadline(None)
         while True:
@@ -332,7 +339,7 @@ class SyncTransport(httpx.BaseTransport):
             except BaseException as error:
                 connection.close()
                 if idle and isinstance(error, UnexpectedDataError):
-                    continue  # it was spoiled in the last moment
+                    continue  # it became unusable in the last moment
                 raise
             body = _SyncBody(connection, response, lambda connection: self._connections().give_back(connection))
             return httpx.Response(
@@ -340,7 +347,7 @@ class SyncTransport(httpx.BaseTransport):
             )
 
     def close(self) -> None:
-        """Close the idle connections; the transport can be used again."""
+        """Close the idle connections. The transport stays usable."""
         self._connections().close()
 
     def _connections(self) -> _Idle[_SyncConnection]:
@@ -353,7 +360,7 @@ class SyncTransport(httpx.BaseTransport):
 
 
 class _LoopConnections:
-    """The connections of one event loop. Nothing here refers to the loop, which would keep it alive."""
+    """The connections of one event loop. Nothing here refers to the loop, because that would keep it alive."""
 
     def __init__(self, keepalive_seconds: float) -> None:
         self.process = os.getpid()
@@ -361,7 +368,7 @@ class _LoopConnections:
         self.open_sockets: set[socket.socket] = set()
 
     def close(self) -> None:
-        """Close everything, also what a loop that is gone was in the middle of."""
+        """Close all connections, also those in use by a loop that is gone."""
         self.idle.close()
         for each in list(self.open_sockets):
             each.close()
@@ -383,7 +390,11 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         self._loops: dict[int, tuple[weakref.ref[asyncio.AbstractEventLoop], _LoopConnections]] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; the response's body is read by the caller, who closes it."""
+        """Async version of `SyncTransport.handle_request`.
+
+        Returns:
+            The response, whose body has not been read.
+        """
         route = _Route.of(request)
         connections = self._connections()
         while True:
@@ -394,7 +405,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
             except BaseException as error:
                 connection.close()
                 if idle and isinstance(error, UnexpectedDataError):
-                    continue  # it was spoiled in the last moment
+                    continue  # it became unusable in the last moment
                 raise
             body = _AsyncBody(connection, response, connections.idle.give_back)
             return httpx.Response(
@@ -402,7 +413,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
             )
 
     async def aclose(self) -> None:
-        """Close the idle connections of the running loop; the transport can be used again."""
+        """Close the idle connections of the running loop. The transport stays usable."""
         self._connections().idle.close()
 
     def _connections(self) -> _LoopConnections:
@@ -430,11 +441,14 @@ atexit.register(SHARED.close)
 
 
 def sender(base_url: str | None, client: httpx.Client | None = None) -> Callable[[httpx.Request], httpx.Response]:
-    """What sends sync requests: a client of the caller's, the sandbox in this process, or our connections.
+    """Return the function that sends sync requests: an injected client, a sandbox in this process, or `SyncTransport`.
 
     Args:
-        base_url: Where requests go; None for our connections.
-        client: As `is_client` describes it.
+        base_url: The base URL that requests go to; None for `SyncTransport`.
+        client: The injected client, if any.
+
+    Returns:
+        A function that sends a request and returns the response with its body unread.
     """
     if client is not None:
         return lambda request: _sent_by(client, request)
@@ -467,12 +481,12 @@ def _sandbox(base_url: str | None) -> SandboxTransport:
         ) from error
 
 
-# --- clients of the caller's, of httpx, httpx2 or anything of their form. They follow no redirect here: that would hand the key
-# on, and repeat the POST.
+# --- injected clients, of httpx, httpx2 or anything of their form. They do not follow redirects, which would pass the key on and
+# repeat the POST.
 
 
 def is_client(value: object, *, is_async: bool) -> bool:
-    """Whether something is a client that requests can be sent with."""
+    """Whether an object is an HTTP client of the form of httpx."""
     kind = type(value)
     send = getattr(kind, "send", None)
     return (
@@ -484,10 +498,13 @@ def is_client(value: object, *, is_async: bool) -> bool:
 
 
 def checked_client(value: Any, *, sync: bool) -> Any:
-    """An injected HTTP client, as it is.
+    """Check an injected HTTP client.
+
+    Returns:
+        The client, unchanged.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The object is not a client of the right kind.
     """
     if value is None:
         return None
@@ -499,7 +516,7 @@ def checked_client(value: Any, *, sync: bool) -> Any:
 
 
 def _rebuilt(client: Any, request: httpx.Request) -> Any:
-    """The request as the client itself makes it: of its own library's class, with its own headers and parameters added."""
+    """Build the request with the client: of its own library's class, with its headers and parameters added."""
     return client.build_request(
         request.method,
         str(request.url),

@@ -233,7 +233,7 @@ def test_a_copy_works_beside_the_original(copier: Callable[[Any], Any]) -> None:
         generator.close()
 
 
-# Batches and the gate.
+# Batches and the limiter.
 
 
 def _blocks_the_fourth(connection: Connection, request: Request) -> None:
