@@ -1,4 +1,4 @@
-"""The body of a reply, read as it comes: JSON within its bound, and apart from it the image data that gateways put there.
+"""The body of a reply, read as it is received: bounded JSON, and apart from it the image data that gateways put there.
 
 The service sends a link. Gateways and self-hosted servers send the image itself as base64 in a string of the JSON. Such a string
 is decoded as it comes and leaves a short placeholder behind, so that a reply takes no more memory than its image.
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MAX_REPLY_BYTES: Final = 1_000_000
-"""The largest reply without the image data in it."""
+"""The most bytes of a reply, without its image data."""
 MAX_IMAGE_BYTES: Final = 32 * 2**20
-"""The most image data of a reply, as for an image that is fetched."""
+"""The most bytes of image data in a reply, as for a download."""
 DATA_FIELDS: Final = ("b64_json", "base64", "b64")
 """Where gateways put an image's bytes; `url` may hold a `data:` URL too."""
 
@@ -35,7 +35,10 @@ _KEY_BYTES: Final = 64
 _DATA_KEY: Final = re.compile(rb'"(?:%s|url)"\s*:\s*"\Z' % b"|".join(name.encode() for name in DATA_FIELDS))
 _OPEN_ESCAPE: Final = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _MARK: Final = re.compile(r"\x00image (\d{1,3})\Z")
-_DATA_URL: Final = re.compile(rb"\s*data:(?:[^,]{0,200}(;\s*base64\s*)|[^,]{0,200}),", re.IGNORECASE)
+_DATA_URL: Final = re.compile(
+    rb"\s*data:(?:[^,]{0,200}(;\s*base64\s*)|(?!\s*(?:text/|[;,]))[^,]{0,200}),", re.IGNORECASE
+)
+"""A `data:` URL. Without base64 it may not be of a text, which is also what one without a media type is."""
 _OPEN_PERCENT: Final = re.compile(rb"%[0-9a-fA-F]?\Z")
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _BLANKS: Final = b" \t\r\n\f\v"
@@ -54,8 +57,8 @@ class ImageData:
     """Decodes base64, in either alphabet, with blanks and without its padding, or a `data:` URL, percent-encoded or not.
 
     Attributes:
-        is_valid: Whether everything so far was one of these.
-        size: Number of bytes that it says so far.
+        is_valid: Whether the text was valid so far.
+        size: The number of bytes that were decoded so far.
     """
 
     def __init__(self) -> None:
@@ -69,7 +72,7 @@ class ImageData:
         self._cut = b""  # the beginning of a percent escape
 
     def feed(self, text: bytes) -> None:
-        """Take more of it; the first call has the whole beginning of a `data:` URL."""
+        """Decode more text. The first call needs the whole beginning of a `data:` URL."""
         if self._is_at_start:
             self._is_at_start = False
             url = _DATA_URL.match(text)
@@ -88,7 +91,7 @@ class ImageData:
         self._decode(text[:whole])
 
     def result(self) -> bytes | None:
-        """The bytes; None where it was not image data, or said nothing."""
+        """Return the decoded bytes; None if the text was not valid or empty."""
         rest = self._rest.rstrip(b"=")
         if len(rest) > 1:  # one character alone says nothing
             self._decode(rest + b"=" * (-len(rest) % 4))
@@ -116,7 +119,7 @@ def image_data(value: object, images: Sequence[bytes | None]) -> bytes | None:
         images: What `ReplyBody.images` gave for this reply.
 
     Returns:
-        The bytes; None where there are none.
+        The bytes, or None.
     """
     if not isinstance(value, str):
         return None
@@ -154,7 +157,7 @@ class ReplyBody:
         self._is_broken = False
 
     def add(self, chunk: bytes) -> bool:
-        """Take a part of the body; False when it is larger than a reply may be, or cannot be decompressed."""
+        """Add a part of the body. Returns False if the body is larger than allowed or cannot be decompressed."""
         self.has_content = self.has_content or bool(chunk)
         try:
             for part in [chunk] if self._inflater is None else self._inflater.parts(chunk):
@@ -166,14 +169,14 @@ class ReplyBody:
         return not self._is_broken
 
     def json(self) -> bytes | None:
-        """The JSON, with placeholders for image data; None when it was too large or compressed in another way."""
+        """Return the JSON with placeholders for image data; None if it was too large or its compression is unknown."""
         if self._is_broken or (self._inflater and not self._inflater.is_at_end):
             return None
         return bytes(self._json) + self._carry
 
     @property
     def images(self) -> tuple[bytes | None, ...]:
-        """The image data in the order of the reply; None for a string that turned out to be none."""
+        """The image data in the order of the reply; None for a string that was not valid image data."""
         return tuple(self._images)
 
     def _read(self, chunk: bytes) -> None:
