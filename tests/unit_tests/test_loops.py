@@ -47,9 +47,9 @@ def test_a_loop_for_each_request_that_is_never_closed_uses_up_no_files():
     with FaultServer(named_picture) as server:
         done = run_script(
             """
-            resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
             loops = []
-            for number in range(310):
+            for number in range(150):
                 loop = asyncio.new_event_loop()
                 loop.run_until_complete(generator.ainvoke(f"kitten {number}"))
                 loops.append(weakref.ref(loop))
@@ -59,7 +59,7 @@ def test_a_loop_for_each_request_that_is_never_closed_uses_up_no_files():
             """,
             server, "-W", "ignore",
         )  # fmt: skip
-        assert (done.stdout, done.stderr, server.posts) == ("0\n", "", 310)
+        assert (done.stdout, done.stderr, server.posts) == ("0\n", "", 150)
 
 
 def test_connections_end_with_their_loop_without_a_warning():

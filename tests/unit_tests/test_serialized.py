@@ -136,7 +136,7 @@ def message_of(generator):
     return ""
 
 
-@pytest.mark.parametrize("region", ["china", "international"])
+@pytest.mark.parametrize("region", ["china", pytest.param("international", marks=pytest.mark.heavy)])
 def test_a_generator_in_another_process_says_that_its_key_stayed_behind(region):
     generator = CogViewImageGenerator(api_key=FAKE_KEY, region=region)
     context = multiprocessing.get_context("spawn")

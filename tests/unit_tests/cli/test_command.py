@@ -91,7 +91,7 @@ def link(path: Path) -> str:
     ("environment", "more"),
     [
         ({}, ()),
-        ({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, ()),
+        pytest.param({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, (), marks=pytest.mark.heavy),
         ({"TERM": "xterm-kitty"}, ("--no-show",)),
     ],
 )
@@ -136,13 +136,13 @@ def test_json_on_a_terminal_is_json(tmp_path):
     ("arguments", "code"),
     [
         (("schema",), 0),
-        (("--version",), 0),
+        pytest.param(("--version",), 0, marks=pytest.mark.heavy),
         (("a cat", "--size", "1000x1000", "--sandbox"), 2),
         (("a cat [[content-filter]]", "--sandbox"), 3),
-        (("batch", "prompts.txt", "-o", "job", "--sandbox", "--dry-run"), 0),
+        pytest.param(("batch", "prompts.txt", "-o", "job", "--sandbox", "--dry-run"), 0, marks=pytest.mark.heavy),
         (("batch", "nowhere.txt", "-o", "job", "--sandbox"), 2),
         (("doctor", "--offline", "--sandbox"), 0),
-        (("doctor", "--offline"), 2),
+        pytest.param(("doctor", "--offline"), 2, marks=pytest.mark.heavy),
     ],
 )
 def test_every_command_says_the_same_piped_and_on_a_terminal(tmp_path, arguments, code):

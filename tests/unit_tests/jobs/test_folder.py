@@ -270,6 +270,7 @@ def command(tmp_path) -> Iterator[Callable[[list[str]], Command]]:
         yield lambda prompts: Command(tmp_path, sandbox, server, prompts)
 
 
+@pytest.mark.heavy
 def test_two_processes_never_write_to_one_folder_though_its_lock_file_is_deleted(command, tmp_path):
     job = command([f"picture {n} [[slow:3]]" for n in range(12)])
     first = job.started("--max-concurrency", "2")

@@ -67,6 +67,7 @@ def interrupted(tmp_path):
         yield run, sandbox
 
 
+@pytest.mark.heavy
 def test_a_cell_that_is_interrupted_is_run_again_and_pays_for_nothing_twice(interrupted):
     run, sandbox = interrupted
     stdout, stderr = run(IN_A_NOTEBOOK)
@@ -84,5 +85,5 @@ def test_a_script_that_is_interrupted_says_how_to_go_on_and_pays_for_nothing_twi
     stdout, _ = run(IN_A_SCRIPT, interrupt=False)
     unknown, left = map(int, stdout.split())
     assert left == 0
-    assert unknown in {2, 3, 4}  # those under way, and what was not written down yet
+    assert unknown <= 4  # those in flight, and those that were not recorded yet
     assert max(Counter(entry.prompt for entry in sandbox.ledger).values()) == 1

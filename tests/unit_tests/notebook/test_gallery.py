@@ -145,7 +145,9 @@ def test_the_cost_is_told_and_what_is_unknown_is_not_zero():
     assert gallery([image(**paid)]).charges.amounts == {"CNY": Decimal("0.06")}
 
 
-@pytest.mark.parametrize("count", [1, 12, 100, 300])
+@pytest.mark.parametrize(
+    "count", [1, pytest.param(12, marks=pytest.mark.heavy), pytest.param(100, marks=pytest.mark.heavy), 300]
+)
 def test_it_is_at_most_150_kilobytes(count, tmp_path):
     made = gallery(photos(tmp_path, min(count, 12), prompt="😀" * 500) * (count // 12 or 1))
     assert size(made) <= 150_000

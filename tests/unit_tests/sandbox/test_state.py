@@ -89,9 +89,9 @@ def test_accounts_without_anything_in_flight_and_dropped_tasks_take_no_memory(mo
     [
         {"prompt": "x" * 90_000},
         {"prompt": "🐈" * 25_000},
-        {"other": [[]] * 2_000},
+        pytest.param({"other": [[]] * 2_000}, marks=pytest.mark.heavy),
         {"other": [{}] * 2_000},
-        {"other": list(range(10_000, 13_000))},
+        pytest.param({"other": list(range(10_000, 13_000))}, marks=pytest.mark.heavy),
         {"other": {f"{n}": n for n in range(2_000)}},
     ],
     ids=["prompt", "wide prompt", "lists", "dicts", "numbers", "names"],
