@@ -306,8 +306,13 @@ class LinkRules:
             return is_host if named is None else lambda address, _: address == named
         if is_local:
             return is_loopback
-        # The system reads numbers in many spellings as addresses, without a look-up: these are literals, too.
-        return (lambda address, _: is_public(address)) if _NUMBER.fullmatch(link.host) else is_public
+        # Here and not at the connection alone: behind a proxy that one is not ours, and the proxy would read the spelling.
+        address = _address(link.host)
+        if address is None and _NUMBER.fullmatch(link.host):
+            raise link_refused("its host is an address in an unusual spelling", subject)
+        if (address is not None and not is_public(address)) or _is_localhost(link.host):
+            raise link_refused("its host has no address that may be connected to", subject)
+        return is_public
 
     def _is_named(self, link: _Origin, subject: str) -> bool:
         if self.allowed_hosts is None:
@@ -367,6 +372,10 @@ def link_refused(why: str, subject: str = "The image's link") -> CogViewDownload
     return CogViewDownloadError(
         f"{subject} was not opened: {why}.", hint="Its URL is on the result: look at it before opening it."
     )
+
+
+def _is_localhost(host: str) -> bool:
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def _is_loopback_host(host: str) -> bool:

@@ -1,5 +1,6 @@
 """A picture's link leads to the public internet or nowhere, whatever it looks like."""
 
+import asyncio
 import ipaddress
 import socket
 import threading
@@ -11,9 +12,10 @@ from pydantic import ValidationError
 
 from langchain_cogview import CogViewDownloadError, CogViewImageGenerator
 from langchain_cogview.addresses import METADATA_ADDRESSES, LinkRules, is_host, is_public
-from langchain_cogview.api.transport import SHARED
+from langchain_cogview.api.transport import ASHARED, SHARED
 from langchain_cogview.concurrency import Deadline
-from langchain_cogview.images.download import fetch
+from langchain_cogview.images.download import afetch, fetch
+from tests.host import Host, http
 
 LOOPBACK = 0x7F000001
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4"]  # fmt: skip
@@ -118,6 +120,26 @@ def test_the_canary_on_this_machine_is_never_reached(canary, monkeypatch, link):
     with pytest.raises(CogViewDownloadError):
         fetch(SHARED.handle_request, link.replace("PORT", str(canary.port)), deadline=Deadline(0.5), rules=LinkRules())
     assert not canary.reached.is_set()
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize(
+    "host",
+    ["2130706433", "127.1", "0x7f000001", "127.0.0.1.", "169.254.169.254.", "localhost.", "a.localhost", "[::1]"],
+)
+def test_a_proxy_is_asked_for_no_private_address_in_any_spelling(monkeypatch, host, how):
+    with Host(http(403)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        link = f"https://{host}/x.png"
+        with pytest.raises(CogViewDownloadError, match="was not opened: its host"):
+            if how == "sync":
+                fetch(SHARED.handle_request, link, deadline=Deadline(5), rules=LinkRules())
+            else:
+                asyncio.run(afetch(ASHARED.handle_async_request, link, deadline=Deadline(5), rules=LinkRules()))
+        assert proxy.got == []
+        with pytest.raises(CogViewDownloadError):
+            fetch(SHARED.handle_request, "https://images.example/x.png", deadline=Deadline(5), rules=LinkRules())
+        assert len(proxy.got) == 1
 
 
 def test_the_canary_can_be_reached():
