@@ -1,7 +1,7 @@
-"""The plain JSON form of a result: what a `ToolMessage.artifact` holds, and what survives a checkpointer.
+"""The plain JSON form of a result, which a `ToolMessage.artifact` contains and a checkpointer stores.
 
-The types of its fields are those of the result's fields, too: what comes back from storage can hold anything, and each value that
-passes can be compared, added up, shown and written.
+The field types are also those of the results. Data from storage can contain anything; a value that passes validation can be
+compared, added, shown and written.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ContentFilterArtifact(TypedDict):
 
 
 class GeneratedImageArtifact(TypedDict):
-    """One picture, without its bytes."""
+    """One image, without its bytes."""
 
     id: str
     url: str | None
@@ -99,7 +99,7 @@ class GeneratedImageArtifact(TypedDict):
     prompt: str
     task_id: str | None
     cost: str | None
-    """A decimal number; "0" for a cached or sandbox picture; None where the price is unknown."""
+    """A decimal number; "0" for a cached or sandbox image; None where the price is unknown."""
     currency: str | None
     seconds: float | None
     """From its place in flight to being saved."""
@@ -109,7 +109,7 @@ class GeneratedImageArtifact(TypedDict):
 
 
 class ImageFailureArtifact(TypedDict):
-    """One picture that was not made."""
+    """One image that was not made."""
 
     index: int
     error: str
@@ -138,7 +138,7 @@ class ImageArtifact(TypedDict):
     size: str | None
     quality: str | None
     cost: str | None
-    """Of all pictures; None where a price is unknown."""
+    """Of all images; None where a price is unknown."""
     currency: str | None
     sandbox: bool
     images: list[GeneratedImageArtifact]
@@ -150,13 +150,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def check_artifact(artifact: Any) -> None:
-    """Make sure that this is an artifact of this package and version.
+    """Check that a value is an artifact of this package and version.
+
+    Args:
+        artifact: Any value.
 
     Raises:
-        CogViewInvalidRequestError: When it is not.
+        CogViewInvalidRequestError: It is not.
     """
     if not isinstance(artifact, Mapping) or artifact.get("type") != ARTIFACT_TYPE:
-        raise CogViewInvalidRequestError("This is no artifact of a CogView result.", hint="Pass ToolMessage.artifact.")
+        raise CogViewInvalidRequestError(
+            "This is not an artifact of a CogView result.", hint="Pass ToolMessage.artifact."
+        )
     version = artifact.get("version")
     if version != ARTIFACT_VERSION:
         shown = str(version) if isinstance(version, int) and abs(version) < MAX_INTEGER else type(version).__name__
@@ -167,10 +172,17 @@ def check_artifact(artifact: Any) -> None:
 
 
 def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
-    """A model of fields that come from outside; those of a later version are left out.
+    """Validate fields from storage. Fields of later versions are ignored.
+
+    Args:
+        kind: The pydantic model.
+        fields: The fields.
+
+    Returns:
+        An instance of the model.
 
     Raises:
-        CogViewInvalidRequestError: When a field is missing or holds something else.
+        CogViewInvalidRequestError: A field is missing or invalid.
     """
     try:
         return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})

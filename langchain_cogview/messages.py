@@ -1,6 +1,7 @@
-"""The images of an agent's run, found in its messages, whatever form these have.
+"""Find the images of an agent's run in its messages.
 
-Messages come as objects or dicts, one by one or inside a state, a checkpoint or the chunks of a stream, and from other programs.
+Messages may be objects or dicts, single or inside a state, a checkpoint or the chunks of a stream, and other programs may have
+written them.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def images_from_messages(
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> list[GeneratedImage]:
-    """The images that an agent's tool calls made, in order.
+    """Find the images that the tool calls of an agent made.
 
-    Messages may have been written by somebody else: the options say what they may open.
+    Other people may have written the messages: the options limit what the images may be read from.
 
     Args:
         messages: An agent's messages, objects or dicts; its output or state (`{"messages": [...]}`, a pydantic model, a
@@ -70,11 +71,11 @@ def images_from_messages(
         allowed_image_hosts: The only hosts from which links are fetched. None: any public one.
 
     Returns:
-        The images; those of a message that is there twice, as in the chunks of a stream, once. What is not understood is told
-        in one warning.
+        The images, in order; once for a message that occurs twice, as in the chunks of a stream. One warning reports what was
+        not understood.
 
     Raises:
-        CogViewConfigurationError: When `storage` does not name remote folders.
+        CogViewConfigurationError: `storage` does not name remote folders.
     """
     access = image_access(
         within=within, storage=storage, storage_options=storage_options, allowed_image_hosts=allowed_image_hosts
@@ -110,11 +111,14 @@ def _images(artifact: Any, access: ImageAccess, problems: list[str]) -> Iterator
 
 
 def read_each(artifact: ImageArtifact | Mapping[str, Any], access: ImageAccess) -> list[Any]:
-    """The images of an artifact; in place of one that is damaged, the error.
+    """Read the images of an artifact one by one.
 
     Args:
-        artifact: One that names this package's type.
+        artifact: An artifact of this package, which may be damaged.
         access: What the images may be read from.
+
+    Returns:
+        An image or an error for each image of the artifact; a single error if there are none.
     """
     try:
         check_artifact(artifact)

@@ -1,4 +1,4 @@
-"""What a call gives: pictures, what went wrong with others, and their plain JSON form.
+"""The result of a call: images, failures, and their plain JSON form.
 
 >>> result = generator.invoke("a kitten")            # doctest: +SKIP
 >>> result.images[0].path, result.images[0].width    # doctest: +SKIP
@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
@@ -43,7 +43,7 @@ from langchain_cogview.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
 
     from langchain_cogview.images.download import DownloadedImage
@@ -66,76 +66,76 @@ Entries = Annotated[tuple[ContentFilter, ...], BeforeValidator(_entries)]
 
 
 class GeneratedImage(BaseModel):
-    """One picture.
-
-    Attributes:
-        id: Short and ours; what an agent calls it.
-        url: Where the service keeps it, for a day to a week; None where it is not known.
-        expires_at: When the link ends, where the URL tells it.
-        path: The saved file; None where it was not saved on this machine.
-        uri: Where it was saved elsewhere, such as `s3://bucket/name.png`; any process with access can open it.
-        mime_type: `image/png`, `image/jpeg` or `image/webp`, by the bytes. None where they were not fetched.
-        width: In pixels, from the bytes.
-        height: In pixels, from the bytes.
-        size_bytes: Number of bytes.
-        sha256: Of the bytes, in hexadecimal.
-        content_filter: What the filter said of it, though it was made.
-        request_id: Ours, the same on every attempt.
-        response_id: The service's.
-        created: Unix seconds, as the service says.
-        model: Which model drew.
-        size: As asked for, or the model's default.
-        quality: As asked for, or the model's default.
-        prompt: What was asked for.
-        task_id: Of the task endpoint, where that was used.
-        cost: Its list price in `currency`; 0 where it is cached or a placeholder, None where the price is unknown.
-        currency: ISO code, such as `CNY`.
-        seconds: How long it took, from its place in flight to being saved.
-        cached: Whether it came from the cache: nothing was sent or paid.
-        sandbox: Whether it is a placeholder of the offline service.
-        warnings: What could not be done, such as saving it.
-    """
+    """One image."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     id: Text
+    """Short id that this client generated; an agent refers to the image by it."""
     url: Text | None = None
+    """Link to the image at the service, valid for a day to a week; None if it is unknown."""
     expires_at: Moment | None = None
+    """When the link expires; None if the URL does not say."""
     path: LocalPath | None = None
+    """The saved file; None if the image was not saved on this machine."""
     uri: Text | None = None
+    """Where the image was saved remotely, such as `s3://bucket/name.png`."""
     mime_type: Text | None = None
+    """`image/png`, `image/jpeg` or `image/webp`, read from the bytes; None if they were not downloaded."""
     width: Pixels | None = None
+    """Width in pixels, read from the bytes."""
     height: Pixels | None = None
+    """Height in pixels, read from the bytes."""
     size_bytes: Number | None = None
+    """Number of bytes of the image."""
     sha256: Text | None = None
+    """SHA-256 of the image bytes, in hexadecimal."""
     content_filter: Entries = ()
+    """Entries of the content filter for an image that was made in spite of them."""
     request_id: Text
+    """Request id that this client generated; every attempt has the same."""
     response_id: Text | None = None
+    """Id that the service gave to the response."""
     created: Number | None = None
+    """When the service created the image, in Unix seconds."""
     model: Text
+    """Model that generated the image."""
     size: Text | None = None
+    """Size that was requested, or the default of the model."""
     quality: Text | None = None
+    """Quality that was requested, or the default of the model."""
     prompt: Text
+    """The prompt."""
     task_id: Text | None = None
+    """Id of the task; None unless the task endpoint was used."""
     cost: Amount | None = None
+    """List price in `currency`; 0 for a cached or sandbox image, None if the price is unknown."""
     currency: Currency | None = None
+    """ISO code of the currency, such as `CNY`."""
     seconds: Seconds | None = None
+    """Seconds from acquiring a slot until the image was saved."""
     cached: bool = False
+    """Whether the image came from the cache: nothing was sent or paid."""
     sandbox: bool = False
+    """Whether the image is a placeholder of the offline sandbox."""
     warnings: tuple[Text, ...] = ()
+    """What could not be done, such as saving the image."""
 
     _content: bytes | None = PrivateAttr(default=None)
     _access: Any = PrivateAttr(default=None)
 
     def read(self) -> bytes:
-        """The image's bytes, as the service made them: from memory, its file or its URI, else fetched from its URL (free).
+        """Read the image from memory, its file or its URI, or else download it from its URL, which is free.
 
-        What is read is a whole image, with the recorded size and hash where these are known.
+        The content is checked: it is a whole image, with the recorded size and hash if these are known.
+
+        Returns:
+            The bytes of the image file, as the service made them.
 
         Raises:
-            CogViewStorageError: When the saved file, or what is at its URI, cannot be read or is not this image. An image that
-                was read back from an artifact is read from its URI only where `storage=` named the folder.
-            CogViewDownloadError: When the URL gives no whole image any more, or another one.
+            CogViewStorageError: The saved file or the content of the URI cannot be read, or is another image. An image of an
+                artifact is read from its URI only if `storage=` names the folder.
+            CogViewDownloadError: The URL no longer returns a whole image, or it returns another one.
         """
         content = self.local_bytes()
         if content is None and self.uri:
@@ -145,8 +145,8 @@ class GeneratedImage(BaseModel):
             from langchain_cogview.images.download import fetch  # noqa: PLC0415
 
             where = self._where()
-            picture = fetch(sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where))
-            content = self._content = self._fetched(picture)
+            image = fetch(sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where))
+            content = self._content = self._fetched(image)
         return content
 
     async def aread(self) -> bytes:
@@ -161,14 +161,14 @@ class GeneratedImage(BaseModel):
             from langchain_cogview.images.download import afetch  # noqa: PLC0415
 
             where = self._where()
-            picture = await afetch(
+            image = await afetch(
                 asender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where)
             )
-            content = self._content = self._fetched(picture)
+            content = self._content = self._fetched(image)
         return content
 
     def save(self, path: str | Path) -> Path:
-        """Write the bytes, whole or not at all, and tell where.
+        """Write the image to a file, as a whole or not at all.
 
         Args:
             path: A file, which is replaced, or an existing folder, where the file gets the image's id as its name; characters
@@ -200,7 +200,7 @@ class GeneratedImage(BaseModel):
                 raise
             reason = getattr(error, "strerror", None) or error
             raise CogViewStorageError(
-                f"The picture could not be written to {printable(str(target), 120)}: {printable(str(reason), 80)}."
+                f"The image could not be written to {printable(str(target), 120)}: {printable(str(reason), 80)}."
             ) from None
         return target
 
@@ -221,7 +221,7 @@ class GeneratedImage(BaseModel):
         return decoded(self.read())
 
     def show(self) -> None:
-        """Show the picture: in a notebook as output, elsewhere with the system's viewer (needs Pillow)."""
+        """Show the image: as an output in a notebook, in the system's image viewer elsewhere, which needs Pillow."""
         from langchain_cogview.notebook.display import show  # noqa: PLC0415
 
         show(self)
@@ -245,10 +245,10 @@ class GeneratedImage(BaseModel):
     def _recorded(self) -> dict[str, Any]:
         return {"size_bytes": self.size_bytes, "sha256": self.sha256}
 
-    def _fetched(self, picture: DownloadedImage) -> bytes:
-        if self.sha256 not in {None, picture.sha256}:
+    def _fetched(self, image: DownloadedImage) -> bytes:
+        if self.sha256 not in {None, image.sha256}:
             raise CogViewDownloadError("The image's link gives another image than the recorded one.", hint="")
-        return picture.content or b""
+        return image.content or b""
 
     def _where(self) -> str | None:
         return self._reading().base_url or ("sandbox:" if self.sandbox else None)
@@ -260,7 +260,7 @@ class GeneratedImage(BaseModel):
 
     def _link(self) -> str:
         if self.url is None:
-            raise CogViewDownloadError("This picture has neither a file nor a URL.", hint="")
+            raise CogViewDownloadError("This image has neither a file nor a URL.", hint="")
         return self.url
 
     def _ending(self, content: bytes) -> str:
@@ -277,7 +277,7 @@ class GeneratedImage(BaseModel):
         return state
 
     def __eq__(self, other: object) -> bool:
-        # The bytes at hand are no part of what the picture is: the artifact's picture equals the one that it was made of.
+        # The bytes at hand are no part of what the image is: the artifact's image equals the one that it was made of.
         return self.__dict__ == other.__dict__ if isinstance(other, GeneratedImage) else NotImplemented
 
     def __hash__(self) -> int:
@@ -321,43 +321,35 @@ def with_content(image: GeneratedImage, content: bytes | None, access: ImageAcce
     return image
 
 
-def _suffixes() -> Iterator[str]:
-    yield ""
-    yield from (f"-{number}" for number in count(2))
-
-
 class ImageFailure(BaseModel):
-    """One picture that was not made, beside others that were.
-
-    Attributes:
-        index: Which of the `n`, from 0.
-        error: Name of the error's class, such as `CogViewContentFilterError`.
-        message: What happened.
-        hint: What to do.
-        code: The service's business code.
-        status: The HTTP status.
-        request_id: Ours, the same on every attempt.
-        task_id: Of the task endpoint: the picture may still come.
-        outcome: `not_run`, `unknown` (a picture may have been charged) or `final`.
-        scope: What the error concerns, such as `prompt` or `account`; None for an exception of another library.
-        is_retryable: Whether the same request may be sent again, and may then succeed.
-        content_filter: The filter's entries where it was blocked.
-    """
+    """The record of an image that was not made, in a result with others that were."""
 
     model_config = ConfigDict(frozen=True)
 
     index: Number
+    """Which of the `n` images, from 0."""
     error: Text
+    """Name of the error's class, such as `CogViewContentFilterError`."""
     message: Text
+    """What happened."""
     hint: Text = ""
+    """What to do."""
     code: Text | None = None
+    """Error code of the service."""
     status: Number | None = None
+    """HTTP status."""
     request_id: Text | None = None
+    """Request id that this client generated; every attempt has the same."""
     task_id: Text | None = None
+    """Id of the task, whose image may still be made."""
     outcome: Annotated[Outcome, PlainSerializer(str)] = Outcome.FINAL
+    """`not_run`, `unknown` (an image may have been charged) or `final`."""
     scope: Annotated[Scope, PlainSerializer(str)] | None = None
+    """What the error concerns, such as `prompt` or `account`; None for an exception of another library."""
     is_retryable: bool = False
+    """Whether the same request may be sent again and may succeed then."""
     content_filter: Entries = ()
+    """Entries of the content filter, if it blocked the image."""
 
     @model_validator(mode="before")
     @classmethod
@@ -370,7 +362,15 @@ class ImageFailure(BaseModel):
 
     @classmethod
     def of(cls, error: Exception, index: int) -> Self:
-        """The record of an exception."""
+        """Make the record of an exception.
+
+        Args:
+            error: The exception.
+            index: Which of the `n` images, from 0.
+
+        Returns:
+            The record.
+        """
         if not isinstance(error, CogViewError):
             return cls(index=index, error=type(error).__name__, message=printable(str(error)) or type(error).__name__)
         return cls(
@@ -390,120 +390,117 @@ class ImageFailure(BaseModel):
 
 
 class ImageResult(BaseModel):
-    """What one call gives: at least one picture.
+    """The result of one call: at least one image.
 
-    The attributes of the first picture can be read from the result itself: `result.path`, `result.url`, `result.sha256`.
-
-    Attributes:
-        images: The pictures that were made.
-        failures: Those of the `n` that were not.
-        prompt: What was asked for.
-        model: Which model drew.
-        size: As asked for, or the model's default.
-        quality: As asked for, or the model's default.
-        cost: List price of all pictures together; None where one is unknown. What failed costs nothing, unless its outcome
-            is unknown.
-        currency: ISO code.
-        sandbox: Whether the offline service made it.
-        warnings: What holds for the whole call, then what holds for each picture.
+    The attributes of the first image can be read from the result: `result.path`, `result.url`, `result.sha256`.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     images: Annotated[tuple[GeneratedImage, ...], Field(min_length=1)]
+    """The images."""
     failures: tuple[ImageFailure, ...] = ()
+    """Records of those of the `n` images that were not made."""
     prompt: Text
+    """The prompt."""
     model: Text
+    """Model that generated the images."""
     size: Text | None = None
+    """Size that was requested, or the default of the model."""
     quality: Text | None = None
+    """Quality that was requested, or the default of the model."""
     cost: Amount | None = None
+    """List price of all images; None if one is unknown. Failures cost nothing, unless their outcome is unknown."""
     currency: Currency | None = None
+    """ISO code of the currency."""
     sandbox: bool = False
+    """Whether the offline sandbox made the images."""
     warnings: tuple[Text, ...] = ()
+    """Warnings about the whole call, then those of each image."""
 
     @property
     def image(self) -> GeneratedImage:
-        """The first picture."""
+        """The first image."""
         return self.images[0]
 
     @property
     def url(self) -> str | None:
-        """The first picture's URL."""
+        """The first image's URL."""
         return self.image.url
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the first picture's link ends, where its URL tells it."""
+        """When the first image's link ends, where its URL tells it."""
         return self.image.expires_at
 
     @property
     def path(self) -> Path | None:
-        """The first picture's file."""
+        """The first image's file."""
         return self.image.path
 
     @property
     def uri(self) -> str | None:
-        """Where the first picture was saved elsewhere."""
+        """Where the first image was saved elsewhere."""
         return self.image.uri
 
     @property
     def cached(self) -> bool:
-        """Whether every picture came from the cache."""
+        """Whether every image came from the cache."""
         return all(image.cached for image in self.images)
 
     @property
     def mime_type(self) -> str | None:
-        """The first picture's type, by its bytes."""
+        """The first image's type, by its bytes."""
         return self.image.mime_type
 
     @property
     def width(self) -> int | None:
-        """The first picture's width in pixels, from its bytes."""
+        """The first image's width in pixels, from its bytes."""
         return self.image.width
 
     @property
     def height(self) -> int | None:
-        """The first picture's height in pixels, from its bytes."""
+        """The first image's height in pixels, from its bytes."""
         return self.image.height
 
     @property
     def size_bytes(self) -> int | None:
-        """The first picture's number of bytes."""
+        """The first image's number of bytes."""
         return self.image.size_bytes
 
     @property
     def sha256(self) -> str | None:
-        """The first picture's hash."""
+        """The first image's hash."""
         return self.image.sha256
 
     @property
     def request_id(self) -> str:
-        """The first picture's request id."""
+        """The first image's request id."""
         return self.image.request_id
 
     @property
     def created(self) -> int | None:
-        """When the first picture was asked for, in Unix seconds."""
+        """When the first image was asked for, in Unix seconds."""
         return self.image.created
 
     @property
     def content_filter(self) -> tuple[ContentFilter, ...]:
-        """What the filter said of all pictures that were made."""
+        """What the filter said of all images that were made."""
         return tuple(entry for image in self.images for entry in image.content_filter)
 
     def read(self) -> bytes:
-        """The first picture's bytes; see `GeneratedImage.read`."""
+        """The first image's bytes; see `GeneratedImage.read`."""
         return self.image.read()
 
     async def aread(self) -> bytes:
-        """The first picture's bytes; see `GeneratedImage.aread`."""
+        """The first image's bytes; see `GeneratedImage.aread`."""
         return await self.image.aread()
 
     def save(self, path: str | Path) -> Path:
-        """Write the pictures and tell where the first is.
+        """Write the images and tell where the first is.
 
         Args:
-            path: As in `GeneratedImage.save`. Of several pictures the further ones get `-2`, `-3`, ... before the ending.
+            path: As in `GeneratedImage.save`. Of several images the further ones get `-2`, `-3`, ... before the ending.
 
         Raises:
             CogViewStorageError: As in `GeneratedImage.save`, for the first that could not be saved, after the others were.
@@ -517,7 +514,7 @@ class ImageResult(BaseModel):
         taken: set[str] = set()
         for number, image in enumerate(self.images, 1):
             name = safe_name(image.id).lower() if folder else ""
-            suffix = next(text for text in _suffixes() if name + text not in taken)
+            suffix = next(text for text in chain([""], (f"-{copy}" for copy in count(2))) if name + text not in taken)
             taken.add(name + suffix)
             try:
                 saved.append(image._saved(target, suffix))  # noqa: SLF001
@@ -529,11 +526,11 @@ class ImageResult(BaseModel):
         return saved[0]
 
     def to_pil(self) -> Any:
-        """The first picture as a `PIL.Image.Image`; see `GeneratedImage.to_pil`."""
+        """The first image as a `PIL.Image.Image`; see `GeneratedImage.to_pil`."""
         return self.image.to_pil()
 
     def show(self) -> None:
-        """Show every picture; see `GeneratedImage.show`."""
+        """Show every image; see `GeneratedImage.show`."""
         for image in self.images:
             image.show()
 
@@ -570,10 +567,7 @@ class ImageResult(BaseModel):
         from langchain_cogview.images.remote import image_access  # noqa: PLC0415
 
         access = image_access(
-            within=within,
-            storage=storage,
-            storage_options=storage_options,
-            allowed_image_hosts=allowed_image_hosts,
+            within=within, storage=storage, storage_options=storage_options, allowed_image_hosts=allowed_image_hosts
         )
         return cls.read_artifact(artifact, access)
 

@@ -16,7 +16,7 @@ LEFT_OUT = re.compile(r".*_API_KEY|.*_PROXY|(COGVIEW|LANGCHAIN|LANGSMITH)_.*", r
 """Variables that a run does not see: it asks no service, goes through no proxy, and sends no traces."""
 RUN_FACTS = (
     (re.compile(r"(?<=id=')[0-9a-f]{8}(?=')|(?<=path=')[0-9TZ]{16}-[0-9a-f]{8}-[0-9a-f]{16}(?=\.)"), "..."),
-    (re.compile(r"link ends \d{4}-\d\d-\d\d \d\d:\d\d UTC"), "link ends in a day"),
+    (re.compile(r"link expires \d{4}-\d\d-\d\d \d\d:\d\d UTC"), "link expires in a day"),
     (re.compile(r"\b\d+\.\d s(?= · )"), "0.1 s"),
 )
 """What differs from run to run, and what stands for it."""

@@ -79,7 +79,7 @@ def test_json_is_the_only_thing_on_stdout_and_is_the_artifact(tmp_path):
     result = ImageResult.from_artifact(json.loads(done.stdout))
     assert (result.path, result.prompt, result.size) == (Path("猫.png"), "一只小猫 [[flagged]]", "1344x768")
     assert size_of(tmp_path / "猫.png") == (1344, 768)
-    assert done.stderr == f"Content filter: picture (level 3, mildest)\n{SANDBOX_NOTE}"
+    assert done.stderr == f"Content filter: image (level 3, mildest)\n{SANDBOX_NOTE}"
     assert "一只小猫" in done.stdout
 
 
@@ -361,7 +361,7 @@ def test_a_picture_that_cannot_be_saved_where_asked_is_kept_in_the_current_folde
     kept = Path(result.stdout.strip())
     assert result.exit_code == 6
     assert result.stderr == (
-        "Error: The picture could not be written to cat.png: Is a directory.\n"
+        "Error: The image could not be written to cat.png: Is a directory.\n"
         f"The image was generated and saved as {kept}\n{SANDBOX_NOTE}"
     )
     assert (kept.parent, size_of(kept)) == (Path(), (1024, 1024))

@@ -116,7 +116,7 @@ def test_errors_and_records_of_failures_are_tiles():
     assert seen.texts.count("Blocked") == 2
     assert seen.texts.count("Failed") == 3
     assert "ValueError: odd" in seen.text
-    assert "This is no artifact of a CogView result." in seen.text
+    assert "This is not an artifact of a CogView result." in seen.text
     assert shown(gallery(BLOCKED)).texts.count("Blocked") == 1
 
 
