@@ -1,4 +1,4 @@
-"""`ImageTask`: a picture that the service is making, found again by its id."""
+"""`ImageTask`: an image that the task endpoint generates, found again by its id."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TaskStatus = Literal["processing", "succeeded", "failed"]
 
 
 class ImageTask:
-    """A picture that the service is making; `CogViewImageGenerator.submit` gives one, and `resume` finds it again.
+    """An image that the task endpoint generates. `CogViewImageGenerator.submit` creates one, and `resume` finds it again.
 
     Example:
         >>> task = CogViewImageGenerator(model="glm-image").submit("a kitten")    # doctest: +SKIP
@@ -38,11 +38,11 @@ class ImageTask:
         >>> ImageTask.resume(task.id).result().path  # in this process or another # doctest: +SKIP
 
     Attributes:
-        id: The service's.
-        generator: Whose settings hold: key, service, folder.
-        request: What was asked for.
-        request_id: Ours; of a resumed task, its id.
-        warnings: What to tell of the request.
+        id: The task id that the service assigned.
+        generator: The generator whose key, service and folder are used.
+        request: The request that was submitted.
+        request_id: The request id that this client generated; for a resumed task, the task id.
+        warnings: Warnings about the request.
     """
 
     def __init__(
@@ -70,19 +70,22 @@ class ImageTask:
         prompt: str = "(unknown)",
         **settings: Any,
     ) -> Self:
-        """A task that was submitted before, perhaps by another process.
+        """Find a task that was submitted before, perhaps by another process.
 
         Args:
-            task_id: Its id.
-            generator: Whose settings hold; they must reach the same service with the same account. None: one is made of
-                `settings`, with the model `glm-image`.
-            model: Which model took it, for the record and the price. None: the generator's, where that is one of the task
-                endpoint, else `glm-image`.
-            prompt: What was asked for, for the record; the service does not tell it.
+            task_id: The task id.
+            generator: The generator to use; it must have the same service and account. None creates one from `settings`, with
+                the model `glm-image`.
+            model: The model of the task, for the result and its price. None: the generator's model if it uses the task endpoint,
+                otherwise `glm-image`.
+            prompt: The prompt, for the result; the service does not return it.
             **settings: Arguments of `CogViewImageGenerator`.
 
+        Returns:
+            The task. Nothing is sent.
+
         Raises:
-            CogViewInvalidRequestError: The id is blank, or holds characters that no id has, such as `/`.
+            CogViewInvalidRequestError: The id is blank, or has characters that no task id has, such as `/`.
         """
         from langchain_cogview.api.protocol import is_task_id  # noqa: PLC0415
         from langchain_cogview.api.tasks import BAD_TASK_ID  # noqa: PLC0415
@@ -92,7 +95,8 @@ class ImageTask:
             settings.clear()  # the key may be among them: the frame of an error holds none
             raise CogViewInvalidRequestError(BAD_TASK_ID, hint="Pass task.id or error.task_id.")
         if generator is None:
-            from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
+            # By its public name: the module of the generator imports this one.
+            from langchain_cogview import CogViewImageGenerator  # noqa: PLC0415
 
             try:
                 generator = CogViewImageGenerator(**({"model": model or TASK_MODEL} | settings))
@@ -104,10 +108,13 @@ class ImageTask:
         return cls(task_id, generator=generator, request=request, request_id=task_id)
 
     def status(self) -> TaskStatus:
-        """Ask once, which is free.
+        """Poll the task once, which is free.
+
+        Returns:
+            `processing`, `succeeded` or `failed`.
 
         Raises:
-            CogViewError: The task is not known, or the service could not be asked.
+            CogViewError: The service does not know the task, or could not be reached.
         """
         try:
             return _status(self.generator.tasks_client().status(self.id, Deadline(_STATUS_SECONDS)))
@@ -115,7 +122,11 @@ class ImageTask:
             return "failed"
 
     async def astatus(self) -> TaskStatus:
-        """Ask once. The twin of `status`."""
+        """Async version of `status`.
+
+        Returns:
+            `processing`, `succeeded` or `failed`.
+        """
         await preload(self.generator.resolved_base_url)
         try:
             return _status(await self.generator.tasks_client().astatus(self.id, Deadline(_STATUS_SECONDS)))
@@ -123,17 +134,20 @@ class ImageTask:
             return "failed"
 
     def result(self, config: RunnableConfig | None = None, *, timeout: float | timedelta | None = 600.0) -> ImageResult:
-        """Wait for the picture, fetch and save it, as `invoke` does. May be called again.
+        """Wait for the image, download and save it, as `invoke` does. May be called again.
 
         Args:
-            config: LangChain's.
-            timeout: Seconds for all of it; None: no limit.
+            config: The `RunnableConfig` of this run.
+            timeout: Limit in seconds for polling, download and saving together; None: no limit.
+
+        Returns:
+            The result, with one image.
 
         Raises:
-            CogViewTaskUnfinishedError: It has not ended in time; asking again later is free.
-            CogViewTaskFailedError: It ended without a picture.
-            CogViewContentFilterError: It was blocked.
-            CogViewNotFoundError: The service does not know the id.
+            CogViewTaskUnfinishedError: The task has not ended in time; polling again later is free.
+            CogViewTaskFailedError: The task ended without an image.
+            CogViewContentFilterError: The content filter blocked the task.
+            CogViewNotFoundError: The service does not know the task id.
         """
         return self.generator.collect(self, config, seconds=_seconds(timeout))
 
@@ -143,7 +157,11 @@ class ImageTask:
         *,
         timeout: float | timedelta | None = 600.0,  # noqa: ASYNC109  the same as the sync one's
     ) -> ImageResult:
-        """Wait for the picture. The twin of `result`."""
+        """Async version of `result`.
+
+        Returns:
+            The result, with one image.
+        """
         return await self.generator.acollect(self, config, seconds=_seconds(timeout))
 
     def __repr__(self) -> str:
@@ -159,15 +177,20 @@ def _status(reply: TaskReply) -> TaskStatus:
 
 
 def checked_task(request: ImageRequest) -> ImageRequest:
-    """A request for the task endpoint, as it is.
+    """Check that the task endpoint takes a request.
+
+    Returns:
+        The same request.
 
     Raises:
-        CogViewInvalidRequestError: The task endpoint does not take it; nothing has been sent.
+        CogViewInvalidRequestError: The task endpoint does not take the request; nothing has been sent.
     """
     if not model_info(request.model).tasks:
         raise CogViewInvalidRequestError(
-            f"Nothing was sent: {request.model} is no model of the task endpoint.", hint="Use model='glm-image'."
+            f"Nothing was sent: {request.model} is not a model of the task endpoint.", hint="Use model='glm-image'."
         )
     if request.n > 1:
-        raise CogViewInvalidRequestError("Nothing was sent: a task makes one picture.", hint="Submit it n times.")
+        raise CogViewInvalidRequestError(
+            "Nothing was sent: a task generates one image.", hint="Submit the request n times."
+        )
     return request

@@ -186,7 +186,7 @@ def test_an_unknown_or_blank_id_is_told_as_such(generator):
         ImageTask.resume(" ")
     with pytest.raises(CogViewInvalidRequestError, match="glm-image"):
         CogViewImageGenerator(base_url="sandbox:").submit("x")
-    with pytest.raises(CogViewInvalidRequestError, match="one picture"):
+    with pytest.raises(CogViewInvalidRequestError, match="one image"):
         generator.submit("x", n=2)
 
 
