@@ -9,7 +9,7 @@ import pytest
 
 from langchain_cogview.errors import CogViewConfigurationError
 from langchain_cogview.jobs.prompts import MAX_LINE, read_prompts
-from tests.unit_tests.test_many import PARTI
+from tests.unit_tests.test_batches import PARTI
 
 
 @pytest.fixture

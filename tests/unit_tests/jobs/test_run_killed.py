@@ -15,7 +15,7 @@ import pytest
 from langchain_cogview.jobs import plan_job
 from langchain_cogview.sandbox import Sandbox, SandboxServer
 from tests.unit_tests.cli.test_command import KEY, MODULE
-from tests.unit_tests.test_many import PARTI
+from tests.unit_tests.test_batches import PARTI
 
 pytestmark = pytest.mark.skipif(not PARTI.exists(), reason="needs the Parti prompts")
 IDLE = 0.005
