@@ -63,7 +63,11 @@ class Deadline:
         return self._started is not None
 
     def remaining(self) -> float | None:
-        """Seconds left; 0.0 if the deadline has passed, None if there is no limit."""
+        """Calculate the time that is left.
+
+        Returns:
+            Seconds; 0.0 if the deadline has passed, None if there is no limit.
+        """
         return self.seconds if self._end is None else max(0.0, self._end - time.monotonic())
 
     @property
@@ -72,19 +76,30 @@ class Deadline:
         return self.remaining() == 0.0
 
     def allows(self, seconds: float) -> bool:
-        """Whether a wait of `seconds` ends before the deadline."""
+        """Compare a wait with the time that is left.
+
+        Returns:
+            Whether a wait of `seconds` ends before the deadline.
+        """
         left = self.remaining()
         return left is None or seconds < left
 
     def is_worth_sending(self, wait: float = 0.0) -> bool:
-        """Whether a request that is sent in `wait` seconds has time for its reply: a tenth of the limit, at most 30 s.
+        """Decide whether a request that is sent in `wait` seconds has time for its reply: a tenth of the limit, at most 30 s.
 
         An image whose reply comes too late is paid for and lost.
+
+        Returns:
+            Whether that time is left.
         """
         return self.seconds is None or self.allows(wait + min(self.seconds / 10, _MOST_LEFT))
 
     def clamp(self, seconds: float | None) -> float | None:
-        """The shorter of `seconds` and the time that is left."""
+        """Limit a wait to the time that is left.
+
+        Returns:
+            The shorter of `seconds` and the time that is left; None if neither has a limit.
+        """
         left = self.remaining()
         if left is None or seconds is None:
             return seconds if left is None else left
@@ -123,15 +138,23 @@ class CancelToken(threading.Event):
         with self._changing:
             super().set()
             children = list(self._children)
-        for each in children:
-            each.set()
+        for child in children:
+            child.set()
 
     def is_set(self) -> bool:
-        """Whether the work is cancelled."""
+        """Check for a cancellation.
+
+        Returns:
+            Whether the work is cancelled.
+        """
         return super().is_set() or any(holds() for holds in self._conditions)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the work is cancelled, at most `timeout` seconds; returns whether it is."""
+        """Wait until the work is cancelled, at most `timeout` seconds.
+
+        Returns:
+            Whether it is cancelled.
+        """
         if not self._conditions:
             return super().wait(timeout)
         end = None if timeout is None else time.monotonic() + timeout
@@ -151,11 +174,19 @@ class CancelToken(threading.Event):
             await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     def wait_until_abandoned(self, timeout: float) -> bool:
-        """Wait until the caller is gone, at most `timeout` seconds; returns whether it is. Conditions are ignored."""
+        """Wait until the caller is gone, at most `timeout` seconds. Conditions are ignored.
+
+        Returns:
+            Whether the caller is gone.
+        """
         return super().wait(timeout)
 
     def child(self, *conditions: Callable[[], bool]) -> CancelToken:
-        """Create a child with further conditions."""
+        """Create a child with further conditions.
+
+        Returns:
+            A token that is cancelled with this one, or by itself.
+        """
         token = CancelToken(*self._conditions, *conditions)
         if self is not NEVER:
             with self._changing:
@@ -179,9 +210,10 @@ def raised_by_signal(error: BaseException) -> BaseException | None:
     Returns:
         The handler's exception, or None.
     """
-    handlers = {signal.getsignal(each) for each in signal.valid_signals()}
+    handlers = {signal.getsignal(number) for number in signal.valid_signals()}
     # Python's own handler of Ctrl-C is not written in Python; its KeyboardInterrupt is never treated as a failure here.
-    codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)} - {None}
+    functions = [getattr(handler, "__func__", handler) for handler in handlers if callable(handler)]
+    codes = {getattr(function, "__code__", None) for function in functions} - {None}
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
@@ -196,7 +228,7 @@ def raised_by_signal(error: BaseException) -> BaseException | None:
 
 
 def _holds_handler(frames: list[FrameType]) -> bool:
-    """Whether one of these frames is a signal handler's, which is handed the frame below it that it interrupted.
+    """Return whether one of these frames belongs to a signal handler, whose argument is the frame that it interrupted.
 
     That also finds a handler that is a partial or an object, or that is not installed any more.
     """
@@ -274,7 +306,14 @@ async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 @contextlib.asynccontextmanager
 async def entered_in_thread(context: AbstractContextManager[T]) -> AsyncIterator[T]:
-    """Enter and leave a context manager that blocks, in threads; what was entered is left, whenever the caller is cancelled."""
+    """Enter and leave a context manager that blocks, in threads. It is also left when the caller is cancelled while entering it.
+
+    Yields:
+        What the context manager returns on entering.
+
+    Raises:
+        CancelledError: The caller was cancelled.
+    """
     entering = asyncio.create_task(in_thread(context.__enter__))
     try:
         entered = await asyncio.shield(entering)
@@ -319,24 +358,24 @@ class SingleFlight:
             key: Identifies the work.
             seconds: The longest wait; None for no limit.
         """
-        place = self._enter(key)
+        entry = self._enter(key)
         try:
             if not runs_event_loop():
-                concurrent.futures.wait([place], seconds)
+                concurrent.futures.wait([entry], seconds)
             yield
         finally:
-            self._leave(key, place)
+            self._leave(key, entry)
 
     @contextlib.asynccontextmanager
     async def aflight(self, key: Hashable, seconds: float | None) -> AsyncIterator[None]:
         """Async version of `flight`."""
-        place = self._enter(key)
+        entry = self._enter(key)
         try:
-            if not place.done():
-                await asyncio.wait([asyncio.wrap_future(place)], timeout=seconds)
+            if not entry.done():
+                await asyncio.wait([asyncio.wrap_future(entry)], timeout=seconds)
             yield
         finally:
-            self._leave(key, place)
+            self._leave(key, entry)
 
     def forget(self) -> None:
         """Reset, in a forked process: the callers in the queues are those of the parent."""
@@ -344,20 +383,20 @@ class SingleFlight:
         self._queues = {}
 
     def _enter(self, key: Hashable) -> _Entry:
-        place = _Entry()
+        entry = _Entry()
         with self._lock:
             queue = self._queues.setdefault(key, deque())
-            queue.append(place)
+            queue.append(entry)
             if len(queue) == 1:
-                place.set_result(None)
-        return place
+                entry.set_result(None)
+        return entry
 
-    def _leave(self, key: Hashable, place: _Entry) -> None:
+    def _leave(self, key: Hashable, entry: _Entry) -> None:
         with self._lock:
             queue = self._queues.get(key)
-            if queue is None or place not in queue:
+            if queue is None or entry not in queue:
                 return  # entered before a fork
-            queue.remove(place)
+            queue.remove(entry)
             if not queue:
                 del self._queues[key]
             elif not queue[0].done():
@@ -365,7 +404,11 @@ class SingleFlight:
 
 
 def runs_event_loop() -> bool:
-    """Whether this thread runs an event loop."""
+    """Look for an event loop.
+
+    Returns:
+        Whether this thread runs one.
+    """
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
         return True

@@ -44,7 +44,11 @@ def in_threads(tasks: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
 
 
 async def in_tasks(tasks: Sequence[Callable[[], Awaitable[Any]]], workers: int) -> list[Any]:
-    """Async version of `in_threads`."""
+    """Async version of `in_threads`.
+
+    Returns:
+        The result of each task, or the exception that it raised, in the order of the tasks.
+    """
     if len(tasks) <= 1:
         return [await aor_error(task) for task in tasks]
     results: list[Any] = [None] * len(tasks)
@@ -161,7 +165,11 @@ class _Threads:
 def astream_tasks(
     tasks: Iterable[Callable[[], Awaitable[Any]]] | AsyncIterable[Callable[[], Awaitable[Any]]], workers: int
 ) -> AsyncGenerator[tuple[int, Any], None]:
-    """Async version of `stream_in_threads`, for iterables and async iterables. Closing the generator cancels running tasks."""
+    """Async version of `stream_in_threads`, for iterables and async iterables. Closing the generator cancels running tasks.
+
+    Returns:
+        An async generator of the number of each task, from 0, with its result or the exception that it raised.
+    """
     return _Tasks(tasks, workers).results()
 
 
@@ -293,7 +301,11 @@ def or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 async def aor_error(call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    """Async version of `or_error`."""
+    """Async version of `or_error`.
+
+    Returns:
+        The result, or the exception.
+    """
     try:
         return await call(*args, **kwargs)
     except Exception as error:  # recorded, so that the others go on
