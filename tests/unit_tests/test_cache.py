@@ -261,6 +261,7 @@ def test_without_file_and_url_it_is_no_hit(sandbox, how, harm, tmp_path):
     sandbox.reset()  # the host has forgotten the URL
     again = caller.image("a kitten")
     assert (sandbox.images_made, again.cached) == (1, False)
+    assert len(sandbox.downloads) == 3  # the URL that is gone is tried twice at most
     assert again.request_id != made.request_id
     assert caller.image("a kitten").path == again.path
 
