@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 ImageOutcome = list[GeneratedImage] | Exception
 """The outcome of one paid call: its images (one in practice), or the error."""
+Download = DownloadedImage | CogViewError | None
+"""The outcome of one download; None where the caller does not want the bytes."""
 
 _FLIGHT_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
@@ -452,9 +454,7 @@ class ImageCall:
         except CogViewError as error:
             return error
 
-    def _fetched(
-        self, url: str, deadline: Deadline, label: str, retries: int | None = None
-    ) -> DownloadedImage | CogViewError | None:
+    def _fetched(self, url: str, deadline: Deadline, label: str, retries: int | None = None) -> Download:
         if not self.settings.download:
             return None
         try:
@@ -462,9 +462,7 @@ class ImageCall:
         except CogViewError as error:
             return error
 
-    async def _afetched(
-        self, url: str, deadline: Deadline, label: str, retries: int | None = None
-    ) -> DownloadedImage | CogViewError | None:
+    async def _afetched(self, url: str, deadline: Deadline, label: str, retries: int | None = None) -> Download:
         if not self.settings.download:
             return None
         running = _running_task()
@@ -484,10 +482,10 @@ class ImageCall:
             logger.warning("An image could not be downloaded on the event loop (%s). A thread downloads it.", reason)
             return await in_thread(self._fetched, url, deadline, label, retries)
 
-    def _refetched(self, url: str) -> DownloadedImage | CogViewError | None:
+    def _refetched(self, url: str) -> Download:
         return self._fetched(url, Deadline(_REFETCH_SECONDS), "", _REFETCH_RETRIES)
 
-    async def _arefetched(self, url: str) -> DownloadedImage | CogViewError | None:
+    async def _arefetched(self, url: str) -> Download:
         return await self._afetched(url, Deadline(_REFETCH_SECONDS), "", _REFETCH_RETRIES)
 
     def _download_options(self, deadline: Deadline, label: str, retries: int | None) -> dict[str, Any]:
