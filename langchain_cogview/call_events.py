@@ -48,6 +48,17 @@ class Journal(Protocol):
     async def asending(self, request_id: str, model: str) -> None:
         """Async version of `sending`."""
 
+    def not_sent(self, request_id: str, model: str) -> None:
+        """Record that the caller left, by a cancelled task or an interrupt, before anything of the POST was sent.
+
+        Args:
+            request_id: The request id that this client generated.
+            model: The model that was to be asked.
+        """
+
+    async def anot_sent(self, request_id: str, model: str) -> None:
+        """Async version of `not_sent`."""
+
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """Record a task that was accepted, by whose id its image is found again.
 
@@ -119,18 +130,42 @@ class ImageEvents:
         if first and self.dispatcher.has_handlers:
             await self.dispatcher.adispatch(self._progress("sent"))
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, *, was_sent: bool = True) -> None:
         """Handle an attempt, or a task, that ended without an image.
 
         Args:
             error: Why there is no image.
+            was_sent: Whether a part of the request may have been sent; if not, nothing is charged, whatever the error is.
         """
+        journal = self._ended(error, was_sent=was_sent)
+        if journal:
+            try:
+                journal.not_sent(self.request_id, self.model)
+            except Exception as failure:  # noqa: BLE001  the caller needs the first exception
+                self._not_recorded(f"request {self.request_id}", failure)
+
+    async def afailed(self, error: BaseException, *, was_sent: bool = True) -> None:
+        """Async version of `failed`."""
+        journal = self._ended(error, was_sent=was_sent)
+        if journal:
+            try:
+                await journal.anot_sent(self.request_id, self.model)
+            except Exception as failure:  # noqa: BLE001  the caller needs the first exception
+                self._not_recorded(f"request {self.request_id}", failure)
+
+    def _ended(self, error: BaseException, *, was_sent: bool) -> Journal | None:
+        """Count the end of an attempt. Returns the journal if it has to record that the POST was not sent."""
         pending, self._pending = self._pending, False
-        if pending and isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN:
+        is_free = not was_sent or (isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN)
+        if pending and is_free:
             if self._charge is not None:
                 self._charge.release()
         elif pending:
             self.uncertain += 1
+        # An error of this package reaches the journal's owner; a coroutine that is closed cannot wait for a record.
+        if was_sent or self.uncertain or isinstance(error, CogViewError | GeneratorExit):
+            return None
+        return JOURNAL.get()
 
     def _commit(self) -> None:
         if self.reservation is not None:
@@ -169,7 +204,7 @@ class ImageEvents:
             try:
                 journal.submitted(self.request_id, task_id, self.model)
             except Exception as error:  # noqa: BLE001  the task may be charged, and nothing may stop it now
-                self._not_recorded(task_id, error)
+                self._not_recorded(f"task {printable(task_id)}", error)
 
     async def asubmitted(self, task_id: str) -> None:
         """Async version of `submitted`."""
@@ -178,12 +213,12 @@ class ImageEvents:
             try:
                 await journal.asubmitted(self.request_id, task_id, self.model)
             except Exception as error:  # noqa: BLE001  the task may be charged, and nothing may stop it now
-                self._not_recorded(task_id, error)
+                self._not_recorded(f"task {printable(task_id)}", error)
 
-    def _not_recorded(self, task_id: str, error: Exception) -> None:
+    def _not_recorded(self, subject: str, error: Exception) -> None:
         if raised_by_signal(error):
             raise error
-        logger.warning("The task %s could not be recorded in the journal.", printable(task_id), exc_info=error)
+        logger.warning("The %s could not be recorded in the journal.", subject, exc_info=error)
 
     def processing(self, task_id: str) -> None:
         """Handle a poll of a task that has not ended.

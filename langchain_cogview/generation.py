@@ -251,7 +251,7 @@ class ImageCall:
         try:
             paid = await self._apaid(events)
         except Exception as error:  # noqa: BLE001
-            events.failed(error)
+            await events.afailed(error)
             await self.dispatcher.adispatch(*events.ended_with(error))
             return error
         return await self._afinish(paid, events)

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from langchain_cogview.api.endpoint import Call, Endpoint, Reader, ReplyT
+from langchain_cogview.api.endpoint import Call, Endpoint, Progress, Reader, ReplyT
 from langchain_cogview.api.limiter import Limiter, Slot, limiter_for
 from langchain_cogview.api.protocol import (
     MAX_RETRY_AFTER,
@@ -62,8 +62,11 @@ class CallEvents(Protocol):
     async def asending(self) -> None:
         """Async version of `sending`."""
 
-    def failed(self, error: BaseException) -> None:
-        """Handle an attempt that ended without an image or a task."""
+    def failed(self, error: BaseException, *, was_sent: bool = True) -> None:
+        """Handle an attempt that ended without an image or a task; `was_sent`: whether a part of the request may be sent."""
+
+    async def afailed(self, error: BaseException, *, was_sent: bool = True) -> None:
+        """Async version of `failed`."""
 
     def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """Handle a wait of some seconds before the next attempt."""
@@ -152,13 +155,14 @@ class ImagesClient:
             attempts.begun += 1
             try:
                 slot = self._acquire_slot(body, deadline, attempts)
+                progress = Progress()
                 try:
                     events.sending()
                     attempts.made += 1
-                    return _warned(self.endpoint.exchange(call, deadline, read), attempts), slot
+                    return _warned(self.endpoint.exchange(call, deadline, read, progress), attempts), slot
                 except BaseException as error:
-                    events.failed(error)
                     _end_slot(slot, error, attempts)
+                    events.failed(error, was_sent=progress.phase(error) is Phase.SENT)
                     raise
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)
@@ -177,13 +181,14 @@ class ImagesClient:
             attempts.begun += 1
             try:
                 slot = await self._aacquire_slot(body, deadline, attempts)
+                progress = Progress()
                 try:
                     await events.asending()
                     attempts.made += 1
-                    return _warned(await self.endpoint.aexchange(call, deadline, read), attempts), slot
+                    return _warned(await self.endpoint.aexchange(call, deadline, read, progress), attempts), slot
                 except BaseException as error:
-                    events.failed(error)
                     _end_slot(slot, error, attempts)
+                    await events.afailed(error, was_sent=progress.phase(error) is Phase.SENT)
                     raise
             except CogViewError as error:
                 wait = self._wait_before_next(error, deadline, attempts)

@@ -51,27 +51,36 @@ _CONVERTED = (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, CogViewE
 """Exceptions that become a `CogViewError`. Others (of a signal handler, an interrupt, a cancelled task) reach the caller."""
 
 
-class _Progress:
-    """How far one attempt has come, by the trace extension of httpcore, which injected clients support as well."""
+class Progress:
+    """How far one attempt has come, by the trace extension of httpcore, which injected clients support as well.
+
+    Attributes:
+        begun: Whether the transport received the request.
+        traced: Whether the transport reports what it does.
+        sent: Whether a part of the request was sent.
+    """
 
     def __init__(self) -> None:
+        self.begun = False
         self.traced = False
         self.sent = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Handle an event of the transport."""
         self.traced = True
         if event.endswith("send_request_headers.started"):
             request = info.get("request")
             self.sent = self.sent or getattr(request, "method", b"") != b"CONNECT"
 
     async def atrace(self, event: str, info: dict[str, Any]) -> None:
+        """Async version of `trace`."""
         self.trace(event, info)
 
     def phase(self, error: BaseException | None = None) -> Phase:
         """Return the phase. Without a trace (a transport without httpcore) it depends on the error; in doubt, it is `SENT`."""
         if isinstance(error, UnexpectedDataError):
             return Phase.CONNECTING
-        if self.traced:
+        if self.traced or not self.begun:
             return Phase.SENT if self.sent else Phase.CONNECTING
         return Phase.CONNECTING if isinstance(error, _NOT_SENT) else Phase.SENT
 
@@ -153,8 +162,16 @@ class Endpoint:
     # --- one exchange, twice: only "send" and "read" differ. Errors are returned and raised further up: the frames that they come
     # from hold the request, and so the key, and what the service said; no traceback and no chain shows them.
 
-    def exchange(self, call: Call, deadline: Deadline, read: Reader[ReplyT]) -> ReplyT:
+    def exchange(
+        self, call: Call, deadline: Deadline, read: Reader[ReplyT], progress: Progress | None = None
+    ) -> ReplyT:
         """Send one request and read its reply.
+
+        Args:
+            call: The request.
+            deadline: The time limit.
+            read: Reads the reply.
+            progress: Updated while the request is sent, so that the caller knows how far it came whatever is raised.
 
         Returns:
             What `read` makes of the reply.
@@ -163,16 +180,21 @@ class Endpoint:
             CogViewError: The error that the reply stands for, or a failure of the connection.
             BaseException: Any exception from elsewhere, such as a signal handler. A note says if the request was sent.
         """
-        return _read_or_raise(self._exchanged(call, deadline, read), read)
+        return _read_or_raise(self._exchanged(call, deadline, read, progress or Progress()), read)
 
-    async def aexchange(self, call: Call, deadline: Deadline, read: Reader[ReplyT]) -> ReplyT:
+    async def aexchange(
+        self, call: Call, deadline: Deadline, read: Reader[ReplyT], progress: Progress | None = None
+    ) -> ReplyT:
         """Async version of `exchange`."""
-        return _read_or_raise(await self._aexchanged(call, deadline, read), read)
+        return _read_or_raise(await self._aexchanged(call, deadline, read, progress or Progress()), read)
 
-    def _exchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | BaseException:
+    def _exchanged(
+        self, call: Call, deadline: Deadline, read: Reader[Any], progress: Progress
+    ) -> _Received | BaseException:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress, reading = _Progress(), _Reading()
+        reading = _Reading()
+        progress.begun = True
         try:
             response = reading.response = self.send(self._request(call, deadline, progress.trace))
             with contextlib.closing(response):
@@ -188,10 +210,13 @@ class Endpoint:
         except BaseException as error:  # noqa: BLE001
             return self._failed(error, call, reading, progress, deadline, read)
 
-    async def _aexchanged(self, call: Call, deadline: Deadline, read: Reader[Any]) -> _Received | BaseException:
+    async def _aexchanged(
+        self, call: Call, deadline: Deadline, read: Reader[Any], progress: Progress
+    ) -> _Received | BaseException:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        progress, reading = _Progress(), _Reading()
+        reading = _Reading()
+        progress.begun = True
         try:
             async with asyncio.timeout(deadline.remaining()):
                 response = reading.response = await self.asend(self._request(call, deadline, progress.atrace))
@@ -258,7 +283,7 @@ class Endpoint:
         error: BaseException,
         call: Call,
         reading: _Reading,
-        progress: _Progress,
+        progress: Progress,
         deadline: Deadline,
         read: Reader[Any],
     ) -> _Received | BaseException:
@@ -285,7 +310,7 @@ class Endpoint:
             return None
         return received
 
-    def _as_ours(self, error: Exception, progress: _Progress, limit: float | None) -> CogViewError:
+    def _as_ours(self, error: Exception, progress: Progress, limit: float | None) -> CogViewError:
         if isinstance(error, CogViewError):
             return error
         said = redactor(self.api_key).text(str(error))

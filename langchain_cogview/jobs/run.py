@@ -492,6 +492,8 @@ class PromptCall:
         self.reserved = work_item.missing if is_paid else len(self.sent)
         self._run = run
         self._started = time.monotonic()
+        self._abandoned: set[str] = set()
+        self._lock = threading.Lock()
 
     @property
     def seconds(self) -> float:
@@ -499,17 +501,36 @@ class PromptCall:
         return round(time.monotonic() - self._started, 3)
 
     def sending(self, request_id: str, model: str) -> None:
-        """Record a request; the generator calls this right before it sends a paid request."""
-        if not self.sent:
-            self._started = time.monotonic()
-        self._run.record_attempt(self.work_item.prompt, request_id, model)
-        if self.sent.get(request_id) == model:
-            self.repeated.append({"request_id": request_id, "model": model})
-        self.sent[request_id] = model
+        """Record a request; the generator calls this right before it sends a paid request.
+
+        Raises:
+            CogViewStoppedError: The caller has left; the request must not be sent.
+        """
+        with self._lock:
+            if request_id in self._abandoned:  # a thread comes to it only after the caller left
+                raise CogViewStoppedError
+            if not self.sent:
+                self._started = time.monotonic()
+            self._run.record_attempt(self.work_item.prompt, request_id, model)
+            if self.sent.get(request_id) == model:
+                self.repeated.append({"request_id": request_id, "model": model})
+            self.sent[request_id] = model
 
     async def asending(self, request_id: str, model: str) -> None:
         """Async version of `sending`: a thread writes the record."""
         await in_thread(self.sending, request_id, model)
+
+    def not_sent(self, request_id: str, model: str) -> None:
+        """Record that a request was not sent: the caller left while it connected."""
+        with self._lock:
+            self._abandoned.add(request_id)
+            if self.sent.pop(request_id, None):
+                key = self.work_item.prompt.key
+                self._run.note({"key": key, "request_id": request_id, "settled": Outcome.NOT_RUN})
+
+    async def anot_sent(self, request_id: str, model: str) -> None:
+        """Async version of `not_sent`: a thread writes the record."""
+        await in_thread(self.not_sent, request_id, model)
 
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """Record a task that the service has accepted; its model may be a fallback model."""
