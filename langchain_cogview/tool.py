@@ -124,7 +124,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
     Instantiation:
         >>> from langchain_cogview import CogViewImageTool
-
+        >>> tool = CogViewImageTool(base_url="sandbox:", output_dir="images")  # offline; leave base_url out for the service
 
     Invocation with args:
         >>> tool.invoke({"prompt": "a cute little kitten"})    # doctest: +SKIP
@@ -139,7 +139,7 @@ class CogViewImageTool(SafeErrors, BaseTool):
     Agent:
         >>> from langchain.agents import create_agent    # doctest: +SKIP
         >>> agent = create_agent("openai:gpt-5", tools=[tool])    # doctest: +SKIP
-        >>> output = agent.invoke({"messages": "Draw me a kitten"})    # doctest: +SKIP
+        >>> output = agent.invoke({"messages": "Make an image of a kitten"})    # doctest: +SKIP
         >>> images_from_messages(output)[0].show()    # doctest: +SKIP
 
     A blocked prompt, wrong arguments and an unknown outcome become a text for the model, and the agent continues. Errors that no
