@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EXIT_CODES: Final = {
     0: "generated",
     1: "another failure",
-    2: "wrong usage or settings: nothing generated",
+    2: "wrong usage or settings; of batch: no prompt, or a budget that does not cover the next prompt",
     3: "blocked by the content filter",
     4: "key, permission or balance",
     5: "limit, busy, network or time: not charged, try later",

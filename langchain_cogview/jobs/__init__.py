@@ -108,8 +108,9 @@ def run_job(
 
     Raises:
         CogViewInvalidRequestError: A line is not valid, and `skip_bad` is not set; the notes name the lines.
-        CogViewConfigurationError: A setting or the file is wrong, the folder's job was begun with other arguments, its manifest
-            is damaged, another job is writing to it, or it has other files than a job's. Nothing was sent.
+        CogViewConfigurationError: A setting or the file is wrong, the file has no prompts, the folder's job was begun with other
+            arguments, its manifest is damaged, another job is writing to it, or it has other files than a job's. Nothing was
+            sent.
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
     try:

@@ -143,9 +143,14 @@ class JobPlan:
             shown = ", ".join(map(str, self.duplicates[:MAX_LISTED])) + (
                 ", ..." if len(self.duplicates) > MAX_LISTED else ""
             )
+            where = f"{'line' if len(self.duplicates) == 1 else 'lines'} {shown}"
             lines.append(
-                f"{count_text(len(self.duplicates), 'duplicate line')} (the same as one before): {shown}. "
-                + ("They are left out." if self.unique else "Each is generated and paid for, unless unique=True.")
+                f"{count_text(len(self.duplicates), 'duplicate prompt')} ({where}). "
+                + (
+                    "Duplicates are left out."
+                    if self.unique
+                    else "Duplicates are generated and paid for, unless unique=True."
+                )
             )
         if self.recovered:
             lines.append(

@@ -468,9 +468,9 @@ class PromptList:
         """
         if not self.problems:
             return
-        verb = "is" if len(self.problems) == 1 else "are"
+        verb, them = ("is", "it") if len(self.problems) == 1 else ("are", "them")
         bad = f"{count_text(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
-        error = CogViewInvalidRequestError(bad, hint="Fix them, or leave them out with skip_bad=True.")
+        error = CogViewInvalidRequestError(bad, hint=f"Fix {them}, or leave {them} out with skip_bad=True.")
         for line in bullet_list("Not valid", self.problems)[1:]:
             error.add_note(line.strip())
         raise error
@@ -495,7 +495,7 @@ def check_prompts(
         The valid prompts and the problems of the others.
 
     Raises:
-        CogViewConfigurationError: The file cannot be read, its format is unknown, or its header is wrong.
+        CogViewConfigurationError: The file cannot be read or has no prompts, its format is unknown, or its header is wrong.
     """
     result = PromptList(unique=unique)
     file = read_prompts(source, format=format)
@@ -521,6 +521,11 @@ def check_prompts(
         key = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         arguments = {name: getattr(request, name) for name in line.arguments}
         result.items.append(PromptItem(line.number, key, arguments, line.extra or None, request.model, request.n))
+    if not result.lines and isinstance(source, str | Path):
+        name = "the standard input" if str(source) == "-" else f"the file {printable(str(source), 120)}"
+        raise CogViewConfigurationError(
+            f"There is no prompt in {name}; nothing was sent.", hint="A text file has one prompt on each line."
+        )
     result.blank, result.notes = file.blank, [*file.notes, *warned]
     return result
 

@@ -108,7 +108,7 @@ def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
     assert "never closed" in told[5]
     assert told[6] == "The column 'mood' is not an argument; it is copied to the manifest."
     assert told[7].endswith(
-        "1 duplicate line (the same as one before): 6. Each is generated and paid for, unless --unique is given."
+        "1 duplicate prompt (line 6). Duplicates are generated and paid for, unless --unique is given."
     )
     assert told[8] == "To generate: 2 prompts, 2 images, 0.12 CNY."
     as_json = cogview("batch", "p.csv", "-o", "out", "--dry-run", "--json", "--skip-bad")
@@ -139,6 +139,28 @@ def test_bad_lines_refuse_the_job_and_skip_bad_leaves_them_out(batch, folder, sa
     assert sandbox.requests == []
     assert batch("--skip-bad", file="p.jsonl").exit_code == 0
     assert len(manifest(folder)) == 1
+    (folder / "one.jsonl").write_text('"a cat"\n[]\n')
+    assert batch(file="one.jsonl").stderr.splitlines()[:2] == [
+        "Error: 1 line of 2 is not valid; nothing was sent.",
+        "Fix it, or leave it out with --skip-bad.",
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("empty.txt", ""), ("blank.txt", "\n \n"), ("head.csv", "prompt,size\n")])
+def test_a_file_without_prompts_is_an_error_and_makes_no_folder(batch, folder, name, text):
+    (folder / name).write_text(text)
+    for arguments in ((), ("--dry-run",)):
+        result = batch(*arguments, file=name)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"Error: There is no prompt in the file {name}; nothing was sent.\n" in result.stderr
+    assert "no prompt in the standard input" in batch(file="-", input="").stderr
+    assert not (folder / "out").exists()
+
+
+def test_the_table_of_exit_codes_says_what_a_budget_does():
+    meaning = cli.EXIT_CODES[2]
+    assert "budget" in meaning
+    assert "nothing" not in meaning
 
 
 # --- options
@@ -207,7 +229,7 @@ def test_unique_draws_the_same_line_once(batch, folder):
     (folder / "p.txt").write_text("a cat\na cat\n")
     result = batch("--unique")
     assert len(manifest(folder)) == 1
-    assert "1 duplicate line" in result.stderr
+    assert "1 duplicate prompt (line 2). Duplicates are left out." in result.stderr
 
 
 def test_what_may_have_been_charged_is_7_and_is_listed_and_repeated_when_asked_for(batch, sandbox):

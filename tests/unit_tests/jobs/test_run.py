@@ -134,7 +134,7 @@ def test_lines_that_say_the_same_are_drawn_each_and_told_by_number(run, out, san
     prompts = ["a cat", "a dog", "a cat", {"prompt": "a cat", "size": "640x512"}]
     plan = plan_job(prompts, out, base_url=sandbox.base_url, **SMALL)
     assert plan.duplicates == (3, 4)
-    assert "2 duplicate lines (the same as one before): 3, 4." in str(plan)
+    assert "2 duplicate prompts (lines 3, 4)." in str(plan)
     assert run(prompts).made == 4
     assert len(lines(out)) == len([*out.glob(PICTURES)]) == 4
     assert run(prompts).skipped == 4
