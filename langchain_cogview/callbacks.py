@@ -186,7 +186,7 @@ class ImageCallbackHandler(EventHandler):
 
     Example:
         >>> handler = ImageCallbackHandler()
-        >>> supervisor.invoke({"messages": "draw a kitten"}, {"callbacks": [handler]})    # doctest: +SKIP
+        >>> supervisor.invoke({"messages": "make an image of a kitten"}, {"callbacks": [handler]})    # doctest: +SKIP
         >>> handler.images[0].show()    # doctest: +SKIP
     """
 
@@ -535,7 +535,7 @@ def collect_content_filter_events(*, max_level: int | None = None) -> Iterator[l
 
     Example:
         >>> with collect_content_filter_events() as events:    # doctest: +SKIP
-        ...     agent.invoke({"messages": "draw a kitten"})
+        ...     agent.invoke({"messages": "make an image of a kitten"})
     """
     selection = _ContentFilterEvents(None, max_level)
 
@@ -558,7 +558,7 @@ def collect_image_costs() -> Iterator[ImageCosts]:
 
     Example:
         >>> with collect_image_costs() as costs:    # doctest: +SKIP
-        ...     agent.invoke({"messages": "draw a kitten"})
+        ...     agent.invoke({"messages": "make an image of a kitten"})
         >>> costs.total("CNY")    # doctest: +SKIP
         Decimal('0.06')
     """
@@ -579,7 +579,7 @@ def collect_images() -> Iterator[list[GeneratedImage]]:
 
     Example:
         >>> with collect_images() as images:    # doctest: +SKIP
-        ...     supervisor.invoke({"messages": "draw a kitten"})
+        ...     supervisor.invoke({"messages": "make an image of a kitten"})
         >>> images[0].show()    # doctest: +SKIP
     """
     images: list[GeneratedImage] = []

@@ -109,7 +109,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         poll_interval: Seconds between two polls of a task, at most 60. Default: 3.
         prices: Prices of one image by model, in the platform's currency, which replace the catalog's list prices.
         download: Whether to fetch the bytes. False: the result has only the URL, which expires after a day to a week.
-        output_dir: A folder, created if missing, or a URL that fsspec knows, such as `s3://bucket/pictures` (extra `storage`):
+        output_dir: A folder, created if missing, or a URL that fsspec knows, such as `s3://bucket/images` (extra `storage`):
             each image is saved there under a name made of time, id and hash. None: the bytes stay in memory on the result.
         storage_options: Options of fsspec for such a URL. They are in no repr, trace or artifact.
         cache: A LangChain cache, or a directory: the same request gives the same image without paying. None: each call pays.

@@ -136,7 +136,7 @@ def _(place):
     place.draw("[[content-filter:1]]")
 
 
-@scenario("the picture is blocked")
+@scenario("the image is blocked")
 def _(place):
     place.draw("[[content-filter:0:assistant]]")
 
@@ -175,7 +175,7 @@ def _(place):
     place.draw("[[slow:30]]", timeout=1)
 
 
-@scenario("the service failed without saying whether it drew")
+@scenario("the service failed without saying whether it made an image")
 def _(place):
     place.draw("[[server-error]]")
 
@@ -256,7 +256,7 @@ def _(place):
 @scenario("`output_dir` cannot be written to")
 def _(place):
     (place.folder / "file").touch()
-    return place.draw(output_dir=place.folder / "file" / "pictures")
+    return place.draw(output_dir=place.folder / "file" / "images")
 
 
 @scenario("`save` to a place that cannot be written to")

@@ -42,7 +42,7 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, capsys):
         "True True",
         "True 1280",
         "gallery.html",
-        "4 pictures in a labelled grid",
+        "4 images in a labelled grid",
         "cogview-3-flash ",
     ):
         assert line in printed
