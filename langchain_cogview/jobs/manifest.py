@@ -22,7 +22,7 @@ failures     for each image that is missing: error, message, code, status, outco
 given_up     earlier requests that may have been charged, and whose images were generated again: request_id, model
 cost         of all its images, as a decimal number; null if a price is unknown
 currency     ISO 4217 code
-sandbox      whether an image is a placeholder of the sandbox
+sandbox      whether the sandbox answered, also where it blocked the prompt
 request_ids  ids of all its requests
 seconds      time from the first request to the last file
 finished     time of the record, in UTC
@@ -298,7 +298,7 @@ class History:
         superseded: How many lines of the manifest are replaced by a later one.
         open: Requests without an end in the manifest, by key of the prompt and request id.
         files: Names of the image files in the manifest.
-        sandbox: Whether an image is a placeholder of the sandbox.
+        sandbox: Whether the sandbox answered.
     """
 
     finished: dict[str, Finished] = field(default_factory=dict)
@@ -537,8 +537,22 @@ def manifest_record(
     currency: str | None,
     *,
     unknown: bool,
+    sandbox: bool,
 ) -> dict[str, Any]:
-    """Return the record of a prompt, without request ids and times; `unknown`: whether a request has no known end."""
+    """Return the record of a prompt, without request ids and times.
+
+    Args:
+        item: The prompt.
+        request: The prompt with its arguments.
+        images: The records of its images.
+        failures: The records of its failures.
+        currency: The currency of the costs.
+        unknown: Whether a request has no known end.
+        sandbox: Whether the job uses the sandbox.
+
+    Returns:
+        The record.
+    """
     costs = [image["cost"] for image in images]
     made = len(images) >= item.n
     rest = kind_of(failure["error"] for failure in failures)
@@ -552,7 +566,7 @@ def manifest_record(
         "failures": failures,
         "cost": None if None in costs else str(sum(map(Decimal, costs), Decimal(0))),
         "currency": currency,
-        "sandbox": any(image["sandbox"] for image in images),
+        "sandbox": sandbox or any(image["sandbox"] for image in images),
     }
 
 

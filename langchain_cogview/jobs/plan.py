@@ -78,6 +78,7 @@ class JobPlan:
         images: Number of images to generate.
         cost: List price of these images, by currency.
         unpriced: How many of these images have no known price.
+        sandbox: Whether the sandbox generates them, so that nothing is charged.
     """
 
     lines: int
@@ -95,6 +96,7 @@ class JobPlan:
     images: int
     cost: Mapping[str, Decimal]
     unpriced: int
+    sandbox: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the plan to plain JSON.
@@ -130,7 +132,7 @@ class JobPlan:
         )
 
     def _amount(self) -> str:
-        return f"{count_text(self.images, 'image')}, {cost_text(self.cost, self.unpriced)}"
+        return f"{count_text(self.images, 'image')}, {cost_text(self.cost, self.unpriced, sandbox=self.sandbox)}"
 
     def warnings(self) -> list[str]:
         """List what the user should know before anything is sent.
@@ -166,11 +168,23 @@ def unknown_dict(item: UnknownAttempt) -> dict[str, Any]:
     return {"line": item.line, "prompt": item.prompt, "request_id": item.request_id}
 
 
-def cost_text(cost: Mapping[str, Decimal], unpriced: int = 0) -> str:
-    """Return amounts by currency as a text such as `0.06 CNY`, and the number of images without a known price."""
+def cost_text(cost: Mapping[str, Decimal], unpriced: int = 0, *, sandbox: bool = False) -> str:
+    """Describe the price of images.
+
+    Args:
+        cost: Amounts by currency; for the sandbox, list prices.
+        unpriced: Number of images without a known price.
+        sandbox: Whether the images are placeholders of the sandbox.
+
+    Returns:
+        A text such as `0.06 CNY`, or `list price 0.06 CNY, nothing is charged` for the sandbox.
+    """
     known = [money_text(amount, currency) for currency, amount in cost.items()]
     unknown = [f"{count_text(unpriced, 'image')} of unknown price"] if unpriced else []
-    return " and ".join(known + unknown) or "no cost"
+    amounts = " and ".join(known + unknown)
+    if sandbox:
+        return f"list price {amounts}, nothing is charged" if amounts else "nothing is charged"
+    return amounts or "no cost"
 
 
 # --- the backlog
@@ -346,9 +360,21 @@ class Backlog:
             unknown=self.unknown(),
             cost=cost.amounts,
             unpriced=cost.unpriced,
+            sandbox=self.uses_sandbox(generator),
             **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
             **{name: counts[name] for name in ("prompts", "images")},
         )
+
+    def uses_sandbox(self, generator: CogViewImageGenerator) -> bool:
+        """Check whether the images are placeholders.
+
+        Args:
+            generator: The job's generator.
+
+        Returns:
+            Whether the sandbox answers, or answered before in this folder.
+        """
+        return self.history.sandbox or is_sandbox(generator.resolved_base_url)
 
     def _notes(self, counts: Counter[str]) -> Iterator[str]:
         """Yield further remarks of a plan."""

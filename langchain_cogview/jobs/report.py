@@ -56,6 +56,8 @@ class JobReport:
         images: Number of images generated or recovered in this run.
         cost: Cost of these images, by currency; an image of the sandbox costs nothing.
         unpriced: How many of these images have no known price.
+        list_price: List price of these images, by currency, which the budget counts; in the sandbox too.
+        sandbox: Whether the sandbox generated them, so that nothing is charged.
         total_cost: Cost of all images in the manifest, by currency.
         seconds: Duration of the run.
         over_budget: Whether something was left out because of the budget.
@@ -78,6 +80,8 @@ class JobReport:
     images: int
     cost: Mapping[str, Decimal]
     unpriced: int
+    list_price: Mapping[str, Decimal]
+    sandbox: bool
     total_cost: Mapping[str, Decimal]
     seconds: float
     over_budget: bool
@@ -114,6 +118,7 @@ class JobReport:
         return plain | {
             "unknown": [unknown_dict(item) for item in self.unknown],
             "cost": {currency: str(amount) for currency, amount in self.cost.items()},
+            "list_price": {currency: str(amount) for currency, amount in self.list_price.items()},
             "total_cost": {currency: str(amount) for currency, amount in self.total_cost.items()},
             "errors": dict(self.errors),
             "stopped": stopped,
@@ -139,7 +144,9 @@ class JobReport:
                 if count
             ),
         ]
-        lines = [f"{', '.join(counts)}; {cost_text(self.cost, self.unpriced)} in {self.seconds:,.1f} s."]
+        shown = self.list_price if self.sandbox else self.cost
+        cost = cost_text(shown, self.unpriced, sandbox=self.sandbox)
+        lines = [f"{', '.join(counts)}; {cost}; {self.seconds:,.1f} s."]
         if self.total_cost != self.cost and any(self.total_cost.values()):
             lines.append(f"All images in the folder: {cost_text(self.total_cost)}.")
         if self.over_budget:
@@ -195,6 +202,8 @@ def make_report(run: JobRun, started: float, skipped: int) -> JobReport:
         images=run.made,
         cost=run.charges.amounts,
         unpriced=run.charges.unpriced,
+        list_price=run.list_prices.amounts,
+        sandbox=backlog.uses_sandbox(run.generator),
         total_cost=total,
         seconds=round(time.monotonic() - started, 3),
         over_budget=run.over_budget,
@@ -220,7 +229,9 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
         name = _sheet_name(folder)
         order = sorted(history.finished.values(), key=lambda item: (item.line, item.start))
         tiles = (tile for item in order for tile in _tiles(run.manifest.read(item.start, item.size)))
-        facts = (f"{count_text(len(order), 'prompt')}, {cost_text(total.amounts)}.",)
+        sandbox = run.backlog.uses_sandbox(run.generator)
+        cost = cost_text({} if sandbox else total.amounts, sandbox=sandbox)
+        facts = (f"{count_text(len(order), 'prompt')}, {cost}.",)
         folder.replace(name, contact_sheet(tiles, title=f"CogView: {folder.path.name}", facts=facts))
     except (OSError, CogViewError) as error:
         reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.call_events import JOURNAL
 from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
 from langchain_cogview.cost import Charges, Money
@@ -109,7 +108,7 @@ class JobRun:
         self.over_budget = False
         self.errors: Counter[str] = Counter()
         self.made = 0
-        self.charges = Charges()
+        self.charges, self.list_prices = Charges(), Charges()
         self._budget = budget
         self._limit = limit
         self._next = self._started = self._not_run = 0
@@ -298,7 +297,7 @@ class JobRun:
                 self._guarded(call, self._record_recovered, call)
 
     def _record_recovered(self, call: PromptCall) -> None:
-        sandbox = self.backlog.history.sandbox or is_sandbox(self._base_url)
+        sandbox = self.backlog.uses_sandbox(self.generator)
         records = []
         for recovered in call.work_item.recovered:
             self.folder.sync(recovered.path.name)
@@ -454,6 +453,7 @@ class JobRun:
                 [*kept, *failures],
                 price_of(self.generator, work_item.prompt.model).currency,
                 unknown=any(item not in ids for item in requests),
+                sandbox=self.backlog.uses_sandbox(self.generator),
             ),
             "given_up": given_up,
             "request_ids": [*ids],
@@ -466,6 +466,7 @@ class JobRun:
             self.made += len(images)
             for image in images:
                 self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))
+                self.list_prices.add(price_of(self.generator, image["model"]))
 
 
 # --- one call

@@ -45,9 +45,9 @@ def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_
     assert (result.exit_code, Path(result.stdout.strip())) == (3, folder / "out" / "index.html")
     plan, to_draw, blocked, summary = result.stderr.splitlines()
     assert plan == "3 lines with a prompt, 1 blank line skipped."
-    assert to_draw == "To generate: 3 prompts, 3 images, 0.18 CNY."
+    assert to_draw == "To generate: 3 prompts, 3 images, list price 0.18 CNY, nothing is charged."
     assert blocked.startswith("Line 4 was not generated: 'x [[content-filter]]'. The content filter blocked the prompt")
-    assert summary.startswith("2 prompts made, 1 blocked; 0 CNY in ")
+    assert summary.startswith("2 prompts made, 1 blocked; list price 0.12 CNY, nothing is charged; ")
     assert len(manifest(folder)) == 3
     assert {each.suffix for each in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html"}
 
@@ -58,7 +58,7 @@ def test_all_made_is_0_and_again_says_that_it_was_done(batch, folder, sandbox):
     again = batch()
     assert again.exit_code == 0
     assert "2 lines with a prompt; 2 done before.\nTo generate: 0 prompts" in again.stderr
-    assert "0 prompts made, 2 made before; no cost" in again.stderr
+    assert "0 prompts made, 2 made before; nothing is charged;" in again.stderr
     assert sandbox.images_made == 2
 
 
@@ -66,9 +66,26 @@ def test_json_is_the_only_thing_on_stdout(batch, folder):
     result = batch("--json")
     report = json.loads(result.stdout)
     assert (report["made"], report["blocked"], report["errors"]) == (2, 1, {"CogViewContentFilterError": 1})
-    assert report["cost"] == {"CNY": "0"}
+    assert (report["cost"], report["list_price"], report["sandbox"]) == ({"CNY": "0"}, {"CNY": "0.12"}, True)
     assert report["stopped"] is None
     assert Path(report["manifest"]) == folder / "out" / "manifest.jsonl"
+
+
+def test_a_job_in_the_sandbox_says_in_one_wording_that_nothing_is_charged(folder):
+    arguments = ("batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
+    planned = cogview(*arguments, "--dry-run")
+    assert planned.stdout.endswith("To generate: 3 prompts, 3 images, list price 0.18 CNY, nothing is charged.\n")
+    result = cogview(*arguments)
+    assert "3 images, list price 0.18 CNY, nothing is charged.\n" in result.stderr
+    assert "2 prompts made, 1 blocked; list price 0.12 CNY, nothing is charged; " in result.stderr
+    assert "nothing is charged; " in cogview(*arguments).stderr
+    assert "3 prompts, nothing is charged." in (folder / "out" / "index.html").read_text()
+
+
+def test_every_record_of_a_job_in_the_sandbox_says_so_even_where_it_is_blocked(folder):
+    (folder / "p.txt").write_text("x [[content-filter]]\n")
+    assert cogview("batch", "p.txt", "-o", "out", "--sandbox").exit_code == 3
+    assert [record["sandbox"] for record in manifest(folder)] == [True]
 
 
 # --- the dry run

@@ -253,7 +253,9 @@ def test_a_plan_counts_and_prices_and_changes_nothing(out, sandbox):
     plan = plan_job(prompts, out, base_url=sandbox.base_url)
     assert (plan.prompts, plan.images, plan.unpriced) == (4, 6, 1)
     assert plan.cost == {"CNY": Decimal("0.34")}
-    assert str(plan).endswith("To generate: 4 prompts, 6 images, 0.34 CNY and 1 image of unknown price.")
+    assert str(plan).endswith(
+        "To generate: 4 prompts, 6 images, list price 0.34 CNY and 1 image of unknown price, nothing is charged."
+    )
     assert any("does not know the model 'new'" in note for note in plan.notes)
     json.dumps(plan.to_dict())
     assert not out.exists()
