@@ -163,6 +163,12 @@ def all_or_first_error(results: list[Any]) -> list[ImageResult]:
         candidates[0].__cause__ = errors[0]
     error = next((error for error in candidates if error.may_have_been_charged), candidates[0])
     error.batch_results = results
+    if not isinstance(error, CogViewBatchError) and len(results) > 1:
+        made = len(results) - len(errors)
+        error.add_note(
+            f"{made} of the {len(results)} inputs {'was' if made == 1 else 'were'} made. error.batch_results has the result or "
+            "the exception of each input, in order."
+        )
     raise error
 
 

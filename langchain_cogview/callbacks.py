@@ -16,7 +16,7 @@ from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
 from langchain_cogview.artifact import validated
-from langchain_cogview.cost import ImageCosts
+from langchain_cogview.cost import NO_COST, ImageCosts
 from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, printable
 from langchain_cogview.events import (
     CONTENT_FILTER_EVENT,
@@ -433,7 +433,7 @@ class ProgressCallbackHandler(EventHandler):
         counts = ((self.blocked, "blocked"), (self.failed, "failed"), (self.in_flight, "in flight"))
         facts = [f"{count} {what}" for count, what in counts if count]
         charges = str(self.costs.charges)
-        return ", ".join(facts if charges == "nothing" else [*facts, charges])
+        return ", ".join(facts if charges == NO_COST else [*facts, charges])
 
 
 def interactive() -> bool:

@@ -129,7 +129,7 @@ class SizeRule(NamedTuple):
         )
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """Find the legal size that is nearest to another one, of which both sides are first brought within the bounds.
+        """Find the legal size that is nearest to another one, which is first scaled into the bounds with its aspect ratio.
 
         Args:
             width: In pixels.
@@ -138,7 +138,7 @@ class SizeRule(NamedTuple):
         Returns:
             Width and height in pixels.
         """
-        width, height = self._fit(width), self._fit(height)
+        width, height = (self._fit(side) for side in self._scaled(max(width, 1), max(height, 1)))
         candidates = (
             (side, min(height, self.max_pixels // side // self.multiple * self.multiple))
             for side in range(self.min_side, self.max_side + 1, self.multiple)
@@ -152,7 +152,16 @@ class SizeRule(NamedTuple):
 
         return min(legal, key=distance)
 
-    def _fit(self, side: int) -> int:
+    def _scaled(self, width: int, height: int) -> tuple[float, float]:
+        # Scaled down, both sides are whole steps, so that the area is not exceeded again.
+        scale = min(self.max_side / max(width, height), math.sqrt(self.max_pixels / (width * height)))
+        if scale < 1:
+            step = self.multiple
+            return int(width * scale) // step * step, int(height * scale) // step * step
+        scale = max(1.0, self.min_side / min(width, height))
+        return width * scale, height * scale
+
+    def _fit(self, side: float) -> int:
         return min(max(round(side / self.multiple) * self.multiple, self.min_side), self.max_side)
 
     def __str__(self) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datetime import date
 
 
+NO_COST: Final = "no cost"
+"""The text of costs that are zero."""
 MAX_AMOUNT: Final = 10**9
 """The largest price and the largest budget, in any currency."""
 _DECIMALS: Final = 12
@@ -129,7 +131,7 @@ class Charges:
         money = " + ".join(str(Money(amount, currency)) for currency, amount in self.amounts.items() if amount)
         if self.unpriced:
             return " and ".join(part for part in (money, f"{self.unpriced} of unknown price") if part)
-        return money or "nothing"
+        return money or NO_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,15 +318,18 @@ class ImageCosts:
     def __str__(self) -> str:
         with self._lock:
             charges, uncertain = self.charges, self.uncertain
-            free = _named((self.cached, "cached"), (self.sandbox, "of the sandbox"))
+            free = ((self.cached, "cached"), (self.sandbox, "of the sandbox"))
+            possible = "" if str(uncertain) == NO_COST else " but possibly charged"
             others = _named(
                 (self.blocked, "blocked"),
                 (self.failed, "failed"),
                 (self.in_flight, "in flight"),
-                (uncertain.count, f"not received but possibly charged ({uncertain})"),
+                (uncertain.count, f"not received{possible} ({uncertain})"),
             )
         text = "1 image" if charges.count == 1 else f"{charges.count} images"
-        text += f" ({', '.join(free)})" if free else ""
+        # One kind of image that is all there is needs no second count.
+        named = [name for count, name in free if 0 < count == charges.count] or _named(*free)
+        text += f" ({', '.join(named)})" if named else ""
         text += f", {charges}" if charges.count else ""
         text += f" (list prices of {self.prices_as_of})" if any(charges.amounts.values()) else ""
         return "; ".join((text, *others))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -46,6 +45,7 @@ from langchain_cogview.request import (
 )
 from langchain_cogview.result import ImageResult
 from langchain_cogview.tasks import ImageTask, checked_task
+from langchain_cogview.text import warn_caller
 from langchain_cogview.worker_pool import in_tasks, in_threads
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         for warning in checked_settings(dict(self)):
-            warnings.warn(warning, stacklevel=2)
+            warn_caller(warning)
         self._folder = self.output_dir
         if isinstance(self.output_dir, str):
             from langchain_cogview.images.remote import remote_folder  # noqa: PLC0415  an extra
@@ -266,7 +266,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         self._key, self._region, self._base_url = service
         chosen = bool(self.api_key or self.region or self.base_url)
         for warning in service_warnings(service, (self.model, *self.fallback_models), chosen=chosen):
-            warnings.warn(warning, stacklevel=2)
+            warn_caller(warning)
         return self
 
     @property

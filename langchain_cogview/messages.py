@@ -6,7 +6,6 @@ written them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, validated
 from langchain_cogview.errors import CogViewInvalidRequestError, printable
 from langchain_cogview.images.remote import ImageAccess, image_access
 from langchain_cogview.result import GeneratedImage, ImageResult, with_content
+from langchain_cogview.text import warn_caller
 
 if TYPE_CHECKING:
     import os
@@ -95,7 +95,7 @@ def images_from_messages(
             seen.add(key)
     if problems:
         more = f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else ""
-        warnings.warn(f"Something was left out. {problems[0]}{more}", stacklevel=2)
+        warn_caller(f"Something was left out. {problems[0]}{more}")
     return images
 
 
@@ -154,7 +154,10 @@ def _messages(value: Any, problems: list[str]) -> Iterator[_Found]:
         found = list(_walked(item, ()))
         yield from found
         if not found and not _is_quiet(item):
-            problems.append(f"No message was found in an item of type {printable(type(item).__name__, 40)}.")
+            problems.append(
+                f"No message was found in an item of type {printable(type(item).__name__, 40)}: the messages, output, state or "
+                "stream chunks of an agent are expected."
+            )
 
 
 def _is_one(value: Any) -> bool:

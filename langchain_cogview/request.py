@@ -66,6 +66,14 @@ NOT_TAKEN: Final[dict[str, str]] = {
     "stream": "The endpoint does not stream an image in parts.",
 }
 """Advice for each argument of other image APIs that this endpoint does not take."""
+_PREDICATES: Final[dict[str, str]] = {
+    "Field required": "is missing",
+    "Input should be greater than or equal to ": "must be at least ",
+    "Input should be less than or equal to ": "must be at most ",
+    "Input should be ": "must be ",
+    "String should have ": "must have ",
+}
+"""Beginnings of texts of pydantic, and what is said of the argument instead."""
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> str:
@@ -117,6 +125,10 @@ def describe_validation(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             name = printable(str(item["loc"][-1]), 60)
             lines.append(f"There is no argument {name!r}." + (f" {NOT_TAKEN[name]}" if name in NOT_TAKEN else ""))
+            continue
+        start = next((start for start in _PREDICATES if text.startswith(start)), None)
+        if start and where:
+            lines.append(f"{where} {_PREDICATES[start]}{text.removeprefix(start)}")
             continue
         lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)
@@ -451,5 +463,5 @@ def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
         raise ValueError("output_dir needs the bytes of the image: remove download=False.")
     models = (settings["model"], *settings["fallback_models"])
     if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
-        raise ValueError("use_tasks=True needs a model of the task endpoint, such as 'glm-image'.")
+        raise ValueError("use_tasks=True needs a model that can make images as tasks, such as 'glm-image'.")
     return filter(None, (*request.warnings, *map(model_warning, settings["fallback_models"])))

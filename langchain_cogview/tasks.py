@@ -187,7 +187,8 @@ def checked_task(request: ImageRequest) -> ImageRequest:
     """
     if not model_info(request.model).tasks:
         raise CogViewInvalidRequestError(
-            f"Nothing was sent: {request.model} is not a model of the task endpoint.", hint="Use model='glm-image'."
+            f"Nothing was sent: {request.model} cannot make images as tasks.",
+            hint="Call invoke, or use model='glm-image'.",
         )
     if request.n > 1:
         raise CogViewInvalidRequestError(

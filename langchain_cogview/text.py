@@ -1,12 +1,16 @@
-"""Untrusted text, made safe to show on a terminal, in a log or in an error."""
+"""Text for people: untrusted text made safe to show, moments, and warnings with the line of the caller."""
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
+from datetime import UTC, datetime
 from typing import Final
 
 MAX_SERVER_TEXT: Final = 200
 """Maximum length of the service's text in an error, in characters."""
+_CALLEES: Final = {__name__.partition(".")[0], "pydantic", "langchain_core"}
 _USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 _SPACES: Final = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _JOINERS: Final = {0x200C: None, 0x200D: None}
@@ -31,6 +35,11 @@ def visible(text: str, *, instead: str = "?") -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " if c in _SPACES else instead for c in text)
 
 
+def moment_text(moment: datetime) -> str:
+    """Return a moment for people, to the minute, such as `2026-10-01 08:30 UTC`."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
 def without_key(text: str) -> str:
     """Return a text without API keys of the usual form; a value passed under a wrong name may be one."""
     return _USUAL_KEY.sub("[key]", text)
@@ -48,3 +57,15 @@ def printable(text: str, limit: int = MAX_SERVER_TEXT) -> str:
     """
     line = " ".join(without_key(visible(text[: limit * 8], instead=" ")).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def warn_caller(message: str) -> None:
+    """Warn with the line of the code outside this package, pydantic and LangChain that led to the warning.
+
+    Args:
+        message: The text of the `UserWarning`.
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _CALLEES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

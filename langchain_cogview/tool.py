@@ -431,7 +431,8 @@ def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
     if shown_to_user and len(fetched) == count:
         advice = f"The user already sees {it}. Do not write a link, and do not call this tool again unless asked."
     else:
-        advice = f"Refer to {it} by id or path. Do not make up a link, and do not call this tool again unless asked."
+        names = "id or path" if any(image.path or image.uri for image in result.images) else "id"
+        advice = f"Refer to {it} by {names}. Do not make up a link, and do not call this tool again unless asked."
     return f"{printable(text, MAX_MODEL_TEXT - len(advice) - 1)} {advice}"
 
 

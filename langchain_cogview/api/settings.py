@@ -271,6 +271,10 @@ def service_warnings(service: Service, models: Iterable[str], *, chosen: bool) -
     Yields:
         One warning at a time, as text.
     """
+    for name in models:
+        info = find_model(name)
+        if info and service.region not in info.regions:
+            yield f"The model {info.name} is not documented for region={service.region!r}; it may not answer there."
     if is_sandbox(service.base_url):
         return
     plain_text = plain_text_warning(service.base_url)
@@ -278,10 +282,6 @@ def service_warnings(service: Service, models: Iterable[str], *, chosen: bool) -
         yield plain_text
     if not (chosen or environment(BASE_URL_VARIABLE)) and both_keys_are_set():
         yield "ZHIPUAI_API_KEY and ZAI_API_KEY are both set: the first is used, with region='china'. Pass region= to choose."
-    for name in models:
-        info = find_model(name)
-        if info and service.region not in info.regions:
-            yield f"The model {info.name} is not documented for region={service.region!r}; it may not answer there."
 
 
 # --- what the environment says of proxies and certificates

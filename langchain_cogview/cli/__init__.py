@@ -31,7 +31,7 @@ from langchain_cogview.cli.output import (
     with_cli_options,
     write_stdout,
 )
-from langchain_cogview.text import visible
+from langchain_cogview.text import moment_text, visible
 
 try:
     import typer
@@ -398,8 +398,7 @@ def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[i
                 f"Warning: {path} holds an image of type {image.mime_type}, which does not match its extension."
             )
         return path
-    print_stderr(
-        f"The image was generated, but could not be saved. Its URL (until {image.expires_at or 'unknown'}): {image.url}"
-    )
+    until = f" (until {moment_text(image.expires_at)})" if image.expires_at else ""
+    print_stderr(f"The image was generated, but could not be saved. Its URL{until}: {image.url}")
     codes.append(6)
     return None

@@ -36,6 +36,7 @@ from langchain_cogview.images.formats import (
 )
 from langchain_cogview.images.remote import RemoteFolder
 from langchain_cogview.images.store import ImageFile, reason
+from langchain_cogview.text import moment_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -257,7 +258,7 @@ class _Download:
             return False
         if status in {401, 403}:
             ended = expires_at(self._at)
-            when = f" It expired at {ended:%Y-%m-%d %H:%M} UTC." if ended and ended <= datetime.now(UTC) else ""
+            when = f" It expired at {moment_text(ended)}." if ended and ended <= datetime.now(UTC) else ""
             raise CogViewExpiredURLError(
                 f"The image's link has expired or is refused (HTTP {status}).{when}", status=status
             )

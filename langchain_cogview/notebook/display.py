@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from langchain_cogview.catalog import money_text
-from langchain_cogview.cost import Charges, Money
+from langchain_cogview.cost import NO_COST, Charges, Money
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewError,
@@ -34,6 +34,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.notebook.html import Layout, Tile, fitted, grid, json_bytes
 from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, preview_of
+from langchain_cogview.text import moment_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -272,7 +273,7 @@ def _facts(image: GeneratedImage) -> Iterable[str]:
     yield cost_text(image)
     if image.expires_at:
         verb = "expired" if _has_expired(image) else "expires"
-        yield f"link {verb} {image.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        yield f"link {verb} {moment_text(image.expires_at)}"
 
 
 def _size(image: GeneratedImage) -> Iterable[str]:
@@ -443,7 +444,7 @@ class StatusLine:
             parts.append(f"{self._in_flight} in flight")
         if count:
             cost = str(self._charges)
-            parts.append(f"{'sandbox, ' if self._sandbox else ''}no cost" if cost == "nothing" else cost)
+            parts.append(f"sandbox, {cost}" if self._sandbox and cost == NO_COST else cost)
         return " · ".join(parts)
 
     def _count(self, outcome: ImageResult | BaseException | None) -> None:

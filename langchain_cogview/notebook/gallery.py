@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.cost import Charges, Money
+from langchain_cogview.cost import NO_COST, Charges, Money
 from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, CogViewStorageError, printable
 from langchain_cogview.images.remote import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.store import write_whole
@@ -131,7 +131,7 @@ class Gallery:
         parts = [f"{made:,} image{'' if made == 1 else 's'}"]
         parts += [f"{count:,} {kind}" for kind in ("blocked", "failed") if (count := self._kinds.count(kind))]
         cost = str(self.charges)
-        return " · ".join(parts if cost == "nothing" else [*parts, printable(cost, 300)])
+        return " · ".join(parts if cost == NO_COST else [*parts, printable(cost, 300)])
 
 
 def gallery(

@@ -35,15 +35,33 @@ def test_the_size_named_as_nearest_is_legal_and_no_legal_neighbour_is_nearer(wid
     rule = MODELS[name].rule
     best = rule.nearest(width, height)
     assert rule.allows(*best)
-    inside = [min(max(side, rule.min_side), rule.max_side) for side in (width, height)]
-    distance = sum((a - b) ** 2 for a, b in zip(best, inside, strict=True))
+    if 1 / 4 <= width / height <= 4:
+        assert best[0] / best[1] == pytest.approx(width / height, rel=0.14)
+    inside = all(rule.min_side <= side <= rule.max_side for side in (width, height))
+    if not inside or width * height > rule.max_pixels:
+        return
+    distance = sum((a - b) ** 2 for a, b in zip(best, (width, height), strict=True))
     step = rule.multiple
     for dx in (-step, 0, step):
         for dy in (-step, 0, step):
             other = (best[0] + dx, best[1] + dy)
             if rule.allows(*other):
                 # Rounding each side first costs at most half a step a side.
-                assert sum((a - b) ** 2 for a, b in zip(other, inside, strict=True)) >= distance - step * step * 80
+                assert (
+                    sum((a - b) ** 2 for a, b in zip(other, (width, height), strict=True))
+                    >= distance - step * step * 80
+                )
+
+
+@given(st.integers(1, 20_000), st.sampled_from(sorted(MODELS)))
+def test_the_size_named_for_an_illegal_square_is_a_square(side, name):
+    width, height = MODELS[name].rule.nearest(side, side)
+    assert width == height
+
+
+def test_the_size_named_for_a_size_that_is_too_large_has_its_shape():
+    assert MODELS["cogview-4"].rule.nearest(5000, 2500) == (2048, 1024)
+    assert MODELS["cogview-4"].rule.nearest(4000, 3000) == (1664, 1248)
 
 
 def test_an_illegal_size_names_the_nearest_legal_one_and_the_rule():

@@ -96,7 +96,8 @@ def test_cached_and_sandbox_pictures_cost_nothing():
     )
     assert (costs.images, costs.cached, costs.sandbox, costs.unpriced) == (4, 2, 2, 0)
     assert costs.by_currency == {"CNY": 0}
-    assert str(costs) == "4 images (2 cached, 2 of the sandbox), nothing"
+    assert str(costs) == "4 images (2 cached, 2 of the sandbox), no cost"
+    assert str(costs_of(generated(sandbox=True, cost="0"))) == "1 image (of the sandbox), no cost"
 
 
 def test_what_gave_no_picture_costs_nothing_and_is_counted_apart():
@@ -145,7 +146,7 @@ def test_an_attempt_of_unknown_outcome_that_is_sent_again_may_be_charged_besides
 def test_an_unknown_outcome_in_the_sandbox_costs_nothing():
     costs = costs_of(unknown(sandbox=True))
     assert costs.uncertain == Charges(1, {"CNY": Decimal(0)}, 0)
-    assert "1 not received but possibly charged (nothing)" in str(costs)
+    assert "1 not received (no cost)" in str(costs)
 
 
 def test_pictures_under_way_are_told():
@@ -414,7 +415,7 @@ def test_real_work_is_counted_once_by_handler_and_block(generator, work):
     assert (
         str(costs)
         == str(handler.costs)
-        == ("3 images (3 of the sandbox), nothing; 1 blocked; 1 failed; 1 not received but possibly charged (nothing)")
+        == ("3 images (of the sandbox), no cost; 1 blocked; 1 failed; 1 not received (no cost)")
     )
     assert costs.by_model == {(MODEL, "CNY"): ModelCosts(3, Decimal(0))}
 

@@ -360,7 +360,7 @@ def test_every_price_that_is_taken_can_be_counted(amount, count):
     price = Money(checked_amount(amount), "CNY")
     charges = Charges()
     charges.add(price, count)
-    assert str(charges) == (str(Money(count * amount, "CNY")) if amount else "nothing")
+    assert str(charges) == (str(Money(count * amount, "CNY")) if amount else "no cost")
     budget = Budget(max_images=count)
     held = budget.reserve(price, count)
     for _ in range(count):

@@ -180,6 +180,9 @@ def test_a_blocked_prompt_in_a_batch_costs_no_other_picture(generator, sandbox, 
         "c",
         "e",
     ]
+    assert caught.value.__notes__ == [
+        "3 of the 5 inputs were made. error.batch_results has the result or the exception of each input, in order."
+    ]
     assert len(sandbox.requests) == 10
 
 

@@ -218,3 +218,10 @@ def test_with_a_checkpointer_the_last_turn_has_its_own_images_alone(image_tool, 
     snapshot = agent.get_state(config)
     assert [image.prompt for image in images_from_messages(snapshot, last_turn=True)] == ["kitten 1"]
     assert len(images_from_messages(list(agent.get_state_history(config)))) == 2
+
+
+def test_what_is_no_message_is_told_with_what_was_expected():
+    with pytest.warns(
+        UserWarning, match="of type str: the messages, output, state or stream chunks of an agent are exp"
+    ):
+        assert images_from_messages("nonsense") == []

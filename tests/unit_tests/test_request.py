@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from langchain_cogview import CogViewInvalidRequestError, ImageRequest
+from langchain_cogview import CogViewImageGenerator, CogViewImageTool, CogViewInvalidRequestError, ImageRequest
 from langchain_cogview.catalog import model_info, parse_quality, parse_size
 from langchain_cogview.request import NOT_TAKEN, checked_request
 
@@ -24,16 +24,16 @@ def test_sizes_are_turned_into_legal_ones_of_the_model():
         ({"prompt": " \n\t"}, "The prompt is blank"),
         ({"prompt": "\ud800"}, "half a character"),
         ({"prompt": None}, "prompt"),
-        ({}, "prompt: Field required"),
-        ({"prompt": "x", "user_id": "12345"}, "user_id: String should have at least 6"),
-        ({"prompt": "x", "user_id": "1" * 129}, "user_id: String should have at most 128"),
+        ({}, "prompt is missing"),
+        ({"prompt": "x", "user_id": "12345"}, "user_id must have at least 6"),
+        ({"prompt": "x", "user_id": "1" * 129}, "user_id must have at most 128"),
         ({"prompt": "x", "size": "2048x2048"}, "nearest legal size"),
-        ({"prompt": "x", "quality": "shiny"}, "quality: Input should be 'standard' or 'hd'"),
+        ({"prompt": "x", "quality": "shiny"}, "quality must be 'standard' or 'hd'"),
         ({"prompt": "x", "model": "glm-image", "quality": "standard"}, "glm-image accepts only quality 'hd'"),
         ({"prompt": "x" * 1001, "model": "glm-image"}, "1,001 characters; glm-image takes at most 1,000"),
         ({"prompt": "x", "model": " "}, "blank"),
-        ({"prompt": "x", "n": 0}, "n: Input should be greater"),
-        ({"prompt": "x", "n": 101}, "n: Input should be less"),
+        ({"prompt": "x", "n": 0}, "n must be at least 1"),
+        ({"prompt": "x", "n": 101}, "n must be at most 100"),
         ({"prompt": "x", "promt": "y"}, "Did you mean 'prompt'?"),
     ],
 )
@@ -85,3 +85,10 @@ def test_an_unknown_model_passes_with_a_warning():
     request = ImageRequest(prompt="x", model="cogview-5", size="640x480")
     assert request.size == "640x480"
     assert "cogview-5" in request.warnings[0]
+
+
+@pytest.mark.parametrize("made", [CogViewImageGenerator, CogViewImageTool])
+def test_the_warning_about_an_unknown_model_names_the_line_of_the_user(made):
+    with pytest.warns(UserWarning, match="does not know the model") as caught:
+        made(model="glm-imag", base_url="sandbox:")
+    assert [warning.filename for warning in caught] == [__file__]

@@ -192,11 +192,11 @@ def test_a_legal_size_that_is_not_offered_and_words_work_too(tool, sandbox, how)
         ({"prompt": "x", "size": "1600x900"}, "the nearest legal size is 1600x896"),
         ({"prompt": ""}, "The prompt is blank"),
         ({"prompt": "  "}, "The prompt is blank"),
-        ({"size": "1024x1024"}, "prompt: Field required"),
+        ({"size": "1024x1024"}, "prompt is missing"),
         ({"prompt": "x", "n": 4}, "There is no argument 'n'."),
-        ({"prompt": "x", "quality": "shiny"}, "quality: Input should be 'standard' or 'hd'"),
-        ({"prompt": "x", "quality": 5}, "quality: Input should be 'standard' or 'hd'"),
-        ({"prompt": "x", "size": 5}, "size: Input should be a valid string"),
+        ({"prompt": "x", "quality": "shiny"}, "quality must be 'standard' or 'hd'"),
+        ({"prompt": "x", "quality": 5}, "quality must be 'standard' or 'hd'"),
+        ({"prompt": "x", "size": 5}, "size must be a valid string"),
     ],
 )
 def test_wrong_arguments_become_a_text_that_the_model_can_act_on(tool, sandbox, how, args, text):
@@ -464,6 +464,7 @@ def test_a_picture_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
     message = run(tool, call(prompt="[[expired-url]]"), how)
     assert "already sees it" not in message.content
     assert "It was not fetched" in message.content
+    assert "Refer to it by id." in message.content
     assert message.artifact["images"][0]["url"]
 
 

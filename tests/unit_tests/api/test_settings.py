@@ -219,6 +219,8 @@ def test_what_stays_on_this_machine_or_is_encrypted_is_not_warned_of(base_url):
 def test_a_model_of_the_other_platform_is_warned_of():
     with pytest.warns(UserWarning, match="cogview-4 is not documented for region='international'"):
         CogViewImageGenerator(api_key=FAKE_KEY, region="international", model="cogview-4")
+    with pytest.warns(UserWarning, match="cogview-3-flash is not documented for region='international'"):
+        CogViewImageGenerator(base_url="sandbox:", region="international", model="cogview-3-flash")
 
 
 def test_one_host_may_be_given_as_text():
