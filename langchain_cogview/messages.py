@@ -6,6 +6,7 @@ written them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     from langchain_cogview.artifact import ImageArtifact
 
 _MAX_DEPTH: Final = 24
-_TOOL: Final = frozenset({"tool", "ToolMessage"})
+_TOOL: Final = frozenset({"tool", "ToolMessage", "ToolMessageChunk"})
 _HUMAN: Final = frozenset({"human", "user", "HumanMessage", "HumanMessageChunk"})
 _OTHERS: Final = frozenset(
     {"ai", "assistant", "system", "developer", "function", "chat", "remove", "AIMessageChunk", "AIMessage"}
-    | {"SystemMessage", "FunctionMessage", "ChatMessage", "RemoveMessage", "SystemMessageChunk", "ToolMessageChunk"}
+    | {"SystemMessage", "FunctionMessage", "ChatMessage", "RemoveMessage", "SystemMessageChunk"}
 )
-_HOLDERS: Final = ("messages", "values", "value", "update", "data")
-"""Attributes by which objects of LangChain and LangGraph hold messages: states, snapshots, outputs, commands, stream parts."""
+_HOLDERS: Final = ("messages", "values", "value", "update", "data", "arg")
+"""Attributes by which objects of LangChain and LangGraph hold messages: states, snapshots, outputs, commands, stream parts,
+sends."""
 
 
 class _Found(NamedTuple):
@@ -100,14 +102,33 @@ def images_from_messages(
 
 
 def _images(artifact: Any, access: ImageAccess, problems: list[str]) -> Iterator[GeneratedImage]:
-    if isinstance(artifact, ImageResult):
-        yield from artifact.images
-    elif _is_artifact(artifact):
-        for item in read_each(artifact, access):
+    for part in _artifacts(artifact, ()):
+        if isinstance(part, ImageResult):
+            yield from part.images
+            continue
+        for item in [part] if isinstance(part, GeneratedImage) else read_each(part, access):
             if isinstance(item, GeneratedImage):
                 yield item
             else:
                 problems.append(str(item))
+
+
+def _artifacts(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
+    """The results and artifacts in what a tool attached: one, several, some inside other data, or all of it as JSON text."""
+    if isinstance(value, ImageResult | GeneratedImage) or _is_artifact(value):
+        yield value
+    elif isinstance(value, str) and not above and ARTIFACT_TYPE in value:
+        yield from _artifacts(_parsed(value), (id(value),))
+    elif isinstance(value, Mapping | list | tuple) and id(value) not in above and len(above) < _MAX_DEPTH:
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _artifacts(part, (*above, id(value)))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_each(artifact: ImageArtifact | Mapping[str, Any], access: ImageAccess) -> list[Any]:
@@ -164,12 +185,15 @@ def _is_one(value: Any) -> bool:
     """Whether this is one message, state or chunk rather than several of them."""
     if isinstance(value, BaseMessage | Mapping | str | bytes | bytearray) or not isinstance(value, Iterable):
         return True
-    return _is_state(value) or _is_chunk(value)
+    return _is_model(value) or _is_state(value) or _is_chunk(value)
 
 
 def _is_chunk(value: Any) -> bool:
-    """Whether this is a chunk of a stream with its mode, such as `("updates", {...})`."""
-    return isinstance(value, tuple) and any(isinstance(part, str) for part in value)
+    """Whether this is a chunk of a stream, such as `("updates", {...})` with its mode, or a message with its metadata."""
+    if not isinstance(value, tuple):
+        return False
+    with_metadata = len(value) == 2 and _message(value[0]) and isinstance(value[1], Mapping)  # noqa: PLR2004
+    return any(isinstance(part, str) for part in value) or bool(with_metadata and not list(_walked(value[1], ())))
 
 
 def _walked(value: Any, above: tuple[int, ...]) -> Iterator[_Found]:
@@ -184,7 +208,7 @@ def _walked(value: Any, above: tuple[int, ...]) -> Iterator[_Found]:
 def _message(value: Any) -> _Found | None:
     if isinstance(value, BaseMessage):
         return _of_message(value)
-    if isinstance(value, ImageResult):
+    if isinstance(value, ImageResult | GeneratedImage):
         return _Found("tool", value)
     if isinstance(value, Mapping):
         return _of_mapping(value)
@@ -199,11 +223,12 @@ def _parts(value: Any) -> Iterable[Any]:
         return [value["messages"]] if "messages" in value else list(value.values())
     if isinstance(value, list | tuple) and not _is_state(value):
         return value
-    return [part for name in _HOLDERS if (part := _attribute(value, name)) is not None]
+    parts = [part for name in _HOLDERS if (part := _attribute(value, name)) is not None]
+    return parts or [part for name in _fields(value) if (part := _attribute(value, name)) is not None]
 
 
 def _of_message(message: BaseMessage) -> _Found:
-    role: Any = message.type if message.type in {"tool", "human"} else "other"
+    role: Any = "tool" if message.type in _TOOL else "human" if message.type in _HUMAN else "other"
     return _Found(role, getattr(message, "artifact", None), _id(getattr(message, "tool_call_id", None)))
 
 
@@ -247,6 +272,12 @@ def _attribute(value: Any, name: str) -> Any:
 
 def _is_model(value: Any) -> bool:
     return hasattr(type(value), "__pydantic_fields__") or hasattr(type(value), "__dataclass_fields__")
+
+
+def _fields(value: Any) -> Iterable[str]:
+    """Names of the fields of a pydantic model or a dataclass, which may hold messages under any name."""
+    kind = type(value)
+    return [*getattr(kind, "__pydantic_fields__", ()), *getattr(kind, "__dataclass_fields__", ())]
 
 
 def _is_quiet(item: Any) -> bool:

@@ -13,17 +13,19 @@ from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
     HumanMessage,
+    HumanMessageChunk,
     SystemMessage,
     ToolMessage,
+    ToolMessageChunk,
     convert_to_openai_messages,
     messages_to_dict,
 )
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
-from langgraph.types import Command
+from langgraph.types import Command, Send
 from pydantic import BaseModel
 
-from langchain_cogview import CogViewImageTool, images_from_messages
+from langchain_cogview import CogViewImageTool, ImageResult, images_from_messages
 from tests.unit_tests.test_agent import Scripted
 
 RECORD = {"id": "a1", "request_id": "r1", "model": "cogview-4", "prompt": "a kitten"}
@@ -225,3 +227,52 @@ def test_what_is_no_message_is_told_with_what_was_expected():
         UserWarning, match="of type str: the messages, output, state or stream chunks of an agent are exp"
     ):
         assert images_from_messages("nonsense") == []
+
+
+ATTACHED = {
+    "JSON text": lambda: json.dumps(artifact("a")),
+    "a list": lambda: [artifact("a")],
+    "inside other data": lambda: {"seconds": 3, "made": {"image": artifact("a")}},
+    "a result": lambda: ImageResult.from_artifact(artifact("a")),
+    "an image": lambda: ImageResult.from_artifact(artifact("a")).images[0],
+}
+
+
+@pytest.mark.parametrize("form", ATTACHED.values(), ids=ATTACHED)
+def test_what_a_tool_attaches_is_found_in_every_form(form):
+    message = ToolMessage("made", tool_call_id="1")
+    message.artifact = form()
+    assert [image.id for image in images_from_messages([message])] == ["a"]
+
+
+def test_text_in_what_another_tool_attaches_is_never_read_as_an_artifact():
+    page = {"page": json.dumps(artifact("a"))}
+    assert images_from_messages([ToolMessage("read", tool_call_id="1", artifact=page)]) == []
+
+
+@dataclasses.dataclass
+class Chat:
+    history: list[Any]
+
+
+WHOLE = {
+    "a result": lambda: ImageResult.from_artifact(artifact("a")),
+    "an image": lambda: ImageResult.from_artifact(artifact("a")).images[0],
+    "images": lambda: ImageResult.from_artifact(artifact("a")).images,
+    "a chunk of a tool message": lambda: ToolMessageChunk("made", tool_call_id="1", artifact=artifact("a")),
+    "its dict": lambda: ToolMessageChunk("made", tool_call_id="1", artifact=artifact("a")).model_dump(),
+    "a message and its metadata": lambda: (tool_message("a"), {"langgraph_node": "tools"}),
+    "a send": lambda: Send("tools", {"messages": [tool_message("a")]}),
+    "a dataclass with another name": lambda: Chat([tool_message("a")]),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE.values(), ids=WHOLE)
+def test_images_are_found_in_what_a_program_has_at_hand(form, recwarn):
+    assert [image.id for image in images_from_messages(form())] == ["a"]
+    assert not recwarn.list
+
+
+def test_a_chunk_of_the_user_begins_a_turn_too():
+    messages = [tool_message("a"), HumanMessageChunk("again"), tool_message("b")]
+    assert [image.id for image in images_from_messages(messages, last_turn=True)] == ["b"]
