@@ -41,7 +41,7 @@ from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.images.store import image_names, local_path, read_regular_file, replace_file
-from langchain_cogview.result import with_content
+from langchain_cogview.result import IN_MEMORY, with_content
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -516,10 +516,7 @@ def _location_fields(location: Path | str) -> dict[str, Any]:
 
 
 def _unsaved_note(folder: object, why: str) -> str:
-    return (
-        f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. "
-        "Its bytes are in memory: call save(path)."
-    )
+    return f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. {IN_MEMORY}"
 
 
 def _local_bytes(image: GeneratedImage) -> bytes | None:

@@ -163,12 +163,13 @@ def read_entries(value: Any) -> tuple[ContentFilter, ...]:
     return tuple(found[:_MAX_ENTRIES])
 
 
-_FINAL_ADVICE: Final = "This is final: do not call this tool again. Tell the user."
+_MAX_MODEL_HINT: Final = 300
+_FINAL_ADVICE: Final = "This is final: do not call this tool again."
 _ADVICE: Final = {
     Scope.MODEL: _FINAL_ADVICE,
     Scope.ACCOUNT: _FINAL_ADVICE,
     Scope.LOCAL: _FINAL_ADVICE,
-    Scope.SERVICE: "It was tried several times: do not call this tool again unless the user asks. Tell the user.",
+    Scope.SERVICE: "It was tried several times: do not call this tool again unless the user asks.",
 }
 
 _CLASSES: Final[dict[str, type[CogViewError]]] = {}
@@ -264,8 +265,10 @@ class CogViewError(ModelError):
         If no other arguments can avoid the error, the text says not to call the tool again.
         """
         advice = _ADVICE.get(self.scope, "") if self.is_retryable or self.scope is not Scope.SERVICE else ""
-        text = printable(f"No image was made. {self.message} {self.hint}", MAX_MODEL_TEXT - len(advice) - 1)
-        return f"{text} {advice}".strip()
+        # A hint beside such advice is for people: a model can neither recharge an account nor change a setting.
+        hint = f"Tell the user: {self.hint}" if advice and self.hint else "Tell the user." if advice else self.hint
+        end = f"{printable(hint, _MAX_MODEL_HINT)} {advice}".strip()
+        return f"{printable(f'No image was made. {self.message}', MAX_MODEL_TEXT - len(end) - 1)} {end}".strip()
 
     def __str__(self) -> str:
         facts = [
@@ -520,7 +523,7 @@ class CogViewStorageError(CogViewError, RuntimeError):
 
     scope = Scope.LOCAL
     default_message = "The image could not be written."
-    default_hint = "Check that the folder exists, is writable and has space left; image.save(path) writes it elsewhere."
+    default_hint = "Check that the folder exists, is writable and has space left."
 
 
 RETRYABLE_ERRORS: Final[tuple[type[CogViewError], ...]] = (

@@ -36,7 +36,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, with_content
+from langchain_cogview.result import IN_MEMORY, GeneratedImage, ImageFailure, ImageResult, with_content
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -515,7 +515,7 @@ class ImageCall:
             if downloaded.problem:
                 notes.append(
                     f"The image could not be saved in output_dir ({printable(str(settings.folder), 120)}): "
-                    f"{downloaded.problem}. Its bytes are in memory: call save(path)."
+                    f"{downloaded.problem}. {IN_MEMORY}"
                 )
         elif downloaded is not None:
             notes.append(f"{downloaded.message} {downloaded.hint}".strip())

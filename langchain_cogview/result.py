@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from langchain_cogview.images.download import DownloadedImage
     from langchain_cogview.images.remote import ImageAccess
 
+IN_MEMORY: Final = "Its bytes are in memory: call save(path)."
+"""The end of the warning about an image that could not be saved in `output_dir`."""
 _READ_SECONDS = 60.0
 _SHOWN = 50
 _ID_CHARACTERS = 512

@@ -39,6 +39,7 @@ from langchain_cogview.cost import Budget, Spending, checked_amount
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
+from langchain_cogview.result import IN_MEMORY
 
 if TYPE_CHECKING:
     from langchain_cogview.result import GeneratedImage, ImageResult
@@ -363,7 +364,12 @@ def _is_unsaved(image: GeneratedImage) -> bool:
 def _with_files(result: ImageResult) -> ImageResult:
     # An artifact has no bytes, so an image that is only in memory is saved in a temporary folder.
     images = [_saved(image) if _is_unsaved(image) else image for image in result.images]
-    return result.model_copy(update={"images": tuple(images)})
+    of_images = {note for image in result.images for note in image.warnings}
+    notes = [
+        *(note for note in result.warnings if note not in of_images),
+        *(each for image in images for each in image.warnings),
+    ]
+    return result.model_copy(update={"images": tuple(images), "warnings": tuple(dict.fromkeys(notes))})
 
 
 def _saved(image: GeneratedImage) -> GeneratedImage:
@@ -379,7 +385,8 @@ def _saved(image: GeneratedImage) -> GeneratedImage:
             raise
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         note = f"The image could not be saved in a temporary folder: {printable(why)}. Only its link is left."
-    return image.model_copy(update={**kept, "warnings": (*image.warnings, note)})
+    warnings = [warning.removesuffix(IN_MEMORY).rstrip() for warning in image.warnings]
+    return image.model_copy(update={**kept, "warnings": (*warnings, note)})
 
 
 @cache

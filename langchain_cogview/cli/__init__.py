@@ -365,7 +365,7 @@ def _target(output: str | None) -> Path | None:
         there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             problem = problem or f"{there.absolute()} is not a folder that can be written to"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error).rstrip(".")
     if problem:
         raise CogViewConfigurationError(

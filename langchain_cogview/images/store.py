@@ -248,7 +248,7 @@ class ImageFile:
         except (OSError, ValueError) as error:
             if raised_by_signal(error):
                 raise
-            self.problem = reason(error)
+            self.problem = "it is a file, not a folder" if isinstance(error, FileExistsError) else reason(error)
             return io.BytesIO()
 
     def _unnamed(self) -> BinaryIO | None:

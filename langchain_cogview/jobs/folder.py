@@ -61,6 +61,10 @@ class JobFolder:
         except (FileNotFoundError, NotADirectoryError) as error:
             if create:
                 raise write_error(path, error) from None
+        except FileExistsError:
+            raise CogViewConfigurationError(
+                f"{printable(str(path), 120)} is a file, not a folder; nothing was sent.", hint="Choose another folder."
+            ) from None
         except OSError as error:
             raise write_error(path, error) from None
 

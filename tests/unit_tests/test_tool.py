@@ -84,10 +84,11 @@ def test_a_long_folder_leaves_room_for_what_the_model_must_not_do(sandbox, tmp_p
 @pytest.mark.parametrize(
     ("prompt", "advice"),
     [
-        ("[[balance]]", "This is final: do not call this tool again. Tell the user."),
-        ("[[auth]]", "This is final: do not call this tool again. Tell the user."),
-        ("[[unavailable]]", "do not call this tool again unless the user asks. Tell the user."),
-        ("[[busy]]", "do not call this tool again unless the user asks. Tell the user."),
+        ("[[balance]]", "Tell the user: Recharge in the provider's console"),
+        ("[[balance]]", "This is final: do not call this tool again."),
+        ("[[auth]]", "This is final: do not call this tool again."),
+        ("[[unavailable]]", "do not call this tool again unless the user asks."),
+        ("[[busy]]", "Tell the user: Try again in a few minutes, or raise max_retries and timeout."),
     ],
 )
 def test_every_error_can_be_given_to_the_model_as_text(sandbox, tmp_path, how, prompt, advice):
@@ -95,7 +96,7 @@ def test_every_error_can_be_given_to_the_model_as_text(sandbox, tmp_path, how, p
     message = run(tool, call(prompt=prompt), how)
     assert message.status == "error"
     assert message.content.startswith("No image was made. ")
-    assert message.content.endswith(advice)
+    assert advice in message.content
     assert len(message.content) <= 500
 
 
@@ -336,6 +337,18 @@ def test_a_generator_is_used_as_it_is(generator, sandbox):
     image = ImageResult.from_artifact(CogViewImageTool(generator=generator).invoke(call(prompt="x")).artifact).images[0]
     assert image.read().startswith(b"\x89PNG")
     assert "temporary folder" in image.warnings[0]
+
+
+def test_an_image_in_a_temporary_folder_is_not_said_to_be_in_memory(sandbox):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir="/proc/nowhere")
+    result = ImageResult.from_artifact(tool.invoke(call(prompt="x")).artifact)
+    assert result.path.is_file()
+    assert "could not be saved in output_dir (/proc/nowhere)" in result.warnings[0]
+    assert "temporary folder" in result.warnings[1]
+    assert "memory" not in " ".join((*result.warnings, *result.image.warnings))
+
+
+def test_arguments_of_the_generator_are_not_accepted_beside_it(generator):
     with pytest.raises(CogViewConfigurationError, match="size cannot be passed together with generator="):
         CogViewImageTool(generator=generator, size="square")
 

@@ -68,6 +68,13 @@ def test_a_folder_with_other_files_is_refused_and_used_when_the_caller_agrees(ru
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_a_job_folder_that_is_a_file_is_called_a_file_and_nothing_is_sent(tmp_path, sandbox):
+    (tmp_path / "job").write_text("a letter")
+    with pytest.raises(CogViewConfigurationError, match="is a file, not a folder; nothing was sent"):
+        run_job(["a cat"], tmp_path / "job", base_url=sandbox.base_url)
+    assert sandbox.requests == []
+
+
 @pytest.mark.parametrize("other", ["<h1>Mine</h1>", "", "<!DOCTYPE html>\n<html>"])
 def test_a_page_of_the_users_stays_and_the_contact_sheet_gets_another_name(run, out, other):
     out.mkdir()
