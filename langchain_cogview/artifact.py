@@ -54,6 +54,11 @@ def _written(value: datetime) -> str:
     return value.isoformat().replace("+00:00", "Z")
 
 
+def _path_text(value: Path) -> str:
+    """A path as text that JSON and a checkpoint can hold: bytes of a file name that are not UTF-8 become question marks."""
+    return str(value).encode(errors="replace").decode()
+
+
 # Amounts, moments and paths are written as text by `model_dump()` in Python mode too: LangServe writes what that gives as JSON.
 Text = Annotated[str, AfterValidator(_text)]
 Number = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER)]
@@ -62,7 +67,7 @@ Seconds = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTE
 Currency = Annotated[str, Field(pattern=r"^[A-Za-z]{0,12}$")]
 Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded), PlainSerializer(str)]
 Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc), PlainSerializer(_written)]
-LocalPath = Annotated[Path, PlainSerializer(str)]
+LocalPath = Annotated[Path, PlainSerializer(_path_text)]
 
 
 class ContentFilterArtifact(TypedDict):

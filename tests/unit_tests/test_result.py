@@ -175,3 +175,12 @@ def test_a_link_tells_when_it_ends():
         "https://x/?" + "a=b&" * 200,
     ):
         assert expires_at(url) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_result_in_a_folder_whose_name_is_not_utf8_can_be_written_as_json(tmp_path):
+    folder = tmp_path / os.fsdecode(b"folder-\xff")
+    result = CogViewImageGenerator(base_url="sandbox:", output_dir=folder).invoke("a fox")
+    assert result.images[0].path.parent == folder
+    for text in (result.model_dump_json(), json.dumps(result.to_artifact(), ensure_ascii=False)):
+        assert "folder-?" in text.encode().decode()
