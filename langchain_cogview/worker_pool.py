@@ -103,7 +103,11 @@ class _Threads:
                     continue
                 self._unread.release()
                 yield number, _without_exit(result)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, GeneratorExit):
+                error.add_note(
+                    "Requests that were in flight may have been charged; their results are logged if they end."
+                )
             self._abandon()
             raise
         if failed is not None:

@@ -116,3 +116,19 @@ def test_what_an_input_raises_is_raised_after_what_was_taken_before_it():
     with pytest.raises(KeyError, match="the inputs"):
         run_eagerly(all_of(found))
     assert sorted(found) == [0, 1, 2]
+
+
+def test_an_interrupt_says_that_requests_in_flight_may_have_been_charged():
+    from langchain_cogview.worker_pool import in_threads
+
+    leave = threading.Event()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            in_threads([leave.wait, interrupted], 2)
+    finally:
+        leave.set()
+    assert "may have been charged" in raised.value.__notes__[0]
