@@ -238,7 +238,7 @@ class ProgressCallbackHandler(EventHandler):
     Example:
         >>> with ProgressCallbackHandler(total=3) as progress:    # doctest: +SKIP
         ...     generator.batch(["a kitten", "a puppy", "a foal"], {"callbacks": [progress]})
-        CogView 3/3 |██████████████████| 00:21<00:00,  7.02s/img, 0.18 CNY
+        CogView 3/3 |██████████████████| 00:21<00:00,  7.02s/it, 0.18 CNY
     """
 
     def __init__(self, total: int | None = None, *, show: bool | None = None, label: str = "CogView") -> None:
@@ -406,7 +406,6 @@ class ProgressCallbackHandler(EventHandler):
             file=CellOutput() if kernel else _Stderr(sys.stderr),
             ncols=_NOTEBOOK_WIDTH if kernel else None,
             dynamic_ncols=not kernel,
-            unit="img",
             bar_format=_bar_format(self._total),
             mininterval=MIN_INTERVAL,
             miniters=0,  # events that end no image are shown as well

@@ -216,9 +216,9 @@ def _missing(region: Region) -> tuple[str, str]:
     ways = ", or ".join(f"{KEY_VARIABLES[each]} to a key from {_CONSOLES[each]}" for each in (region, other))
     hint = f"Set {ways}; or pass api_key=...; or try it without a key: base_url='sandbox:'."
     if not os.environ.get(KEY_VARIABLES[other]):
-        return f"There is no API key for region={region!r}.", hint
+        return f"There is no API key for the region {region!r}.", hint
     return (
-        f"There is no API key for region={region!r}; {KEY_VARIABLES[other]} is set, but that is the other platform's key.",
+        f"There is no API key for the region {region!r}; {KEY_VARIABLES[other]} is set, but that is the other platform's key.",
         f"Pass region={other!r} to use it. Otherwise: {hint[0].lower()}{hint[1:]}",
     )
 

@@ -114,9 +114,12 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
 
 
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
+    from langchain_cogview.callbacks import TQDM_MISSING, ProgressCallbackHandler, interactive  # noqa: PLC0415
     from langchain_cogview.errors import error_class  # noqa: PLC0415
     from langchain_cogview.jobs import run_job  # noqa: PLC0415
 
+    if job["progress"] is None and interactive() and not ProgressCallbackHandler().shown:
+        print_stderr(TQDM_MISSING)
     stop = threading.Event()
     try:
         with _graceful_signals(stop):

@@ -327,7 +327,9 @@ def network(service: Target) -> Iterator[Finding]:
     except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
         hint = "Check the DNS settings, the base URL and the proxy settings."
         kind = CogViewConnectionError.__name__
-        yield Finding("look-up", "failed", printable(str(error)), hint, time.monotonic() - begun, kind)
+        yield Finding(
+            "look-up", "failed", f"{printable(str(error)).rstrip('.')}.", hint, time.monotonic() - begun, kind
+        )
         return
     text = f"{first.host}{' (the proxy)' if proxy else ''} has {len(addresses)} address(es)."
     yield Finding("look-up", "ok", text, seconds=time.monotonic() - begun)

@@ -27,7 +27,7 @@ from langchain_cogview.images.formats import sniff
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 EXIT_CODES: Final = {
     0: "generated",
@@ -108,6 +108,13 @@ def hint_of(kind: type[BaseException] | None, hint: str) -> str:
     return next((hints[item] for item in getattr(kind, "__mro__", ()) if item in hints), hint)
 
 
+def _without(text: str, sentences: Iterable[str]) -> str:
+    """Return a text without what was already shown."""
+    for sentence in sentences:
+        text = text.replace(sentence, "")
+    return text.strip()
+
+
 class _LogHandler(logging.Handler):
     """Writes the package's log records to the error output."""
 
@@ -146,11 +153,14 @@ def run_command(work: Callable[[], int]) -> NoReturn:
 
     with warnings.catch_warnings(), _logs_on_stderr():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: print_stderr(f"Warning: {message}")
+        shown: list[str] = []
+        warnings.showwarning = lambda message, *_, **__: (
+            shown.append(str(message)) or print_stderr(f"Warning: {message}")  # type: ignore[func-returns-value]
+        )
         try:
             code = work()
         except CogViewError as error:
-            print_stderr(f"Error: {error.message}", hint_of(type(error), error.hint))
+            print_stderr(f"Error: {error.message}", _without(hint_of(type(error), error.hint), shown))
             facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
             said = ", ".join(fact for fact in facts if fact)
             about = error.request_id and f"Request id: {error.request_id}"

@@ -240,7 +240,7 @@ def test_a_bar_is_drawn_on_a_terminal(capsys):
         SENDER.invoke([progress("sent") for _ in range(3)], {"callbacks": [handler]})
     last = terminal.drawings[-1]
     assert re.fullmatch(
-        r"CogView 9/12 \|\S+ *\| \d\d:\d\d<\d\d:\d\d, +[\d.]+(img/s|s/img), 2 blocked, 1 failed, 3 in flight, 0\.36 CNY",
+        r"CogView 9/12 \|\S+ *\| \d\d:\d\d<\d\d:\d\d, +[\d.]+(it/s|s/it), 2 blocked, 1 failed, 3 in flight, 0\.36 CNY",
         last,
     )
     assert terminal.text.endswith("\n")
@@ -292,7 +292,7 @@ def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn(clock):
         ):
             handler.on_event(*event)
             terminal.wait_for(drawn)
-        terminal.wait_for("00:20<01:40, 10.00s/img")
+        terminal.wait_for("00:20<01:40, 10.00s/it")
 
 
 def test_the_bar_shows_what_was_told_last_though_nothing_follows():
@@ -333,7 +333,7 @@ def test_events_from_many_threads_move_the_bar_to_the_end():
 def test_without_a_total_there_are_counts_and_speed():
     with Terminal() as terminal, ProgressCallbackHandler(label="Kittens") as handler:
         SENDER.invoke([generated(), generated()], {"callbacks": [handler]})
-    assert re.fullmatch(r"Kittens 2 \[\d\d:\d\d, +[\d.]+(img/s|s/img), 0\.12 CNY\]", terminal.drawings[-1])
+    assert re.fullmatch(r"Kittens 2 \[\d\d:\d\d, +[\d.]+(it/s|s/it), 0\.12 CNY\]", terminal.drawings[-1])
 
 
 def test_a_total_that_is_found_later_turns_it_into_a_bar():
@@ -359,13 +359,13 @@ def test_skipped_pictures_move_the_bar_but_do_not_make_it_faster():
         handler.skip(50)
         assert handler.skipped == 950
     assert terminal.drawings[0].startswith("CogView 900/1000 |")
-    assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?img/s, 1 in flight", terminal.drawings[-1])
+    assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?it/s, 1 in flight", terminal.drawings[-1])
 
 
 def test_pictures_that_cost_nothing_do_not_speak_of_cost():
     with Terminal() as terminal, ProgressCallbackHandler(total=1) as handler:
         handler.on_event(*generated(sandbox=True))
-    assert terminal.drawings[-1].endswith(("img/s", "s/img"))
+    assert terminal.drawings[-1].endswith(("it/s", "s/it"))
 
 
 def test_closing_twice_draws_once_and_later_events_are_still_counted():
@@ -547,5 +547,5 @@ def test_an_executed_notebook_gets_one_small_output_without_widgets(tmp_path, mo
     (output,) = notebook.cells[0].outputs
     assert output.output_type == "display_data"
     assert list(output.data) == ["text/plain"]
-    assert re.fullmatch(r"CogView 60/60 \|█+\| \d\d:\d\d<00:00, +[\d.]+img/s, 3\.60 CNY", output.data["text/plain"])
+    assert re.fullmatch(r"CogView 60/60 \|█+\| \d\d:\d\d<00:00, +[\d.]+it/s, 3\.60 CNY", output.data["text/plain"])
     assert "widgets" not in notebook.metadata

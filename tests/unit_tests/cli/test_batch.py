@@ -88,6 +88,16 @@ def test_every_record_of_a_job_in_the_sandbox_says_so_even_where_it_is_blocked(f
     assert [record["sandbox"] for record in manifest(folder)] == [True]
 
 
+def test_a_terminal_without_tqdm_says_in_one_line_how_to_get_the_bar(folder):
+    (folder / "p.txt").write_text("a cat\n")
+    (folder / "tqdm.py").write_text("raise ImportError")  # in the first folder that `python -m` imports from
+    arguments = (*MODULE, "batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
+    seen, code = on_a_terminal(*arguments, folder=folder)
+    assert code == 0
+    assert seen.count("The progress bar needs tqdm.") == 1
+    assert "needs tqdm" not in on_a_terminal(*arguments, "--no-progress", folder=folder)[0]
+
+
 # --- the dry run
 
 

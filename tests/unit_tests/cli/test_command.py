@@ -172,6 +172,22 @@ def test_help_is_plain_when_piped_and_may_be_drawn_on_a_terminal(tmp_path):
             assert f"{number}: {meaning}\n" in text.replace(" " * 2, "").replace(" \n", "\n")
 
 
+def test_an_unknown_model_is_described_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cogview("a cat", "--model", "no-such-model", "--sandbox")
+    assert result.exit_code == 2
+    assert result.stderr.count("This version does not know the model 'no-such-model'") == 1
+    assert "Check the model's name" in result.stderr
+
+
+def test_a_missing_key_names_no_option_that_was_not_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("a cat",), ("doctor", "--offline")):
+        result = cogview(*arguments)
+        assert "There is no API key for the region 'china'." in result.output
+        assert "--region" not in result.output
+
+
 def on_a_terminal(*arguments: str, folder: Path, **more: str) -> tuple[str, int]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
