@@ -119,8 +119,6 @@ def test_what_an_input_raises_is_raised_after_what_was_taken_before_it():
 
 
 def test_an_interrupt_says_that_requests_in_flight_may_have_been_charged():
-    from langchain_cogview.worker_pool import in_threads
-
     leave = threading.Event()
 
     def interrupted():
