@@ -1,6 +1,6 @@
-"""Make the pictures of the README again: `python docs/pictures.py`. The gallery needs Chromium.
+"""Renew the images of the README: `python docs/images.py`. The gallery needs Chromium.
 
-Everything is drawn by the sandbox.
+The sandbox generates all of them.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def main() -> int:
         page = gallery(generator.batch(PROMPTS, return_exceptions=True)).save(
             Path(folder, "gallery.html"), title="A gallery"
         )
-        picture = Path(folder, "gallery.png")
+        screenshot = Path(folder, "gallery.png")
         subprocess.run(  # noqa: S603
-            [chromium, *QUIET, f"--user-data-dir={folder}/profile", f"--window-size={WINDOW}", f"--screenshot={picture}",
+            [chromium, *QUIET, f"--user-data-dir={folder}/profile", f"--window-size={WINDOW}", f"--screenshot={screenshot}",
              page.absolute().as_uri()],
             check=True, capture_output=True,
         )  # fmt: skip
-        # Few colours: a picture in the repository stays small.
+        # Few colours: an image in the repository stays small.
         from PIL import Image  # noqa: PLC0415
 
-        with Image.open(picture) as shot:
+        with Image.open(screenshot) as shot:
             shot.convert("RGB").quantize(96).save(DOCS / "gallery.png", optimize=True)
     return 0
 
