@@ -34,6 +34,7 @@ from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.request import (
     REQUEST_DEFAULTS,
+    FolderCheck,
     GeneratorSettings,
     ImageInput,
     ImageRequest,
@@ -186,6 +187,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     _folder: Any = PrivateAttr(default=None)
     _cache: Any = PrivateAttr(default=None)
     _call_settings: Any = PrivateAttr(default=None)
+    _folder_check: Any = PrivateAttr(default=None)
 
     def __init__(self, *, name: str | None = None, **settings: Unpack[GeneratorSettings]) -> None:
         _, failure = attempt(self._construct, name, settings)
@@ -252,7 +254,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     def _check_settings(self) -> Self:
         for warning in checked_settings(dict(self)):
             warn_caller(warning)
-        self._folder = self.output_dir
+        self._folder, self._folder_check = self.output_dir, FolderCheck(self.output_dir)
         if isinstance(self.output_dir, str):
             from langchain_cogview.images.remote import remote_folder  # noqa: PLC0415  an extra
 
@@ -395,6 +397,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             The task. Its `id` is enough to get the image later, in another process too.
         """
         request, notes = self._request(input, kwargs)
+        self._folder_check.run()
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = self._call(request, NO_DISPATCHER, (), reservation).submit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
@@ -407,6 +410,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         """
         await preload(self._base_url)
         request, notes = self._request(input, kwargs)
+        await self._folder_check.arun()
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
@@ -496,6 +500,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         self, value: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
         request, notes = self._request(value, overrides)
+        self._folder_check.run()
         with self._reserved(budget, request) as reservation:
             call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.generate, index) for index in range(request.n)]
@@ -505,6 +510,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         self, value: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
         request, notes = self._request(value, overrides)
+        await self._folder_check.arun()
         with self._reserved(budget, request) as reservation:
             call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.agenerate, index) for index in range(request.n)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict
 
 from langchain_core.messages import BaseMessage
@@ -31,12 +34,12 @@ from langchain_cogview.catalog import (
     parse_quality,
     parse_size,
 )
+from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from decimal import Decimal
-    from pathlib import Path
 
     import httpx
     from langchain_core.caches import BaseCache
@@ -465,3 +468,41 @@ def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
         raise ValueError("use_tasks=True needs a model that can make images as tasks, such as 'glm-image'.")
     return filter(None, (*request.warnings, *map(model_warning, settings["fallback_models"])))
+
+
+@dataclass
+class FolderCheck:
+    """Checks at the first call of a generator, before anything is paid, that `output_dir` is not a file.
+
+    Whether the folder can be written to is found out when an image is saved.
+
+    Attributes:
+        output_dir: The folder, which need not exist. A URL and None are not checked.
+        is_done: Whether nothing is left to check.
+    """
+
+    output_dir: Path | str | None
+    is_done: bool = field(default=False, compare=False)
+
+    def run(self) -> None:
+        """Check the folder, unless that is done.
+
+        Raises:
+            CogViewConfigurationError: It exists and is not a folder. Nothing was sent.
+        """
+        if not self.is_done and isinstance(self.output_dir, Path):
+            try:
+                is_file = not S_ISDIR(self.output_dir.stat().st_mode)
+            except OSError:
+                is_file = False
+            if is_file:
+                raise CogViewConfigurationError(
+                    f"output_dir ({printable(str(self.output_dir), 120)}) is a file, not a folder. Nothing was sent.",
+                    hint="Pass the path of a folder, which is made when it is missing.",
+                )
+            self.is_done = True
+
+    async def arun(self) -> None:
+        """Async version of `run`."""
+        if not self.is_done and isinstance(self.output_dir, Path):
+            await in_thread(self.run)

@@ -245,7 +245,7 @@ def _image_tile(image: GeneratedImage, content: bytes | None, label: str) -> Til
     return Tile(
         caption=image.prompt,
         label=label,
-        facts=tuple(_facts(image)),
+        facts=(*_facts(image), *(image.warnings[:_MAX_WARNINGS] if preview else ())),
         brief=(*_size(image), cost_text(image)),
         badge=f"content filter: {worst}" if worst else "",
         kind="image" if preview else "absent",

@@ -26,6 +26,7 @@ from langchain_cogview import (
     CogViewContentFilterError,
     CogViewDownloadError,
     CogViewImageGenerator,
+    CogViewImageTool,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
     CogViewOutcomeUnknownError,
@@ -297,10 +298,29 @@ def test_pictures_are_saved_under_our_names(sandbox, tmp_path):
 def test_an_output_dir_that_cannot_be_written_keeps_the_picture_with_a_warning(sandbox, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("x")
+    blocked /= "below"
     result = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=blocked).invoke("x")
     assert result.path is None
     assert f"could not be saved in output_dir ({blocked})" in result.warnings[0]
     assert Image.open(io.BytesIO(result.read())).size == (1024, 1024)
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "submit", "asubmit", "tool"])
+def test_an_output_dir_that_is_a_file_is_refused_before_anything_is_paid(sandbox, tmp_path, how):
+    file = tmp_path / "a_file.py"
+    file.write_text("x")
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=file, model="glm-image")
+    if how == "tool":
+        text = CogViewImageTool(generator=generator, on_failure="continue").invoke({"prompt": "x"})
+        assert "is a file, not a folder. Nothing was sent. Tell the user: Pass the path of a folder" in text
+    else:
+        for _ in range(2):
+            with pytest.raises(CogViewConfigurationError, match="is a file, not a folder. Nothing was sent"):
+                asyncio.run(getattr(generator, how)("x")) if how[0] == "a" else getattr(generator, how)("x")
+    assert sandbox.requests == []
+    file.unlink()
+    if how == "invoke":
+        assert generator.invoke("x").path.parent == file
 
 
 def test_without_download_only_the_url_is_given(sandbox):
@@ -444,8 +464,6 @@ def test_an_injected_clients_own_headers_are_sent():
 
 
 def test_a_model_that_is_not_known_is_warned_of_once():
-    from langchain_cogview import CogViewImageTool
-
     with pytest.warns(UserWarning, match="does not know") as warned:
         CogViewImageTool(base_url="sandbox:", model="cogview-9")
     assert len(warned) == 1

@@ -178,6 +178,13 @@ def test_a_link_that_is_none_is_not_one(url):
     assert shown(image(url=url)).all("a") == []
 
 
+def test_a_warning_stands_below_the_image_that_it_is_about(sandbox, tmp_path):
+    (tmp_path / "file").touch()
+    one = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path / "file" / "below").invoke("x")
+    assert "could not be saved in output_dir" in shown(one).text
+    assert "could not be saved in output_dir" in one._repr_mimebundle_()["text/plain"]
+
+
 def test_a_picture_without_bytes_shows_its_warning_and_link(generator):
     one = generator.invoke("[[expired-url]]")
     assert "expired" in one._repr_mimebundle_()["text/plain"]
