@@ -198,6 +198,7 @@ def test_wrong_usage_is_2():
 def test_a_name_that_is_not_there_stops_at_the_look_up(key):
     diagnosis = diagnose(base_url="http://api.invalid/v4")
     assert diagnosis.first_failed.name == "look-up"
+    assert diagnosis.first_failed.text.endswith(".")
     assert "connect" not in states(diagnosis)
 
 
