@@ -48,7 +48,7 @@ WAITS: Final = (1.0, 2.0, 4.0, 8.0)
 """Seconds before the second, third, fourth and fifth GET."""
 
 _MAX_URL_CHARACTERS: Final = 8192
-_PIECE_BYTES: Final = 2**20
+_PIECE_BYTES: Final = 2**19
 """Bytes that are written in one piece: on an event loop, every write runs in a thread."""
 _SNIFF_BYTES: Final = 16
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
