@@ -391,7 +391,7 @@ def test_a_file_is_never_saved_over_another(sandbox, tmp_path):
 def test_a_folder_that_cannot_be_written_leaves_the_bytes_in_memory(sandbox, tmp_path):
     made = Caller(sandbox, tmp_path / "cache").image("a kitten")
     (tmp_path / "out").write_text("a file")
-    caller = Caller(sandbox, tmp_path / "cache", output_dir=tmp_path / "out")
+    caller = Caller(sandbox, tmp_path / "cache", output_dir=tmp_path / "out" / "below")
     again = caller.image("a kitten")
     assert (again.cached, again.path, again.read()) == (True, None, made.read())
     assert "could not be saved in output_dir" in again.warnings[0]

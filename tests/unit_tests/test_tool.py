@@ -484,8 +484,8 @@ def test_a_picture_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
 @both
 def test_a_folder_that_cannot_be_written_costs_no_picture(sandbox, tmp_path, how):
     (tmp_path / "file").write_text("x")
-    message = run(CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "file"), call(prompt="x"), how)
-    image = ImageResult.from_artifact(message.artifact).images[0]
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "file" / "below")
+    image = ImageResult.from_artifact(run(tool, call(prompt="x"), how).artifact).images[0]
     assert image.path.parent.stat().st_mode & 0o777 == 0o700
     assert image.read().startswith(b"\x89PNG")
     assert "temporary folder" in image.warnings[-1]

@@ -216,7 +216,12 @@ def test_a_line_that_cannot_be_drawn_refuses_the_job_with_every_number(run, out,
         run(BAD)
     assert caught.value.message == "4 lines of 5 are not valid; nothing was sent."
     told = "\n".join(caught.value.__notes__)
-    for start in ("Line 2: size: The size '1000x1000'", "Line 4: n: ", "Line 5: The key 'prompt'", "Line 6: A prompt"):
+    for start in (
+        "Line 2: size: The size '1000x1000'",
+        "Line 4: n must be ",
+        "Line 5: The key 'prompt'",
+        "Line 6: A prompt",
+    ):
         assert start in told
     assert sandbox.requests == []
     assert not out.exists()
