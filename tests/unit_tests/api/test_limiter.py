@@ -772,7 +772,8 @@ def test_ten_thousand_waiters_cost_each_as_much_as_a_thousand():
         return (time.process_time() - begin) / count
 
     few = min(asyncio.run(queue(1_000)) for _ in range(3))
-    assert asyncio.run(queue(10_000)) < 5 * few  # ten times as much, if each looked at all
+    many = min(asyncio.run(queue(10_000)) for _ in range(5))  # the fastest: a busy machine adds, and takes nothing away
+    assert many < 5 * few  # ten times as much, if each looked at all
 
 
 async def test_waiters_that_come_and_go_behind_another_do_not_pile_up(limiter):
