@@ -185,7 +185,7 @@ class CancelToken(threading.Event):
         """Create a child with further conditions.
 
         Returns:
-            A token that is cancelled with this one, or by itself.
+            A token that is cancelled with this one, or separately.
         """
         token = CancelToken(*self._conditions, *conditions)
         if self is not NEVER:

@@ -175,7 +175,7 @@ class GeneratedImage(BaseModel):
         Args:
             path: A file, which is replaced, or an existing folder, where the file gets the image's id as its name; characters
                 other than letters, digits, `_` and `-` become `_`. A name without an ending gets the right one; with one, the
-                bytes are written as they came all the same.
+                bytes are still written as they came.
 
         Raises:
             CogViewStorageError: When it cannot be written.

@@ -172,7 +172,7 @@ class ReplyGuard:
 def _is_unusable(came: bytes | None, *, was_used: bool) -> bool:
     """Whether a connection is unusable, by what was received before the request.
 
-    A new connection that is closed at once is not told from one that is closed while the request is under way.
+    A new connection that is closed at once cannot be distinguished from one that is closed while the request is under way.
     """
     return came is not None and (came != b"" or was_used)
 

@@ -93,7 +93,7 @@ class ImagesReply:
     Attributes:
         urls: Where the image is; empty where the reply held only its bytes. The addresses of images that were not asked for are
             in `unasked_urls`.
-        content_filter: What the filter said of an image that was made all the same.
+        content_filter: The content filter's entries about an image that was made.
         created: Unix seconds of the request.
         response_id: The service's own id of the reply.
         task_id: Of the task endpoint, where that was used.

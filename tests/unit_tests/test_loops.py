@@ -166,8 +166,8 @@ def test_a_loop_that_is_abandoned_during_a_download_is_collected_and_no_thread_g
             """,
             server, "-W", "ignore",
         )  # fmt: skip
-        # LangChain awaits while a coroutine is closed, which leaves one suspended now and then (seen with Python 3.13).
-        assert int(done.stdout) <= 2, done.stderr
+        # With Python 3.13 one coroutine stays suspended now and then, probably because LangChain awaits while it is closed.
+        assert int(done.stdout) <= (2 if sys.version_info >= (3, 13) else 0), done.stderr
         assert (server.posts, server.gets) == (8, 8)
     assert "a thread fetches it" not in done.stderr
 
