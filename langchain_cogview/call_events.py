@@ -117,7 +117,7 @@ class ImageEvents:
         if journal:
             journal.sending(self.request_id, self.model)
         first, self.sent = not self.sent, True
-        if first and self.dispatcher.has_handlers:
+        if first and self.dispatcher.is_active:
             self.dispatcher.dispatch(self._progress("sent"))
 
     async def asending(self) -> None:
@@ -127,7 +127,7 @@ class ImageEvents:
         if journal:
             await journal.asending(self.request_id, self.model)
         first, self.sent = not self.sent, True
-        if first and self.dispatcher.has_handlers:
+        if first and self.dispatcher.is_active:
             await self.dispatcher.adispatch(self._progress("sent"))
 
     def failed(self, error: BaseException, *, was_sent: bool = True) -> None:
@@ -185,12 +185,12 @@ class ImageEvents:
             wait: Seconds until the next attempt.
             attempts: Number of attempts so far.
         """
-        if self.dispatcher.has_handlers:
+        if self.dispatcher.is_active:
             self.dispatcher.dispatch(self._retry(error, wait, attempts))
 
     async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
         """Async version of `retrying`."""
-        if self.dispatcher.has_handlers:
+        if self.dispatcher.is_active:
             await self.dispatcher.adispatch(self._retry(error, wait, attempts))
 
     def submitted(self, task_id: str) -> None:
@@ -226,12 +226,12 @@ class ImageEvents:
         Args:
             task_id: The id of the task.
         """
-        if self.dispatcher.has_handlers:
+        if self.dispatcher.is_active:
             self.dispatcher.dispatch(self._progress("processing", task_id=task_id))
 
     async def aprocessing(self, task_id: str) -> None:
         """Async version of `processing`."""
-        if self.dispatcher.has_handlers:
+        if self.dispatcher.is_active:
             await self.dispatcher.adispatch(self._progress("processing", task_id=task_id))
 
     def ended_with(self, error: Exception) -> list[Event]:
@@ -243,7 +243,7 @@ class ImageEvents:
         Returns:
             The events.
         """
-        if not self.dispatcher.has_handlers or isinstance(error, CogViewStoppedError):  # an interrupt is not a failure
+        if not self.dispatcher.is_active or isinstance(error, CogViewStoppedError):  # an interrupt is not a failure
             return []
         blocked = isinstance(error, CogViewContentFilterError)
         facts = {
@@ -269,7 +269,7 @@ class ImageEvents:
         Returns:
             The events.
         """
-        if not self.dispatcher.has_handlers:
+        if not self.dispatcher.is_active:
             return []
         events: list[Event] = [(GENERATED_EVENT, GeneratedPayload(image)) for image in images]
         if images and images[0].content_filter:

@@ -1,12 +1,15 @@
 """Custom events: their names, their payloads, how they are dispatched, and the base class of handlers.
 
-LangChain delivers them to the `on_custom_event` of every handler and to `astream_events`. They are dispatched after the image is
-safe. The exception of a handler is logged and never costs an image.
+LangChain delivers them to the `on_custom_event` of every handler and to `astream_events`. Inside a graph of LangGraph they also
+go to `stream_mode="custom"` and, from a tool, to `stream_mode="tools"`. They are dispatched after the image is safe, and the
+exception of a handler is logged: it never costs an image.
 """
 
 from __future__ import annotations
 
+import contextvars
 import logging
+import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -20,6 +23,7 @@ from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.errors import ContentFilter, Stage, most_severe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from uuid import UUID
 
     from langchain_core.runnables import RunnableConfig
@@ -219,7 +223,7 @@ def content_filter_event(
 
 @dataclass(frozen=True, slots=True)
 class EventDispatcher:
-    """Dispatches the events of one run to its handlers."""
+    """Dispatches the events of one run to its handlers, and to the streams of the graph that it runs in."""
 
     config: RunnableConfig
     """The `RunnableConfig` of the run."""
@@ -228,9 +232,16 @@ class EventDispatcher:
     sandbox: bool
     """Whether the service is the offline sandbox."""
     has_handlers: bool
-    """Whether the run has handlers; without any, no event needs to be made."""
+    """Whether the run has callback handlers."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Metadata of the run, which traces show."""
+    streams: tuple[Callable[[dict[str, Any]], None], ...] = ()
+    """Writers to the streams of the graph, from `graph_streams`."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything receives the events; if not, none needs to be made."""
+        return self.has_handlers or bool(self.streams)
 
     def dispatch(self, *events: Event) -> None:
         """Send events to the handlers of the run. An exception of a handler is logged.
@@ -241,9 +252,12 @@ class EventDispatcher:
         Raises:
             Exception: A signal handler raised it while an event was dispatched.
         """
-        for name, payload in events if self.has_handlers else ():
+        for name, payload in events if self.is_active else ():
             try:
-                dispatch_custom_event(name, self._completed(payload), config=self.config)
+                completed = self._completed(payload)
+                self._stream(name, completed)
+                if self.has_handlers:
+                    dispatch_custom_event(name, completed, config=self.config)
             except Exception as error:  # must not cost an image that was paid for
                 if raised_by_signal(error):
                     raise
@@ -258,19 +272,55 @@ class EventDispatcher:
         Raises:
             Exception: A signal handler raised it while an event was dispatched.
         """
-        for name, payload in events if self.has_handlers else ():
+        for name, payload in events if self.is_active else ():
             try:
-                await adispatch_custom_event(name, self._completed(payload), config=self.config)
+                completed = self._completed(payload)
+                self._stream(name, completed)
+                if self.has_handlers:
+                    await adispatch_custom_event(name, completed, config=self.config)
             except Exception as error:  # must not cost an image that was paid for
                 if raised_by_signal(error):
                     raise
                 logger.warning(_HANDLER_FAILED, name, exc_info=True)
+
+    def _stream(self, name: str, payload: dict[str, Any]) -> None:
+        for write in self.streams:
+            try:
+                write({"type": name, **payload})
+            except Exception as error:  # a graph that has ended must not cost an image, nor the events of the handlers
+                if raised_by_signal(error):
+                    raise
+                logger.warning("The event %s could not be written to a stream of the graph", name, exc_info=True)
 
     def _completed(self, payload: dict[str, Any]) -> dict[str, Any]:
         # The payload was made for this event only, and GeneratedPayload must keep its class: it is changed in place.
         for name, value in (("version", EVENT_VERSION), ("tool_call_id", self.tool_call_id), ("sandbox", self.sandbox)):
             payload.setdefault(name, value)
         return payload
+
+
+def graph_streams() -> tuple[Callable[[dict[str, Any]], None], ...]:
+    """Find the streams of the LangGraph graph in which this code runs: `custom`, and `tools` inside a tool call.
+
+    LangGraph is not imported: where it is not loaded, no graph runs. A stream that nobody asked for ignores what is written.
+
+    Returns:
+        A writer for each stream; none outside a graph.
+    """
+    graph, nodes = sys.modules.get("langgraph.config"), sys.modules.get("langgraph.prebuilt.tool_node")
+    if graph is None:
+        return ()
+    try:
+        custom = graph.get_stream_writer()
+    except (RuntimeError, KeyError, AttributeError):  # outside a graph
+        return ()
+    runtime = getattr(nodes, "ToolRuntime", None)
+    if runtime is None or not hasattr(runtime, "emit_output_delta"):
+        return (custom,)
+    tools = runtime(state={}, context=None, config={}, stream_writer=custom, tool_call_id=None, store=None)
+    # The stream of a tool call is found by the context, which worker threads do not have.
+    context = contextvars.copy_context()
+    return custom, lambda payload: context.copy().run(tools.emit_output_delta, payload)
 
 
 _HANDLER_FAILED: Final = "A callback handler raised an exception for the event %s"

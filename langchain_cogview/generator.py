@@ -29,7 +29,7 @@ from langchain_cogview.api.settings import (
 from langchain_cogview.batches import BatchRunnable, logged_handler_errors, traced_config
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
-from langchain_cogview.events import NO_DISPATCHER, EventDispatcher
+from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.request import (
@@ -540,7 +540,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
     def _dispatcher(self, run_manager: RunManager, config: RunnableConfig) -> EventDispatcher:
         metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)
-        return EventDispatcher(config, metadata.get("tool_call_id"), sandbox, bool(run_manager.handlers), metadata)
+        handlers, tool_call_id = bool(run_manager.handlers), metadata.get("tool_call_id")
+        return EventDispatcher(config, tool_call_id, sandbox, handlers, metadata, graph_streams())
 
     # --- what calls are made with. The HTTP stack is loaded with the first call: a tool is made in milliseconds without it.
 
