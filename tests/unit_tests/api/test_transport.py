@@ -187,10 +187,9 @@ def test_what_is_made_to_be_read_slowly_is_refused(name, way, how, monkeypatch):
         if way == "proxied":
             monkeypatch.setenv("HTTP_PROXY", server.origin)
             url = "http://api.invalid/v4"
-        begun = time.process_time()
-        with pytest.raises(httpx.RemoteProtocolError):
+        # The text is that of the bound, not of h11, which refuses most of these as well, but late.
+        with pytest.raises(httpx.RemoteProtocolError, match=r"larger than 100 kB|too many blanks|too much between"):
             ask(url, how)
-        assert time.process_time() - begun < 2
 
 
 @both
@@ -240,10 +239,9 @@ def test_a_megabyte_in_chunks_of_one_byte_ends_soon_and_holds_no_loop(how):
     parts = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1_000_000
     with FaultServer(saying(parts, keep=False)) as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=FAKE_KEY, timeout=30, max_retries=0)
-        begun = time.process_time()
-        with pytest.raises(Exception, match="may have been made and charged"):
+        with pytest.raises(CogViewOutcomeUnknownError) as caught:
             generator.invoke("x") if how == "sync" else asyncio.run(asynchronous(generator))
-        assert time.process_time() - begun < 5
+    assert "too many tiny chunks" in str(caught.value.detail)
     if how == "async":
         assert len(beats) > 3
 
