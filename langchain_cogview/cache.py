@@ -6,15 +6,22 @@ warning.
 
 Equal requests in one process are single-flight, so a batch with duplicates pays once. Processes share what is stored, and do not
 wait for each other.
+
+An entry is the JSON of an image, never its bytes. It is in a LangChain cache, or in a directory, which stores the bytes too:
+
+    directory/entries/ab/abcd….json   the metadata of an image, named after the hash of its request
+    directory/images/12/1234….png     the bytes of an image, named after their own hash, so equal images are stored once
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import re
+import weakref
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -24,24 +31,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 from langchain_core.caches import BaseCache
+from langchain_core.outputs import Generation
 
-from langchain_cogview.cache_entries import (
-    KEY_PREFIX,
-    CacheKey,
-    DirectoryEntries,
-    Entries,
-    LangChainEntries,
-    from_entry,
-    is_intact,
-    read_intact,
-)
 from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, in_thread, raised_by_signal, runs_event_loop
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.download import DownloadedImage, expires_at
-from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES
+from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, sniff
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.images.store import image_names, local_path, read_regular_file, replace_file
-from langchain_cogview.result import IN_MEMORY, with_content
+from langchain_cogview.result import IN_MEMORY, GeneratedImage, with_content
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -49,11 +47,16 @@ if TYPE_CHECKING:
 
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
-    from langchain_cogview.result import GeneratedImage
 
 UNDATED_URL_LIFETIME: Final = timedelta(hours=24)
 """How long a URL without an expiry time is taken to be valid: the shortest lifetime that was seen."""
 
+_ENTRY_TYPE: Final = "cogview.cached_image"
+_ENTRY_VERSION: Final = 1
+"""Part of every key. A format that old versions would misread gets a higher number, and old entries are not found any more."""
+_KEY_PREFIX: Final = "langchain-cogview:"
+_MAX_ENTRY_BYTES: Final = 4 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES: Final = 99
 _MAX_REASON_CHARACTERS: Final = 160
 _REVEALING_CHARACTERS: Final = 8
@@ -68,22 +71,22 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter alone is a Windows
 logger = logging.getLogger(__name__)
 
 
-def image_cache(cache: BaseCache | str | Path) -> ImageCache:
-    """Create the cache that `cache=` asks for.
+def image_cache(cache: BaseCache | str | Path) -> Entries:
+    """Check what `cache=` names.
 
     Args:
         cache: A LangChain cache, or a directory on this machine, which is created when it is needed.
 
     Returns:
-        The cache, with entries in that LangChain cache or directory.
+        Where the entries are stored. It holds settings only, so threads, event loops and generators can share it.
 
     Raises:
         CogViewConfigurationError: `cache` is neither.
     """
     if isinstance(cache, BaseCache):
-        return ImageCache(LangChainEntries(cache))
+        return LangChainEntries(cache)
     if isinstance(cache, str | Path):
-        return ImageCache(DirectoryEntries(_directory(str(cache))))
+        return DirectoryEntries(_directory(str(cache)))
     shown = f"={cache}" if cache is None or isinstance(cache, bool) else f" of type {type(cache).__name__}"
     raise CogViewConfigurationError(
         f"cache{shown} is neither a LangChain cache nor a directory.",
@@ -123,64 +126,200 @@ def _is_file(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageCache:
-    """The cache of a generator. It holds settings only, so threads, event loops and generators can share it.
+class CacheKey:
+    """Everything that determines an image, in the two strings that a `BaseCache` takes."""
 
-    Attributes:
-        entries: Where the entries are: in a LangChain cache or in a directory.
-    """
+    prompt: str
+    """The prompt, verbatim."""
+    llm_string: str
+    """Everything else, as canonical JSON behind a prefix with the version."""
+    digest: str
+    """SHA-256 of both, in hexadecimal."""
 
-    entries: Entries
-
-    def request(
-        self,
-        request: ImageRequest,
-        *,
-        base_url: str,
-        download: bool = True,
-        folder: Path | RemoteFolder | None = None,
-        allowed_hosts: tuple[str, ...] | None = None,
-        timeout: float | None = 60.0,
-    ) -> CachedRequest:
-        """Bind the cache to one request.
+    @classmethod
+    def of(cls, request: ImageRequest, index: int, base_url: str) -> CacheKey:
+        """Build the key of one image. Neither `user_id` nor the request id is a part of it.
 
         Args:
-            request: The request that is looked up.
-            base_url: Normalised base URL of the service; a part of the key.
-            download: Whether the caller wants the bytes. False: it wants the URL, and a valid URL makes a hit.
-            folder: The folder where the caller wants the file; None keeps the image in memory.
-            allowed_hosts: The only hosts that the image's own `read` may download from; None allows any public host.
-            timeout: Limit in seconds for reads from and uploads to remote storage during a lookup; None: no limit.
+            request: The request that generates the image.
+            index: Number of the image in the request, from 0.
+            base_url: Normalised base URL of the service.
 
         Returns:
-            The cache for that request.
+            The key.
         """
-        return CachedRequest(self.entries, request, base_url, download, folder, allowed_hosts, timeout)
+        parts = {
+            "base_url": base_url,
+            "index": index,
+            "model": request.model,
+            "quality": request.resolved_quality,
+            "size": request.resolved_size,
+            "watermark_enabled": request.watermark_enabled,
+        }
+        canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+        llm_string = f"{_KEY_PREFIX}{_ENTRY_VERSION}:{canonical}"
+        return cls(request.prompt, llm_string, hashlib.sha256(f"{llm_string}\n{request.prompt}".encode()).hexdigest())
+
+
+class _Identity:
+    """Equal for the same object only, and for nothing once that object is gone."""
+
+    __slots__ = ("_hash", "_object")
+
+    def __init__(self, of: Any) -> None:
+        self._hash = id(of)
+        self._object = weakref.ref(of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._object() is other._object() is not None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@dataclass(frozen=True, slots=True)
+class LangChainEntries:
+    """Entries in a LangChain cache: the text of one `Generation`, which every such cache can serialize."""
+
+    cache: BaseCache
+    """The LangChain cache."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two objects that share their entries; the cache itself need not be hashable."""
+        return _Identity(self.cache)
+
+    def read(self, key: CacheKey) -> str | None:
+        """Read an entry.
+
+        Returns:
+            The text of the entry, empty where the cache returns something foreign; None where there is none.
+        """
+        return self._text(self.cache.lookup(key.prompt, key.llm_string))
+
+    async def aread(self, key: CacheKey) -> str | None:
+        """Async version of `read`.
+
+        Returns:
+            The text of the entry; None where there is none.
+        """
+        # LangChain's default would use the event loop's executor, which the application may have filled with its own threads.
+        if type(self.cache).alookup is BaseCache.alookup:
+            return await in_thread(self.read, key)
+        return self._text(await self.cache.alookup(key.prompt, key.llm_string))
+
+    def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
+        """Write an entry; the bytes of the image are not stored."""
+        self.cache.update(key.prompt, key.llm_string, [Generation(text=_to_entry(key, image))])
+
+    async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
+        """Async version of `write`."""
+        if type(self.cache).aupdate is BaseCache.aupdate:
+            await in_thread(self.write, key, image, content)
+        else:
+            await self.cache.aupdate(key.prompt, key.llm_string, [Generation(text=_to_entry(key, image))])
+
+    def bytes_path(self, image: GeneratedImage) -> Path | None:
+        """Where the bytes of an image are stored.
+
+        Returns:
+            None: a LangChain cache stores text only.
+        """
+        return None
+
+    @staticmethod
+    def _text(value: Any) -> str | None:
+        if not value:
+            return None
+        first = value[0] if isinstance(value, list | tuple) else None
+        return first.text if isinstance(first, Generation) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryEntries:
+    """Entries and the bytes of their images in a directory on this machine, which is created when it is needed.
+
+    Each file is written completely or not at all, and the bytes of an image before its entry, so several processes may write at
+    the same time, and may be killed. The directory is never listed, and nothing in it is ever deleted.
+    """
+
+    directory: Path
+    """The directory."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two objects that share their entries: the directory."""
+        return self.directory
+
+    def read(self, key: CacheKey) -> str | None:
+        """Read an entry.
+
+        Returns:
+            The text of the entry; None where there is none.
+        """
+        try:
+            return read_regular_file(self._path(key), _MAX_ENTRY_BYTES).decode("utf-8", "replace")
+        except FileNotFoundError:
+            return None
+
+    async def aread(self, key: CacheKey) -> str | None:
+        """Async version of `read`.
+
+        Returns:
+            The text of the entry; None where there is none.
+        """
+        return await in_thread(self.read, key)
+
+    def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
+        """Write an entry after the bytes of its image, where there are any."""
+        path = self.bytes_path(image)
+        if path and content is not None and _read_intact(path, image) is None:
+            replace_file(path, content)
+        replace_file(self._path(key), _to_entry(key, image).encode())
+
+    async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
+        """Async version of `write`."""
+        await in_thread(self.write, key, image, content)
+
+    def bytes_path(self, image: GeneratedImage) -> Path | None:
+        """Where the bytes of an image are stored.
+
+        Returns:
+            The file; None where the bytes were never downloaded.
+        """
+        if image.sha256 is None:
+            return None
+        name = image.sha256 + EXTENSIONS.get(image.mime_type or "", "")
+        return self.directory / "images" / image.sha256[:2] / name
+
+    def _path(self, key: CacheKey) -> Path:
+        return self.directory / "entries" / key.digest[:2] / f"{key.digest}.json"
+
+
+Entries = LangChainEntries | DirectoryEntries
+"""Where entries are stored. Errors of file systems and caches are raised as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRequest:
-    """The cache for one request: looks its images up and stores them. An error of the cache becomes a note, not an exception.
-
-    Attributes:
-        entries: Where the entries are.
-        request: The request that is looked up.
-        base_url: Normalised base URL of the service; a part of the key.
-        download: Whether the caller wants the bytes, rather than the URL alone.
-        folder: The folder where the caller wants the file; None keeps the image in memory.
-        allowed_hosts: The only hosts that the image's own `read` may download from; None allows any public host.
-        timeout: Limit in seconds for reads from and uploads to remote storage during a lookup; None: no limit.
-        notes: Failures of the cache itself, for the warnings of the result.
-    """
+    """The cache for one request: looks its images up and stores them. An error of the cache becomes a note, not an exception."""
 
     entries: Entries
+    """Where the entries are stored."""
     request: ImageRequest
+    """The request that is looked up."""
     base_url: str
-    download: bool
-    folder: Path | RemoteFolder | None
-    allowed_hosts: tuple[str, ...] | None
-    timeout: float | None
+    """Normalised base URL of the service; a part of the key."""
+    download: bool = True
+    """Whether the caller wants the bytes. False: it wants the URL, and a valid URL makes a hit."""
+    folder: Path | RemoteFolder | None = None
+    """The folder where the caller wants the file; None keeps the image in memory."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """The only hosts that the image's own `read` may download from; None allows any public host."""
+    timeout: float | None = 60.0
+    """Limit in seconds for reads from and uploads to remote storage during a lookup; None: no limit."""
     notes: list[str] = field(default_factory=list)
+    """Failures of the cache itself, for the warnings of the result."""
 
     def flight(self, index: int, seconds: float | None) -> AbstractContextManager[None]:
         """Wait until no other call in this process works on the same image; others wait until this block ends.
@@ -316,12 +455,12 @@ class CachedRequest:
     def _read(self, location: Path | str, recorded: GeneratedImage, deadline: Deadline) -> bytes | None:
         """Return the bytes of a local file or of an object of remote storage, if they are as recorded."""
         if isinstance(location, Path):
-            return read_intact(location, recorded)
+            return _read_intact(location, recorded)
         try:
             content = self._access().read_uri(location, seconds=deadline.remaining())
         except CogViewStorageError:
             return None
-        return content if is_intact(content, recorded) else None
+        return content if _is_intact(content, recorded) else None
 
     def _saved(
         self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
@@ -450,7 +589,7 @@ def _describe(error: Exception, prompt: str) -> str:
 
 def _reveals(text: str, prompt: str) -> bool:
     """Return whether a text holds a cache key or a part of the prompt, in a form in which programs write it."""
-    if KEY_PREFIX in text:
+    if _KEY_PREFIX in text:
         return True
     forms = {prompt, ascii(prompt)[1:-1], json.dumps(prompt)[1:-1], quote(prompt)}
     return any(
@@ -524,4 +663,45 @@ def _local_bytes(image: GeneratedImage) -> bytes | None:
         content = image.local_bytes()
     except CogViewStorageError:
         return None
-    return content if content is not None and is_intact(content, image) else None
+    return content if content is not None and _is_intact(content, image) else None
+
+
+def _to_entry(key: CacheKey, image: GeneratedImage) -> str:
+    entry = {"type": _ENTRY_TYPE, "version": _ENTRY_VERSION, "key": key.digest, "image": image.model_dump(mode="json")}
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def from_entry(key: CacheKey, text: str) -> GeneratedImage | None:
+    """Parse an entry, which anybody may have written.
+
+    Returns:
+        The image of the entry; None where the text is damaged, or belongs to another request.
+    """
+    try:
+        entry = json.loads(text)
+        image = GeneratedImage.model_validate(entry["image"])
+        is_own = (entry["type"], entry["version"], entry["key"]) == (_ENTRY_TYPE, _ENTRY_VERSION, key.digest)
+        if is_own and (image.sha256 is None or _SHA256.fullmatch(image.sha256)):
+            return image
+        reason = "ValueError"
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = type(error).__name__
+    logger.warning("An entry of the cache is ignored: it is damaged or foreign (%s).", reason)
+    return None
+
+
+def _read_intact(path: Path, image: GeneratedImage) -> bytes | None:
+    # None where the bytes are not those of the image, or cannot be read.
+    try:
+        content = read_regular_file(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError) as error:
+        if raised_by_signal(error):
+            raise
+        return None
+    return content if _is_intact(content, image) else None
+
+
+def _is_intact(content: bytes, image: GeneratedImage) -> bool:
+    """Return whether bytes have the recorded size, format and hash of an image."""
+    matches = len(content) == image.size_bytes and sniff(content[:32]) == (image.mime_type or "")
+    return matches and hashlib.sha256(content).hexdigest() == image.sha256

@@ -20,6 +20,7 @@ from langchain_cogview.api.client import client_of
 from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.cache import CachedRequest
 from langchain_cogview.call_events import ImageEvents
 from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.settings import Service
-    from langchain_cogview.cache import CachedRequest, ImageCache
+    from langchain_cogview.cache import Entries
     from langchain_cogview.cost import Reservation
     from langchain_cogview.errors import ContentFilter
     from langchain_cogview.events import EventDispatcher
@@ -108,7 +109,7 @@ class CallSettings:
     # Not compared: functions are never equal, and equal generators must stay equal after a call.
     price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
-    cache: ImageCache | None = None
+    cache: Entries | None = None
 
     def cached(self, request: ImageRequest) -> CachedRequest | None:
         """Prepare the cache for a request.
@@ -121,9 +122,10 @@ class CallSettings:
         """
         if self.cache is None:
             return None
-        return self.cache.request(
+        return CachedRequest(
+            self.cache,
             request,
-            base_url=self.base_url,
+            self.base_url,
             download=self.download,
             folder=self.folder,
             allowed_hosts=self.allowed_hosts,
@@ -135,7 +137,7 @@ class CallSettings:
         cls,
         service: Service,
         folder: Path | RemoteFolder | None,
-        cache: ImageCache | None,
+        cache: Entries | None,
         settings: Mapping[str, Any],
     ) -> CallSettings:
         """Take the settings from a generator.

@@ -24,7 +24,7 @@ from langchain_cogview import (
     images_from_messages,
 )
 from langchain_cogview.artifact import GeneratedImageArtifact, ImageArtifact, ImageFailureArtifact
-from langchain_cogview.cache_entries import CacheKey, from_entry
+from langchain_cogview.cache import CacheKey, from_entry
 from langchain_cogview.cost import Charges, Money
 from tests.unit_tests.notebook.displayed import assert_harmless, photo
 

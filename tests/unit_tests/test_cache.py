@@ -20,8 +20,7 @@ from langchain_core.outputs import Generation
 
 from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, ImageRequest
 from langchain_cogview.api.transport import sender
-from langchain_cogview.cache import UNDATED_URL_LIFETIME, image_cache
-from langchain_cogview.cache_entries import CacheKey
+from langchain_cogview.cache import UNDATED_URL_LIFETIME, CachedRequest, CacheKey, image_cache
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewError
 from langchain_cogview.images.download import fetch
@@ -90,7 +89,7 @@ class Caller:
 
 def cached(sandbox, cache, prompt, **arguments):
     """The cache for one request."""
-    return image_cache(cache).request(ImageRequest(prompt=prompt, **arguments), base_url=sandbox.base_url)
+    return CachedRequest(image_cache(cache), ImageRequest(prompt=prompt, **arguments), sandbox.base_url)
 
 
 @pytest.fixture(params=["memory", "sqlite", "directory"])
@@ -849,7 +848,7 @@ def test_many_entries_are_found_without_listing_any(sandbox, tmp_path, monkeypat
 
 
 def test_sync_and_async_have_the_same_arguments():
-    request = image_cache(InMemoryCache()).request(ImageRequest(prompt="a kitten"), base_url="sandbox:")
+    request = CachedRequest(image_cache(InMemoryCache()), ImageRequest(prompt="a kitten"), "sandbox:")
     for name in ("lookup", "store", "flight"):
         pair = [list(inspect.signature(getattr(request, each)).parameters) for each in (name, f"a{name}")]
         assert pair[0] == pair[1]
