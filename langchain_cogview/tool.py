@@ -116,7 +116,45 @@ class ToolSettings(GeneratorSettings, total=False):
     extras: dict[str, Any] | None
 
 
-class CogViewImageTool(SafeErrors, BaseTool):
+class ImageToolBase(BaseTool):
+    """What the tools of this package have in common: a text and an artifact, errors as text, the id of the call in the events."""
+
+    response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
+    """The tool message has a text for the model, and an artifact for the application."""
+    handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
+    """How a `ToolException` becomes a text for the model, as in LangChain."""
+    handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
+    """How wrong arguments become a text for the model, as in LangChain."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    # The id of the tool call goes to the generator's run, and so to its events, in the metadata that LangChain inherits. An
+    # injected argument of `_run` would break plain `invoke`.
+
+    def run(
+        self, *args: Any, tool_call_id: str | None = None, metadata: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the tool, as LangChain does, with the id of the tool call in the metadata.
+
+        Returns:
+            As `BaseTool.run`.
+        """
+        metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
+        return super().run(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
+
+    async def arun(
+        self, *args: Any, tool_call_id: str | None = None, metadata: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Async version of `run`.
+
+        Returns:
+            As `run`.
+        """
+        metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
+        return await super().arun(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
+
+
+class CogViewImageTool(SafeErrors, ImageToolBase):
     """Lets an agent generate images with Zhipu's CogView endpoint.
 
     Setup:
@@ -175,12 +213,6 @@ class CogViewImageTool(SafeErrors, BaseTool):
     """Description of the tool for the model."""
     args_schema: Any = None
     """Schema of the arguments; the default is made for the generator's model."""
-    response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
-    """The tool message has a text for the model, and an artifact for the application."""
-    handle_tool_error: bool | str | Callable[[ToolException], ToolExceptionHandlerOutput] | None = _text_of_error
-    """How a `ToolException` becomes a text for the model, as in LangChain."""
-    handle_validation_error: bool | str | Callable[[Any], str] | None = _text_of_bad_arguments
-    """How wrong arguments become a text for the model, as in LangChain."""
     # An instance is not validated again, which would repeat its warnings. A bound generator has a class of LangChain.
     generator: Annotated[CogViewImageGenerator, SkipValidation] = Field(repr=False)
     """The generator that makes the images."""
@@ -196,8 +228,6 @@ class CogViewImageTool(SafeErrors, BaseTool):
     """Limit of the money, in the currency of the platform; None for no limit."""
 
     _spending: Spending = PrivateAttr(default_factory=Spending)
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     @field_validator("budget")
     @classmethod
@@ -254,47 +284,27 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
     # --- a run
 
-    # The id of the tool call goes to the generator's run, and so to its events, in the metadata that LangChain inherits. An
-    # injected argument of `_run` would break plain `invoke`.
-
-    def run(
-        self, *args: Any, tool_call_id: str | None = None, metadata: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        """Run the tool, as LangChain does, with the id of the tool call in the metadata.
-
-        Returns:
-            As `BaseTool.run`.
-        """
-        metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
-        return super().run(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
-
-    async def arun(
-        self, *args: Any, tool_call_id: str | None = None, metadata: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        """Async version of `run`.
-
-        Returns:
-            As `run`.
-        """
-        metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
-        return await super().arun(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
-
     def _run(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        with self._failures():
-            result = self.generator.invoke(_arguments(prompt, size, quality), budget=self._budget())
-        return self._answer(_with_files(result) if any(map(_is_unsaved, result.images)) else result)
+        with self.failures():
+            result = self.generator.invoke(_arguments(prompt, size, quality), budget=self.limits())
+        return self.answer(_with_files(result) if any(map(_is_unsaved, result.images)) else result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
-        with self._failures():
-            result = await self.generator.ainvoke(_arguments(prompt, size, quality), budget=self._budget())
-        return self._answer(await in_thread(_with_files, result) if any(map(_is_unsaved, result.images)) else result)
+        with self.failures():
+            result = await self.generator.ainvoke(_arguments(prompt, size, quality), budget=self.limits())
+        return self.answer(await in_thread(_with_files, result) if any(map(_is_unsaved, result.images)) else result)
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def failures(self) -> Iterator[None]:
+        """Give the model the text of an error that would end the agent's run, if `on_failure` is `continue`.
+
+        Raises:
+            ToolException: The text, with the error as its cause.
+        """
         try:
             yield
         except CogViewError as error:
@@ -302,7 +312,12 @@ class CogViewImageTool(SafeErrors, BaseTool):
                 raise
             raise _ErrorAsTextError(error.text_for_model) from error
 
-    def _budget(self) -> Budget:
+    def limits(self) -> Budget:
+        """The limits of this instance, with what it has spent.
+
+        Returns:
+            A budget that counts with every other one that this method returns.
+        """
         # The limits may be changed between calls, and what was spent remains. The generator counts, because it knows the prices.
         return Budget(self.budget, max_images=self.max_images, owner="this tool", spending=self._spending)
 
@@ -320,7 +335,15 @@ class CogViewImageTool(SafeErrors, BaseTool):
 
     # --- what the model reads
 
-    def _answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+    def answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+        """Make the tool message of a result.
+
+        Args:
+            result: The result.
+
+        Returns:
+            The content for the model, and the artifact for the application.
+        """
         text = text_for_model(result, shown_to_user=self.shown_to_user)
         if self.content_format == "text":
             return text, result.to_artifact()
