@@ -1,4 +1,4 @@
-"""Custom events: their names, their payloads, how they are dispatched, and the base class of handlers.
+"""Custom events: their names, their payloads, how a paid call makes and dispatches them, and the base class of handlers.
 
 LangChain delivers them to the `on_custom_event` of every handler and to `astream_events`. Inside a graph of LangGraph they also
 go to `stream_mode="custom"` and, from a tool, to `stream_mode="tools"`. They are dispatched after the image is safe, and the
@@ -13,21 +13,34 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, Protocol, TypedDict
 
 from langchain_core.callbacks import BaseCallbackHandler, adispatch_custom_event, dispatch_custom_event
 
 from langchain_cogview.artifact import ContentFilterArtifact, GeneratedImageArtifact
 from langchain_cogview.concurrency import raised_by_signal
-from langchain_cogview.errors import ContentFilter, Stage, most_severe
+from langchain_cogview.errors import (
+    CogViewContentFilterError,
+    CogViewError,
+    CogViewStoppedError,
+    ContentFilter,
+    Outcome,
+    Stage,
+    most_severe,
+    printable,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from uuid import UUID
 
     from langchain_core.runnables import RunnableConfig
 
+    from langchain_cogview.concurrency import Deadline
+    from langchain_cogview.cost import Charge, Money, Reservation
     from langchain_cogview.result import GeneratedImage
 
 CONTENT_FILTER_EVENT: Final = "cogview.content_filter"
@@ -49,11 +62,20 @@ Event = tuple[str, Any]
 # --- payloads
 
 
-class ContentFilterEvent(TypedDict):
-    """Payload of `cogview.content_filter`, sent once for a call that was blocked or whose image has entries. Plain JSON."""
+class _EventFields(TypedDict):
+    """The fields that the `EventDispatcher` adds to each payload."""
 
     version: int
     """1."""
+    tool_call_id: str | None
+    """Id of the tool call that asked for the image; None outside an agent."""
+    sandbox: bool
+    """Whether the service is the offline sandbox."""
+
+
+class ContentFilterEvent(_EventFields):
+    """Payload of `cogview.content_filter`, sent once for a call that was blocked or whose image has entries. Plain JSON."""
+
     role: str | None
     """Role of the most severe entry: `user`, `assistant`, `history`, ...; None if the service sent none."""
     level: int | None
@@ -70,30 +92,18 @@ class ContentFilterEvent(TypedDict):
     """Model that was asked."""
     request_id: str | None
     """Request id that this client generated, as on the result or the exception."""
-    tool_call_id: str | None
-    """Id of the tool call that asked for the image; None outside an agent."""
-    sandbox: bool
-    """Whether the offline sandbox sent the reply."""
     prompt: NotRequired[str]
     """The prompt; only with `include_prompt_in_events=True`."""
 
 
-class GeneratedEvent(GeneratedImageArtifact):
+class GeneratedEvent(GeneratedImageArtifact, _EventFields):
     """Payload of `cogview.generated`, which is sent once for each image when it is safe. Plain JSON: the image's artifact."""
-
-    version: int
-    """1."""
-    tool_call_id: str | None
-    """Id of the tool call that asked for the image; None outside an agent."""
 
 
 class GeneratedPayload(dict[str, Any]):
-    """Payload of `cogview.generated` with a reference to the image, for handlers in this process.
+    """Payload of `cogview.generated` with a weak reference to the image, for handlers in this process.
 
-    The reference is weak, and a copy or a pickle of the payload is plain JSON.
-
-    Args:
-        image: The image.
+    A copy or a pickle of the payload is plain JSON.
     """
 
     def __init__(self, image: GeneratedImage) -> None:
@@ -109,7 +119,7 @@ class GeneratedPayload(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class ProgressEvent(TypedDict):
+class ProgressEvent(_EventFields):
     """Payload of `cogview.progress`: the stage that the generation of one image has reached. Plain JSON.
 
     Each image that is requested from the service sends `sent` once, `processing` at each poll of a task, and ends with either
@@ -117,8 +127,6 @@ class ProgressEvent(TypedDict):
     `cogview.generated` only, and a task that is resumed does not send `sent`.
     """
 
-    version: int
-    """1."""
     stage: Literal["sent", "processing", "failed"]
     """Stage that was reached."""
     request_id: str
@@ -145,17 +153,11 @@ class ProgressEvent(TypedDict):
     """What the image costs if it is made, as a decimal number; None if the price is unknown."""
     currency: str | None
     """ISO code of the cost's currency."""
-    sandbox: bool
-    """Whether the request goes to the offline sandbox."""
-    tool_call_id: str | None
-    """Id of the tool call that asked for the image; None outside an agent."""
 
 
-class RetryEvent(TypedDict):
+class RetryEvent(_EventFields):
     """Payload of `cogview.retry`: a request did not run and will be sent again. Plain JSON."""
 
-    version: int
-    """1."""
     request_id: str
     """Request id that this client generated; every attempt has the same."""
     model: str
@@ -176,46 +178,6 @@ class RetryEvent(TypedDict):
     """Error code of the service; None if it sent none."""
     status: int | None
     """HTTP status; None without a response."""
-    sandbox: bool
-    """Whether the request went to the offline sandbox."""
-    tool_call_id: str | None
-    """Id of the tool call that asked for the image; None outside an agent."""
-
-
-def content_filter_event(
-    entries: tuple[ContentFilter, ...],
-    *,
-    blocked: bool,
-    model: str,
-    request_id: str | None,
-    prompt: str | None,
-) -> Event:
-    """Make an event `cogview.content_filter`.
-
-    Args:
-        entries: The entries of the service.
-        blocked: Whether the content filter blocked the image.
-        model: Model that was asked.
-        request_id: Request id that this client generated.
-        prompt: The prompt; None leaves it out.
-
-    Returns:
-        Name and payload.
-    """
-    worst = most_severe(entries)
-    event: dict[str, Any] = {
-        "role": worst.role if worst else None,
-        "level": worst.level if worst else None,
-        "stage": worst.stage if worst else None,
-        "severity": worst.severity if worst else "unknown",
-        "blocked": blocked,
-        "entries": [{"role": entry.role, "level": entry.level} for entry in entries],
-        "model": model,
-        "request_id": request_id,
-    }
-    if prompt is not None:
-        event["prompt"] = prompt
-    return CONTENT_FILTER_EVENT, event
 
 
 # --- dispatch
@@ -244,7 +206,7 @@ class EventDispatcher:
         return self.has_handlers or bool(self.streams)
 
     def dispatch(self, *events: Event) -> None:
-        """Send events to the handlers of the run. An exception of a handler is logged.
+        """Send events to the handlers and the streams. Their exceptions are logged.
 
         Args:
             *events: Names and payloads.
@@ -254,10 +216,9 @@ class EventDispatcher:
         """
         for name, payload in events if self.is_active else ():
             try:
-                completed = self._completed(payload)
-                self._stream(name, completed)
+                self._complete(name, payload)
                 if self.has_handlers:
-                    dispatch_custom_event(name, completed, config=self.config)
+                    dispatch_custom_event(name, payload, config=self.config)
             except Exception as error:  # must not cost an image that was paid for
                 if raised_by_signal(error):
                     raise
@@ -274,16 +235,18 @@ class EventDispatcher:
         """
         for name, payload in events if self.is_active else ():
             try:
-                completed = self._completed(payload)
-                self._stream(name, completed)
+                self._complete(name, payload)
                 if self.has_handlers:
-                    await adispatch_custom_event(name, completed, config=self.config)
+                    await adispatch_custom_event(name, payload, config=self.config)
             except Exception as error:  # must not cost an image that was paid for
                 if raised_by_signal(error):
                     raise
                 logger.warning(_HANDLER_FAILED, name, exc_info=True)
 
-    def _stream(self, name: str, payload: dict[str, Any]) -> None:
+    def _complete(self, name: str, payload: dict[str, Any]) -> None:
+        """Add the fields that all payloads share, in place so that a `GeneratedPayload` stays one, and write to the streams."""
+        for key, value in (("version", EVENT_VERSION), ("tool_call_id", self.tool_call_id), ("sandbox", self.sandbox)):
+            payload.setdefault(key, value)
         for write in self.streams:
             try:
                 write({"type": name, **payload})
@@ -291,12 +254,6 @@ class EventDispatcher:
                 if raised_by_signal(error):
                     raise
                 logger.warning("The event %s could not be written to a stream of the graph", name, exc_info=True)
-
-    def _completed(self, payload: dict[str, Any]) -> dict[str, Any]:
-        # The payload was made for this event only, and GeneratedPayload must keep its class: it is changed in place.
-        for name, value in (("version", EVENT_VERSION), ("tool_call_id", self.tool_call_id), ("sandbox", self.sandbox)):
-            payload.setdefault(name, value)
-        return payload
 
 
 def graph_streams() -> tuple[Callable[[dict[str, Any]], None], ...]:
@@ -328,6 +285,264 @@ NO_DISPATCHER: Final = EventDispatcher(config={}, tool_call_id=None, sandbox=Fal
 """Dispatches nothing, for work outside a run."""
 
 
+# --- one paid call
+
+
+class Journal(Protocol):
+    """Records what is about to be charged, so that a process that dies leaves a trace.
+
+    Each record has the request id that this client generated and the model that is asked, which may be a fallback model.
+    """
+
+    def sending(self, request_id: str, model: str) -> None:
+        """Record the first POST to a model, or a POST after one that may have been charged, right before it is sent.
+
+        An exception ends the call, and nothing is sent.
+        """
+
+    async def asending(self, request_id: str, model: str) -> None:
+        """Async version of `sending`."""
+
+    def not_sent(self, request_id: str, model: str) -> None:
+        """Record that the caller left, by a cancelled task or an interrupt, before anything of the POST was sent."""
+
+    async def anot_sent(self, request_id: str, model: str) -> None:
+        """Async version of `not_sent`."""
+
+    def submitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Record a task that was accepted, by whose id its image is found again."""
+
+    async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Async version of `submitted`."""
+
+
+JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", default=None)
+"""The journal of the calls made in this context."""
+
+
+@dataclass(slots=True)
+class ImageEvents:
+    """Follows one paid call: counts it in the budget, writes the journal, makes and sends the events."""
+
+    dispatcher: EventDispatcher
+    """Sends the events."""
+    price: Callable[[str], Money]
+    """Returns the price of one image of a model."""
+    prompt: str | None
+    """The prompt for content filter events; None: they do not contain it."""
+    deadline: Deadline
+    """The deadline of the call."""
+    request_id: str
+    """The request id that this client generated, the same for every attempt."""
+    model: str
+    """The model that is asked."""
+    reservation: Reservation | None = None
+    """Where every POST that may be charged is counted; None: nowhere."""
+    sent: bool = False
+    """Whether a POST was sent."""
+    uncertain: int = 0
+    """Number of POSTs that may have been charged without an image."""
+    _charge: Charge | None = None
+    _pending: bool = False
+    _recorded: tuple[str, int] | None = None
+
+    @property
+    def label(self) -> str:
+        """The id of the image, and a part of its file name: the beginning of the request id."""
+        return self.request_id[:8]
+
+    def sending(self) -> None:
+        """Handle an attempt that is about to be sent. An exception ends the call, and nothing is sent."""
+        journal = self._commit()
+        if journal:
+            journal.sending(self.request_id, self.model)
+        first, self.sent = not self.sent, True
+        if first and self.dispatcher.is_active:
+            self.dispatcher.dispatch(self._progress("sent"))
+
+    async def asending(self) -> None:
+        """Async version of `sending`."""
+        journal = self._commit()
+        if journal:
+            await journal.asending(self.request_id, self.model)
+        first, self.sent = not self.sent, True
+        if first and self.dispatcher.is_active:
+            await self.dispatcher.adispatch(self._progress("sent"))
+
+    def _commit(self) -> Journal | None:
+        """Count an attempt as spent, and return the journal unless it holds this POST already."""
+        if self.reservation is not None:
+            self._charge = self.reservation.commit(self.price(self.model))
+        self._pending = True
+        before, self._recorded = self._recorded, (self.model, self.uncertain)
+        return None if before == self._recorded else JOURNAL.get()
+
+    def failed(self, error: BaseException, *, was_sent: bool = True) -> None:
+        """Handle an attempt, or a task, that ended without an image.
+
+        Args:
+            error: Why there is no image.
+            was_sent: Whether a part of the request may have been sent; if not, nothing is charged, whatever the error is.
+        """
+        journal = self._ended(error, was_sent=was_sent)
+        if journal:
+            with _recording(f"request {self.request_id}"):
+                journal.not_sent(self.request_id, self.model)
+
+    async def afailed(self, error: BaseException, *, was_sent: bool = True) -> None:
+        """Async version of `failed`."""
+        journal = self._ended(error, was_sent=was_sent)
+        if journal:
+            with _recording(f"request {self.request_id}"):
+                await journal.anot_sent(self.request_id, self.model)
+
+    def _ended(self, error: BaseException, *, was_sent: bool) -> Journal | None:
+        """Count the end of an attempt, and return the journal if it has to record that the POST was not sent."""
+        pending, self._pending = self._pending, False
+        is_free = not was_sent or (isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN)
+        if pending and is_free:
+            if self._charge is not None:
+                self._charge.release()
+        elif pending:
+            self.uncertain += 1
+        # An error of this package reaches the journal's owner; a coroutine that is closed cannot wait for a record.
+        if was_sent or self.uncertain or isinstance(error, CogViewError | GeneratorExit):
+            return None
+        return JOURNAL.get()
+
+    def retrying(self, error: CogViewError, wait: float, attempts: int) -> None:
+        """Handle a wait of `wait` seconds after an attempt that failed with `error`, the last of `attempts` so far."""
+        self.dispatcher.dispatch(self._retry(error, wait, attempts))
+
+    async def aretrying(self, error: CogViewError, wait: float, attempts: int) -> None:
+        """Async version of `retrying`."""
+        await self.dispatcher.adispatch(self._retry(error, wait, attempts))
+
+    def submitted(self, task_id: str) -> None:
+        """Record a task that was accepted; nothing may stop it now, because it may be charged."""
+        journal = JOURNAL.get()
+        if journal:
+            with _recording(f"task {printable(task_id)}"):
+                journal.submitted(self.request_id, task_id, self.model)
+
+    async def asubmitted(self, task_id: str) -> None:
+        """Async version of `submitted`."""
+        journal = JOURNAL.get()
+        if journal:
+            with _recording(f"task {printable(task_id)}"):
+                await journal.asubmitted(self.request_id, task_id, self.model)
+
+    def processing(self, task_id: str) -> None:
+        """Handle a poll of a task that has not ended."""
+        self.dispatcher.dispatch(self._progress("processing", task_id=task_id))
+
+    async def aprocessing(self, task_id: str) -> None:
+        """Async version of `processing`."""
+        await self.dispatcher.adispatch(self._progress("processing", task_id=task_id))
+
+    def ended_with(self, error: Exception) -> list[Event]:
+        """Make the events of an image that was not made.
+
+        Args:
+            error: Why it was not made.
+
+        Returns:
+            The events.
+        """
+        if not self.dispatcher.is_active or isinstance(error, CogViewStoppedError):  # an interrupt is not a failure
+            return []
+        blocked = isinstance(error, CogViewContentFilterError)
+        facts = {
+            "error": type(error).__name__,
+            "blocked": blocked,
+            "outcome": str(getattr(error, "outcome", Outcome.FINAL)),
+            "scope": str(error.scope) if isinstance(error, CogViewError) else None,
+            "is_retryable": isinstance(error, CogViewError) and error.is_retryable,
+            "task_id": getattr(error, "task_id", None),
+            "uncertain": self.uncertain,
+        }
+        events = [self._progress("failed", **facts)]
+        if isinstance(error, CogViewContentFilterError):
+            events.append(self._filtered(error.content_filter, blocked=True))
+        return events
+
+    def made(self, images: list[GeneratedImage]) -> list[Event]:
+        """Make the events of images that are saved, or in memory.
+
+        Args:
+            images: The images of the call.
+
+        Returns:
+            The events.
+        """
+        if not self.dispatcher.is_active:
+            return []
+        events: list[Event] = [(GENERATED_EVENT, GeneratedPayload(image)) for image in images]
+        if images and images[0].content_filter:
+            events.append(self._filtered(images[0].content_filter, blocked=False))
+        return events
+
+    def _progress(self, stage: str, **facts: Any) -> Event:
+        price = self.price(self.model)
+        return PROGRESS_EVENT, {
+            "stage": stage,
+            "request_id": self.request_id,
+            "model": self.model,
+            "elapsed": round(self.deadline.elapsed, 3),
+            "task_id": None,
+            "error": None,
+            "blocked": False,
+            "uncertain": 0,
+            "outcome": None,
+            "scope": None,
+            "is_retryable": None,
+            "cost": None if price.amount is None else str(price.amount),
+            "currency": price.currency,
+            **facts,
+        }
+
+    def _retry(self, error: CogViewError, wait: float, attempts: int) -> Event:
+        return RETRY_EVENT, {
+            "request_id": self.request_id,
+            "model": self.model,
+            "attempt": attempts,
+            "wait": round(wait, 3),
+            "error": type(error).__name__,
+            "outcome": str(error.outcome),
+            "scope": str(error.scope),
+            "is_retryable": error.is_retryable,
+            "code": error.code,
+            "status": error.status,
+        }
+
+    def _filtered(self, entries: tuple[ContentFilter, ...], *, blocked: bool) -> Event:
+        worst = most_severe(entries)
+        event: dict[str, Any] = {
+            "role": worst.role if worst else None,
+            "level": worst.level if worst else None,
+            "stage": worst.stage if worst else None,
+            "severity": worst.severity if worst else "unknown",
+            "blocked": blocked,
+            "entries": [{"role": entry.role, "level": entry.level} for entry in entries],
+            "model": self.model,
+            "request_id": self.request_id,
+        }
+        if self.prompt is not None:
+            event["prompt"] = self.prompt
+        return CONTENT_FILTER_EVENT, event
+
+
+@contextmanager
+def _recording(subject: str) -> Iterator[None]:
+    """Log an exception of the journal: the caller needs that of the call, and a task that was accepted may be charged."""
+    try:
+        yield
+    except Exception as error:
+        if raised_by_signal(error):
+            raise
+        logger.warning("The %s could not be recorded in the journal.", subject, exc_info=True)
+
+
 # --- handlers
 
 
@@ -343,11 +558,7 @@ class Deliveries:
         self._lock = threading.Lock()
 
     def is_first(self, data: Any, run_id: UUID) -> bool:
-        """Record a delivery.
-
-        Args:
-            data: Payload of the event.
-            run_id: Id of the run that sent it.
+        """Record a delivery of a payload by a run.
 
         Returns:
             Whether this is the first delivery of the event.
@@ -372,14 +583,7 @@ class EventHandler(BaseCallbackHandler, ABC):
         self._deliveries = Deliveries()
 
     def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        """Receive a custom event from LangChain.
-
-        Args:
-            name: Name of the event.
-            data: Its payload.
-            run_id: Id of the run that sent it.
-            **kwargs: Further facts about the run, which are not used.
-        """
+        """Receive a custom event from LangChain; see its `BaseCallbackHandler.on_custom_event`."""
         if name in _EVENTS and self._deliveries.is_first(data, run_id):
             self.on_event(name, data)
 

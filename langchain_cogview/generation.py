@@ -21,7 +21,6 @@ from langchain_cogview.api.protocol import ImagesReply, images_body
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.cache import CachedRequest
-from langchain_cogview.call_events import ImageEvents
 from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
 from langchain_cogview.cost import Charges, Money
@@ -35,6 +34,7 @@ from langchain_cogview.errors import (
     Outcome,
     printable,
 )
+from langchain_cogview.events import EventDispatcher, ImageEvents
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import IN_MEMORY, GeneratedImage, ImageFailure, ImageResult, with_content
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from langchain_cogview.cache import Entries
     from langchain_cogview.cost import Reservation
     from langchain_cogview.errors import ContentFilter
-    from langchain_cogview.events import EventDispatcher
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
 
@@ -413,11 +412,10 @@ class ImageCall:
         )
 
     def _events(self, deadline: Deadline, request_id: str | None = None) -> ImageEvents:
-        prompt = self.request.prompt if self.settings.include_prompt else None
         return ImageEvents(
             self.dispatcher,
-            self.settings.price,
-            prompt,
+            lambda model: Money(*self.settings.price(model)),
+            self.request.prompt if self.settings.include_prompt else None,
             deadline,
             request_id or str(uuid.uuid4()),
             self.request.model,

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.call_events import JOURNAL
 from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
@@ -26,6 +25,7 @@ from langchain_cogview.errors import (
     Scope,
     error_class,
 )
+from langchain_cogview.events import JOURNAL
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.jobs.folder import spare_descriptors, write_error
 from langchain_cogview.jobs.manifest import (
