@@ -125,7 +125,7 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
         with _graceful_signals(stop):
             report = run_job(prompts, output, **job, on_plan=lambda plan: print_stderr(str(plan)), stop=stop)
     except KeyboardInterrupt:
-        from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY  # noqa: PLC0415
+        from langchain_cogview.jobs.plan import INTERRUPTED, UNDER_WAY  # noqa: PLC0415
 
         print_stderr(INTERRUPTED, UNDER_WAY)
         return 130

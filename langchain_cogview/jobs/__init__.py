@@ -9,40 +9,53 @@ No image is paid for twice, however often the job is killed and run again.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.concurrency import entered_in_thread, in_thread
-from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.cost import Charges, Money
+from langchain_cogview.errors import (
+    CogViewConfigurationError,
+    CogViewError,
+    CogViewStorageError,
+    Scope,
+    error_class,
+    printable,
+)
 from langchain_cogview.jobs.folder import JobFolder, spare_descriptors
-from langchain_cogview.jobs.manifest import attempts_of, manifest_of, read_history
+from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of, read_history
 from langchain_cogview.jobs.plan import (
+    INTERRUPTED,
+    UNDER_WAY,
     Backlog,
     JobPlan,
+    JobReport,
     UnknownAttempt,
     job_budget,
     job_settings,
     price_of,
     read_settings,
     refuse_foreign_folder,
-    refuse_other_settings,
     write_settings,
 )
-from langchain_cogview.jobs.prompts import Problem, check_prompts, count_text
-from langchain_cogview.jobs.report import INTERRUPTED, UNDER_WAY, JobReport, make_report
+from langchain_cogview.jobs.prompts import Problem, check_prompts, cost_text, count_text
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
+from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.worker_pool import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from decimal import Decimal
 
     from langchain_core.runnables import RunnableConfig
@@ -52,6 +65,8 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 
 __all__ = ["JobPlan", "JobReport", "Problem", "UnknownAttempt", "arun_job", "plan_job", "run_job"]
+CONTACT_SHEETS: Final = ("index.html", "contact-sheet.html", *(f"contact-sheet-{n}.html" for n in range(2, 100)))
+"""Names for the page with all images; the first one that is free, or that a job wrote, is used."""
 
 
 def run_job(
@@ -144,7 +159,7 @@ def run_job(
                     )
                 )
                 again = run.should_continue()
-        return make_report(run, job.started, job.skipped)
+        return _report(run, job.started, job.skipped)
 
 
 async def arun_job(
@@ -166,35 +181,15 @@ async def arun_job(
     into_existing: bool = False,
     **settings: Any,
 ) -> JobReport:
-    """Async version of `run_job`.
+    """Async version of `run_job`, with the same arguments.
 
     Files are read and written in threads. The records of a paid request and of a task's id are durable before the job continues.
-
-    Args:
-        prompts: As for `run_job`.
-        output_dir: As for `run_job`.
-        generator: As for `run_job`.
-        limit: As for `run_job`.
-        budget: As for `run_job`.
-        retry_failed: As for `run_job`.
-        retry_unknown: As for `run_job`.
-        unique: As for `run_job`.
-        skip_bad: As for `run_job`.
-        format: As for `run_job`.
-        progress: As for `run_job`.
-        config: As for `run_job`.
-        on_plan: As for `run_job`.
-        stop: As for `run_job`.
-        into_existing: As for `run_job`.
-        **settings: As for `run_job`.
 
     Returns:
         What the run did.
 
     Raises:
-        CogViewInvalidRequestError: As for `run_job`.
-        CogViewConfigurationError: As for `run_job`.
-        CogViewStorageError: As for `run_job`.
+        CogViewError: As for `run_job`.
     """
     try:
         job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
@@ -228,7 +223,7 @@ async def arun_job(
                     )
                 )
                 again = run.should_continue()
-        return await in_thread(make_report, run, job.started, job.skipped)
+        return await in_thread(_report, run, job.started, job.skipped)
 
 
 def plan_job(
@@ -247,20 +242,7 @@ def plan_job(
 ) -> JobPlan:
     """Determine what `run_job` would do with the same arguments. Sends nothing, and changes no file.
 
-    Lines that are not valid are reported in the plan, not raised.
-
-    Args:
-        prompts: As for `run_job`.
-        output_dir: As for `run_job`.
-        generator: As for `run_job`.
-        limit: As for `run_job`.
-        budget: As for `run_job`.
-        retry_failed: As for `run_job`.
-        retry_unknown: As for `run_job`.
-        unique: As for `run_job`.
-        format: As for `run_job`.
-        into_existing: As for `run_job`.
-        **settings: As for `run_job`.
+    The arguments are those of `run_job`. Lines that are not valid are reported in the plan, not raised.
 
     Returns:
         The plan.
@@ -312,19 +294,12 @@ class _Job:
         self.max_workers = max(self.generator.max_workers(model) for model in models)
 
     def was_begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
-        """Check whether the folder's job was begun before.
-
-        Returns:
-            False if there is no job in the folder yet.
-
-        Raises:
-            CogViewConfigurationError: The folder's job has other arguments, or the folder has other files.
-        """
+        """Return whether the folder has a job; refuse a job with other arguments, and a folder with other files."""
         settings = read_settings(folder)
         if settings is None:
             refuse_foreign_folder(folder, into_existing=into_existing)
         else:
-            refuse_other_settings(self.folder, settings, self.settings)
+            _refuse_other_settings(self.folder, settings, self.settings)
         return settings is not None
 
     def budget(self, backlog: Backlog, amount: Any) -> Budget:
@@ -345,15 +320,7 @@ class _Job:
         skip_bad: bool,
         into_existing: bool,
     ) -> Iterator[JobRun]:
-        """Lock the folder, and add what is recovered in it to the manifest.
-
-        Yields:
-            The run.
-
-        Raises:
-            CogViewConfigurationError: As for `run_job`.
-            KeyboardInterrupt: With a note on how to continue.
-        """
+        # The folder is locked first; what is recovered in it is in the manifest before anything is sent.
         if limit is not None and (not isinstance(limit, int) or limit < 0):
             raise CogViewConfigurationError(
                 f"limit must be a number of prompts, 0 or more, not {limit!r:.40}.", hint=""
@@ -393,11 +360,7 @@ class _Job:
                 raise
 
     def _fit_open_files(self) -> None:
-        """Reduce the number of workers to what the process may open files for.
-
-        Raises:
-            CogViewConfigurationError: The process cannot open enough files for one image.
-        """
+        # At most as many workers as the process may open files for.
         spare = spare_descriptors()
         if spare is None or spare >= self.max_workers * FILES_PER_IMAGE:
             return
@@ -467,3 +430,116 @@ def _generator(given: CogViewImageGenerator | None, settings: dict[str, Any], fo
             hint="Set it on the generator.",
         )
     return given.model_copy(update={"output_dir": folder, "download": True, "storage_options": None})
+
+
+def _refuse_other_settings(folder: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    names = [name for name in {**settings, **begun} if begun.get(name) != settings.get(name)]
+    if names:
+        changes = "; ".join(
+            f"{name} was {_shown(begun.get(name))} and is now {_shown(settings.get(name))}" for name in names
+        )
+        raise CogViewConfigurationError(
+            f"The job in {printable(str(folder), 120)} was begun with other arguments; nothing was sent. {changes}.",
+            hint="Continue with those arguments, or choose another folder.",
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else printable(repr(value), 100)
+
+
+# --- the end of a run
+
+
+def _report(run: JobRun, started: float, skipped: int) -> JobReport:
+    """Return what a run did that has ended, after finishing its folder."""
+    backlog = run.backlog
+    counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
+    names = Counter(run.errors)
+    for item in backlog.prompts.items:
+        finished = backlog.history.finished.get(item.key)
+        if finished and finished.made >= item.n:
+            counts["made"] += 1
+            continue
+        names.update(finished.errors if finished else ())
+        if finished and finished.errors:
+            counts[kind_of(finished.errors)] += 1
+        elif item.key not in backlog.history.open:
+            counts["left"] += 1
+    counts["made"] -= skipped
+    total, sheet, notes = _finish_folder(run)
+    return JobReport(
+        **counts,
+        skipped=skipped,
+        unknown=backlog.unknown(with_running=True),
+        bad=len(backlog.prompts.problems),
+        images=run.made,
+        cost=run.charges.amounts,
+        unpriced=run.charges.unpriced,
+        list_price=run.list_prices.amounts,
+        sandbox=backlog.uses_sandbox(run.generator),
+        total_cost=total,
+        seconds=round(time.monotonic() - started, 3),
+        over_budget=run.over_budget,
+        stopped=run.stopped,
+        interrupted=run.stop_event is not None and run.stop_event.is_set(),
+        errors=dict(names),
+        folder=run.folder.path,
+        manifest=run.manifest.path,
+        contact_sheet=sheet,
+        notes=notes,
+    )
+
+
+def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[str, ...]]:
+    history, folder = run.backlog.history, run.folder
+    total = Charges()
+    for finished in history.finished.values():
+        total.add(Money.of({"cost": finished.cost, "currency": finished.currency}))
+    try:
+        folder.check()
+        if history.superseded:
+            run.manifest.compact(history.finished)
+        name = _sheet_name(folder)
+        order = sorted(history.finished.values(), key=lambda item: (item.line, item.start))
+        tiles = (tile for item in order for tile in _tiles(run.manifest.read(item.start, item.size)))
+        sandbox = run.backlog.uses_sandbox(run.generator)
+        cost = cost_text({} if sandbox else total.amounts, sandbox=sandbox)
+        facts = (f"{count_text(len(order), 'prompt')}, {cost}.",)
+        folder.replace(name, contact_sheet(tiles, title=f"CogView: {folder.path.name}", facts=facts))
+    except (OSError, CogViewError) as error:
+        reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
+        run.stop(
+            CogViewStorageError(
+                f"The contact sheet could not be written. {reason}",
+                hint="The manifest is complete; run the job again to write the page.",
+            )
+        )
+        return total.amounts, None, ()
+    first = CONTACT_SHEETS[0]
+    other = f"The folder has another {first}, which is not overwritten; the contact sheet is {name}."
+    return total.amounts, folder.path / name, (other,) if name != first else ()
+
+
+def _sheet_name(folder: JobFolder) -> str:
+    # The first name that is free, or that a job used before.
+    for name in CONTACT_SHEETS:
+        try:
+            head = folder.read(name, 1000)
+        except CogViewConfigurationError:  # a symbolic link, a folder, a pipe
+            continue
+        if head is None or is_contact_sheet(head):
+            return name
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
+def _tiles(record: dict[str, Any]) -> Iterator[Tile]:
+    """Yield the tiles of one prompt on the contact sheet."""
+    prompt, label = record["arguments"]["prompt"], f"{record['line']}"
+    for image in record["images"]:
+        shape = (image["width"], image["height"]) if image["width"] and image["height"] else None
+        yield Tile(prompt, label, file=image["file"], shape=shape)
+    for failure in record["failures"]:
+        kind = error_class(failure["error"])
+        blocked = kind is not None and kind.scope is Scope.PROMPT
+        yield Tile(prompt, label, kind="blocked" if blocked else "failed", reason=failure["message"])

@@ -539,20 +539,7 @@ def manifest_record(
     unknown: bool,
     sandbox: bool,
 ) -> dict[str, Any]:
-    """Return the record of a prompt, without request ids and times.
-
-    Args:
-        item: The prompt.
-        request: The prompt with its arguments.
-        images: The records of its images.
-        failures: The records of its failures.
-        currency: The currency of the costs.
-        unknown: Whether a request has no known end.
-        sandbox: Whether the job uses the sandbox.
-
-    Returns:
-        The record.
-    """
+    """Return the record of a prompt, without request ids and times; `unknown`: whether a request has no known end."""
     costs = [image["cost"] for image in images]
     made = len(images) >= item.n
     rest = kind_of(failure["error"] for failure in failures)

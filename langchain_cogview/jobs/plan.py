@@ -1,4 +1,4 @@
-"""Plan a job: compare its prompts with its folder, count what is left to do, and add up the price."""
+"""What a job would do and what it did: the plan, the report, and the backlog of its prompts compared with its folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict
 
 from langchain_cogview.api.settings import is_sandbox
-from langchain_cogview.catalog import currency_of, money_text
+from langchain_cogview.catalog import currency_of
 from langchain_cogview.cost import Budget, Charges, Money
-from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, printable
+from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Outcome, error_class, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import IMAGE_NAME
-from langchain_cogview.jobs.folder import write_error
-from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecoveredImage, kind_of
-from langchain_cogview.jobs.prompts import MAX_LISTED, Problem, PromptItem, PromptList, bullet_list, count_text
+from langchain_cogview.jobs.folder import JobFolder, write_error
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecoveredImage, kind_of, manifest_of
+from langchain_cogview.jobs.prompts import (
+    MAX_LISTED,
+    Problem,
+    PromptItem,
+    PromptList,
+    bullet_list,
+    cost_text,
+    count_text,
+)
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -30,12 +38,15 @@ if TYPE_CHECKING:
 
     from langchain_cogview.cost import Reservation
     from langchain_cogview.generator import CogViewImageGenerator
-    from langchain_cogview.jobs.folder import JobFolder
     from langchain_cogview.jobs.manifest import Attempt, Finished, History
 
 SETTINGS_TYPE: Final = "cogview.job"
 SETTINGS_VERSION: Final = 1
 SETTINGS: Final = "job.json"
+INTERRUPTED: Final = "Interrupted; run the job again to continue."
+UNDER_WAY: Final = (
+    "A request that was in flight may have been charged: the next run finds its image or lists the request."
+)
 _MAX_SETTINGS: Final = 1 << 20
 _SAME: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
 
@@ -168,23 +179,132 @@ def unknown_dict(item: UnknownAttempt) -> dict[str, Any]:
     return {"line": item.line, "prompt": item.prompt, "request_id": item.request_id}
 
 
-def cost_text(cost: Mapping[str, Decimal], unpriced: int = 0, *, sandbox: bool = False) -> str:
-    """Describe the price of images.
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """What a run of a job did. `str(report)` summarizes it in a few lines.
 
-    Args:
-        cost: Amounts by currency; for the sandbox, list prices.
-        unpriced: Number of images without a known price.
-        sandbox: Whether the images are placeholders of the sandbox.
-
-    Returns:
-        A text such as `0.06 CNY`, or `list price 0.06 CNY, nothing is charged` for the sandbox.
+    Attributes:
+        made: Prompts whose images were all generated or recovered in this run.
+        skipped: Prompts whose images were all in the folder before this run.
+        blocked: Prompts that the content filter blocked, in this run or before.
+        failed: Prompts that failed for another reason, in this run or before.
+        unknown: Requests that may have been charged; they are repeated only with `retry_unknown`.
+        left: Prompts that remain to be generated, because of the limit, the budget or an early stop, or because their requests
+            did not run.
+        bad: Lines that are not valid and were skipped.
+        images: Number of images generated or recovered in this run.
+        cost: Cost of these images, by currency; an image of the sandbox costs nothing.
+        unpriced: How many of these images have no known price.
+        list_price: List price of these images, by currency, which the budget counts; in the sandbox too.
+        sandbox: Whether the sandbox generated them, so that nothing is charged.
+        total_cost: Cost of all images in the manifest, by currency.
+        seconds: Duration of the run.
+        over_budget: Whether something was left out because of the budget.
+        stopped: The error that stopped the job; None if nothing did.
+        interrupted: Whether the job was asked to stop, by its `stop` or by a signal.
+        errors: Number of errors by class name, for all prompts that are not made.
+        folder: The folder with the images.
+        manifest: The manifest, with one line of JSON for each finished prompt.
+        contact_sheet: A page with all images, for a browser. Its name is `index.html` unless another file has that name.
+        notes: Remarks for the user.
     """
-    known = [money_text(amount, currency) for currency, amount in cost.items()]
-    unknown = [f"{count_text(unpriced, 'image')} of unknown price"] if unpriced else []
-    amounts = " and ".join(known + unknown)
-    if sandbox:
-        return f"list price {amounts}, nothing is charged" if amounts else "nothing is charged"
-    return amounts or "no cost"
+
+    made: int
+    skipped: int
+    blocked: int
+    failed: int
+    unknown: tuple[UnknownAttempt, ...]
+    left: int
+    bad: int
+    images: int
+    cost: Mapping[str, Decimal]
+    unpriced: int
+    list_price: Mapping[str, Decimal]
+    sandbox: bool
+    total_cost: Mapping[str, Decimal]
+    seconds: float
+    over_budget: bool
+    stopped: Exception | None
+    interrupted: bool
+    errors: Mapping[str, int]
+    folder: Path
+    manifest: Path
+    contact_sheet: Path | None
+    notes: tuple[str, ...] = ()
+
+    def items(self) -> Iterator[dict[str, Any]]:
+        """Read the manifest.
+
+        Yields:
+            One record for each finished prompt; `langchain_cogview.jobs.manifest` describes its keys.
+        """
+        with JobFolder(self.folder) as folder, manifest_of(folder) as manifest:
+            for record in manifest.records():
+                yield record.values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert the report to plain JSON.
+
+        Returns:
+            All attributes; amounts of money and paths are strings.
+        """
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        stopped = self.stopped and {
+            "error": type(self.stopped).__name__,
+            "message": str(self.stopped),
+            "notes": [*getattr(self.stopped, "__notes__", ())],
+        }
+        return plain | {
+            "unknown": [unknown_dict(item) for item in self.unknown],
+            "cost": {currency: str(amount) for currency, amount in self.cost.items()},
+            "list_price": {currency: str(amount) for currency, amount in self.list_price.items()},
+            "total_cost": {currency: str(amount) for currency, amount in self.total_cost.items()},
+            "errors": dict(self.errors),
+            "stopped": stopped,
+            "notes": [*self.notes],
+            "folder": str(self.folder),
+            "manifest": str(self.manifest),
+            "contact_sheet": self.contact_sheet and str(self.contact_sheet),
+        }
+
+    def __str__(self) -> str:
+        counts = [
+            f"{count_text(self.made, 'prompt')} made",
+            *(
+                f"{count:,} {word}"
+                for count, word in (
+                    (self.skipped, "made before"),
+                    (self.blocked, "blocked"),
+                    (self.failed, "failed"),
+                    (len(self.unknown), "unknown"),
+                    (self.left, "left"),
+                    (self.bad, "left out"),
+                )
+                if count
+            ),
+        ]
+        shown = self.list_price if self.sandbox else self.cost
+        cost = cost_text(shown, self.unpriced, sandbox=self.sandbox)
+        lines = [f"{', '.join(counts)}; {cost}; {self.seconds:,.1f} s."]
+        if self.total_cost != self.cost and any(self.total_cost.values()):
+            lines.append(f"All images in the folder: {cost_text(self.total_cost)}.")
+        if self.over_budget:
+            lines.append("The budget does not cover the next prompt.")
+        not_run = [f"{name} ({count:,})" for name, count in self.errors.items() if _not_run(name)]
+        if not_run:
+            lines.append(f"Did not run; the next run sends these again: {', '.join(not_run)}.")
+        if self.stopped:
+            lines += [f"Stopped: {self.stopped}", *getattr(self.stopped, "__notes__", ())]
+        lines += bullet_list("May have been charged, and repeated only with retry_unknown=True", self.unknown)
+        lines += self.notes
+        if self.interrupted:
+            lines.append(INTERRUPTED)
+        return visible("\n".join(lines))
+
+
+def _not_run(name: str) -> bool:
+    kind = error_class(name)
+    return kind is not None and kind.outcome is Outcome.NOT_RUN
 
 
 # --- the backlog
@@ -217,12 +337,7 @@ class WorkItem:
     reservation: Reservation | None = None
 
     def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
-        """Determine how many images to generate.
-
-        Args:
-            retry_failed: Generate again what failed or was blocked.
-            retry_unknown: Generate again what may have been charged.
-        """
+        """Determine how many images to generate, and what of the earlier requests is sent again."""
         made = (self.finished.made if self.finished else 0) + len(self.recovered) + len(self.running)
         absent = max(0, self.prompt.n - made)
         failed = min(absent, len(self.finished.errors) if self.finished else 0)
@@ -252,13 +367,6 @@ def _reaches(budget: Budget, price: Money, count: int) -> bool:
 class Backlog:
     """The prompts of a job, compared with its folder.
 
-    Args:
-        prompts: The checked prompts.
-        history: What the folder's records say.
-        folder: The job's folder.
-        retry_failed: Generate again what failed or was blocked.
-        retry_unknown: Generate again what may have been charged.
-
     Attributes:
         unfinished: Request ids of tasks that were polled in this run without an end; they are not polled again.
     """
@@ -273,14 +381,7 @@ class Backlog:
         self._recovered = recovered_images(folder, history)
 
     def work_item(self, item: PromptItem) -> WorkItem:
-        """Determine what is left to do for a prompt.
-
-        Args:
-            item: The prompt.
-
-        Returns:
-            A new work item.
-        """
+        """Return what is left to do for a prompt, as a new work item."""
         attempts = tuple(self.history.open.get(item.key, {}).values())
         recovered = [
             self._recovered[attempt.request_id] for attempt in attempts if attempt.request_id in self._recovered
@@ -293,25 +394,14 @@ class Backlog:
         return work_item
 
     def spent_models(self) -> Iterator[str]:
-        """List what counts as spent.
-
-        Yields:
-            The model of each image that was paid for, or may have been.
-        """
+        """Yield the model of each image that was paid for, or may have been."""
         for finished in self.history.finished.values():
             yield from finished.spent
         for attempt in self.history.attempts():
             yield from [attempt.model] * attempt.posts
 
     def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
-        """List the requests of this job's prompts whose outcome is unknown.
-
-        Args:
-            with_running: Include the requests of tasks.
-
-        Returns:
-            The requests, in the order of the prompts.
-        """
+        """Return the requests of these prompts whose outcome is unknown, `with_running` those of tasks too."""
         work_items = (self.work_item(item) for item in self.prompts.items if item.key in self.history.open)
         return tuple(
             UnknownAttempt(work_item.prompt.number, attempt.prompt, attempt.request_id)
@@ -320,16 +410,7 @@ class Backlog:
         )
 
     def plan(self, generator: CogViewImageGenerator, budget: Budget, *, limit: int | None = None) -> JobPlan:
-        """Count what is left, and add up its price.
-
-        Args:
-            generator: Knows the prices.
-            budget: Is used up as the job would use it.
-            limit: Maximum number of prompts to generate; None: no limit.
-
-        Returns:
-            The plan.
-        """
+        """Return what is left and its price; `budget` is used up as the job would use it."""
         counts: Counter[str] = Counter()
         cost = Charges()
         for item in self.prompts.items:
@@ -366,14 +447,7 @@ class Backlog:
         )
 
     def uses_sandbox(self, generator: CogViewImageGenerator) -> bool:
-        """Check whether the images are placeholders.
-
-        Args:
-            generator: The job's generator.
-
-        Returns:
-            Whether the sandbox answers, or answered before in this folder.
-        """
+        """Return whether the sandbox answers, or answered before in this folder."""
         return self.history.sandbox or is_sandbox(generator.resolved_base_url)
 
     def _notes(self, counts: Counter[str]) -> Iterator[str]:
@@ -400,15 +474,9 @@ def price_of(generator: CogViewImageGenerator, model: str) -> Money:
 
 
 def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[str] = ()) -> Budget:
-    """Create the budget of a job. It counts list prices, and images of the sandbox like all others.
+    """Return the unused budget of a job, which counts list prices, and images of the sandbox like all others.
 
-    Args:
-        generator: Knows the prices.
-        amount: In the currency of the generator's region; None: no limit.
-        models: All models that may be used; a budget needs the price of each.
-
-    Returns:
-        An unused budget.
+    The budget is in the currency of the generator's region and needs the price of each of the models.
 
     Raises:
         CogViewConfigurationError: `amount` is not an amount of money, or a price is unknown.
@@ -464,13 +532,7 @@ class _Settings(BaseModel):
 
 
 def read_settings(folder: JobFolder) -> dict[str, Any] | None:
-    """Read the arguments that apply to every prompt of the folder's job.
-
-    Args:
-        folder: The job's folder.
-
-    Returns:
-        The arguments by name; None if there is no job in the folder yet.
+    """Return the arguments that apply to every prompt of the folder's job; None if it has no job yet.
 
     Raises:
         CogViewConfigurationError: The file is damaged, of a later version, or not a regular file.
@@ -497,15 +559,7 @@ def read_settings(folder: JobFolder) -> dict[str, Any] | None:
 
 
 def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
-    """Mark a folder as a job's.
-
-    Args:
-        folder: The job's folder.
-        settings: The arguments that apply to every prompt.
-
-    Raises:
-        CogViewStorageError: The file cannot be written.
-    """
+    """Mark a folder as a job's, and record the arguments that apply to every prompt."""
     content = {"type": SETTINGS_TYPE, "version": SETTINGS_VERSION, "settings": dict(settings)}
     try:
         folder.add([SETTINGS], json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n")
@@ -514,15 +568,7 @@ def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
 
 
 def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
-    """Refuse a folder that has no job but other files, unless the caller agreed to add files to it.
-
-    Args:
-        folder: The folder.
-        into_existing: Whether files may be added to a folder with other files.
-
-    Raises:
-        CogViewConfigurationError: The folder has other files.
-    """
+    """Refuse a folder that has no job but other files, unless the caller agreed to add files to it."""
     names = folder.names()
     if not names:
         return
@@ -546,31 +592,3 @@ def job_settings(generator: CogViewImageGenerator) -> dict[str, Any]:
     parts = urlsplit(base_url)
     service = "sandbox" if is_sandbox(base_url) else f"{parts.scheme}://{parts.netloc}"
     return {**{name: getattr(generator, name) for name in _SAME}, "service": service}
-
-
-def refuse_other_settings(folder: Path, begun: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
-    """Refuse to continue a job with other arguments.
-
-    Args:
-        folder: The job's folder.
-        begun: The arguments with which the job was begun; None: there is no job yet.
-        settings: The arguments now.
-
-    Raises:
-        CogViewConfigurationError: The message names the arguments that differ.
-    """
-    if begun is None:
-        return
-    names = [name for name in {**settings, **begun} if begun.get(name) != settings.get(name)]
-    if names:
-        changes = "; ".join(
-            f"{name} was {_shown(begun.get(name))} and is now {_shown(settings.get(name))}" for name in names
-        )
-        raise CogViewConfigurationError(
-            f"The job in {printable(str(folder), 120)} was begun with other arguments; nothing was sent. {changes}.",
-            hint="Continue with those arguments, or choose another folder.",
-        )
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else printable(repr(value), 100)

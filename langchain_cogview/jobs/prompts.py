@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ValidationError
 
+from langchain_cogview.catalog import money_text
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 from langchain_cogview.request import NOT_TAKEN, ImageRequest, describe_validation, unknown_argument
 
 if TYPE_CHECKING:
+    from decimal import Decimal
     from typing import BinaryIO, TextIO
 
 
@@ -549,3 +551,13 @@ def bullet_list(title: str, items: Iterable[Any]) -> list[str]:
     texts = [str(item) for item in items]
     more = [f"  and {len(texts) - MAX_LISTED:,} more"] if len(texts) > MAX_LISTED else []
     return [f"{title} ({len(texts):,}):", *(f"  {text}" for text in texts[:MAX_LISTED]), *more] if texts else []
+
+
+def cost_text(cost: Mapping[str, Decimal], unpriced: int = 0, *, sandbox: bool = False) -> str:
+    """Return a text such as `0.06 CNY`, or `list price 0.06 CNY, nothing is charged` for the sandbox."""
+    known = [money_text(amount, currency) for currency, amount in cost.items()]
+    unknown = [f"{count_text(unpriced, 'image')} of unknown price"] if unpriced else []
+    amounts = " and ".join(known + unknown)
+    if sandbox:
+        return f"list price {amounts}, nothing is charged" if amounts else "nothing is charged"
+    return amounts or "no cost"
