@@ -16,7 +16,6 @@ An entry is the JSON of an image, never its bytes. It is in a LangChain cache, o
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -33,17 +32,16 @@ from urllib.parse import quote
 from langchain_core.caches import BaseCache
 from langchain_core.outputs import Generation
 
-from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, in_thread, raised_by_signal, runs_event_loop
+from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal, runs_event_loop
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, sniff
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.images.store import image_names, local_path, read_regular_file, replace_file
-from langchain_cogview.result import IN_MEMORY, GeneratedImage, with_content
+from langchain_cogview.images.store import image_names, local_path, read_regular_file, reason, replace_file, save_once
+from langchain_cogview.result import GeneratedImage, unsaved_note, with_content
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from langchain_cogview.images.remote import RemoteFolder
     from langchain_cogview.request import ImageRequest
@@ -84,9 +82,9 @@ def image_cache(cache: BaseCache | str | Path) -> Entries:
         CogViewConfigurationError: `cache` is neither.
     """
     if isinstance(cache, BaseCache):
-        return LangChainEntries(cache)
+        return _LangChainEntries(cache)
     if isinstance(cache, str | Path):
-        return DirectoryEntries(_directory(str(cache)))
+        return _DirectoryEntries(_directory(str(cache)))
     shown = f"={cache}" if cache is None or isinstance(cache, bool) else f" of type {type(cache).__name__}"
     raise CogViewConfigurationError(
         f"cache{shown} is neither a LangChain cache nor a directory.",
@@ -111,18 +109,12 @@ def _directory(text: str) -> Path:
         ) from None
     except Exception:  # a server may refuse blocking calls on its event loop, where the generator is created
         logger.debug("The current folder could not be determined.", exc_info=True)
-    if not runs_event_loop() and _is_file(path):
-        raise CogViewConfigurationError(
-            f"cache={printable(text, 120)!r} is a file, not a directory.", hint="Pass another path."
-        )
+    with contextlib.suppress(OSError):  # each call reports that the directory cannot be used
+        if not runs_event_loop() and path.exists() and not path.is_dir():
+            raise CogViewConfigurationError(
+                f"cache={printable(text, 120)!r} is a file, not a directory.", hint="Pass another path."
+            )
     return path
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.exists() and not path.is_dir()
-    except OSError:  # each call reports that the directory cannot be used
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +156,6 @@ class CacheKey:
 class _Identity:
     """Equal for the same object only, and for nothing once that object is gone."""
 
-    __slots__ = ("_hash", "_object")
-
     def __init__(self, of: Any) -> None:
         self._hash = id(of)
         self._object = weakref.ref(of)
@@ -178,11 +168,10 @@ class _Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class LangChainEntries:
+class _LangChainEntries:
     """Entries in a LangChain cache: the text of one `Generation`, which every such cache can serialize."""
 
     cache: BaseCache
-    """The LangChain cache."""
 
     @property
     def identity(self) -> Hashable:
@@ -190,19 +179,10 @@ class LangChainEntries:
         return _Identity(self.cache)
 
     def read(self, key: CacheKey) -> str | None:
-        """Read an entry.
-
-        Returns:
-            The text of the entry, empty where the cache returns something foreign; None where there is none.
-        """
+        """Return the text of an entry, empty where the cache returns something foreign; None where there is none."""
         return self._text(self.cache.lookup(key.prompt, key.llm_string))
 
     async def aread(self, key: CacheKey) -> str | None:
-        """Async version of `read`.
-
-        Returns:
-            The text of the entry; None where there is none.
-        """
         # LangChain's default would use the event loop's executor, which the application may have filled with its own threads.
         if type(self.cache).alookup is BaseCache.alookup:
             return await in_thread(self.read, key)
@@ -213,18 +193,13 @@ class LangChainEntries:
         self.cache.update(key.prompt, key.llm_string, [Generation(text=_to_entry(key, image))])
 
     async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
-        """Async version of `write`."""
         if type(self.cache).aupdate is BaseCache.aupdate:
             await in_thread(self.write, key, image, content)
         else:
             await self.cache.aupdate(key.prompt, key.llm_string, [Generation(text=_to_entry(key, image))])
 
     def bytes_path(self, image: GeneratedImage) -> Path | None:
-        """Where the bytes of an image are stored.
-
-        Returns:
-            None: a LangChain cache stores text only.
-        """
+        """Return None: a LangChain cache stores text only."""
         return None
 
     @staticmethod
@@ -236,7 +211,7 @@ class LangChainEntries:
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryEntries:
+class _DirectoryEntries:
     """Entries and the bytes of their images in a directory on this machine, which is created when it is needed.
 
     Each file is written completely or not at all, and the bytes of an image before its entry, so several processes may write at
@@ -244,7 +219,6 @@ class DirectoryEntries:
     """
 
     directory: Path
-    """The directory."""
 
     @property
     def identity(self) -> Hashable:
@@ -252,22 +226,13 @@ class DirectoryEntries:
         return self.directory
 
     def read(self, key: CacheKey) -> str | None:
-        """Read an entry.
-
-        Returns:
-            The text of the entry; None where there is none.
-        """
+        """Return the text of an entry; None where there is none."""
         try:
             return read_regular_file(self._path(key), _MAX_ENTRY_BYTES).decode("utf-8", "replace")
         except FileNotFoundError:
             return None
 
     async def aread(self, key: CacheKey) -> str | None:
-        """Async version of `read`.
-
-        Returns:
-            The text of the entry; None where there is none.
-        """
         return await in_thread(self.read, key)
 
     def write(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
@@ -278,15 +243,10 @@ class DirectoryEntries:
         replace_file(self._path(key), _to_entry(key, image).encode())
 
     async def awrite(self, key: CacheKey, image: GeneratedImage, content: bytes | None) -> None:
-        """Async version of `write`."""
         await in_thread(self.write, key, image, content)
 
     def bytes_path(self, image: GeneratedImage) -> Path | None:
-        """Where the bytes of an image are stored.
-
-        Returns:
-            The file; None where the bytes were never downloaded.
-        """
+        """Return the file for the bytes of an image; None where they were never downloaded."""
         if image.sha256 is None:
             return None
         name = image.sha256 + EXTENSIONS.get(image.mime_type or "", "")
@@ -296,7 +256,7 @@ class DirectoryEntries:
         return self.directory / "entries" / key.digest[:2] / f"{key.digest}.json"
 
 
-Entries = LangChainEntries | DirectoryEntries
+Entries = _LangChainEntries | _DirectoryEntries
 """Where entries are stored. Errors of file systems and caches are raised as they are."""
 
 
@@ -321,28 +281,16 @@ class CachedRequest:
     notes: list[str] = field(default_factory=list)
     """Failures of the cache itself, for the warnings of the result."""
 
-    def flight(self, index: int, seconds: float | None) -> AbstractContextManager[None]:
-        """Wait until no other call in this process works on the same image; others wait until this block ends.
-
-        Equal requests that look up, generate and store inside the block pay once. A caller that holds a slot of the limiter must
-        not wait here: the call that it waits for may need that slot.
+    def flight_key(self, index: int) -> Hashable:
+        """Identify the work on one image for `SINGLE_FLIGHT`, so that equal requests in one process pay once.
 
         Args:
             index: Number of the image in the request, from 0.
-            seconds: Longest wait in seconds; after that the block begins anyway. None waits without a limit.
 
         Returns:
-            A context manager for the block.
+            The key: equal for the same image in the same cache.
         """
-        return SINGLE_FLIGHT.flight((self.entries.identity, self._key(index).digest), seconds)
-
-    def aflight(self, index: int, seconds: float | None) -> AbstractAsyncContextManager[None]:
-        """Async version of `flight`.
-
-        Returns:
-            An async context manager for the block.
-        """
-        return SINGLE_FLIGHT.aflight((self.entries.identity, self._key(index).digest), seconds)
+        return self.entries.identity, self._key(index).digest
 
     def lookup(
         self, index: int, refetch: Callable[[str], DownloadedImage | CogViewError | None]
@@ -413,12 +361,12 @@ class CachedRequest:
 
     def _write(self, key: CacheKey, image: GeneratedImage) -> None:
         with self._guarded("written"):
-            self.entries.write(key, image, self._content_to_keep(image))
+            content = self._readable(image) if self.entries.bytes_path(image) else None
+            self.entries.write(key, image, content)
 
     async def _awrite(self, key: CacheKey, image: GeneratedImage) -> None:
         with self._guarded("written"):
-            keeps = self.entries.bytes_path(image) is not None
-            content = await in_thread(self._content_to_keep, image) if keeps else None
+            content = await in_thread(self._readable, image) if self.entries.bytes_path(image) else None
             await self.entries.awrite(key, image, content)
 
     # --- reading and writing files and remote storage
@@ -434,10 +382,11 @@ class CachedRequest:
             content = self._read(location, recorded, deadline)
             if content is None:
                 continue
+            fields = {"path": location, "uri": None} if isinstance(location, Path) else {"path": None, "uri": location}
             if location in in_folder:
-                return self._hit(recorded, **_location_fields(location))
+                return self._hit(recorded, **fields)
             if self.folder is None:
-                return self._hit(recorded, content=content, **_location_fields(location))
+                return self._hit(recorded, content=content, **fields)
             return self._saved(recorded, content, self.folder, deadline)
         return None
 
@@ -445,12 +394,12 @@ class CachedRequest:
         """Return where in the caller's folder the image can be."""
         if self.folder is None:
             return []
+        name = _names(recorded)[0]
         if isinstance(self.folder, Path):
             folder = self.folder.resolve()
-            first = [recorded.path] if recorded.path and recorded.path.parent == folder else []
-            return [*first, folder / _names(recorded)[0]]
+            return [*([recorded.path] if recorded.path and recorded.path.parent == folder else []), folder / name]
         root = f"{self.folder.url.rstrip('/')}/"
-        return [*([recorded.uri] if recorded.uri and recorded.uri.startswith(root) else []), root + _names(recorded)[0]]
+        return [*([recorded.uri] if recorded.uri and recorded.uri.startswith(root) else []), root + name]
 
     def _read(self, location: Path | str, recorded: GeneratedImage, deadline: Deadline) -> bytes | None:
         """Return the bytes of a local file or of an object of remote storage, if they are as recorded."""
@@ -465,20 +414,15 @@ class CachedRequest:
     def _saved(
         self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
     ) -> GeneratedImage:
-        """Return the hit with a file in the caller's folder, as if it had just been generated.
-
-        Raises:
-            OSError: A signal handler of the program raised it.
-        """
         names = _names(recorded)
         try:
             if isinstance(folder, Path):
-                return self._hit(recorded, path=_save_as_first_free(folder, names, content), uri=None)
+                return self._hit(recorded, path=save_once(folder, names, content), uri=None)
             return self._hit(recorded, path=None, uri=folder.upload(names, content, deadline))
         except OSError as error:
             if raised_by_signal(error):
                 raise
-            note = _unsaved_note(folder, error.strerror or type(error).__name__)
+            note = unsaved_note(folder, reason(error))
             return self._hit(recorded, path=None, uri=None, content=content, warnings=(note,))
 
     def _refetched(
@@ -493,43 +437,37 @@ class CachedRequest:
                 with contextlib.suppress(OSError):
                     fetched.path.unlink()
             return None
-        fields = {
-            "path": fetched.path,
-            "uri": fetched.uri,
-            "mime_type": fetched.info.mime_type,
-            "width": fetched.info.width,
-            "height": fetched.info.height,
-            "size_bytes": fetched.size_bytes,
-            "sha256": fetched.sha256,
-            "warnings": (_unsaved_note(self.folder, fetched.problem),) if fetched.problem else (),
-        }
-        image = recorded.model_copy(update=fields)
+        warnings = (unsaved_note(self.folder, fetched.problem),) if fetched.problem else ()
+        image = recorded.model_copy(update={**fetched.fields, "warnings": warnings})
         return with_content(image, fetched.content, self._access())
 
-    def _content_to_keep(self, image: GeneratedImage) -> bytes | None:
-        """Return the bytes of an image, for a cache that stores bytes; None for another, or where they cannot be read."""
-        if self.entries.bytes_path(image) is None:
-            return None
-        content = _local_bytes(image)
-        return self._read(image.uri, image, Deadline(self.timeout)) if content is None and image.uri else content
+    def _readable(self, image: GeneratedImage) -> bytes | None:
+        """Return the bytes of an image, wherever they are; None where they cannot be read."""
+        content = None
+        with contextlib.suppress(CogViewStorageError):
+            content = image.local_bytes()
+        if content is not None and _is_intact(content, image):
+            return content
+        return self._read(image.uri, image, Deadline(self.timeout)) if image.uri else None
 
     # --- pure decisions
 
     def _recorded(self, key: CacheKey, text: str | None) -> GeneratedImage | None:
         """Return the image of an entry; None where there is no entry, or where it is damaged."""
         recorded = None if text is None else from_entry(key, text)
-        if recorded is None:
-            return None
         # The old warnings are about old files; this call adds its own.
-        recorded = recorded.model_copy(update={"warnings": ()})
-        return with_content(recorded, None, self._access())
+        return recorded and with_content(recorded.model_copy(update={"warnings": ()}), None, self._access())
 
     def _hit_by_url(self, recorded: GeneratedImage) -> GeneratedImage | None:
         # Path and URI were not read, so the hit does not name them.
-        return self._hit(recorded, path=None, uri=None) if _has_valid_url(recorded) else None
+        return self._hit(recorded, path=None, uri=None) if _valid_url(recorded, undated=UNDATED_URL_LIFETIME) else None
 
     def _is_storable(self, image: GeneratedImage) -> bool:
-        return not image.cached and image.model == self.request.model and bool(image.sha256 or _has_valid_url(image))
+        return (
+            not image.cached
+            and image.model == self.request.model
+            and bool(image.sha256 or _valid_url(image, undated=UNDATED_URL_LIFETIME))
+        )
 
     def _key(self, index: int) -> CacheKey:
         return CacheKey.of(self.request, index, self.base_url)
@@ -556,24 +494,20 @@ class CachedRequest:
         except Exception as error:  # a LangChain cache can raise any class
             if raised_by_signal(error):
                 raise
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            note = f"The cache could not be {what}: {printable(str(reason), 80)}."
+            note = f"The cache could not be {what}: {printable(str(reason(error)), 80)}."
             if not self.notes and failing not in _FAILING:
-                self._log_failure(failing, error)
+                if len(_FAILING) >= _MAX_FAILING:
+                    _FAILING.clear()
+                _FAILING.add(failing)
+                logger.warning(
+                    "The cache could not be %s (%s). Calls go on without it; this is not logged again until it works.",
+                    what,
+                    _describe(error, self.request.prompt),
+                )
             if note not in self.notes:
                 self.notes.append(note)
         else:
             _FAILING.discard(failing)
-
-    def _log_failure(self, failing: tuple[Hashable, str], error: Exception) -> None:
-        if len(_FAILING) >= _MAX_FAILING:
-            _FAILING.clear()
-        _FAILING.add(failing)
-        logger.warning(
-            "The cache could not be %s (%s). Calls go on without it; this is not logged again until it works.",
-            failing[1],
-            _describe(error, self.request.prompt),
-        )
 
 
 def _describe(error: Exception, prompt: str) -> str:
@@ -599,71 +533,25 @@ def _reveals(text: str, prompt: str) -> bool:
     )
 
 
-def _valid_url(image: GeneratedImage) -> str | None:
-    """Return the URL of an image; None where there is none, or where its own expiry time has passed."""
-    expiry = expires_at(image.url or "")
-    return None if expiry and expiry <= datetime.now(UTC) else image.url
-
-
-def _has_valid_url(image: GeneratedImage) -> bool:
-    """Return whether the URL of an image is valid, as far as is known without a request."""
-    if image.url is None:
-        return False
-    now, expiry = datetime.now(UTC), expires_at(image.url)
-    if expiry is not None:
-        return expiry > now
-    return image.created is not None and now.timestamp() < image.created + UNDATED_URL_LIFETIME.total_seconds()
+def _valid_url(image: GeneratedImage, *, undated: timedelta | None = None) -> str | None:
+    """Return the URL of an image if it has not expired; one without an expiry time lasts `undated`, or (None) for ever."""
+    now, expiry = datetime.now(UTC), expires_at(image.url or "")
+    if expiry is None and undated is not None:
+        is_valid = image.created is not None and now.timestamp() < image.created + undated.total_seconds()
+    else:
+        is_valid = expiry is None or expiry > now
+    return image.url if is_valid else None
 
 
 def _names(image: GeneratedImage) -> list[str]:
     """Return file names for saving an image again. They are always the same, so that further hits add no files."""
-    parts = (
-        re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8]),
-        str(image.sha256),
-        EXTENSIONS.get(image.mime_type or "", ""),
-    )
+    label = re.sub(r"[^0-9A-Za-z]", "_", image.request_id[:8])
+    parts = label, str(image.sha256), EXTENSIONS.get(image.mime_type or "", "")
     try:
         names = image_names(*parts, moment=image.created or 0)
-    except (ValueError, OverflowError, OSError):
+    except (ValueError, OverflowError, OSError):  # outside of the calendar
         names = image_names(*parts, moment=0)
     return [*islice(names, _MAX_NAMES)]
-
-
-def _save_as_first_free(folder: Path, names: list[str], content: bytes) -> Path:
-    """Write a file under the first name that is free, or that has the same bytes already.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        FileExistsError: Every name is in use.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
-    for path in (folder / name for name in names):
-        if not path.exists():
-            replace_file(path, content)
-            return path
-        with contextlib.suppress(OSError):
-            if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process has just saved it
-                return path
-    raise FileExistsError(errno.EEXIST, "every name is in use")
-
-
-def _location_fields(location: Path | str) -> dict[str, Any]:
-    return {"path": location, "uri": None} if isinstance(location, Path) else {"path": None, "uri": location}
-
-
-def _unsaved_note(folder: object, why: str) -> str:
-    return f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. {IN_MEMORY}"
-
-
-def _local_bytes(image: GeneratedImage) -> bytes | None:
-    try:
-        content = image.local_bytes()
-    except CogViewStorageError:
-        return None
-    return content if content is not None and _is_intact(content, image) else None
 
 
 def _to_entry(key: CacheKey, image: GeneratedImage) -> str:
@@ -683,10 +571,10 @@ def from_entry(key: CacheKey, text: str) -> GeneratedImage | None:
         is_own = (entry["type"], entry["version"], entry["key"]) == (_ENTRY_TYPE, _ENTRY_VERSION, key.digest)
         if is_own and (image.sha256 is None or _SHA256.fullmatch(image.sha256)):
             return image
-        reason = "ValueError"
+        why = "ValueError"
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        reason = type(error).__name__
-    logger.warning("An entry of the cache is ignored: it is damaged or foreign (%s).", reason)
+        why = type(error).__name__
+    logger.warning("An entry of the cache is ignored: it is damaged or foreign (%s).", why)
     return None
 
 

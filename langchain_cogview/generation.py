@@ -22,7 +22,7 @@ from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.cache import CachedRequest
 from langchain_cogview.catalog import model_info, price_of
-from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
+from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, in_thread, raised_by_signal
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewContentFilterError,
@@ -37,7 +37,7 @@ from langchain_cogview.errors import (
 from langchain_cogview.events import EventDispatcher, ImageEvents
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.result import IN_MEMORY, GeneratedImage, ImageFailure, ImageResult, with_content
+from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, unsaved_note, with_content
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +211,7 @@ class ImageCall:
         if self.cache is None:
             return self._generate_new()
         # A call that waits here for an equal request holds no slot of the limiter.
-        with self.cache.flight(index, self.settings.timeout or _FLIGHT_SECONDS):
+        with SINGLE_FLIGHT.flight(self.cache.flight_key(index), self.settings.timeout or _FLIGHT_SECONDS):
             hit = self.cache.lookup(index, self._refetched)
             if hit is None:
                 outcome = self._generate_new()
@@ -226,7 +226,7 @@ class ImageCall:
         """Async version of `generate`."""
         if self.cache is None:
             return await self._agenerate_new()
-        async with self.cache.aflight(index, self.settings.timeout or _FLIGHT_SECONDS):
+        async with SINGLE_FLIGHT.aflight(self.cache.flight_key(index), self.settings.timeout or _FLIGHT_SECONDS):
             hit = await self.cache.alookup(index, self._arefetched)
             if hit is None:
                 outcome = await self._agenerate_new()
@@ -502,21 +502,9 @@ class ImageCall:
         made: dict[str, Any] = {}
         content = None
         if isinstance(downloaded, DownloadedImage):
-            info, content = downloaded.info, downloaded.content
-            made = {
-                "path": downloaded.path,
-                "uri": downloaded.uri,
-                "mime_type": info.mime_type,
-                "width": info.width,
-                "height": info.height,
-                "size_bytes": downloaded.size_bytes,
-                "sha256": downloaded.sha256,
-            }
+            made, content = downloaded.fields, downloaded.content
             if downloaded.problem:
-                notes.append(
-                    f"The image could not be saved in output_dir ({printable(str(settings.folder), 120)}): "
-                    f"{downloaded.problem}. {IN_MEMORY}"
-                )
+                notes.append(unsaved_note(settings.folder, downloaded.problem))
         elif downloaded is not None:
             notes.append(f"{downloaded.message} {downloaded.hint}".strip())
             if url is None:

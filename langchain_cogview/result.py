@@ -307,6 +307,19 @@ class GeneratedImage(BaseModel):
         return image_output(self, self._content)
 
 
+def unsaved_note(folder: object, why: str) -> str:
+    """Word the warning about an image whose file could not be saved.
+
+    Args:
+        folder: The folder that was asked for.
+        why: The reason, as in `DownloadedImage.problem`.
+
+    Returns:
+        The text of the warning.
+    """
+    return f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. {IN_MEMORY}"
+
+
 def with_content(image: GeneratedImage, content: bytes | None, access: ImageAccess | None = None) -> GeneratedImage:
     """Let a new image hold its bytes in memory, in no repr, JSON or trace, and say what it may be read from.
 

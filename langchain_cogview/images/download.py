@@ -77,6 +77,13 @@ class DownloadedImage:
     content: bytes | None = None
     problem: str | None = None
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a `GeneratedImage` records about the bytes, by the names of its fields."""
+        names = ("path", "uri", "size_bytes", "sha256")
+        info = {"mime_type": self.info.mime_type, "width": self.info.width, "height": self.info.height}
+        return {**info, **{name: getattr(self, name) for name in names}}
+
 
 def expires_at(url: str) -> datetime | None:
     """Read when a signed link expires, from `Expires` (Unix seconds) in its query.

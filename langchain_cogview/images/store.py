@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.images.formats import EXTENSIONS, ImageFormatError, inspect
+from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, ImageFormatError, inspect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from langchain_cogview.images.formats import ImageInfo
 
@@ -335,8 +335,8 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
             rest = rest[target.write(rest) :]
 
 
-def reason(error: OSError | ValueError) -> str:
-    """Describe why a file could not be written.
+def reason(error: Exception) -> str:
+    """Describe why a file could not be read or written.
 
     Args:
         error: The exception.
@@ -469,6 +469,32 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def save_once(folder: Path, names: Iterable[str], content: bytes) -> Path:
+    """Write a file under the first name that is free, or whose file has the same bytes already.
+
+    Args:
+        folder: The folder, which is made when missing.
+        names: The names to try, in order.
+        content: The bytes.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: The file could not be written, or every name is in use.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    for path in (folder / name for name in names):
+        if not path.exists():
+            replace_file(path, content)
+            return path
+        with contextlib.suppress(OSError):
+            if read_regular_file(path, MAX_IMAGE_BYTES) == content:  # another thread or process has just saved it
+                return path
+    raise FileExistsError(errno.EEXIST, "every name is in use")
 
 
 # --- reading

@@ -849,7 +849,7 @@ def test_many_entries_are_found_without_listing_any(sandbox, tmp_path, monkeypat
 
 def test_sync_and_async_have_the_same_arguments():
     request = CachedRequest(image_cache(InMemoryCache()), ImageRequest(prompt="a kitten"), "sandbox:")
-    for name in ("lookup", "store", "flight"):
+    for name in ("lookup", "store"):
         pair = [list(inspect.signature(getattr(request, each)).parameters) for each in (name, f"a{name}")]
         assert pair[0] == pair[1]
 
