@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from langchain_cogview.sandbox import Sandbox
     from langchain_cogview.tasks import ImageTask
     from langchain_cogview.tool import CogViewImageTool
+    from langchain_cogview.toolkit import CogViewToolkit
 
 _NAMES = {
     "artifact": ("ImageArtifact",),
@@ -116,6 +117,7 @@ _NAMES = {
     "sandbox": ("Sandbox",),
     "tasks": ("ImageTask",),
     "tool": ("CogViewImageTool",),
+    "toolkit": ("CogViewToolkit",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -149,6 +151,7 @@ __all__ = [
     "CogViewTaskFailedError",
     "CogViewTaskUnfinishedError",
     "CogViewTimeoutError",
+    "CogViewToolkit",
     "ContentFilter",
     "ContentFilterCallbackHandler",
     "ContentFilterEvent",

@@ -288,14 +288,14 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         with self.failures():
-            result = self.generator.invoke(_arguments(prompt, size, quality), budget=self.limits())
+            result = self.generator.invoke(call_arguments(prompt, size, quality), budget=self.limits())
         return self.answer(_with_files(result) if any(map(_is_unsaved, result.images)) else result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         with self.failures():
-            result = await self.generator.ainvoke(_arguments(prompt, size, quality), budget=self.limits())
+            result = await self.generator.ainvoke(call_arguments(prompt, size, quality), budget=self.limits())
         return self.answer(await in_thread(_with_files, result) if any(map(_is_unsaved, result.images)) else result)
 
     @contextmanager
@@ -375,7 +375,12 @@ def _signature(cls: type[CogViewImageTool]) -> inspect.Signature:
 CogViewImageTool.__signature__ = _signature(CogViewImageTool)
 
 
-def _arguments(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
+def call_arguments(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
+    """Collect the arguments that a chat model has set.
+
+    Returns:
+        The arguments of `ImageRequest`, without those that are None.
+    """
     arguments = {"prompt": prompt, "size": size, "quality": quality}
     return {name: value for name, value in arguments.items() if value is not None}
 
