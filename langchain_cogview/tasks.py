@@ -19,7 +19,7 @@ from langchain_cogview.request import ImageRequest
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
-    from langchain_cogview.api.protocol import TaskReply
+    from langchain_cogview.api.tasks import TaskReply
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.result import ImageResult
 
@@ -87,8 +87,7 @@ class ImageTask:
         Raises:
             CogViewInvalidRequestError: The id is blank, or has characters that no task id has, such as `/`.
         """
-        from langchain_cogview.api.protocol import is_task_id  # noqa: PLC0415
-        from langchain_cogview.api.tasks import BAD_TASK_ID  # noqa: PLC0415
+        from langchain_cogview.api.tasks import BAD_TASK_ID, is_task_id  # noqa: PLC0415
 
         task_id = task_id.strip() if isinstance(task_id, str) else ""
         if not is_task_id(task_id):

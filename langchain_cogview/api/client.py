@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from langchain_cogview.api.endpoint import Call, Endpoint, Progress, Reader, ReplyT
 from langchain_cogview.api.limiter import Limiter, Slot, limiter_for
-from langchain_cogview.api.protocol import (
-    MAX_RETRY_AFTER,
-    Fault,
-    ImagesReply,
-    Phase,
-    RetryPolicy,
-    read_reply,
-    transport_error,
-)
+from langchain_cogview.api.protocol import Fault, ImagesReply, Phase, read_reply, transport_error
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import CANCEL_TOKEN, Deadline
 from langchain_cogview.errors import (
+    CogViewBudgetError,
     CogViewBusyError,
+    CogViewConfigurationError,
     CogViewError,
     CogViewRateLimitError,
     CogViewStoppedError,
@@ -37,6 +33,9 @@ if TYPE_CHECKING:
     from langchain_cogview.concurrency import CancelToken
 
 ROUTE: Final = "/images/generations"
+MAX_RETRY_AFTER: Final = 3600.0
+"""Seconds; a service that asks for a longer wait is not waited for."""
+_NEVER_AGAIN: Final = (CogViewBudgetError, CogViewConfigurationError, CogViewStoppedError, CogViewTimeoutError)
 _BLOCKED_LOOP_SECONDS = 120.0
 _LIMITER_POLL_SECONDS = 0.05
 
@@ -85,6 +84,40 @@ class CallEvents(Protocol):
 
     async def aprocessing(self, task_id: str) -> None:
         """Async version of `processing`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a request is sent again, and after which wait.
+
+    Attributes:
+        max_retries: Further attempts after the first.
+        retry_unknown: Whether to send requests again that may have been charged. This can pay twice.
+    """
+
+    max_retries: int = 2
+    retry_unknown: bool = False
+
+    def sends_again(self, error: BaseException) -> bool:
+        """Whether an error allows another attempt, regardless of their number."""
+        if not isinstance(error, CogViewError) or isinstance(error, _NEVER_AGAIN):
+            return False
+        return error.outcome is Outcome.NOT_RUN or (self.retry_unknown and error.outcome is Outcome.UNKNOWN)
+
+    def wait(self, error: BaseException, attempt: int) -> float:
+        """Seconds to wait before attempt number `attempt` + 1: what the service asked for, else full jitter.
+
+        The bound of the jitter doubles with each attempt, up to 60 s. It starts at 1 s, at 2 s after a refusal for too many
+        requests in flight, and at 5 s when the model is overloaded.
+
+        Returns:
+            The wait in seconds; infinity if the service asks for too long a wait.
+        """
+        asked = error.retry_after if isinstance(error, CogViewError) else None
+        if asked is not None:
+            return asked if asked <= MAX_RETRY_AFTER else math.inf
+        first = 5.0 if isinstance(error, CogViewBusyError) else 2.0 if isinstance(error, CogViewRateLimitError) else 1.0
+        return random.uniform(0.0, min(first * 2 ** (attempt - 1), 60.0))
 
 
 @dataclass(slots=True)

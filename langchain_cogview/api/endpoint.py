@@ -1,4 +1,8 @@
-"""One HTTP exchange with the endpoint, bounded in size and time, with errors classified and the key removed."""
+"""One HTTP exchange with the endpoint, bounded in size and time, with errors classified and the key removed.
+
+The service sends a link. Gateways and self-hosted servers send the image itself as base64 in a string of the JSON. Such a string
+is decoded as it comes and leaves a short placeholder behind, so that a reply takes no more memory than its image.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import re
+import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
@@ -14,16 +20,23 @@ from urllib.parse import urlsplit
 import httpx
 
 from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
-from langchain_cogview.api.body import ReplyBody
 from langchain_cogview.api.network import UnexpectedDataError
-from langchain_cogview.api.protocol import Fault, Phase, ReplyContext, parse_retry_after, transport_error
+from langchain_cogview.api.protocol import (
+    DATA_FIELDS,
+    Fault,
+    ImageData,
+    Phase,
+    ReplyContext,
+    parse_retry_after,
+    transport_error,
+)
 from langchain_cogview.api.redaction import redactor
 from langchain_cogview.api.settings import SANDBOX_KEY, is_sandbox
 from langchain_cogview.concurrency import DEADLINE, raised_by_signal
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewOutcomeUnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from pydantic import SecretStr
 
@@ -31,6 +44,31 @@ if TYPE_CHECKING:
 
 SANDBOX_HEADER: Final = "x-cogview-sandbox"
 _ID_CHARACTERS = 200
+
+MAX_REPLY_BYTES: Final = 1_000_000
+"""The most bytes of a reply, without its image data."""
+MAX_IMAGE_BYTES: Final = 32 * 2**20
+"""The most bytes of image data in a reply, as for a download."""
+
+_LONG: Final = 16_384
+"""Characters from which a string may be image data; a shorter one stays where it is."""
+_SAMPLE: Final = 64
+_PART: Final = 2**16
+"""Bytes that are looked at together."""
+_COMPLETE: Final = re.compile(rb'[^"]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]*)*', re.DOTALL)
+"""Whole strings and what stands between them. (One that is long and wholly in a part stays in the JSON.)"""
+_STRING: Final = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+_KEY_BYTES: Final = 64
+_DATA_KEY: Final = re.compile(rb'"(?:%s|url)"\s*:\s*"\Z' % b"|".join(name.encode() for name in DATA_FIELDS))
+_OPEN_ESCAPE: Final = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+_GZIP_MAGIC: Final = b"\x1f\x8b"
+_NOT_PLAIN: Final = bytes({*range(32), *b'"\\', *range(127, 256)})
+_ESCAPES: Final = (
+    *((b"\\u%04x" % ord(sign), sign) for sign in (b"/", b"+", b"=", b"\n", b"\r", b"\t", b" ", b"-", b"_")),
+    *((b"\\u%04X" % ord(sign), sign) for sign in (b"/", b"+", b"=", b"\n", b"\r", b"-", b"_")),
+    *((b"\\/", b"/"), (b"\\n", b"\n"), (b"\\r", b"\r"), (b"\\t", b"\t")),
+)
+"""The JSON escapes that base64 can be behind: some writers escape the slash, others the plus sign."""
 
 ReplyT = TypeVar("ReplyT")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
@@ -83,24 +121,6 @@ class Progress:
         if self.traced or not self.begun:
             return Phase.SENT if self.sent else Phase.CONNECTING
         return Phase.CONNECTING if isinstance(error, _NOT_SENT) else Phase.SENT
-
-
-class _Reading:
-    """The part of a reply that was received."""
-
-    def __init__(self) -> None:
-        self.response: httpx.Response | None = None
-        self._body: ReplyBody | None = None
-
-    @property
-    def body(self) -> ReplyBody:
-        if self._body is None:
-            self._body = ReplyBody(self.response.headers.get("content-encoding", "") if self.response else "")
-        return self._body
-
-    def add(self, chunk: bytes) -> bool:
-        """Add a part of the body. Returns False if the body is larger than allowed."""
-        return self.body.add(chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +213,14 @@ class Endpoint:
     ) -> _Received | BaseException:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        reading = _Reading()
+        reading = None
         progress.begun = True
         try:
-            response = reading.response = self.send(self._request(call, deadline, progress.trace))
+            response = self.send(self._request(call, deadline, progress.trace))
             with contextlib.closing(response):
+                reading = _Reading.of(response)
                 for chunk in response.iter_raw():
-                    if not reading.add(chunk):
+                    if not reading.body.add(chunk):
                         break
                     if deadline.passed:
                         raise httpx.ReadTimeout("The time limit passed.")  # noqa: TRY301
@@ -215,15 +236,16 @@ class Endpoint:
     ) -> _Received | BaseException:
         if deadline.passed:
             return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
-        reading = _Reading()
+        reading = None
         progress.begun = True
         try:
             async with asyncio.timeout(deadline.remaining()):
-                response = reading.response = await self.asend(self._request(call, deadline, progress.atrace))
+                response = await self.asend(self._request(call, deadline, progress.atrace))
+                reading = _Reading.of(response)
                 chunks: Any = response.aiter_raw()
                 async with contextlib.aclosing(response), contextlib.aclosing(chunks):
                     async for chunk in chunks:
-                        if not reading.add(chunk):
+                        if not reading.body.add(chunk):
                             break
                     received = self._received(reading, call)
                     if isinstance(received, CogViewError) and "network_stream" in response.extensions:
@@ -258,10 +280,7 @@ class Endpoint:
         }
 
     def _received(self, reading: _Reading, call: Call) -> _Received | CogViewError:
-        response = reading.response
-        if response is None:
-            return transport_error(Fault.BROKEN, Phase.SENT)
-        body = reading.body.json()
+        response, body = reading.response, reading.body.json()
         if body is None:
             return CogViewMalformedReplyError(
                 "The service's reply is larger than 1 MB (beside 32 MiB of image data) or compressed in a way that was not asked "
@@ -282,7 +301,7 @@ class Endpoint:
         self,
         error: BaseException,
         call: Call,
-        reading: _Reading,
+        reading: _Reading | None,
         progress: Progress,
         deadline: Deadline,
         read: Reader[Any],
@@ -299,9 +318,9 @@ class Endpoint:
             return error
         return self._salvaged(reading, call, read) or self._as_ours(error, progress, deadline.seconds)
 
-    def _salvaged(self, reading: _Reading, call: Call, read: Reader[Any]) -> _Received | None:
+    def _salvaged(self, reading: _Reading | None, call: Call, read: Reader[Any]) -> _Received | None:
         """Return an incomplete reply if it holds the link of the image, which is paid for."""
-        received = self._received(reading, call) if reading.body.has_content else None
+        received = self._received(reading, call) if reading and reading.body.has_content else None
         if not isinstance(received, _Received):
             return None
         try:
@@ -328,6 +347,17 @@ class Endpoint:
             fault = Fault.BROKEN
         detail = f"{type(error).__name__}: {said}".rstrip(": ")
         return transport_error(fault, progress.phase(error), detail=detail, limit=limit)
+
+
+class _Reading(NamedTuple):
+    """The part of a reply that was received."""
+
+    response: httpx.Response
+    body: ReplyBody
+
+    @classmethod
+    def of(cls, response: httpx.Response) -> _Reading:
+        return cls(response, ReplyBody(response.headers.get("content-encoding", "")))
 
 
 class _Received(NamedTuple):
@@ -373,3 +403,184 @@ def _answers_another(call: Call, body: bytes) -> bool:
 def _bare_id(request_id: str) -> str:
     """A UUID in the one form, however a gateway writes it."""
     return request_id.strip().lower().replace("-", "")
+
+
+# --- the body of a reply
+
+
+class ReplyBody:
+    """The body of one reply.
+
+    Args:
+        encoding: Its `Content-Encoding`.
+
+    Attributes:
+        has_content: Whether anything has come.
+    """
+
+    def __init__(self, encoding: str = "") -> None:
+        self.has_content = False
+        name = encoding.strip().lower()
+        self._inflater = _Inflater() if name in {"gzip", "x-gzip", "deflate"} else None
+        self._json = bytearray()
+        self._images: list[bytes | None] = []
+        self._image_bytes = self._data_bytes = 0
+        self._start: int | None = None  # of the string in `_json` that is being read
+        self._is_text = False  # whether that string is not image data
+        self._data: ImageData | None = None
+        self._carry = b""
+        self._is_broken = self._inflater is None and name not in {"", "identity"}
+
+    def add(self, chunk: bytes) -> bool:
+        """Add a part of the body. Returns False if the body is larger than allowed or cannot be decompressed."""
+        self.has_content = self.has_content or bool(chunk)
+        try:
+            for part in [chunk] if self._inflater is None else self._inflater.parts(chunk):
+                self._read(part)
+                if self._is_broken:
+                    break
+        except zlib.error:
+            self._is_broken = True
+        return not self._is_broken
+
+    def json(self) -> bytes | None:
+        """Return the JSON with placeholders for image data; None if it was too large or its compression is unknown."""
+        if self._is_broken or (self._inflater and not self._inflater.is_at_end):
+            return None
+        return bytes(self._json) + self._carry
+
+    @property
+    def images(self) -> tuple[bytes | None, ...]:
+        """The image data in the order of the reply; None for a string that was not valid image data."""
+        return tuple(self._images)
+
+    def _read(self, chunk: bytes) -> None:
+        position = 0
+        while position < len(chunk):
+            part = self._carry + chunk[position : position + _PART]
+            position += _PART
+            self._carry = b""
+            self._read_part(part)
+            too_much_data = self._image_bytes > MAX_IMAGE_BYTES or self._data_bytes > 2 * MAX_IMAGE_BYTES
+            if too_much_data or len(self._json) > MAX_REPLY_BYTES:
+                self._is_broken = True
+                return
+
+    def _read_part(self, part: bytes) -> None:
+        position = 0
+        while position < len(part):
+            if self._data is not None:
+                position = self._read_data(self._data, part, position)
+            elif self._start is not None:
+                position = self._read_string(part, position)
+            else:
+                end = _end(_COMPLETE, part, position)
+                self._json += part[position : end + 1]
+                position = end + 1
+                if end < len(part):  # a quote, behind which no other one comes
+                    self._start = len(self._json)
+                    self._is_text = not _DATA_KEY.search(self._json, max(0, self._start - _KEY_BYTES))
+
+    def _read_string(self, part: bytes, position: int) -> int:
+        end = _end(_STRING, part, position)
+        self._json += part[position:end]
+        if part[end : end + 1] == b"\\":  # the other half of the escape comes with the next part
+            self._carry = part[end:]
+            return len(part)
+        is_at_quote = end < len(part)
+        self._look_for_data(is_at_quote=is_at_quote)
+        if is_at_quote and self._data is None:
+            self._json += b'"'
+            self._start = None
+            end += 1
+        return end
+
+    def _look_for_data(self, *, is_at_quote: bool) -> None:
+        """Take a long string out of the JSON, where it begins like base64."""
+        start = self._start or 0
+        if self._is_text or len(self._json) - start < _LONG:
+            return
+        string = bytes(self._json[start:])
+        cut = None if is_at_quote else _OPEN_ESCAPE.search(string)
+        carry = string[cut.start() :] if cut else b""
+        text = _unescaped(string[: len(string) - len(carry)])
+        data = ImageData()
+        data.feed(text)
+        if not data.is_valid:
+            self._is_text = True
+            return
+        del self._json[start:]
+        self._json += text[:_SAMPLE].translate(None, _NOT_PLAIN)
+        self._data, self._carry = data, carry
+        self._image_bytes += data.size
+
+    def _read_data(self, data: ImageData, chunk: bytes, position: int) -> int:
+        quote = chunk.find(b'"', position)
+        end = len(chunk) if quote < 0 else quote
+        text = chunk[position:end]
+        if quote < 0 and (cut := _OPEN_ESCAPE.search(text)):
+            self._carry, text = text[cut.start() :], text[: cut.start()]
+        before = data.size
+        data.feed(_unescaped(text))
+        if quote >= 0:
+            self._json += b'\\u0000image %d"' % len(self._images)
+            self._images.append(data.result())
+            self._data, self._start = None, None
+            end += 1
+        self._image_bytes += data.size - before
+        self._data_bytes += len(text)
+        return end
+
+
+class _Inflater:
+    """Undoes gzip or deflate as it comes, a little at a time."""
+
+    def __init__(self) -> None:
+        self._decoder = zlib.decompressobj(47)  # gzip or zlib, by their heads
+        self._head: bytes | None = b""
+        self._behind = b""
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._decoder.eof
+
+    def parts(self, chunk: bytes) -> Iterator[bytes]:
+        rest = chunk
+        while rest:
+            if self._decoder.eof:
+                # A gzip file may have further members; anything else behind its end is left out.
+                rest = self._behind + rest
+                self._behind = rest[: len(_GZIP_MAGIC)]
+                if self._behind != _GZIP_MAGIC:
+                    return
+                self._decoder, self._behind = zlib.decompressobj(47), b""
+            part = self._inflated(rest)
+            rest = self._decoder.unconsumed_tail or self._decoder.unused_data
+            if part:
+                self._head = None
+                yield part
+
+    def _inflated(self, chunk: bytes) -> bytes:
+        try:
+            part = self._decoder.decompress(chunk, _PART)
+        except zlib.error:
+            if self._head is None:
+                raise
+            self._decoder = zlib.decompressobj(-15)  # the headless deflate that some servers send
+            head, self._head = self._head, None
+            return self._decoder.decompress(head + chunk, _PART)
+        if self._head is not None:
+            self._head += chunk
+        return part
+
+
+def _end(pattern: re.Pattern[bytes], part: bytes, position: int) -> int:
+    found = pattern.match(part, position)
+    return found.end() if found else position
+
+
+def _unescaped(text: bytes) -> bytes:
+    if b"\\" in text:
+        for escape, character in _ESCAPES:
+            text = text.replace(escape, character)
+    return text

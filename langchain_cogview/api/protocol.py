@@ -6,22 +6,21 @@ the text, which is Chinese in one region and English in the other, and changes.
 
 from __future__ import annotations
 
+import binascii
+import io
 import json
 import math
-import random
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urljoin, urlsplit
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
-from langchain_cogview.api.body import DATA_FIELDS, image_data
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
     CogViewBalanceError,
-    CogViewBudgetError,
     CogViewBusyError,
     CogViewConfigurationError,
     CogViewConnectionError,
@@ -35,8 +34,6 @@ from langchain_cogview.errors import (
     CogViewPromptTooLongError,
     CogViewRateLimitError,
     CogViewServerError,
-    CogViewStoppedError,
-    CogViewTaskFailedError,
     CogViewTimeoutError,
     ContentFilter,
     Outcome,
@@ -44,21 +41,28 @@ from langchain_cogview.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from langchain_cogview.request import ImageRequest
 
 MAX_URL_CHARACTERS: Final = 8192
-MAX_ID_CHARACTERS: Final = 512
-_TASK_ID: Final = re.compile(r"(?!\.+$)[0-9A-Za-z._~:=+@|-]+")
 _CODE = re.compile(r"[0-9]{1,6}|[a-z]+(?:_[a-z]+)*")
 _MAX_NAMED_CHARACTERS: Final = 600
 _RELATIVE: Final = re.compile(r"\.{0,2}/|[\w.~%-]+(/[\w.~%-]+)*\.(png|jpe?g|webp)(\?.*)?\Z", re.IGNORECASE | re.ASCII)
 """An address without scheme and host, and no sentence."""
+DATA_FIELDS: Final = ("b64_json", "base64", "b64")
+"""Where gateways put an image's bytes; `url` may hold a `data:` URL too."""
+_MARK: Final = re.compile(r"\x00image (\d{1,3})\Z")
+_DATA_URL: Final = re.compile(
+    rb"\s*data:(?:[^,]{0,200}(;\s*base64\s*)|(?!\s*(?:text/|[;,]))[^,]{0,200}),", re.IGNORECASE
+)
+"""A `data:` URL. Without base64 it may not be of a text, which is also what one without a media type is."""
+_OPEN_PERCENT: Final = re.compile(rb"%[0-9a-fA-F]?\Z")
+_BLANKS: Final = b" \t\r\n\f\v"
+_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
+_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 _MESSAGES: Final = ("message", "msg", "detail", "error_msg", "error_message")
 """Where services and gateways put the text of an error."""
-
-MAX_RETRY_AFTER: Final = 3600.0
-"""Seconds; a service that asks for a longer wait is not waited for."""
-_NEVER_AGAIN: Final = (CogViewBudgetError, CogViewConfigurationError, CogViewStoppedError, CogViewTimeoutError)
 
 CODES: Final[dict[str, type[CogViewError]]] = {
     **dict.fromkeys(("401", "1000", "1001", "1002", "1003", "1004", "1005"), CogViewAuthenticationError),
@@ -77,10 +81,8 @@ _STATUSES: Final[dict[int, type[CogViewError]]] = {
     401: CogViewAuthenticationError,
     402: CogViewBalanceError,
     403: CogViewPermissionError,
-    404: CogViewNotFoundError,
-    405: CogViewNotFoundError,
     408: CogViewOutcomeUnknownError,
-    410: CogViewNotFoundError,
+    **dict.fromkeys((404, 405, 410), CogViewNotFoundError),
     429: CogViewRateLimitError,
     503: CogViewServerError,
 }
@@ -129,22 +131,7 @@ class ReplyContext:
     sandbox: bool = False
 
 
-_NO_CONTEXT: Final = ReplyContext()
-
-
-@dataclass(frozen=True, slots=True)
-class TaskReply:
-    """What the task endpoint says of a task that has not failed.
-
-    Attributes:
-        task_id: The service's id; None where a poll's reply leaves it out.
-        reply: The images; None while it is processing.
-        warnings: What was odd on the way.
-    """
-
-    task_id: str | None
-    reply: ImagesReply | None = None
-    warnings: tuple[str, ...] = ()
+NO_CONTEXT: Final = ReplyContext()
 
 
 def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
@@ -161,7 +148,7 @@ def images_body(request: ImageRequest, request_id: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_reply(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> ImagesReply:
+def read_reply(status: int, body: bytes, context: ReplyContext = NO_CONTEXT) -> ImagesReply:
     """Read one reply, whatever it is.
 
     Returns:
@@ -170,77 +157,45 @@ def read_reply(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) ->
     Raises:
         CogViewError: The class says what became of the request.
     """
-    fields, entries, failure = _fields(status, body)
+    fields, entries, failure = parse_reply(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
-        images = _images_reply(fields, "data", entries, failure, context)
+        images = images_reply(fields, "data", entries, failure, context)
         if images:
             return images
-    raise _error(status, failure, entries, body)
+    raise reply_error(status, failure, entries, body)
 
 
-def read_task(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> TaskReply:
-    """Read one reply of the task endpoint, to the POST or to a poll.
-
-    Returns:
-        The state of the task.
-
-    Raises:
-        CogViewError: The class says what became of the request; `CogViewTaskFailedError` where the task itself failed.
-    """
-    fields, entries, failure = _fields(status, body)
-    if 200 <= status < 300:  # noqa: PLR2004
-        task_id = _task_id(fields.get("id"))
-        images = _images_reply(fields, "image_result", entries, failure, context)
-        if images:
-            return TaskReply(task_id, images)
-        status_text = fields.get("task_status")
-        state = status_text.strip().upper() if isinstance(status_text, str) else ""
-        if state == "FAIL" and failure is None:
-            if entries:
-                raise CogViewContentFilterError(content_filter=entries, status=status)
-            raise CogViewTaskFailedError(status=status)
-        if failure is None and state not in {"", "SUCCESS", "FAIL"}:
-            return TaskReply(task_id)
-        if state == "FAIL" and failure is not None and failure.code not in CODES:
-            raise CogViewTaskFailedError(code=failure.code, status=status, detail=failure.message)
-    raise _error(status, failure, entries, body)
-
-
-def read_submitted(status: int, body: bytes, context: ReplyContext = _NO_CONTEXT) -> TaskReply:
-    """Read the reply to the POST of a task. With an id and no error, the task is accepted, whatever else is missing.
+def parse_reply(status: int, body: bytes) -> tuple[dict[str, Any], tuple[ContentFilter, ...], Failure | None]:
+    """Parse the body of a reply, whatever it is.
 
     Returns:
-        The state of the task.
-
-    Raises:
-        CogViewError: As `read_task`; with the task's id where the reply has one, for it may be running.
+        The fields of its JSON object, the entries of the content filter, and the error that it reports, if any.
     """
-    fields, _, failure = _fields(status, body)
-    task_id = _task_id(fields.get("id"))
-    try:
-        return read_task(status, body, context)
-    except CogViewError as error:
-        error.task_id = task_id
-        unsure = type(error) in {CogViewMalformedReplyError, CogViewOutcomeUnknownError}
-        if task_id and unsure and 200 <= status < 300 and (failure is None or failure.is_text_alone):  # noqa: PLR2004
-            return TaskReply(task_id)
-        raise
-
-
-def _fields(status: int, body: bytes) -> tuple[dict[str, Any], tuple[ContentFilter, ...], _Failure | None]:
     reply = _parsed(body)
     fields = reply if isinstance(reply, dict) else {}
     entries = read_entries(fields.get("content_filter")) + read_entries(fields.get("contentFilter"))
     return fields, entries, _failure(fields, enveloped=status < 300)  # noqa: PLR2004
 
 
-def _images_reply(
+def images_reply(
     fields: dict[str, Any],
     name: str,
     entries: tuple[ContentFilter, ...],
-    failure: _Failure | None,
+    failure: Failure | None,
     context: ReplyContext,
 ) -> ImagesReply | None:
+    """Read the images under one name of a parsed reply.
+
+    Args:
+        fields: The first part of what `parse_reply` returned.
+        name: Of the field that holds the images.
+        entries: The second part.
+        failure: The third part; what is reported beside an image becomes a warning.
+        context: What came with the JSON.
+
+    Returns:
+        The reply; None if it holds no image.
+    """
     images, unusable = _images(fields.get(name), context)
     if not images:
         return None
@@ -277,7 +232,7 @@ def _about_unasked(count: int, urls: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Failure:
     """An error that a reply reports.
 
     Attributes:
@@ -303,12 +258,12 @@ def _parsed(body: bytes) -> Any:
         return None
 
 
-def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
+def _failure(fields: dict[str, Any], *, enveloped: bool) -> Failure | None:
     error = fields.get("error") or fields.get("errors")
     if isinstance(error, dict):
-        return _Failure(_short(error.get("code")), _message(error) or _message(fields))
+        return Failure(_short(error.get("code")), _message(error) or _message(fields))
     if error:
-        return _Failure(None, _message(fields) if error is True else _text(error))
+        return Failure(None, _message(fields) if error is True else _text(error))
     if fields.get("task_status"):
         return None
     message = _message(fields)
@@ -318,16 +273,17 @@ def _failure(fields: dict[str, Any], *, enveloped: bool) -> _Failure | None:
     if enveloped and has_failed and not fields.get("data"):
         # The gateway's own envelope, around a route that it does not serve; its message starts with the true status.
         named = re.match(r"\s*([45]\d\d)\b", message or "") or re.fullmatch(r"([45]\d\d)", code or "")
-        return _Failure(None if named else code, message, int(named[1]) if named else None)
+        return Failure(None if named else code, message, int(named[1]) if named else None)
     # Other gateways: {"message": ...}, {"detail": ...}, without anything that a program could read.
-    return _Failure(None, message, is_text_alone=True) if message and not has_succeeded else None
+    return Failure(None, message, is_text_alone=True) if message and not has_succeeded else None
 
 
 def _message(fields: dict[str, Any]) -> str | None:
     return next((text for name in _MESSAGES if (text := _text(fields.get(name)))), None)
 
 
-def _error(status: int, failure: _Failure | None, entries: tuple[ContentFilter, ...], body: bytes) -> CogViewError:
+def reply_error(status: int, failure: Failure | None, entries: tuple[ContentFilter, ...], body: bytes) -> CogViewError:
+    """Return the error for a reply without an image; its class says what became of the request."""
     code = failure.code if failure else None
     judged = failure.status if failure and failure.status else status
     kind = CODES.get(code or "")
@@ -369,8 +325,7 @@ def _judged_by_status(status: int, *, reports_error: bool) -> tuple[type[CogView
     return (CogViewOutcomeUnknownError if status >= 500 else CogViewMalformedReplyError), None  # noqa: PLR2004
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
+class _Image(NamedTuple):
     url: str | None
     content: bytes | None
 
@@ -415,19 +370,6 @@ def _seconds(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 else None
 
 
-def _task_id(value: Any) -> str | None:
-    """An id in full: cut, it would be another one."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None
-    text = value.strip() if isinstance(value, str) else str(value) if abs(value) < 10**MAX_ID_CHARACTERS else ""
-    return text if is_task_id(text) else None
-
-
-def is_task_id(text: str) -> bool:
-    """Whether a text can be a task's id: a part of a URL's path that leads to no other route, however often it is decoded."""
-    return len(text) <= MAX_ID_CHARACTERS and _TASK_ID.fullmatch(text) is not None
-
-
 def _short(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
@@ -448,7 +390,91 @@ def _text(value: Any) -> str | None:
     return value[:4000] if isinstance(value, str) and value.strip() else None
 
 
-# --- failures of the transport, and what may be sent again
+# --- images inside of a reply
+
+
+class ImageData:
+    """Decodes base64, in either alphabet, with blanks and without its padding, or a `data:` URL, percent-encoded or not.
+
+    Attributes:
+        is_valid: Whether the text was valid so far.
+        size: The number of bytes that were decoded so far.
+    """
+
+    def __init__(self) -> None:
+        self.is_valid = True
+        self.size = 0
+        self._decoded = io.BytesIO()
+        self._rest = b""
+        self._is_at_start = True
+        self._is_url = False
+        self._is_base64 = True
+        self._cut = b""  # the beginning of a percent escape
+
+    def feed(self, text: bytes) -> None:
+        """Decode more text. The first call needs the whole beginning of a `data:` URL."""
+        if self._is_at_start:
+            self._is_at_start = False
+            url = _DATA_URL.match(text)
+            if url:
+                self._is_url, self._is_base64, text = True, bool(url[1]), text[url.end() :]
+        if self._is_url:
+            text = self._unquoted(self._cut + text)
+        if not self._is_base64:
+            self.size += self._decoded.write(text)
+            return
+        text = self._rest + text.translate(_STANDARD, _BLANKS)
+        if text.translate(None, _ALPHABET):
+            self.is_valid = False
+        whole = len(text) // 4 * 4
+        self._rest = text[whole:]
+        self._decode(text[:whole])
+
+    def result(self) -> bytes | None:
+        """Return the decoded bytes; None if the text was not valid or empty."""
+        rest = self._rest.rstrip(b"=")
+        if len(rest) > 1:  # one character alone says nothing
+            self._decode(rest + b"=" * (-len(rest) % 4))
+        self._rest = b""
+        return self._decoded.getvalue() if self.is_valid and self.size and not self._cut else None
+
+    def _unquoted(self, text: bytes) -> bytes:
+        cut = _OPEN_PERCENT.search(text)
+        self._cut = cut[0] if cut else b""
+        return unquote_to_bytes(text[: len(text) - len(self._cut)]) if b"%" in text else text
+
+    def _decode(self, text: bytes) -> None:
+        try:
+            if self.is_valid:
+                self.size += self._decoded.write(binascii.a2b_base64(text))
+        except binascii.Error:
+            self.is_valid = False
+
+
+def image_data(value: object, images: Sequence[bytes | None]) -> bytes | None:
+    """The image data that a string of a reply holds.
+
+    Args:
+        value: A value of the JSON: base64, a `data:` URL, or the placeholder of either.
+        images: What `ReplyBody.images` gave for this reply.
+
+    Returns:
+        The bytes, or None.
+    """
+    if not isinstance(value, str):
+        return None
+    mark = _MARK.search(value)
+    if mark:
+        number = int(mark[1])
+        return images[number] if number < len(images) else None
+    if not value.isascii():
+        return None
+    decoder = ImageData()
+    decoder.feed(value.encode())
+    return decoder.result()
+
+
+# --- failures of the transport
 
 
 class Phase(StrEnum):
@@ -475,7 +501,26 @@ class Fault(StrEnum):
     """The client's own settings make the request impossible."""
 
 
-def transport_error(  # noqa: PLR0911
+_UNSENT: Final = {
+    Fault.PROXY: (
+        "The proxy did not pass the request on; nothing was sent.",
+        (
+            "Ask its operator to allow the API's host, put name and password into the proxy's URL if it wants them, or "
+            "go around it with NO_PROXY."
+        ),
+    ),
+    Fault.UNTRUSTED: (
+        "The host's certificate is not trusted; nothing was sent.",
+        (
+            "If a company proxy inspects TLS, point SSL_CERT_FILE to a PEM file with its root certificate. "
+            "Otherwise check base_url and the machine's clock."
+        ),
+    ),
+}
+"""What happened before the request was sent, and what to do."""
+
+
+def transport_error(
     fault: Fault, phase: Phase, *, detail: str | None = None, limit: float | None = None
 ) -> CogViewError:
     """Return the error for any failure of the transport. `limit` is the time limit in seconds, to name it."""
@@ -502,62 +547,11 @@ def transport_error(  # noqa: PLR0911
         return CogViewTimeoutError(
             f"{time_limit[0].upper()}{time_limit[1:]} passed before the request was sent; nothing was made or charged."
         )
-    if fault is Fault.PROXY:
-        return CogViewConnectionError(
-            "The proxy did not pass the request on; nothing was sent.",
-            hint=(
-                "Ask its operator to allow the API's host, put name and password into the proxy's URL if it wants them, or "
-                "go around it with NO_PROXY."
-            ),
-            detail=detail,
-        )
+    message, hint = _UNSENT.get(fault, (None, None))
+    error = CogViewConnectionError(message, hint=hint, detail=detail)
     if fault is Fault.UNTRUSTED:
-        error = CogViewConnectionError(
-            "The host's certificate is not trusted; nothing was sent.",
-            hint=(
-                "If a company proxy inspects TLS, point SSL_CERT_FILE to a PEM file with its root certificate. "
-                "Otherwise check base_url and the machine's clock."
-            ),
-            detail=detail,
-        )
-        error.outcome = Outcome.FINAL
-        error.is_retryable = False
-        return error
-    return CogViewConnectionError(detail=detail)
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """How often a request is sent again, and after which wait.
-
-    Attributes:
-        max_retries: Further attempts after the first.
-        retry_unknown: Whether to send requests again that may have been charged. This can pay twice.
-    """
-
-    max_retries: int = 2
-    retry_unknown: bool = False
-
-    def sends_again(self, error: BaseException) -> bool:
-        """Whether an error allows another attempt, regardless of their number."""
-        if not isinstance(error, CogViewError) or isinstance(error, _NEVER_AGAIN):
-            return False
-        return error.outcome is Outcome.NOT_RUN or (self.retry_unknown and error.outcome is Outcome.UNKNOWN)
-
-    def wait(self, error: BaseException, attempt: int) -> float:
-        """Seconds to wait before attempt number `attempt` + 1: what the service asked for, else full jitter.
-
-        The bound of the jitter doubles with each attempt, up to 60 s. It starts at 1 s, at 2 s after a refusal for too many
-        requests in flight, and at 5 s when the model is overloaded.
-
-        Returns:
-            The wait in seconds; infinity if the service asks for too long a wait.
-        """
-        asked = error.retry_after if isinstance(error, CogViewError) else None
-        if asked is not None:
-            return asked if asked <= MAX_RETRY_AFTER else math.inf
-        first = 5.0 if isinstance(error, CogViewBusyError) else 2.0 if isinstance(error, CogViewRateLimitError) else 1.0
-        return random.uniform(0.0, min(first * 2 ** (attempt - 1), 60.0))
+        error.outcome, error.is_retryable = Outcome.FINAL, False
+    return error
 
 
 def parse_retry_after(value: str | None, *, now: datetime | None = None) -> float | None:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
+from langchain_cogview.api.client import MAX_RETRY_AFTER
 from langchain_cogview.api.endpoint import Call
 from langchain_cogview.api.protocol import (
-    MAX_RETRY_AFTER,
+    CODES,
+    NO_CONTEXT,
     ImagesReply,
-    TaskReply,
-    is_task_id,
-    read_submitted,
-    read_task,
+    ReplyContext,
+    images_reply,
+    parse_reply,
+    reply_error,
 )
 from langchain_cogview.concurrency import CANCEL_TOKEN, Deadline
 from langchain_cogview.errors import (
@@ -30,6 +33,7 @@ from langchain_cogview.errors import (
     CogViewInvalidRequestError,
     CogViewMalformedReplyError,
     CogViewNotFoundError,
+    CogViewOutcomeUnknownError,
     CogViewTaskFailedError,
     CogViewTaskUnfinishedError,
     CogViewTimeoutError,
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from langchain_cogview.api.client import CallEvents, ImagesClient
     from langchain_cogview.api.limiter import Slot
 
+MAX_ID_CHARACTERS: Final = 512
+_TASK_ID: Final = re.compile(r"(?!\.+$)[0-9A-Za-z._~:=+@|-]+")
 TASK_ROUTE: Final = "/async/images/generations"
 RESULT_ROUTE: Final = "/async-result/"
 BAD_TASK_ID: Final = "A task's id is a text of letters, digits and . _ ~ : = + @ | - with at most 512 characters."
@@ -51,6 +57,83 @@ KNOWN_AFTER_SECONDS: Final = 10.0
 """Seconds in which the service may not know a task yet that it has just accepted."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReply:
+    """What the task endpoint says of a task that has not failed.
+
+    Attributes:
+        task_id: The service's id; None where a poll's reply leaves it out.
+        reply: The images; None while it is processing.
+        warnings: What was odd on the way.
+    """
+
+    task_id: str | None
+    reply: ImagesReply | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def read_task(status: int, body: bytes, context: ReplyContext = NO_CONTEXT) -> TaskReply:
+    """Read one reply of the task endpoint, to the POST or to a poll.
+
+    Returns:
+        The state of the task.
+
+    Raises:
+        CogViewError: The class says what became of the request; `CogViewTaskFailedError` where the task itself failed.
+    """
+    fields, entries, failure = parse_reply(status, body)
+    if 200 <= status < 300:  # noqa: PLR2004
+        task_id = _task_id(fields.get("id"))
+        images = images_reply(fields, "image_result", entries, failure, context)
+        if images:
+            return TaskReply(task_id, images)
+        status_text = fields.get("task_status")
+        state = status_text.strip().upper() if isinstance(status_text, str) else ""
+        if state == "FAIL" and failure is None:
+            if entries:
+                raise CogViewContentFilterError(content_filter=entries, status=status)
+            raise CogViewTaskFailedError(status=status)
+        if failure is None and state not in {"", "SUCCESS", "FAIL"}:
+            return TaskReply(task_id)
+        if state == "FAIL" and failure is not None and failure.code not in CODES:
+            raise CogViewTaskFailedError(code=failure.code, status=status, detail=failure.message)
+    raise reply_error(status, failure, entries, body)
+
+
+def read_submitted(status: int, body: bytes, context: ReplyContext = NO_CONTEXT) -> TaskReply:
+    """Read the reply to the POST of a task. With an id and no error, the task is accepted, whatever else is missing.
+
+    Returns:
+        The state of the task.
+
+    Raises:
+        CogViewError: As `read_task`; with the task's id where the reply has one, for it may be running.
+    """
+    fields, _, failure = parse_reply(status, body)
+    task_id = _task_id(fields.get("id"))
+    try:
+        return read_task(status, body, context)
+    except CogViewError as error:
+        error.task_id = task_id
+        unsure = type(error) in {CogViewMalformedReplyError, CogViewOutcomeUnknownError}
+        if task_id and unsure and 200 <= status < 300 and (failure is None or failure.is_text_alone):  # noqa: PLR2004
+            return TaskReply(task_id)
+        raise
+
+
+def _task_id(value: Any) -> str | None:
+    """An id in full: cut, it would be another one."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    text = value.strip() if isinstance(value, str) else str(value) if abs(value) < 10**MAX_ID_CHARACTERS else ""
+    return text if is_task_id(text) else None
+
+
+def is_task_id(text: str) -> bool:
+    """Whether a text can be a task's id: a part of a URL's path that leads to no other route, however often it is decoded."""
+    return len(text) <= MAX_ID_CHARACTERS and _TASK_ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)

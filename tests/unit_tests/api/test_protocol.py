@@ -8,15 +8,8 @@ from hypothesis import strategies as st
 
 from langchain_cogview import ContentFilter, ImageRequest
 from langchain_cogview import errors as e
-from langchain_cogview.api.protocol import (
-    CODES,
-    ImagesReply,
-    ReplyContext,
-    images_body,
-    read_reply,
-    read_submitted,
-    read_task,
-)
+from langchain_cogview.api.protocol import CODES, ImagesReply, ReplyContext, images_body, read_reply
+from langchain_cogview.api.tasks import read_submitted, read_task
 from langchain_cogview.errors import Outcome
 from tests.conftest import FIXTURES
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_cogview import errors as e
-from langchain_cogview.api.protocol import Fault, Phase, RetryPolicy, parse_retry_after, transport_error
+from langchain_cogview.api.client import RetryPolicy
+from langchain_cogview.api.protocol import Fault, Phase, parse_retry_after, transport_error
 from langchain_cogview.errors import Outcome
 
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool, collect_image_costs, run_job
-from langchain_cogview.api.body import MAX_IMAGE_BYTES, MAX_REPLY_BYTES, ReplyBody
-from langchain_cogview.api.protocol import ReplyContext, read_reply, read_submitted, read_task
+from langchain_cogview.api.endpoint import MAX_IMAGE_BYTES, MAX_REPLY_BYTES, ReplyBody
+from langchain_cogview.api.protocol import ReplyContext, read_reply
+from langchain_cogview.api.tasks import read_submitted, read_task
 from langchain_cogview.errors import CogViewMalformedReplyError
 from langchain_cogview.images import store
 from tests.conftest import FAKE_KEY
