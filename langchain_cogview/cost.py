@@ -307,11 +307,7 @@ class ImageCosts:
                     }
                     for (model, currency), costs in self.by_model.items()
                 ],
-                "uncertain": {
-                    "count": uncertain.count,
-                    "amounts": uncertain.in_text(),
-                    "unpriced": uncertain.unpriced,
-                },
+                "uncertain": {"count": uncertain.count, "amounts": uncertain.in_text(), "unpriced": uncertain.unpriced},
                 "prices_as_of": self.prices_as_of.isoformat(),
             }
 
@@ -381,6 +377,7 @@ class Budget:
         max_images: Limit of the number of images. None: no limit.
         owner: Name of the budget's owner in errors.
         spending: What was spent so far; several budgets can share it. None: nothing.
+        also: A budget that must cover each image as well, and counts it. None: there is no other.
 
     Raises:
         CogViewConfigurationError: `amount` is not an amount of money.
@@ -400,6 +397,7 @@ class Budget:
         max_images: int | None = None,
         owner: str = "these calls",
         spending: Spending | None = None,
+        also: Budget | None = None,
     ) -> None:
         try:
             self.amount = None if amount is None else checked_amount(amount)
@@ -413,6 +411,7 @@ class Budget:
         self.owner = owner
         """Name of the budget's owner in errors."""
         self._spending = spending or Spending()
+        self._also = also
         if currency:
             self._spending.currency = currency
 
@@ -451,9 +450,9 @@ class Budget:
             count: The number of images.
         """
         with self._spending.lock:
-            self._spending.images += count
-            self._spending.amount += count * (price.amount or 0)
-            self._spending.currency = self._spending.currency or price.currency
+            if self._also:
+                self._also.commit(price, count)
+            self._count(count, count * (price.amount or Decimal(0)), price.currency)
 
     def release(self, price: Money, count: int = 1) -> None:
         """Subtract images that were not spent after all; the arguments are those of `commit`."""
@@ -475,14 +474,20 @@ class Budget:
     def _add(self, price: Money, count: int, amount: Decimal) -> None:
         with self._spending.lock:
             self._refuse_over(price, count, amount)
-            self._spending.images += count
-            self._spending.amount += amount
-            self._spending.currency = self._spending.currency or price.currency
+            if self._also:
+                self._also._add(price, count, amount)  # noqa: SLF001  of the same class
+            self._count(count, amount, price.currency)
 
     def _subtract(self, count: int, amount: Decimal) -> None:
         with self._spending.lock:
-            self._spending.images -= count
-            self._spending.amount -= amount
+            if self._also:
+                self._also._subtract(count, amount)  # noqa: SLF001
+            self._count(-count, -amount, None)
+
+    def _count(self, count: int, amount: Decimal, currency: str | None) -> None:
+        self._spending.images += count
+        self._spending.amount += amount
+        self._spending.currency = self._spending.currency or currency
 
     def _refuse_over(self, price: Money, count: int, amount: Decimal) -> None:
         spending = self._spending
@@ -562,12 +567,7 @@ class Reservation:
 
 
 class Charge:
-    """One image that was committed.
-
-    Args:
-        reservation: The reservation that it was committed from.
-        amount: The price of the image.
-    """
+    """One image that was committed."""
 
     def __init__(self, reservation: Reservation, amount: Decimal) -> None:
         self._reservation: Reservation | None = reservation

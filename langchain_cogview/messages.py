@@ -101,6 +101,19 @@ def images_from_messages(
     return images
 
 
+def images_of(artifact: Any, access: ImageAccess) -> list[GeneratedImage]:
+    """Find the images in what a tool attached to its message.
+
+    Args:
+        artifact: `ToolMessage.artifact`, which may be anything.
+        access: What the images may be read from.
+
+    Returns:
+        The images, in order, without what cannot be understood.
+    """
+    return list(_images(artifact, access, []))
+
+
 def _images(artifact: Any, access: ImageAccess, problems: list[str]) -> Iterator[GeneratedImage]:
     for part in _artifacts(artifact, ()):
         if isinstance(part, ImageResult):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, Unpack, get_args
 
 from langchain_core.runnables import RunnableBinding
 from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
@@ -228,6 +228,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
     """Limit of the money, in the currency of the platform; None for no limit."""
 
     _spending: Spending = PrivateAttr(default_factory=Spending)
+    _also: Budget | None = PrivateAttr(default=None)
 
     @field_validator("budget")
     @classmethod
@@ -319,12 +320,33 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
             A budget that counts with every other one that this method returns.
         """
         # The limits may be changed between calls, and what was spent remains. The generator counts, because it knows the prices.
-        return Budget(self.budget, max_images=self.max_images, owner="this tool", spending=self._spending)
+        spending, also = self._spending, self._also
+        return Budget(self.budget, max_images=self.max_images, owner="this tool", spending=spending, also=also)
+
+    def with_budget(self, budget: Budget) -> Self:
+        """Make a copy whose images another budget must cover as well, such as that of a conversation.
+
+        Args:
+            budget: The other budget.
+
+        Returns:
+            A copy that counts what it spends with this tool, and in the other budget.
+
+        Raises:
+            CogViewConfigurationError: The budget limits the money, and the price of a model is not known.
+        """
+        if budget.amount is not None:
+            self._check_prices(list(_resolved(self.generator, {})))
+        copy = self.model_copy()
+        copy._also = budget  # noqa: SLF001
+        return copy
 
     def _refuse_unpriced(self, generators: list[tuple[CogViewImageGenerator, dict[str, Any]]]) -> None:
-        if self.budget is None:
-            return
-        self._spending.currency = currency_of(generators[0][0].resolved_region)
+        if self.budget is not None:
+            self._spending.currency = currency_of(generators[0][0].resolved_region)
+            self._check_prices(generators)
+
+    def _check_prices(self, generators: list[tuple[CogViewImageGenerator, dict[str, Any]]]) -> None:
         for generator, bound in generators:
             for model in (bound.get("model") or generator.model, *generator.fallback_models):
                 if generator.price(model) is None:

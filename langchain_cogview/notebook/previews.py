@@ -30,6 +30,10 @@ PREVIEW_BYTES: Final = 40_000
 """Largest size of one preview; as base64 and with its caption it stays below 60 kB."""
 HELD_BYTES: Final = 32 << 20
 """Largest size of all previews in memory; the least recently used are dropped first."""
+THUMBNAIL_SIDE: Final = 512
+"""Longer side of the thumbnail that a chat model gets, in pixels."""
+THUMBNAIL_BYTES: Final = 60_000
+"""Largest size of such a thumbnail."""
 PILLOW_MISSING: Final = 'A preview needs Pillow. Install it with: pip install "langchain-cogview[notebook]"'
 
 PREVIEW_MEMORY: Final = 160_000_000
@@ -120,6 +124,32 @@ def make_preview(content: bytes, limit: int = PREVIEW_BYTES, *, side: int = _SID
         return _shrunk(_opaque(Image, content, side), limit, side, "WEBP" if webp else "JPEG")
     except Exception:  # an image can make a decoder raise anything; without a preview it is described in text
         logger.debug("No preview could be made of an image", exc_info=True)
+        return None
+
+
+def make_thumbnail(content: bytes, *, side: int = THUMBNAIL_SIDE, limit: int = THUMBNAIL_BYTES) -> Preview | None:
+    """Make a small JPEG of an image, which needs Pillow.
+
+    Args:
+        content: A whole PNG, JPEG or WebP.
+        side: Largest number of pixels of the longer side.
+        limit: Largest size in bytes.
+
+    Returns:
+        None if there is no thumbnail, for the reasons of `make_preview`.
+    """
+    try:
+        info = inspect(io.BytesIO(content))
+    except ImageFormatError:
+        return None
+    if info.preview_bytes > PREVIEW_MEMORY:
+        return None
+    try:
+        from PIL import Image  # noqa: PLC0415
+
+        return _shrunk(_opaque(Image, content, side), limit, side, "JPEG")
+    except Exception:  # as in `make_preview`
+        logger.debug("No thumbnail could be made of an image", exc_info=True)
         return None
 
 

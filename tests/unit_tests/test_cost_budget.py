@@ -19,6 +19,7 @@ from langchain_cogview import (
     Budget,
     CogViewBudgetError,
     CogViewConfigurationError,
+    CogViewContentFilterError,
     CogViewError,
     CogViewImageGenerator,
     CogViewImageTool,
@@ -27,7 +28,7 @@ from langchain_cogview import (
     collect_image_costs,
     run_job,
 )
-from langchain_cogview.cost import Charges, Money, checked_amount
+from langchain_cogview.cost import Charges, Money, Spending, checked_amount
 from langchain_cogview.sandbox.server import SandboxServer
 from tests.conftest import FAKE_KEY
 
@@ -463,3 +464,24 @@ def test_a_sandbox_that_this_process_serves_is_free_while_it_runs():
             assert CogViewImageGenerator(base_url=base_url, api_key=FAKE_KEY).invoke("x").sandbox
         url = server.base_url
     assert not posing(base_url=url).invoke("x").sandbox
+
+
+def test_an_image_must_fit_two_budgets_and_counts_in_both(sandbox):
+    spending, of_one = Spending(), Budget(max_images=2, owner="this conversation")
+    of_all = Budget("0.18", "CNY", owner="this tool", spending=spending)
+    both = Budget("0.18", "CNY", owner="this tool", spending=spending, also=of_one)
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
+    generator.invoke("a kitten", budget=both)
+    with pytest.raises(CogViewContentFilterError):
+        generator.invoke("[[content-filter]] a puppy", budget=both)
+    assert (str(both.spent), both.images, str(of_one.spent), of_one.images) == ("0.06 CNY", 1, "0.06 CNY", 1)
+    generator.invoke("a foal", budget=both)
+    with pytest.raises(CogViewBudgetError, match="limit of 2 images for this conversation"):
+        generator.invoke("a calf", budget=both)
+    assert (str(of_all.spent), of_one.images) == ("0.12 CNY", 2)
+    generator.invoke("a lamb", budget=of_all)
+    with pytest.raises(CogViewBudgetError, match="for this tool does not cover"):
+        generator.invoke("a calf", budget=both)
+    both.commit(Money(Decimal("0.06"), "CNY"))
+    both.release(Money(Decimal("0.06"), "CNY"))
+    assert (of_all.images, of_one.images) == (3, 2)
