@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urljoin, urlsplit
 
@@ -34,13 +35,13 @@ from langchain_cogview.images.formats import (
     inspect,
     sniff,
 )
-from langchain_cogview.images.remote import RemoteFolder
 from langchain_cogview.images.store import ImageFile, reason
 from langchain_cogview.text import moment_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
-    from pathlib import Path
+
+    from langchain_cogview.images.remote import RemoteFolder
 
 
 MAX_REDIRECTS: Final = 3
@@ -386,39 +387,34 @@ def _image(info: ImageInfo, file: ImageFile, saved: Path | str | None) -> Downlo
 
 
 def _new_file(folder: Path | RemoteFolder | None, label: str) -> ImageFile:
-    """Make the file for a download; for a remote folder the bytes are in memory until they are uploaded."""
-    return ImageFile(None if isinstance(folder, RemoteFolder) else folder, label=label)
+    """Return the file for a download; for a remote folder the bytes are in memory until they are uploaded."""
+    return ImageFile(folder if isinstance(folder, Path) else None, label=label)
 
 
 def _save(file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, deadline: Deadline) -> DownloadedImage:
-    """Write the last bytes, check the image, and save or upload the file; closes the file."""
+    # Closes the file.
     with contextlib.closing(file):
         info = _inspected(file, rest)
-        if isinstance(folder, RemoteFolder):
-            return _image(info, file, _upload(file, info, folder, deadline))
-        return _image(info, file, file.save(info))
+        saved: Path | str | None = None
+        if folder is None or isinstance(folder, Path):
+            saved = file.save(info)
+        else:
+            with file.noting_problems():
+                saved = folder.upload(file.names(info), file.read(), deadline)
+        return _image(info, file, saved)
 
 
 async def _asave(
     file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, deadline: Deadline
 ) -> DownloadedImage:
-    """Async version of `_save`. A thread saves a local file to its end even when the caller is cancelled."""
-    if not isinstance(folder, RemoteFolder):
+    if folder is None or isinstance(folder, Path):
+        # A thread saves a local file to its end even when the caller is cancelled.
         return await in_thread(_save, file, rest, folder, deadline)
     info = await in_thread(_inspected, file, rest)
-    return _image(info, file, await _aupload(file, info, folder, deadline))
-
-
-def _upload(file: ImageFile, info: ImageInfo, folder: RemoteFolder, deadline: Deadline) -> str | None:
+    uri = None
     with file.noting_problems():
-        return folder.upload(file.names(info), file.read(), deadline)
-    return None
-
-
-async def _aupload(file: ImageFile, info: ImageInfo, folder: RemoteFolder, deadline: Deadline) -> str | None:
-    with file.noting_problems():
-        return await folder.aupload(file.names(info), file.read(), deadline)
-    return None
+        uri = await folder.aupload(file.names(info), file.read(), deadline)  # noqa: ASYNC240  in memory
+    return _image(info, file, uri)
 
 
 def save_content(

@@ -28,7 +28,7 @@ from urllib.request import url2pathname
 from langchain_cogview.concurrency import Deadline, raised_by_signal
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES
-from langchain_cogview.images.store import checked_image, local_path, read_regular_file
+from langchain_cogview.images.store import checked_image, local_path, read_regular_file, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,13 +54,13 @@ _CLAIMED: Final[dict[str, object]] = {}
 class RemoteFolder:
     """A folder in remote storage, made from a URL by `remote_folder`.
 
-    Attributes:
-        url: The URL, such as `s3://bucket/images`; without credentials.
-        options: fsspec's storage options. They may hold secrets, and appear in no repr and in no error.
+    The package saves an image either in a `Path` on this machine or through these methods, and knows nothing else of a store.
     """
 
     url: str
+    """The URL, such as `s3://bucket/images`; without credentials."""
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    """fsspec's storage options. They may hold secrets, and appear in no repr and in no error."""
 
     def __str__(self) -> str:
         return self.url
@@ -92,6 +92,49 @@ class RemoteFolder:
         uris = (f"{root}{name}" for name in names)
         return _started(lambda answer: _put(_Store(self, deadline), answer, uris, content), deadline)
 
+    def holds(self, uri: str) -> bool:
+        """Return whether a URI, which anybody may have written, names a file in this folder, without any way out of it."""
+        if "::" in uri or not uri.isprintable() or ".." in _SEGMENTS.split(unquote(uri)):
+            return False
+        return uri.startswith(f"{self.url.rstrip('/')}/")
+
+    def read(self, uri: str, seconds: float | None = READ_SECONDS) -> bytes:
+        """Read a file of at most 32 MiB, with the options of this folder.
+
+        Args:
+            uri: The URI of the file; whether the folder holds it is not checked.
+            seconds: The time limit in seconds; None: no limit.
+
+        Returns:
+            The bytes of the file.
+
+        Raises:
+            CogViewStorageError: The file could not be read in time.
+        """
+        with _unreadable():
+            return _waited(*self._reading(uri, Deadline(seconds)))
+
+    async def aread(self, uri: str, seconds: float | None = READ_SECONDS) -> bytes:
+        """Async version of `read`.
+
+        Returns:
+            The bytes of the file.
+        """
+        with _unreadable():
+            return await _awaited(*self._reading(uri, Deadline(seconds)))
+
+    def _reading(self, uri: str, deadline: Deadline) -> tuple[_Answer[bytes], Deadline]:
+        return _started(lambda _: _get(uri, self.options, deadline), deadline), deadline
+
+    def bucket(self) -> RemoteFolder:
+        """Return the bucket of the folder, in which its options are valid."""
+        protocol, _, rest = self.url.partition("://")
+        return replace(self, url=f"{protocol}://{rest.partition('/')[0]}")
+
+    def without_options(self) -> RemoteFolder:
+        """Return a copy without storage options, which may hold secrets."""
+        return RemoteFolder(self.url)
+
 
 def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> RemoteFolder | Path:
     """Check the URL of a folder, without using the network.
@@ -120,49 +163,21 @@ def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None
     return RemoteFolder(f"{protocol}://{rest}", dict(options or {}))
 
 
-def read_uri(uri: str, options: Mapping[str, Any] | None = None, *, seconds: float | None = READ_SECONDS) -> bytes:
-    """Read a file in remote storage, of at most 32 MiB.
-
-    Args:
-        uri: The URI of the file.
-        options: fsspec's storage options.
-        seconds: The time limit; None: no limit.
-
-    Returns:
-        The bytes of the file.
-    """
-    deadline = Deadline(seconds)
-    with _unreadable():
-        return _waited(_reading(uri, options, deadline), deadline)
-
-
-async def aread_uri(
-    uri: str, options: Mapping[str, Any] | None = None, *, seconds: float | None = READ_SECONDS
-) -> bytes:
-    """Async version of `read_uri`."""
-    deadline = Deadline(seconds)
-    with _unreadable():
-        return await _awaited(_reading(uri, options, deadline), deadline)
-
-
 # --- what may be read
 
 
 @dataclass(frozen=True, slots=True)
 class ImageAccess:
-    """What may be opened to read an image that is not in memory.
-
-    Attributes:
-        base_url: The base URL of the service; links to the same host and port belong to the service. None: not known.
-        allowed_hosts: The only hosts whose links are opened; None: any public host.
-        storage: The remote folders in which URIs are read, with their options. Empty: no URI is read.
-        within: The only folder from which files are read; None: any folder.
-    """
+    """What may be opened to read an image that is not in memory."""
 
     base_url: str | None = None
+    """The base URL of the service; links to the same host and port belong to the service. None: not known."""
     allowed_hosts: tuple[str, ...] | None = None
+    """The only hosts whose links are opened; None: any public host."""
     storage: tuple[RemoteFolder, ...] = ()
+    """The remote folders in which URIs are read, with their options. Empty: no URI is read."""
     within: Path | None = None
+    """The only folder from which files are read; None: any folder."""
 
     @classmethod
     def of_generator(
@@ -178,16 +193,12 @@ class ImageAccess:
         Returns:
             The access.
         """
-        storage = (_bucket(folder),) if isinstance(folder, RemoteFolder) else ()
+        storage = () if folder is None or isinstance(folder, Path) else (folder.bucket(),)
         return cls(base_url, allowed_hosts, storage)
 
     def without_options(self) -> ImageAccess:
-        """Make a copy without storage options, which may hold secrets.
-
-        Returns:
-            The copy.
-        """
-        return replace(self, storage=tuple(RemoteFolder(folder.url) for folder in self.storage))
+        """Return a copy without storage options, which may hold secrets."""
+        return replace(self, storage=tuple(folder.without_options() for folder in self.storage))
 
     def read_file(self, path: Path, *, size_bytes: int | None = None, sha256: str | None = None) -> bytes:
         """Read a saved image.
@@ -208,9 +219,8 @@ class ImageAccess:
         except (OSError, ValueError, RuntimeError) as error:
             if raised_by_signal(error):
                 raise
-            reason = getattr(error, "strerror", None) or type(error).__name__
             raise CogViewStorageError(
-                f"The saved file {printable(path.name, 120)} cannot be read: {printable(reason, 80)}.",
+                f"The saved file {printable(path.name, 120)} cannot be read: {printable(reason(error), 80)}.",
                 hint="If the file was moved, open it where it is now, or open the URL while the link is valid.",
             ) from None
         return checked_image(
@@ -235,8 +245,11 @@ class ImageAccess:
 
         Returns:
             The image bytes.
+
+        Raises:
+            CogViewStorageError: The file is in none of the folders, could not be read in time, or is not the recorded image.
         """
-        content = read_uri(uri, self._options(uri), seconds=seconds)
+        content = self._folder(uri).read(uri, seconds)
         return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
     async def aread_uri(
@@ -247,14 +260,18 @@ class ImageAccess:
         sha256: str | None = None,
         seconds: float | None = READ_SECONDS,
     ) -> bytes:
-        """Async version of `read_uri`."""
-        content = await aread_uri(uri, self._options(uri), seconds=seconds)
+        """Async version of `read_uri`.
+
+        Returns:
+            The image bytes.
+        """
+        content = await self._folder(uri).aread(uri, seconds)
         return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
-    def _options(self, uri: str) -> Mapping[str, Any]:
+    def _folder(self, uri: str) -> RemoteFolder:
         for folder in self.storage:
-            if _holds(folder, uri):
-                return folder.options
+            if folder.holds(uri):
+                return folder
         raise CogViewStorageError(
             f"The image at {printable(uri, 120)} was not read: its URI is in none of the allowed folders.",
             hint='Pass the folder where the image is loaded, such as images_from_messages(..., storage="s3://bucket").',
@@ -292,6 +309,7 @@ def image_access(
             "storage_options were passed without storage.",
             hint='Pass the folder that they are for, such as storage="s3://bucket".',
         )
+    # Without options at first: a folder on this machine takes none, and its own error would be the wrong one.
     if any(isinstance(remote_folder(url), Path) for url in urls):
         raise CogViewConfigurationError(
             "storage names a folder on this machine.", hint="Pass a folder on this machine as within=."
@@ -303,17 +321,6 @@ def image_access(
         storage=tuple(folder for folder in folders if isinstance(folder, RemoteFolder)),
         within=None if within is None else local_path(within, "within"),
     )
-
-
-def _bucket(folder: RemoteFolder) -> RemoteFolder:
-    protocol, _, rest = folder.url.partition("://")
-    return RemoteFolder(f"{protocol}://{rest.partition('/')[0]}", folder.options)
-
-
-def _holds(folder: RemoteFolder, uri: str) -> bool:
-    if "::" in uri or not uri.isprintable() or ".." in _SEGMENTS.split(unquote(uri)):
-        return False
-    return uri.startswith(f"{folder.url.rstrip('/')}/")
 
 
 # --- what a URL may be
@@ -374,14 +381,11 @@ class _Store:
     """The file system of a folder: the blocking methods of fsspec, called with URIs."""
 
     def __init__(self, folder: RemoteFolder, deadline: Deadline) -> None:
-        self.folder = folder
+        self._folder = folder
         self._deadline = deadline
 
     def call(self, method: str, uri: str, *args: Any, **options: Any) -> Any:
-        """Call a method of the file system with a URI."""
-        from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec caches file systems by options and process
-
-        files, path = url_to_fs(uri, **self.folder.options)
+        files, path = self._files(uri)
         left = self._deadline.remaining()
         if left == 0.0:  # fsspec reads zero as no limit
             raise _TimePassedError
@@ -395,12 +399,12 @@ class _Store:
             raise
 
     def create(self, uri: str, content: bytes) -> None:
-        """Write a new file in one request; raises FileExistsError when a file has that name."""
-        if "mode" in inspect.signature(self._files().pipe_file).parameters:
+        # In one request; a FileExistsError says that a file has that name.
+        if "mode" in inspect.signature(self._files(uri)[0].pipe_file).parameters:
             try:
                 self.call("pipe_file", uri, content, mode="create")
             except Exception as error:
-                if _is_taken(error):
+                if _is_in_use(error):
                     raise FileExistsError from None
                 if _refusal(error)[0] != 501:  # noqa: PLR2004  some S3-compatible stores refuse If-None-Match
                     raise
@@ -411,8 +415,10 @@ class _Store:
         self.call("pipe_file", uri, content)
 
     def create_below(self, uri: str, content: bytes) -> None:
-        """Write a new file, and make its folder where folders are real. A file that is not whole is removed."""
-        if self._files().async_impl:  # an object store: it has no folders, and a PUT writes the whole file or nothing
+        # The folder is made where folders are real; a file that is not whole is removed.
+        if self._files(uri)[
+            0
+        ].async_impl:  # an object store: it has no folders, and a PUT writes the whole file or nothing
             self.create(uri, content)
             return
         try:
@@ -433,10 +439,10 @@ class _Store:
         with contextlib.suppress(Exception):
             self.call("rm_file", uri)
 
-    def _files(self) -> Any:
-        from fsspec.core import url_to_fs  # noqa: PLC0415
+    def _files(self, uri: str) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec caches file systems by options and process
 
-        return url_to_fs(self.folder.url, **self.folder.options)[0]
+        return url_to_fs(uri, **self._folder.options)  # type: ignore[no-any-return]
 
 
 def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: bytes) -> str:
@@ -454,21 +460,17 @@ def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: byte
         finally:
             if _CLAIMED.get(uri) is claim:
                 del _CLAIMED[uri]
-    raise _PlainError("every name is taken")
+    raise _PlainError("every name is in use")
 
 
-def _reading(uri: str, options: Mapping[str, Any] | None, deadline: Deadline) -> _Answer[bytes]:
-    def get(_: _Answer[bytes]) -> bytes:
-        folder = remote_folder(uri, options)
-        if isinstance(folder, Path):
-            raise _wrong("it is a file on this machine", "Open it as a file.")
-        store = _Store(folder, deadline)
-        content: bytes = store.call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
-        if len(content) > MAX_IMAGE_BYTES:
-            raise _PlainError(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
-        return content
-
-    return _started(get, deadline)
+def _get(uri: str, options: Mapping[str, Any], deadline: Deadline) -> bytes:
+    folder = remote_folder(uri, options)
+    if isinstance(folder, Path):
+        raise _wrong("it is a file on this machine", "Open it as a file.")
+    content: bytes = _Store(folder, deadline).call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise _PlainError(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
+    return content
 
 
 # --- waiting
@@ -482,7 +484,7 @@ class _TimePassedError(Exception):
 
 
 class _PlainError(Exception):
-    """What went wrong, in words that may be shown."""
+    """An error whose text may be shown."""
 
 
 def _started(work: Callable[[_Answer[T]], T], deadline: Deadline) -> _Answer[T]:
@@ -588,6 +590,6 @@ def _refusal(error: BaseException) -> tuple[int | None, str]:
     return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), str(response.get("Error", {}).get("Code"))
 
 
-def _is_taken(error: Exception) -> bool:
+def _is_in_use(error: Exception) -> bool:
     status, code = _refusal(error)
     return isinstance(error, FileExistsError) or status == 412 or code == "ConditionalRequestConflict"  # noqa: PLR2004

@@ -29,7 +29,7 @@ from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.download import afetch, fetch
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageInfo
-from langchain_cogview.images.remote import RemoteFolder, aread_uri, read_uri, remote_folder
+from langchain_cogview.images.remote import RemoteFolder, remote_folder
 from langchain_cogview.images.store import ImageFile
 from tests.faults.server import PICTURE, FaultServer, good_picture
 
@@ -188,8 +188,13 @@ async def uploaded(how, folder, content=b"bytes", seconds=30.0):
         return uri, file.problem, file.read()
 
 
-async def read(how, uri, **more):
-    return await aread_uri(uri, **more) if how == "async" else await asyncio.to_thread(read_uri, uri, **more)
+async def read(how, uri, options=None, **more):
+    folder = RemoteFolder(uri, options or {})
+    return await folder.aread(uri, **more) if how == "async" else await asyncio.to_thread(folder.read, uri, **more)
+
+
+def read_uri(uri):
+    return RemoteFolder(uri).read(uri)
 
 
 async def fetched(how, server, folder, seconds=30.0):
@@ -285,10 +290,10 @@ def test_a_missing_package_is_named_with_its_install_line(missing):
     program = f"""
 import sys
 from langchain_cogview.errors import CogViewError
-from langchain_cogview.images.remote import read_uri, remote_folder
+from langchain_cogview.images.remote import RemoteFolder, remote_folder
 assert "fsspec" not in sys.modules and "s3fs" not in sys.modules  # imported where they are used
 sys.modules[{missing!r}] = None
-for what in remote_folder, read_uri:
+for what in remote_folder, RemoteFolder("s3://bucket").read:
     try:
         what("s3://bucket/x.png")
     except CogViewError as error:
@@ -323,7 +328,7 @@ async def test_a_fetched_picture_stays_elsewhere_and_can_be_read_back(how, folde
 def test_another_process_reads_a_picture_by_its_uri_alone(server, bucket):
     uri = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}/a b"), PICTURE))[0]
     assert server.names(bucket) == [uri.removeprefix(f"s3://{bucket}/")]
-    program = "import hashlib, sys; from langchain_cogview.images.remote import read_uri; print(hashlib.sha256(read_uri(sys.argv[1])).hexdigest())"
+    program = "import hashlib, sys; from langchain_cogview.images.remote import RemoteFolder; print(hashlib.sha256(RemoteFolder(sys.argv[1]).read(sys.argv[1])).hexdigest())"
     assert python(program, uri).strip() == hashlib.sha256(PICTURE).hexdigest()
 
 
@@ -333,12 +338,12 @@ def test_a_forked_process_saves_and_reads_too(server, bucket):
 import os, sys, warnings
 warnings.simplefilter("ignore")  # of fork beside threads
 from langchain_cogview.concurrency import Deadline
-from langchain_cogview.images.remote import read_uri, remote_folder
+from langchain_cogview.images.remote import remote_folder
 folder = remote_folder(sys.argv[1])
 first = folder.upload(["parent.png"], b"parent", Deadline(30))
 child = os.fork()
 if not child:
-    same = read_uri(first) == b"parent"
+    same = folder.read(first) == b"parent"
     folder.upload(["child.png"], b"child", Deadline(30))
     os._exit(0 if same else 1)
 print(os.waitpid(child, 0)[1])
@@ -357,13 +362,13 @@ def test_a_large_picture_is_one_put(server, bucket):
 
 
 @pytest.mark.parametrize("conditions", ["kept", "refused"])
-async def test_a_name_that_is_taken_is_never_written_over(folder, server, conditions):
+async def test_a_name_that_is_in_use_is_never_written_over(folder, server, conditions):
     server.refuses_conditions = conditions == "refused"
     names = ["a.png", "a-2.png", "a-3.png"]
     uris = [folder.upload(names, b"mine", Deadline(30)), await folder.aupload(names, b"yours", Deadline(30))]
     assert uris == [f"{folder}/a.png", f"{folder}/a-2.png"]
     assert [read_uri(uri) for uri in uris] == [b"mine", b"yours"]
-    with pytest.raises(OSError, match="every name is taken"):
+    with pytest.raises(OSError, match="every name is in use"):
         folder.upload(names[:2], b"theirs", Deadline(30))
     assert [read_uri(uri) for uri in uris] == [b"mine", b"yours"]
 
