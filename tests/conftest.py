@@ -30,6 +30,16 @@ SYNC_CALLS = {
 FAKE_KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 
 
+HEAVY_SECONDS = 3600
+"""How long a heavy test may take; only what hangs reaches it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.timeout(HEAVY_SECONDS), append=False)
+
+
 @pytest.fixture(autouse=True)
 def _bare_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("live"):

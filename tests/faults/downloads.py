@@ -249,7 +249,7 @@ add(
     is_fetched_again=True,
 )
 add("never there", _NOT_YET)
-add("never there, with time for a few tries", _NOT_YET, gets=(2, 4), timeout=1.8, is_fetched_again=True)
+add("never there, with time for a few tries", _NOT_YET, gets=(2, 5), timeout=1.8, is_fetched_again=True)
 for _status in (401, 403):
     add(f"{_status}, the link has ended", sends(b"<Error><Code>AccessDenied</Code></Error>", _status), within=0.5)
 for _status in (204, 206, 400, 410, 418, 429, 500, 502, 503):

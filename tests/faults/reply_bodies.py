@@ -268,7 +268,7 @@ add(
 )
 
 
-@reply_fault("base64 without end", MALFORMED, timeout=20.0)
+@reply_fault("base64 without end", MALFORMED)
 def _(connection: Connection, request: Request) -> None:
     connection.send(b'HTTP/1.1 200 OK\r\n\r\n{"data":[{"b64_json":"')
     connection.flood(b"A" * 2**20)

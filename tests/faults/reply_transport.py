@@ -12,6 +12,7 @@ from typing import Final
 import trustme
 
 from tests.faults.reply_table import (
+    AMPLE,
     AT_ONCE,
     CONFIGURATION,
     CONNECTION,
@@ -49,7 +50,7 @@ def resets_at_once(connection: Connection, request: Request) -> None:
 @at("connect")
 def never_reads(connection: Connection, request: Request) -> None:
     """Accept and do nothing."""
-    connection.server.closing.wait(30)
+    connection.server.closing.wait(AMPLE)
 
 
 add("closed before the request was read", closes_at_once, *UNSURE, posts=0)
@@ -82,7 +83,7 @@ add(
 
 @reply_fault("an answer later than the limit", UNKNOWN, timeout=SHORT, least=SHORT - 0.1)
 def _(connection: Connection, request: Request) -> None:
-    if not connection.server.closing.wait(SHORT + 0.5):
+    if not connection.server.closing.wait(AMPLE):
         success(connection, request)
 
 
@@ -262,7 +263,7 @@ class HangingResolver:
         self.let_go = Event()
 
     def __call__(self, host: str) -> list[str]:
-        self.let_go.wait(20)
+        self.let_go.wait(AMPLE)
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 

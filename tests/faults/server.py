@@ -20,6 +20,8 @@ from typing import Any, Literal, Self, TypeVar
 from tests.faults.pictures import png
 
 MAX_CONNECTIONS = 64
+PATIENCE = 60
+"""Seconds that are waited for a thread to end; only one that hangs needs them."""
 PREFIX = "/api/paas/v4"
 PICTURE = png()
 
@@ -219,7 +221,7 @@ class FaultServer:
         self.closing.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._acceptor.join(5)
+        self._acceptor.join(PATIENCE)
         self._listener.close()
         self.canary.close()
         with self._lock:
@@ -228,7 +230,7 @@ class FaultServer:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for thread in rest:
-            thread.join(5)
+            thread.join(PATIENCE)
         if self._acceptor.is_alive() or any(thread.is_alive() for thread in rest):
             raise RuntimeError("A thread of the fault server did not end.")
 

@@ -395,7 +395,6 @@ def prompts():
         )
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["batch", "abatch"])
 def test_every_prompt_gets_a_file_of_its_own_that_decodes(sandbox, tmp_path, how):
     given = prompts()

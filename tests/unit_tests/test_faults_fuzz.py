@@ -171,7 +171,6 @@ def test_any_json_in_a_200_gives_a_result_or_an_error_of_ours(body: bytes) -> No
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
 @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), max_examples=3000)
 @given(status=statuses, head=headers, body=bodies)
 def test_three_thousand_replies(status: int, head: dict[str, str], body: bytes) -> None:
