@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -132,33 +131,16 @@ def run_job(
         job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
-    with job.locked_run(
-        limit=limit,
-        budget=budget,
-        retry_failed=retry_failed,
-        retry_unknown=retry_unknown,
-        skip_bad=skip_bad,
-        into_existing=into_existing,
-    ) as run:
+    retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
+    with job.locked_run(retry, limit=limit, budget=budget, skip_bad=skip_bad, into_existing=into_existing) as run:
         run.stop_event = stop
         if on_plan:
             on_plan(job.plan)
         with run.cancel_token(), job.with_progress(progress, config) as run_config:
-            _run_all(
-                stream_in_threads(
-                    (partial(run.collect, work_item, run_config) for work_item in run.free_work_items()),
-                    job.max_workers,
-                )
-            )
-            again = True
-            while again:
-                _run_all(
-                    stream_in_threads(
-                        (partial(run.generate, work_item, run_config) for work_item in run.work_items()),
-                        job.max_workers,
-                    )
-                )
-                again = run.should_continue()
+            for calls in run.passes(run.collect, run.generate, run_config):
+                with contextlib.closing(stream_in_threads(calls, job.max_workers)) as results:
+                    for _, result in results:
+                        _raise_error(result)
         return _report(run, job.started, job.skipped)
 
 
@@ -195,34 +177,17 @@ async def arun_job(
         job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
     finally:
         settings.clear()
-    context = job.locked_run(
-        limit=limit,
-        budget=budget,
-        retry_failed=retry_failed,
-        retry_unknown=retry_unknown,
-        skip_bad=skip_bad,
-        into_existing=into_existing,
-    )
+    retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
+    context = job.locked_run(retry, limit=limit, budget=budget, skip_bad=skip_bad, into_existing=into_existing)
     async with entered_in_thread(context) as run:
         run.stop_event = stop
         if on_plan:
             on_plan(job.plan)
         with run.cancel_token(), job.with_progress(progress, config) as run_config:
-            await _arun_all(
-                astream_tasks(
-                    (partial(run.acollect, work_item, run_config) for work_item in run.free_work_items()),
-                    job.max_workers,
-                )
-            )
-            again = True
-            while again:
-                await _arun_all(
-                    astream_tasks(
-                        (partial(run.agenerate, work_item, run_config) for work_item in run.work_items()),
-                        job.max_workers,
-                    )
-                )
-                again = run.should_continue()
+            for calls in run.passes(run.acollect, run.agenerate, run_config):
+                async with contextlib.aclosing(astream_tasks(calls, job.max_workers)) as results:
+                    async for _, result in results:
+                        _raise_error(result)
         return await in_thread(_report, run, job.started, job.skipped)
 
 
@@ -257,13 +222,8 @@ def plan_job(
     with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
         job.was_begun(folder, into_existing=into_existing)
         attempts, manifest = (files.enter_context(opened(folder)) for opened in (attempts_of, manifest_of))
-        backlog = Backlog(
-            job.prompts,
-            read_history(attempts, manifest),
-            folder,
-            retry_failed=retry_failed,
-            retry_unknown=retry_unknown,
-        )
+        history = read_history(attempts, manifest)
+        backlog = Backlog(job.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
         return backlog.plan(job.generator, job.budget(backlog, budget), limit=limit)
 
 
@@ -311,14 +271,7 @@ class _Job:
 
     @contextmanager
     def locked_run(
-        self,
-        *,
-        limit: int | None,
-        budget: Any,
-        retry_failed: bool,
-        retry_unknown: bool,
-        skip_bad: bool,
-        into_existing: bool,
+        self, retry: dict[str, bool], *, limit: int | None, budget: Any, skip_bad: bool, into_existing: bool
     ) -> Iterator[JobRun]:
         # The folder is locked first; what is recovered in it is in the manifest before anything is sent.
         if limit is not None and (not isinstance(limit, int) or limit < 0):
@@ -335,7 +288,7 @@ class _Job:
                 stack.enter_context(opened(folder, writable=True)) for opened in (attempts_of, manifest_of)
             )
             history = read_history(attempts, manifest)
-            backlog = Backlog(self.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
+            backlog = Backlog(self.prompts, history, folder, **retry)
             left = self.budget(backlog, budget)
             if not begun:
                 write_settings(folder, self.settings)
@@ -390,18 +343,9 @@ class _Job:
             yield merge_configs(options, {"callbacks": [bar]})  # type: ignore[arg-type]
 
 
-def _run_all(results: Any) -> None:
-    with contextlib.closing(results):
-        for _, result in results:
-            if isinstance(result, Exception):  # only an error of the job itself
-                raise result
-
-
-async def _arun_all(results: Any) -> None:
-    async with contextlib.aclosing(results):
-        async for _, result in results:
-            if isinstance(result, Exception):
-                raise result
+def _raise_error(result: Any) -> None:
+    if isinstance(result, Exception):  # only an error of the job itself
+        raise result
 
 
 def _local(output_dir: str | Path) -> Path:

@@ -37,12 +37,8 @@ _START: Final = b'{"key":"'
 class JobFolder:
     """A folder that one job reads and, after `lock`, also writes. It is a context manager.
 
-    Args:
-        path: Absolute path. The caller resolves symbolic links before: the job belongs to the folder that they lead to.
-        create: Create the folder if it is missing. Otherwise a missing folder is treated as an empty one.
-
-    Raises:
-        CogViewStorageError: The folder cannot be created or opened.
+    The caller resolves symbolic links in `path` before: the job belongs to the folder that they lead to. `create` creates a
+    missing folder; otherwise it is treated as an empty one.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
@@ -143,10 +139,6 @@ class JobFolder:
 
         A file that has a second name (a hard link) is not opened for writing.
 
-        Args:
-            name: Name of the file in the folder.
-            flags: As for `os.open`.
-
         Returns:
             The file descriptor.
 
@@ -211,12 +203,8 @@ class JobFolder:
     def add(self, names: Iterable[str], content: bytes) -> str:
         """Write a new file durably; it appears whole or not at all.
 
-        Args:
-            names: Names to try, in this order; a file that exists is never overwritten.
-            content: Content of the file.
-
         Returns:
-            The name that was used.
+            Its name: the first of `names` that is not in use.
 
         Raises:
             OSError: The system's error; `FileExistsError` if all names are in use.
@@ -308,31 +296,18 @@ class RecordPosition(Protocol):
 
 
 class StoredRecord(NamedTuple):
-    """One line of a file of records.
+    """One line of a file of records."""
 
-    Attributes:
-        start: The byte at which the line begins.
-        size: Length of the line, in bytes.
-        values: The checked content of the line.
-    """
-
-    start: int
-    size: int
-    values: dict[str, Any]
+    start: int  # the byte at which the line begins
+    size: int  # length of the line, in bytes
+    values: dict[str, Any]  # the checked content of the line
 
 
 class RecordFile:
     """A file of JSON lines that is only appended to. Each line is durable before `append` returns. Safe for threads.
 
-    Args:
-        folder: The job's folder.
-        name: `manifest.jsonl` or `attempts.jsonl`.
-        parse: Checks a line and returns its content; raises `DamagedRecordError` for a line that does not belong to this file.
-        writable: Create the file if it is missing, and allow appending. Otherwise a missing file is treated as an empty one.
-
-    Raises:
-        CogViewConfigurationError: The name does not belong to a regular file.
-        CogViewStorageError: The file cannot be opened.
+    `parse` checks a line and returns its content; it raises `DamagedRecordError` for a line that does not belong to this file.
+    `writable` creates a missing file and allows appending; otherwise a missing file is treated as an empty one.
     """
 
     def __init__(
@@ -422,10 +397,10 @@ class RecordFile:
             ) from None
 
     def append(self, values: Mapping[str, Any]) -> tuple[int, int]:
-        """Append a line durably, and return the byte at which it begins and its length in bytes.
+        """Append a line durably.
 
         Returns:
-            The position of the line.
+            The byte at which the line begins, and its length in bytes.
 
         Raises:
             CogViewStorageError: The line cannot be written, or this is not the file that the job opened. The file is unchanged.
@@ -565,14 +540,7 @@ def _identity(facts: os.stat_result) -> tuple[int, int]:
 
 
 def _locked(descriptor: int) -> bool:
-    """Lock an open file or folder.
-
-    Returns:
-        False if this kind of file cannot be locked on this system.
-
-    Raises:
-        OSError: Another process or job holds the lock.
-    """
+    # Lock an open file or folder; False if this kind of file cannot be locked on this system.
     try:
         import fcntl  # noqa: PLC0415
     except ImportError:  # Windows

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -117,9 +117,9 @@ class JobPlan:
         """
         plain = {name: getattr(self, name) for name in self.__slots__}
         return plain | {
-            "problems": [{"line": item.line, "text": item.text} for item in self.problems],
-            "unknown": [unknown_dict(item) for item in self.unknown],
-            "cost": {currency: str(amount) for currency, amount in self.cost.items()},
+            "problems": [asdict(item) for item in self.problems],
+            "unknown": [asdict(item) for item in self.unknown],
+            "cost": _amounts(self.cost),
         }
 
     def __str__(self) -> str:
@@ -131,19 +131,17 @@ class JobPlan:
             if count
         ]
         summary += f"; {', '.join(old)} before" if old else ""
+        cost = cost_text(self.cost, self.unpriced, sandbox=self.sandbox)
         return visible(
             "\n".join(
                 (
                     f"{summary}.",
                     *bullet_list("Not valid", self.problems),
                     *self.warnings(),
-                    f"To generate: {count_text(self.prompts, 'prompt')}, {self._amount()}.",
+                    f"To generate: {count_text(self.prompts, 'prompt')}, {count_text(self.images, 'image')}, {cost}.",
                 )
             )
         )
-
-    def _amount(self) -> str:
-        return f"{count_text(self.images, 'image')}, {cost_text(self.cost, self.unpriced, sandbox=self.sandbox)}"
 
     def warnings(self) -> list[str]:
         """List what the user should know before anything is sent.
@@ -153,18 +151,11 @@ class JobPlan:
         """
         lines = list(self.notes)
         if self.duplicates:
-            shown = ", ".join(map(str, self.duplicates[:MAX_LISTED])) + (
-                ", ..." if len(self.duplicates) > MAX_LISTED else ""
-            )
-            where = f"{'line' if len(self.duplicates) == 1 else 'lines'} {shown}"
-            lines.append(
-                f"{count_text(len(self.duplicates), 'duplicate prompt')} ({where}). "
-                + (
-                    "Duplicates are left out."
-                    if self.unique
-                    else "Duplicates are generated and paid for, unless unique=True."
-                )
-            )
+            numbers = ", ".join(map(str, self.duplicates[:MAX_LISTED]))
+            where = f"line{'s' if len(self.duplicates) > 1 else ''} {numbers}"
+            where += ", ..." if len(self.duplicates) > MAX_LISTED else ""
+            so = "left out" if self.unique else "generated and paid for, unless unique=True"
+            lines.append(f"{count_text(len(self.duplicates), 'duplicate prompt')} ({where}). Duplicates are {so}.")
         if self.recovered:
             lines.append(
                 f"{count_text(self.recovered, 'image')} paid for before will be recovered without paying again."
@@ -174,9 +165,8 @@ class JobPlan:
         return lines
 
 
-def unknown_dict(item: UnknownAttempt) -> dict[str, Any]:
-    """Return an attempt as plain JSON."""
-    return {"line": item.line, "prompt": item.prompt, "request_id": item.request_id}
+def _amounts(cost: Mapping[str, Decimal]) -> dict[str, str]:
+    return {currency: str(amount) for currency, amount in cost.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +245,8 @@ class JobReport:
             "notes": [*getattr(self.stopped, "__notes__", ())],
         }
         return plain | {
-            "unknown": [unknown_dict(item) for item in self.unknown],
-            "cost": {currency: str(amount) for currency, amount in self.cost.items()},
-            "list_price": {currency: str(amount) for currency, amount in self.list_price.items()},
-            "total_cost": {currency: str(amount) for currency, amount in self.total_cost.items()},
+            "unknown": [asdict(item) for item in self.unknown],
+            **{name: _amounts(getattr(self, name)) for name in ("cost", "list_price", "total_cost")},
             "errors": dict(self.errors),
             "stopped": stopped,
             "notes": [*self.notes],
@@ -268,21 +256,9 @@ class JobReport:
         }
 
     def __str__(self) -> str:
-        counts = [
-            f"{count_text(self.made, 'prompt')} made",
-            *(
-                f"{count:,} {word}"
-                for count, word in (
-                    (self.skipped, "made before"),
-                    (self.blocked, "blocked"),
-                    (self.failed, "failed"),
-                    (len(self.unknown), "unknown"),
-                    (self.left, "left"),
-                    (self.bad, "left out"),
-                )
-                if count
-            ),
-        ]
+        others = {"made before": self.skipped, "blocked": self.blocked, "failed": self.failed}
+        others |= {"unknown": len(self.unknown), "left": self.left, "left out": self.bad}
+        counts = [f"{count_text(self.made, 'prompt')} made", *(f"{n:,} {word}" for word, n in others.items() if n)]
         shown = self.list_price if self.sandbox else self.cost
         cost = cost_text(shown, self.unpriced, sandbox=self.sandbox)
         lines = [f"{', '.join(counts)}; {cost}; {self.seconds:,.1f} s."]
@@ -312,29 +288,17 @@ def _not_run(name: str) -> bool:
 
 @dataclass(slots=True)
 class WorkItem:
-    """What is left to do for one prompt.
-
-    Attributes:
-        prompt: The prompt.
-        finished: Summary of its manifest record; None if there is none.
-        recovered: Images in the folder that are missing in the manifest.
-        running: Requests that are tasks of the service, and can be polled.
-        unknown: Requests whose outcome is unknown, and tasks that were polled in this run without an end.
-        missing: Number of images to generate.
-        repeats_unknown: Whether the requests in `unknown` are given up and sent again.
-        repeats_failed: Whether earlier failures are sent again.
-        reservation: The part of the budget that is reserved for the missing images.
-    """
+    """What is left to do for one prompt."""
 
     prompt: PromptItem
-    finished: Finished | None
-    recovered: list[RecoveredImage]
-    running: list[Attempt]
-    unknown: list[Attempt]
-    missing: int = 0
-    repeats_unknown: bool = False
-    repeats_failed: bool = False
-    reservation: Reservation | None = None
+    finished: Finished | None  # summary of its manifest record; None if there is none
+    recovered: list[RecoveredImage]  # images in the folder that are missing in the manifest
+    running: list[Attempt]  # requests that are tasks of the service, and can be polled
+    unknown: list[Attempt]  # requests whose outcome is unknown, and tasks that were polled in this run without an end
+    missing: int = 0  # number of images to generate
+    repeats_unknown: bool = False  # whether the requests in `unknown` are given up and sent again
+    repeats_failed: bool = False  # whether earlier failures are sent again
+    reservation: Reservation | None = None  # the part of the budget that is reserved for the missing images
 
     def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
         """Determine how many images to generate, and what of the earlier requests is sent again."""
@@ -442,8 +406,7 @@ class Backlog:
             cost=cost.amounts,
             unpriced=cost.unpriced,
             sandbox=self.uses_sandbox(generator),
-            **{name: counts[name] for name in ("done", "blocked", "failed", "recovered")},
-            **{name: counts[name] for name in ("prompts", "images")},
+            **{name: counts[name] for name in ("done", "blocked", "failed", "recovered", "prompts", "images")},
         )
 
     def uses_sandbox(self, generator: CogViewImageGenerator) -> bool:
@@ -499,11 +462,10 @@ def recovered_images(folder: JobFolder, history: History) -> dict[str, Recovered
     for name in sorted(folder.names()) if wanted else ():
         match = IMAGE_NAME.fullmatch(name)
         attempt = wanted.get(match["label"]) if match else None
-        image = (
-            _whole(folder, name, match["start_of_hash"]) if match and attempt and name not in history.files else None
-        )
-        if attempt and image:
-            recovered[attempt.request_id] = RecoveredImage(attempt, folder.path / name, *image)
+        if match and attempt and name not in history.files:
+            image = _whole(folder, name, match["start_of_hash"])
+            if image:
+                recovered[attempt.request_id] = RecoveredImage(attempt, folder.path / name, *image)
     return recovered
 
 

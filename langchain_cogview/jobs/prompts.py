@@ -48,19 +48,13 @@ _ARGUMENTS: Final = frozenset(ImageRequest.model_fields)
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One line of a file of prompts, before it is checked.
+    """One line of a file of prompts, before it is checked."""
 
-    Attributes:
-        number: The line in the file where the prompt begins, counted from 1; in a list, the position of the prompt.
-        arguments: The arguments as written; values of a CSV or TSV file are strings.
-        extra: All other columns or keys of the line.
-        problem: Why the line cannot be read; None if it can.
-    """
-
-    number: int
+    number: int  # the line in the file where the prompt begins, counted from 1; in a list, the position of the prompt
+    # The arguments as written; values of a CSV or TSV file are strings.
     arguments: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # all other columns or keys of the line
+    problem: str | None = None  # why the line cannot be read; None if it can
 
 
 class PromptFile:
@@ -421,46 +415,27 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """One valid prompt of a job.
+    """One valid prompt of a job."""
 
-    Attributes:
-        number: The line number.
-        key: Identifies the prompt: a hash of all its arguments, with a counter for lines that are equal.
-        arguments: The checked arguments that the line itself sets.
-        extra: All other columns or keys of the line.
-        model: The model to use.
-        n: How many images to generate.
-    """
-
-    number: int
-    key: str
-    arguments: dict[str, Any]
-    extra: dict[str, Any] | None
+    number: int  # the line number
+    key: str  # identifies the prompt: a hash of all its arguments, with a counter for lines that are equal
+    arguments: dict[str, Any]  # the checked arguments that the line itself sets
+    extra: dict[str, Any] | None  # all other columns or keys of the line
     model: str
-    n: int
+    n: int  # how many images to generate
 
 
 @dataclass
 class PromptList:
-    """The checked prompts of a job.
+    """The checked prompts of a job."""
 
-    Attributes:
-        items: The valid prompts, in their order.
-        lines: Number of lines with a prompt, valid or not.
-        blank: Number of blank lines.
-        problems: The lines that are not valid.
-        duplicates: Numbers of the lines that equal an earlier one.
-        unique: Whether duplicates are left out.
-        notes: Remarks for the user.
-    """
-
-    items: list[PromptItem] = field(default_factory=list)
-    lines: int = 0
-    blank: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    duplicates: list[int] = field(default_factory=list)
-    unique: bool = False
-    notes: list[str] = field(default_factory=list)
+    items: list[PromptItem] = field(default_factory=list)  # the valid prompts, in their order
+    lines: int = 0  # number of lines with a prompt, valid or not
+    blank: int = 0  # number of blank lines
+    problems: list[Problem] = field(default_factory=list)  # the lines that are not valid
+    duplicates: list[int] = field(default_factory=list)  # numbers of the lines that equal an earlier one
+    unique: bool = False  # whether duplicates are left out
+    notes: list[str] = field(default_factory=list)  # remarks for the user
 
     def refuse_problems(self) -> None:
         """Raise if a line is not valid.

@@ -70,22 +70,7 @@ logger = logging.getLogger(__name__)
 class JobRun:
     """A job in its locked folder.
 
-    Args:
-        folder: The locked folder.
-        generator: Saves images into the folder.
-        backlog: What is left to do.
-        budget: What may still be spent.
-        attempts: The open file of sent requests.
-        manifest: The open file of finished prompts.
-        limit: Maximum number of prompts to generate; None: no limit.
-
-    Attributes:
-        stopped: Why nothing more is sent; None while the job runs.
-        stop_event: Set by the caller to stop the job.
-        over_budget: Whether a prompt was left out because of the budget.
-        errors: Number of errors by class name, without those in the manifest.
-        made: Number of images that were generated or recovered.
-        charges: Cost of these images.
+    `claim` records a paid request before it is sent; `settle` and `finish` record how requests and prompts end.
     """
 
     def __init__(
@@ -103,12 +88,12 @@ class JobRun:
         self.manifest = manifest
         self.generator = generator
         self.backlog = backlog
-        self.stopped: Exception | None = None
-        self.stop_event: threading.Event | None = None
-        self.over_budget = False
-        self.errors: Counter[str] = Counter()
-        self.made = 0
-        self.charges, self.list_prices = Charges(), Charges()
+        self.stopped: Exception | None = None  # why nothing more is sent; None while the job runs
+        self.stop_event: threading.Event | None = None  # set by the caller to stop the job
+        self.over_budget = False  # whether a prompt was left out because of the budget
+        self.errors: Counter[str] = Counter()  # by class name, without those in the manifest
+        self.made = 0  # number of images that were generated or recovered
+        self.charges, self.list_prices = Charges(), Charges()  # of these images
         self._budget = budget
         self._limit = limit
         self._next = self._started = self._not_run = 0
@@ -171,11 +156,15 @@ class JobRun:
             if work_item.missing:
                 yield work_item
 
-    def should_continue(self) -> bool:
-        """Return whether part of the budget was released, so that the next prompt may be within it."""
-        again = self._has_released and self.over_budget and not self.halts
-        self._has_released = False
-        return again
+    def passes(self, collect: Any, generate: Any, config: RunnableConfig) -> Iterator[Iterator[Callable[[], Any]]]:
+        """Yield the calls of each pass over the prompts: first what is free, then what the limit and the budget allow."""
+        yield (partial(collect, work_item, config) for work_item in self.free_work_items())
+        again = True
+        while again:
+            yield (partial(generate, work_item, config) for work_item in self.work_items())
+            # Part of the budget was released, so that the next prompt may be within it.
+            again = self._has_released and self.over_budget and not self.halts
+            self._has_released = False
 
     def _work_item(self, item: PromptItem) -> WorkItem:
         with self._lock:
@@ -190,12 +179,7 @@ class JobRun:
             self._release(call, 0)
             return
         with call.journal():
-            outcome = or_error(
-                self.generator.invoke,
-                {**work_item.prompt.arguments, "n": work_item.missing},
-                config,
-                budget=work_item.reservation,
-            )
+            outcome = or_error(self.generator.invoke, call.arguments, config, budget=work_item.reservation)
         self._finish(call, outcome)
 
     async def agenerate(self, work_item: WorkItem, config: RunnableConfig) -> None:
@@ -205,12 +189,7 @@ class JobRun:
             self._release(call, 0)
             return
         with call.journal():
-            outcome = await aor_error(
-                self.generator.ainvoke,
-                {**work_item.prompt.arguments, "n": work_item.missing},
-                config,
-                budget=work_item.reservation,
-            )
+            outcome = await aor_error(self.generator.ainvoke, call.arguments, config, budget=work_item.reservation)
         await in_thread(self._finish, call, outcome)
 
     def collect(self, work_item: WorkItem, config: RunnableConfig) -> None:
@@ -231,7 +210,7 @@ class JobRun:
 
     # --- before a request
 
-    def record_attempt(self, item: PromptItem, request_id: str, model: str) -> None:
+    def claim(self, item: PromptItem, request_id: str, model: str) -> None:
         """Record that a paid request is about to be sent.
 
         Raises:
@@ -250,13 +229,20 @@ class JobRun:
                     "This process cannot open more files; nothing more was sent.",
                     hint="Close files, or raise the limit (ulimit -n), then run the job again.",
                 )
-            self.note({**values, "at": now()})
+            self._note({**values, "at": now()})
         except CogViewStorageError as error:
             self.stop(error)
             raise
 
-    def note(self, values: dict[str, Any]) -> None:
-        """Append a line to the attempts."""
+    def submitted(self, item: PromptItem, request_id: str, task_id: str | None, **model: str) -> None:
+        """Record the task that a request became; None: the service does not know it any more."""
+        self._note({"key": item.key, "request_id": request_id, "task_id": task_id, **model})
+
+    def settle(self, item: PromptItem, request_id: str, outcome: str) -> None:
+        """Record that a request ended without an image."""
+        self._note({"key": item.key, "request_id": request_id, "settled": outcome})
+
+    def _note(self, values: dict[str, Any]) -> None:
         self._attempts.append(values)
         with self._lock:
             self.backlog.history.note(values)
@@ -289,11 +275,8 @@ class JobRun:
         for item in self.backlog.prompts.items:
             work_item = self.backlog.work_item(item)
             if work_item.recovered:
-                call = PromptCall(
-                    self,
-                    work_item,
-                    sent={attempt.attempt.request_id: attempt.attempt.model for attempt in work_item.recovered},
-                )
+                requests = [image.attempt for image in work_item.recovered]
+                call = PromptCall(self, work_item, sent={item.request_id: item.model for item in requests})
                 self._guarded(call, self._record_recovered, call)
 
     def _record_recovered(self, call: PromptCall) -> None:
@@ -303,7 +286,7 @@ class JobRun:
             self.folder.sync(recovered.path.name)
             price = self.generator.price(recovered.attempt.model)
             records.append(recovered_record(recovered, price[0] if price else None, sandbox=sandbox))
-        self._record(call, records, [], {*call.sent})
+        self.finish(call, records, [], {*call.sent})
 
     def _finish(self, call: PromptCall, outcome: Any) -> None:
         self._guarded(call, self._judge, call, outcome)
@@ -326,11 +309,8 @@ class JobRun:
                     self.stopped.add_note(note)
         if notes or not closed:
             reported = " ".join((str(error), *notes))
-            logger.warning(
-                "Line %s: the outcome could not be recorded. %s",
-                call.work_item.prompt.number,
-                visible(reported),
-            )
+            number = call.work_item.prompt.number
+            logger.warning("Line %s: the outcome could not be recorded. %s", number, visible(reported))
 
     def _judge(self, call: PromptCall, outcome: Any) -> None:
         """Record the outcome of a paid call."""
@@ -343,19 +323,17 @@ class JobRun:
         others = [failure for failure in failures if failure not in prompt_failures]
         with self._lock:
             self.errors.update(failure.error for failure in others)
-        reported = [
-            failure_record(item, call.sent.get(item.request_id or "", call.work_item.prompt.model))
-            for item in prompt_failures
-        ]
+        model = call.work_item.prompt.model
+        reported = [failure_record(item, call.sent.get(item.request_id or "", model)) for item in prompt_failures]
         self._release(call, sum(not image.cached for image in images) + len(unknown))
         records, elsewhere = self._save_images(call, images)
         settled = call.sent.keys() - unknown - elsewhere
         if records or reported:
             made = [item for item in records if "file" in item]
-            self._record(call, made, reported + [item for item in records if "file" not in item], settled)
+            self.finish(call, made, reported + [item for item in records if "file" not in item], settled)
             return
         for item in settled:
-            self.note({"key": call.work_item.prompt.key, "request_id": item, "settled": ends.get(item, Outcome.FINAL)})
+            self.settle(call.work_item.prompt, item, ends.get(item, Outcome.FINAL))
 
     def _finish_task(self, call: PromptCall, outcome: Any) -> None:
         """Record the outcome of a task that was paid for earlier. A task without an end can be polled again."""
@@ -363,8 +341,7 @@ class JobRun:
             self._finish(call, outcome)
         elif isinstance(outcome, CogViewNotFoundError):  # treated like any request without an answer
             for request_id in call.sent:
-                end = {"key": call.work_item.prompt.key, "request_id": request_id, "task_id": None}
-                self._guarded(call, self.note, end)
+                self._guarded(call, self.submitted, call.work_item.prompt, request_id, None)
         elif isinstance(outcome, Exception):
             with self._lock:
                 self.errors[type(outcome).__name__] += 1
@@ -377,7 +354,7 @@ class JobRun:
         """Add an image to the manifest that could be downloaded from its URL after all."""
         if isinstance(content, bytes):
             record = partial(write_image, self.folder, image, content)
-            self._guarded(call, lambda: self._record(call, [record()], [], set(), without=number))
+            self._guarded(call, lambda: self.finish(call, [record()], [], set(), without=number))
 
     def _save_images(self, call: PromptCall, images: list[GeneratedImage]) -> tuple[list[dict[str, Any]], set[str]]:
         """Return the records of saved images, and the request ids of images whose bytes are not in the folder."""
@@ -420,7 +397,7 @@ class JobRun:
                 self._budget.release(price_of(self.generator, call.work_item.prompt.model), call.reserved - paid)
                 self._has_released = True
 
-    def _record(
+    def finish(
         self,
         call: PromptCall,
         images: list[dict[str, Any]],
@@ -457,12 +434,12 @@ class JobRun:
             ),
             "given_up": given_up,
             "request_ids": [*ids],
-            "seconds": round(old["seconds"] + call.seconds, 3),
+            "seconds": round(old["seconds"] + time.monotonic() - call.started, 3),
             "finished": now(),
         }
-        place = self.manifest.append(values)
+        position = self.manifest.append(values)
         with self._lock:
-            self.backlog.history.take(*place, values)
+            self.backlog.history.take(*position, values)
             self.made += len(images)
             for image in images:
                 self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))
@@ -473,33 +450,22 @@ class JobRun:
 
 
 class PromptCall:
-    """One call for one prompt, and the journal of what it sends.
-
-    Attributes:
-        work_item: The prompt and what is left to do for it.
-        is_paid: Whether the call pays for images; otherwise it only asks for images that were paid for earlier.
-        reserved: How many images the budget counts for the call.
-        sent: The model of each recorded request, by request id.
-        repeated: The requests that were sent again though they may have been charged, once for each repetition.
-    """
+    """One call for one prompt, and the journal of what it sends."""
 
     def __init__(
         self, run: JobRun, work_item: WorkItem, *, is_paid: bool = False, sent: dict[str, str] | None = None
     ) -> None:
         self.work_item = work_item
-        self.is_paid = is_paid
-        self.sent = sent or {}
+        self.is_paid = is_paid  # otherwise it only asks for images that were paid for earlier
+        self.sent = sent or {}  # the model of each recorded request, by request id
+        # The requests that were sent again though they may have been charged, once for each repetition.
         self.repeated: list[dict[str, str]] = []
-        self.reserved = work_item.missing if is_paid else len(self.sent)
+        self.reserved = work_item.missing if is_paid else len(self.sent)  # how many images the budget counts for it
+        self.arguments = {**work_item.prompt.arguments, "n": work_item.missing}
         self._run = run
-        self._started = time.monotonic()
+        self.started = time.monotonic()  # when the call began, and then when its first request was sent
         self._abandoned: set[str] = set()
         self._lock = threading.Lock()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the first request was sent, or since the beginning if none was."""
-        return round(time.monotonic() - self._started, 3)
 
     def sending(self, request_id: str, model: str) -> None:
         """Record a request; the generator calls this right before it sends a paid request.
@@ -511,8 +477,8 @@ class PromptCall:
             if request_id in self._abandoned:  # a thread comes to it only after the caller left
                 raise CogViewStoppedError
             if not self.sent:
-                self._started = time.monotonic()
-            self._run.record_attempt(self.work_item.prompt, request_id, model)
+                self.started = time.monotonic()
+            self._run.claim(self.work_item.prompt, request_id, model)
             if self.sent.get(request_id) == model:
                 self.repeated.append({"request_id": request_id, "model": model})
             self.sent[request_id] = model
@@ -526,8 +492,7 @@ class PromptCall:
         with self._lock:
             self._abandoned.add(request_id)
             if self.sent.pop(request_id, None):
-                key = self.work_item.prompt.key
-                self._run.note({"key": key, "request_id": request_id, "settled": Outcome.NOT_RUN})
+                self._run.settle(self.work_item.prompt, request_id, Outcome.NOT_RUN)
 
     async def anot_sent(self, request_id: str, model: str) -> None:
         """Async version of `not_sent`: a thread writes the record."""
@@ -536,7 +501,7 @@ class PromptCall:
     def submitted(self, request_id: str, task_id: str, model: str) -> None:
         """Record a task that the service has accepted; its model may be a fallback model."""
         self.sent[request_id] = model
-        self._run.note({"key": self.work_item.prompt.key, "request_id": request_id, "task_id": task_id, "model": model})
+        self._run.submitted(self.work_item.prompt, request_id, task_id, model=model)
 
     async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
         """Async version of `submitted`: a thread writes the record."""
@@ -553,11 +518,7 @@ class PromptCall:
 
 
 def failures_in(call: PromptCall, outcome: Any) -> tuple[list[ImageFailure], set[str]]:
-    """Determine what failed in a call that gave `outcome`, a result or an error.
-
-    Returns:
-        One failure for each missing image, and the ids of requests that may have been charged without giving an image.
-    """
+    """Return one failure for each missing image, and the ids of requests that may have been charged without an image."""
     images = outcome.images if isinstance(outcome, ImageResult) else ()
     failures: list[ImageFailure] = list(getattr(outcome, "failures", ()))
     if not failures and isinstance(outcome, Exception):  # it applies to all images

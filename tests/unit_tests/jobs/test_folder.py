@@ -171,17 +171,17 @@ def test_records_that_share_their_bytes_with_a_backup_are_not_written_to(run, ou
 
 
 def test_without_hard_links_a_file_gets_its_name_once_it_is_whole(tmp_path, monkeypatch):
-    created, real = [], JobFolder.open
+    created, real = [], os.open
 
-    def opened(folder, name, flags=os.O_RDONLY):
-        created.extend([name] if flags & os.O_CREAT else [])
-        return real(folder, name, flags)
+    def opened(path, flags, *mode, **descriptors):
+        created.extend([os.path.basename(path)] if flags & os.O_CREAT else [])
+        return real(path, flags, *mode, **descriptors)
 
     def no_links(*paths, **descriptors):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(JobFolder, "open", opened)
+    monkeypatch.setattr(os, "open", opened)
     with JobFolder(tmp_path) as folder:
         names = [folder.add(["a.png", "b.png"], content) for content in (b"first", b"second")]
     assert names == ["a.png", "b.png"]

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.rate_limiters import BaseRateLimiter
 from PIL import Image
 
@@ -1105,23 +1106,31 @@ class SecondWhile(BaseRateLimiter):
         return await asyncio.to_thread(self.acquire)
 
 
+class SecondEnd(BaseCallbackHandler):
+    """Sets an event when the second call has its result."""
+
+    def __init__(self) -> None:
+        self.event, self.first = threading.Event(), threading.Lock()
+
+    def on_chain_end(self, outputs, **kwargs):
+        if not self.first.acquire(blocking=False):
+            self.event.set()
+
+
 def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, out, sandbox, monkeypatch):
-    writing = threading.Event()
-    made = []
+    writing, second = threading.Event(), SecondEnd()
+    seen = []
     write = os.write
 
     def slow(descriptor, content):
         if is_open_as(out / "manifest.jsonl", descriptor) and not writing.is_set():
             writing.set()
-            end = time.monotonic() + 10
-            while sandbox.images_made < 2 and time.monotonic() < end:
-                time.sleep(0.005)
-            made.append(sandbox.images_made)
+            seen.append((second.event.wait(30), sandbox.images_made))
         return write(descriptor, content)
 
     monkeypatch.setattr(os, "write", slow)
-    assert run(["a cat", "a dog"], rate_limiter=SecondWhile(writing)).made == 2
-    assert made == [2]
+    report = run(["a cat", "a dog"], rate_limiter=SecondWhile(writing), config={"callbacks": [second]})
+    assert (report.made, seen) == (2, [(True, 2)])
 
 
 async def test_the_event_loop_goes_on_while_an_attempt_is_written_down(sandbox, out, monkeypatch):
