@@ -201,6 +201,23 @@ NEVER: Final = CancelToken()
 CANCEL_TOKEN: Final[ContextVar[CancelToken]] = ContextVar("cogview_cancel_token", default=NEVER)
 
 
+def as_outcome(error: BaseException) -> Exception:
+    """Return the error of one item as its outcome, but raise what ends the whole call, such as a cancellation.
+
+    Args:
+        error: The exception that was caught.
+
+    Returns:
+        The same exception.
+
+    Raises:
+        BaseException: The exception, if it is not an `Exception`.
+    """
+    if not isinstance(error, Exception):
+        raise error
+    return error
+
+
 def raised_by_signal(error: BaseException) -> BaseException | None:
     """Find the exception of a signal handler that an error is, or that caused it.
 

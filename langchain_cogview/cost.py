@@ -166,6 +166,8 @@ class ImageCosts:
         """The number of images that the content filter blocked, which cost nothing."""
         self.failed = 0
         """The number of images that failed otherwise; `uncertain` has those that may have been charged."""
+        self.cancelled = 0
+        """The number of images whose caller left before they were received; `uncertain` has those that may have been charged."""
         self.prices_as_of: date = PRICES_AS_OF
         """The day of the list prices."""
         self._by_model: dict[tuple[str, str | None], Charges] = {}
@@ -232,7 +234,7 @@ class ImageCosts:
 
     @property
     def in_flight(self) -> int:
-        """The number of images that were requested and have not ended; after the work, those whose caller was cancelled."""
+        """The number of images that were requested and have not ended."""
         return len(self._under_way)
 
     def on_event(self, name: str, event: Mapping[str, Any]) -> None:
@@ -245,7 +247,7 @@ class ImageCosts:
         with self._lock:
             if name == GENERATED_EVENT:
                 self._made(event)
-            elif name == PROGRESS_EVENT and event["stage"] == "failed":
+            elif name == PROGRESS_EVENT and event["stage"] in {"failed", "cancelled"}:
                 self._lost(event)
             elif name == PROGRESS_EVENT:
                 self._under_way.setdefault(event["request_id"], Money.of(event))
@@ -270,8 +272,10 @@ class ImageCosts:
         self._under_way.pop(event["request_id"], None)
         if event["blocked"]:
             self.blocked += 1
-            return
-        self.failed += 1
+        elif event["stage"] == "cancelled":
+            self.cancelled += 1
+        else:
+            self.failed += 1
         if event["outcome"] == Outcome.UNKNOWN:
             # The event also covers the attempts before the last one; the last one itself may not have been sent.
             for attempt in [key for key in self._uncertain if isinstance(key, tuple) and key[0] == event["request_id"]]:
@@ -295,6 +299,7 @@ class ImageCosts:
                 "unpriced": self.unpriced,
                 "blocked": self.blocked,
                 "failed": self.failed,
+                "cancelled": self.cancelled,
                 "in_flight": self.in_flight,
                 "complete": self.complete,
                 "amounts": self._charges.in_text(),
@@ -319,6 +324,7 @@ class ImageCosts:
             others = _named(
                 (self.blocked, "blocked"),
                 (self.failed, "failed"),
+                (self.cancelled, "cancelled"),
                 (self.in_flight, "in flight"),
                 (uncertain.count, f"not received{possible} ({uncertain})"),
             )

@@ -122,12 +122,12 @@ class GeneratedPayload(dict[str, Any]):
 class ProgressEvent(_EventFields):
     """Payload of `cogview.progress`: the stage that the generation of one image has reached. Plain JSON.
 
-    Each image that is requested from the service sends `sent` once, `processing` at each poll of a task, and ends with either
-    `failed` or the event `cogview.generated`; a call that is cancelled or interrupted ends without either. A cached image sends
-    `cogview.generated` only, and a task that is resumed does not send `sent`.
+    Each image that is requested from the service sends `sent` once, `processing` at each poll of a task, and ends with `failed`,
+    `cancelled` or the event `cogview.generated`; a caller who leaves while a paid image is downloaded gets none of them. A cached
+    image sends `cogview.generated` only, and a task that is resumed does not send `sent`.
     """
 
-    stage: Literal["sent", "processing", "failed"]
+    stage: Literal["sent", "processing", "failed", "cancelled"]
     """Stage that was reached."""
     request_id: str
     """Request id that this client generated; every attempt has the same."""
@@ -138,17 +138,17 @@ class ProgressEvent(_EventFields):
     task_id: str | None
     """Id of the task; None unless the task endpoint is used."""
     error: str | None
-    """At `failed`: name of the error's class."""
+    """At `failed` and `cancelled`: name of the exception's class."""
     blocked: bool
     """At `failed`: whether the content filter blocked the image."""
     outcome: str | None
-    """At `failed`: `not_run`, `final`, or `unknown` (an image may have been charged)."""
+    """At `failed` and `cancelled`: `not_run`, `final`, or `unknown` (an image may have been charged)."""
     scope: str | None
     """At `failed`: what the error concerns, such as `prompt` or `account`; None for an exception of another library."""
     is_retryable: bool | None
     """At `failed`: whether the same request may be sent again and may succeed then."""
     uncertain: int
-    """At `failed`: number of requests that may have been charged, including those that were sent again."""
+    """At `failed` and `cancelled`: number of requests that may have been charged, including those that were sent again."""
     cost: str | None
     """What the image costs if it is made, as a decimal number; None if the price is unknown."""
     currency: str | None
@@ -345,6 +345,7 @@ class ImageEvents:
     _charge: Charge | None = None
     _pending: bool = False
     _recorded: tuple[str, int] | None = None
+    _begun: bool = False
 
     @property
     def label(self) -> str:
@@ -440,28 +441,34 @@ class ImageEvents:
         """Async version of `processing`."""
         await self.dispatcher.adispatch(self._progress("processing", task_id=task_id))
 
-    def ended_with(self, error: Exception) -> list[Event]:
-        """Make the events of an image that was not made.
+    def ended_with(self, error: BaseException) -> list[Event]:
+        """Make the events of an image that was not made, or whose caller left.
 
         Args:
-            error: Why it was not made.
+            error: Why there is no image.
 
         Returns:
             The events.
         """
-        if not self.dispatcher.is_active or isinstance(error, CogViewStoppedError):  # an interrupt is not a failure
+        cancelled = (
+            isinstance(error, CogViewStoppedError) or raised_by_signal(error) or not isinstance(error, Exception)
+        )
+        # A coroutine that is closed cannot wait for handlers, and nobody was told of a call that had not begun.
+        if not self.dispatcher.is_active or isinstance(error, GeneratorExit) or (cancelled and not self._begun):
             return []
-        blocked = isinstance(error, CogViewContentFilterError)
+        outcome = getattr(error, "outcome", Outcome.FINAL)
+        if cancelled:  # a task that is resumed may still make an image
+            outcome = Outcome.UNKNOWN if self.uncertain or not self.sent else Outcome.NOT_RUN
         facts = {
             "error": type(error).__name__,
-            "blocked": blocked,
-            "outcome": str(getattr(error, "outcome", Outcome.FINAL)),
+            "blocked": isinstance(error, CogViewContentFilterError),
+            "outcome": str(outcome),
             "scope": str(error.scope) if isinstance(error, CogViewError) else None,
             "is_retryable": isinstance(error, CogViewError) and error.is_retryable,
             "task_id": getattr(error, "task_id", None),
             "uncertain": self.uncertain,
         }
-        events = [self._progress("failed", **facts)]
+        events = [self._progress("cancelled" if cancelled else "failed", **facts)]
         if isinstance(error, CogViewContentFilterError):
             events.append(self._filtered(error.content_filter, blocked=True))
         return events
@@ -483,7 +490,7 @@ class ImageEvents:
         return events
 
     def _progress(self, stage: str, **facts: Any) -> Event:
-        price = self.price(self.model)
+        self._begun, price = True, self.price(self.model)
         return PROGRESS_EVENT, {
             "stage": stage,
             "request_id": self.request_id,
@@ -547,10 +554,9 @@ def _recording(subject: str) -> Iterator[None]:
 
 
 class Deliveries:
-    """Recognises an event that is delivered again, as LangChain does if a run lists a handler twice.
+    """Recognises an event that is delivered again, as LangChain does if a run lists a handler twice. Thread-safe.
 
-    An event is identified by the identity of its payload and by its run. The last 1024 events are remembered, which is enough
-    because duplicates follow each other closely. Thread-safe.
+    An event is identified by its run and the identity of its payload. Duplicates follow closely: the last 1024 are remembered.
     """
 
     def __init__(self) -> None:
@@ -558,11 +564,7 @@ class Deliveries:
         self._lock = threading.Lock()
 
     def is_first(self, data: Any, run_id: UUID) -> bool:
-        """Record a delivery of a payload by a run.
-
-        Returns:
-            Whether this is the first delivery of the event.
-        """
+        """Whether this is the first delivery of the payload by the run; the delivery is recorded."""
         key = id(data), run_id
         with self._lock:
             if key in self._recent:

@@ -22,7 +22,7 @@ from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.cache import CachedRequest
 from langchain_cogview.catalog import model_info, price_of
-from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, in_thread, raised_by_signal
+from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, as_outcome, in_thread, raised_by_signal
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewContentFilterError,
@@ -241,20 +241,20 @@ class ImageCall:
         events = self._events(Deadline(self.settings.timeout, started=False))
         try:
             paid = self._paid(events)
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             events.failed(error)
             self.dispatcher.dispatch(*events.ended_with(error))
-            return error
+            return as_outcome(error)
         return self._finish(paid, events)
 
     async def _agenerate_new(self) -> ImageOutcome:
         events = self._events(Deadline(self.settings.timeout, started=False))
         try:
             paid = await self._apaid(events)
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             await events.afailed(error)
             await self.dispatcher.adispatch(*events.ended_with(error))
-            return error
+            return as_outcome(error)
         return await self._afinish(paid, events)
 
     def submit(self) -> tuple[str, str]:
@@ -287,9 +287,9 @@ class ImageCall:
         events = self._events(Deadline(seconds), request_id)
         try:
             reply = self.tasks().result(task_id, events.deadline, events)
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             self.dispatcher.dispatch(*events.ended_with(error))
-            return error
+            return as_outcome(error)
         return self._finish(PaidReply(self.request, reply), events)
 
     async def acollect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
@@ -297,9 +297,9 @@ class ImageCall:
         events = self._events(Deadline(seconds), request_id)
         try:
             reply = await self.tasks().aresult(task_id, events.deadline, events)
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             await self.dispatcher.adispatch(*events.ended_with(error))
-            return error
+            return as_outcome(error)
         return await self._afinish(PaidReply(self.request, reply), events)
 
     def result(self, outcomes: Sequence[ImageOutcome], notes: tuple[str, ...]) -> ImageResult:

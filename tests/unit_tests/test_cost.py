@@ -185,7 +185,7 @@ def test_the_dict_is_plain_json():
     told = costs.to_dict()
     assert json.loads(json.dumps(told)) == told
     assert told == {
-        "images": 2, "cached": 0, "sandbox": 0, "unpriced": 1, "blocked": 1, "failed": 1, "in_flight": 1, "complete": False,
+        "images": 2, "cached": 0, "sandbox": 0, "unpriced": 1, "blocked": 1, "failed": 1, "cancelled": 0, "in_flight": 1, "complete": False,
         "amounts": {"CNY": "0.06"},
         "by_model": [
             {"model": MODEL, "currency": "CNY", "count": 1, "amount": "0.06"},
@@ -441,7 +441,7 @@ def test_what_was_sent_again_though_its_outcome_is_unknown_may_be_charged_twice(
     assert (costs.images, costs.failed, costs.uncertain.count) == (1, 0, 1)
 
 
-async def test_a_picture_whose_caller_left_stays_under_way(generator):
+async def test_an_image_whose_caller_left_after_it_was_sent_may_be_charged(generator):
     sent = asyncio.Event()
 
     class Sent(CostCallbackHandler):
@@ -455,4 +455,5 @@ async def test_a_picture_whose_caller_left_stays_under_way(generator):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert str(handler.costs) == "0 images; 1 in flight"
+    assert str(handler.costs) == "0 images; 1 cancelled; 1 not received (no cost)"
+    assert handler.costs.in_flight == 0

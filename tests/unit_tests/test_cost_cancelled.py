@@ -10,7 +10,15 @@ import threading
 
 import pytest
 
-from langchain_cogview import Budget, CogViewImageGenerator, CogViewImageTool, Sandbox, arun_job, plan_job
+from langchain_cogview import (
+    Budget,
+    CogViewImageGenerator,
+    CogViewImageTool,
+    Sandbox,
+    arun_job,
+    collect_image_costs,
+    plan_job,
+)
 from tests.conftest import FAKE_KEY
 from tests.faults.reply_transport import over_tls
 from tests.faults.server import FaultServer, at
@@ -81,8 +89,10 @@ def interrupted_at(request):
 def test_a_cancelled_call_counts_in_a_budget_only_once_it_is_sent(hanging, stage):
     server, url = hanging
     generator, budget = CogViewImageGenerator(base_url=url, api_key=FAKE_KEY), Budget("0.06", "CNY", max_images=1)
-    cancelled_at(server, lambda: generator.ainvoke("a kitten", budget=budget))
+    with collect_image_costs() as costs:
+        cancelled_at(server, lambda: generator.ainvoke("a kitten", budget=budget))
     assert (server.posts, budget.images) == (STAGES[stage], STAGES[stage])
+    assert (costs.cancelled, costs.in_flight, costs.uncertain.count) == (1, 0, STAGES[stage])
     assert bool(budget.spent.amount) is (stage == "reply")
 
 
@@ -91,7 +101,9 @@ def test_a_cancelled_call_counts_in_a_budget_only_once_it_is_sent(hanging, stage
 def test_an_interrupted_call_counts_in_a_budget_only_once_it_is_sent(hanging, stage, interrupted_at):
     server, url = hanging
     generator, budget = CogViewImageGenerator(base_url=url, api_key=FAKE_KEY), Budget("0.06", "CNY", max_images=1)
-    interrupted_at(server, lambda: generator.invoke("a kitten", budget=budget))
+    with collect_image_costs() as costs:
+        interrupted_at(server, lambda: generator.invoke("a kitten", budget=budget))
+    assert (costs.cancelled + costs.failed, costs.in_flight, costs.uncertain.count) == (1, 0, STAGES[stage])
     assert (server.posts, budget.images) == (STAGES[stage], STAGES[stage])
     assert bool(budget.spent.amount) is (stage == "reply")
 
