@@ -58,25 +58,22 @@ _NOT_YET: Final = frozenset({404, 408, 425, 429})
 
 @dataclass(frozen=True, slots=True)
 class DownloadedImage:
-    """An image that was received whole.
-
-    Attributes:
-        info: Format and dimensions, read from the bytes.
-        size_bytes: Number of bytes.
-        sha256: SHA-256 of the image bytes, in hexadecimal.
-        path: The file on this machine that holds the bytes.
-        uri: The file in remote storage that holds the bytes, such as `s3://bucket/name.png`.
-        content: The bytes, when no file holds them.
-        problem: Why the bytes could not be saved in the folder that was asked for.
-    """
+    """An image that was received whole."""
 
     info: ImageInfo
+    """Format and dimensions, read from the bytes."""
     size_bytes: int
+    """Number of bytes."""
     sha256: str
+    """SHA-256 of the image bytes, in hexadecimal."""
     path: Path | None = None
+    """The file on this machine that holds the bytes."""
     uri: str | None = None
+    """The file in remote storage that holds the bytes, such as `s3://bucket/name.png`."""
     content: bytes | None = None
+    """The bytes, when no file holds them."""
     problem: str | None = None
+    """Why the bytes could not be saved in the folder that was asked for."""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -108,18 +105,11 @@ def expires_at(url: str) -> datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """One kind of transport failure.
-
-    Attributes:
-        kinds: Exception classes; the error, or one in its chain of causes, is an instance of one of them.
-        text: What happened, for the error message.
-        is_transient: Whether another attempt may succeed.
-        without: Exception classes that must not be in the chain.
-    """
+    """One kind of transport failure: one of `kinds`, and none of `without`, is in the error's chain of causes."""
 
     kinds: tuple[type[BaseException], ...]
     text: str
-    is_transient: bool = False
+    is_transient: bool = False  # another attempt may succeed
     without: tuple[type[BaseException], ...] = ()
 
     def is_in(self, chain: list[BaseException]) -> bool:
@@ -182,18 +172,8 @@ def _too_large() -> CogViewDownloadError:
     return CogViewDownloadError(f"The image is larger than {MAX_IMAGE_BYTES // 2**20} MiB.")
 
 
-# --- the decisions of one download, without I/O
-
-
 class _Download:
-    """Decides what is requested, what a response means, and when to try again.
-
-    Args:
-        url: The link.
-        deadline: For the whole download, waits included.
-        rules: Which links may be opened.
-        retries: How often to try again at most; None: as often as there are waits.
-    """
+    """Decides what is requested, what a response means, and when to try again, without I/O."""
 
     def __init__(self, url: str, deadline: Deadline, rules: LinkRules, retries: int | None) -> None:
         self.deadline = deadline
@@ -203,33 +183,18 @@ class _Download:
         self.start()
 
     def start(self) -> None:
-        """Start an attempt at the first link."""
         self._at, self._check, self._subject = self._url, self._first_check, "The image's link"
         self._visited = [self._url]
         self._buffer, self._head, self._size = bytearray(), bytearray(), 0
         self.has_written = False
 
     def wait_after(self, error: CogViewDownloadError) -> float | None:
-        """Decide about another attempt after an error.
-
-        Args:
-            error: Why the attempt failed.
-
-        Returns:
-            Seconds to wait before the next attempt; None when it would not help, or would be too late.
-        """
+        """Return the seconds to wait before another attempt; None when it would not help, or would be too late."""
         wait = next(self._waits, None) if error.transient else None
         return wait if wait is not None and self.deadline.allows(wait) else None
 
     def request(self) -> httpx.Request:
-        """Make the next GET request.
-
-        Returns:
-            The request, for the link or for the target of a redirect.
-
-        Raises:
-            CogViewDownloadError: The time limit has passed, or the link is not valid.
-        """
+        # For the link, or for the target of a redirect.
         left = self.deadline.remaining()
         if left is not None and left <= 0:
             raise CogViewDownloadError("The time limit passed before the image was downloaded.")
@@ -248,18 +213,7 @@ class _Download:
             raise link_refused("it is not a valid link", self._subject) from None
 
     def is_image(self, response: httpx.Response) -> bool:
-        """Check the head of a response.
-
-        Args:
-            response: The response, with its body unread.
-
-        Returns:
-            True when the body is to be read; False after a redirect, which the next request follows.
-
-        Raises:
-            CogViewExpiredURLError: The link has expired or is refused.
-            CogViewDownloadError: The response has no image.
-        """
+        # True when the body is to be read; False after a redirect, which the next request follows.
         status = response.status_code
         if status in _REDIRECTS:
             self._redirect(response.headers.get("location", ""), status)
@@ -301,17 +255,7 @@ class _Download:
         self._at = target
 
     def add(self, chunk: bytes) -> bytes | None:
-        """Check one chunk of the body.
-
-        Args:
-            chunk: The bytes.
-
-        Returns:
-            The bytes to write, once enough have been received; None before.
-
-        Raises:
-            CogViewDownloadError: The bytes are not an image, or too many.
-        """
+        # The result is what to write, once enough bytes have been received.
         if len(self._head) < _SNIFF_BYTES:
             self._head += chunk[:_SNIFF_BYTES]
             if len(self._head) >= _SNIFF_BYTES and sniff(bytes(self._head)) is None:
@@ -323,24 +267,13 @@ class _Download:
         return self.rest() if len(self._buffer) >= _PIECE_BYTES else None
 
     def rest(self) -> bytes:
-        """Take the bytes that were received and are not written yet.
-
-        Returns:
-            The bytes; the buffer is empty afterwards.
-        """
+        """Return the bytes that were received and not written yet, and empty the buffer."""
         rest, self._buffer = bytes(self._buffer), bytearray()
         self.has_written = True
         return rest
 
     def error(self, error: Exception) -> CogViewDownloadError:
-        """Turn a failure of the transport into an error of this package.
-
-        Args:
-            error: An exception of the HTTP library or of the system.
-
-        Returns:
-            The error, transient or final.
-        """
+        """Return the error of this package, transient or final, for a failure of the transport."""
         chain = _chain(error)
         fault = next(fault for fault in _FAULTS if fault.is_in(chain))
         # A proxy that asks for a password, or forbids the host, answers the same a second later.
@@ -364,7 +297,6 @@ def _write(file: ImageFile, piece: bytes | memoryview) -> None:
 
 
 def _inspected(file: ImageFile, rest: bytes) -> ImageInfo:
-    """Write the last bytes, and look at the whole image."""
     _write(file, rest)
     try:
         return file.inspect()
@@ -377,7 +309,6 @@ def _inspected(file: ImageFile, rest: bytes) -> ImageInfo:
 
 
 def _image(info: ImageInfo, file: ImageFile, saved: Path | str | None) -> DownloadedImage:
-    """Describe the image, wherever its bytes are now."""
     try:
         content = None if saved else file.read()
     except OSError as error:
@@ -505,7 +436,14 @@ async def afetch(
     rules: LinkRules = ANY_PUBLIC_HOST,
     retries: int | None = None,
 ) -> DownloadedImage:
-    """Async version of `fetch`. Files are written in threads."""
+    """Async version of `fetch`. Files are written in threads.
+
+    Returns:
+        The image, and where its bytes are.
+
+    Raises:
+        CogViewDownloadError: No whole image was received.
+    """
     download = _Download(url, deadline, rules, retries)
     while True:
         file = _new_file(folder, label)
@@ -559,7 +497,6 @@ async def _areceive(
 
 @contextlib.contextmanager
 def _own_errors(download: _Download) -> Iterator[None]:
-    """Raise errors of this package for failures of the transport; other exceptions pass through."""
     try:
         yield
     except _TRANSPORT_ERRORS as error:

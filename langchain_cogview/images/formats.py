@@ -54,23 +54,20 @@ class ImageRefusedError(ImageFormatError):
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What the bytes of an image say about it.
-
-    Attributes:
-        mime_type: `image/png`, `image/jpeg` or `image/webp`.
-        extension: `.png`, `.jpg` or `.webp`.
-        width: In pixels.
-        height: In pixels.
-        decoding_bytes: The most memory that Pillow takes to decode the image, measured for every kind of file.
-        preview_bytes: The same for a preview; a JPEG can be decoded at a lower resolution.
-    """
+    """What the bytes of an image say about it."""
 
     mime_type: str
+    """`image/png`, `image/jpeg` or `image/webp`."""
     extension: str
+    """`.png`, `.jpg` or `.webp`."""
     width: int
+    """In pixels."""
     height: int
+    """In pixels."""
     decoding_bytes: int = field(default=0, compare=False)
+    """The most memory that Pillow takes to decode the image, measured for every kind of file."""
     preview_bytes: int = field(default=0, compare=False)
+    """The same for a preview; a JPEG can be decoded at a lower resolution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +134,7 @@ class _Window:
         self._buffer = b""
 
     def take(self, start: int, length: int) -> bytes:
-        """Exactly `length` bytes (up to 64 kB) at `start`."""
+        # Exactly `length` bytes, up to 64 kB.
         offset = start - self._start
         if offset < 0 or offset + length > len(self._buffer):
             self._load(start)
@@ -148,14 +145,13 @@ class _Window:
         return found
 
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` to `end`, in pieces."""
         while start < end:
             piece = self.take(start, min(end - start, _WINDOW))
             yield piece
             start += len(piece)
 
     def find(self, pattern: re.Pattern[bytes], start: int) -> int:
-        """Where a pattern of one or two bytes next matches."""
+        # The pattern matches one or two bytes.
         while start < self.size:
             if not self._start <= start < self._start + len(self._buffer) - 1:
                 self._load(start)

@@ -83,7 +83,11 @@ class RemoteFolder:
             return _waited(self._uploading(names, content, deadline), deadline)
 
     async def aupload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
-        """Async version of `upload`. A file of a cancelled upload is removed."""
+        """Async version of `upload`. A file of a cancelled upload is removed.
+
+        Returns:
+            The URI of the file.
+        """
         with _storage_errors("uploaded"):
             return await _awaited(self._uploading(names, content, deadline), deadline)
 
@@ -583,7 +587,7 @@ def _reason(error: Exception, done: str) -> str:
 
 
 def _refusal(error: BaseException) -> tuple[int | None, str]:
-    """HTTP status and code of an S3 error, which s3fs puts into the cause of an OSError."""
+    """Return HTTP status and code of an S3 error, which s3fs puts into the cause of an OSError."""
     response = getattr(error.__cause__, "response", None)
     if not isinstance(response, dict):
         return None, ""

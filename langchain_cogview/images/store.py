@@ -96,15 +96,13 @@ class ImageFile:
     Args:
         folder: The folder on this machine where the file will be; it is made when missing. None: the bytes stay in memory.
         label: Part of the file name, between time and hash, by which the file is found again.
-
-    Attributes:
-        problem: Why the bytes could not be saved where they should be; they are in memory then. None: no problem.
-        size: Number of bytes written so far.
     """
 
     def __init__(self, folder: Path | None, *, label: str = "") -> None:
         self.problem: str | None = None
+        """Why the bytes could not be saved where they should be; they are in memory then. None: no problem."""
         self.size = 0
+        """Number of bytes written so far."""
         self._folder = folder
         self._label = label
         self._hash = hashlib.sha256()
@@ -164,21 +162,19 @@ class ImageFile:
             info: Decides the extension.
 
         Returns:
-            The path of the file; None when the bytes are in memory only.
+            The path of the file; None when the bytes are in memory only, and `problem` says why.
         """
         with self._lock, self.noting_problems():
-            return self._named_file(info)
+            if self._folder is not None and not self.problem:
+                for path in (self._folder / name for name in self.names(info)):
+                    with contextlib.suppress(FileExistsError):
+                        self._give_name(path)
+                        return path
+                self.problem = os.strerror(errno.EEXIST)
         return None
 
     def names(self, info: ImageInfo) -> Iterator[str]:
-        """Make the names that the file may have, once all bytes are written.
-
-        Args:
-            info: Decides the extension.
-
-        Returns:
-            The names, in the order in which they are tried.
-        """
+        """Return the names that the file may have, in the order in which they are tried, once all bytes are written."""
         return image_names(self._label, self.sha256, info.extension)
 
     @contextlib.contextmanager
@@ -187,6 +183,9 @@ class ImageFile:
 
         Yields:
             Nothing.
+
+        Raises:
+            OSError: A signal handler of the program raised it.
         """
         try:
             yield
@@ -196,11 +195,7 @@ class ImageFile:
             self.problem = reason(error)
 
     def read(self) -> bytes:
-        """Read all bytes.
-
-        Returns:
-            The bytes.
-        """
+        """Return all bytes."""
         with self._lock:
             file = self._opened()
             if isinstance(file, io.BytesIO):
@@ -222,16 +217,6 @@ class ImageFile:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
             self._temporary = None
-
-    def _named_file(self, info: ImageInfo) -> Path | None:
-        if self._folder is None or self.problem:
-            return None
-        for name in self.names(info):
-            path = self._folder / name
-            with contextlib.suppress(FileExistsError):
-                self._give_name(path)
-                return path
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def _opened(self) -> BinaryIO:
         if self._file is None:
@@ -483,7 +468,8 @@ def save_once(folder: Path, names: Iterable[str], content: bytes) -> Path:
         The path of the file.
 
     Raises:
-        OSError: The file could not be written, or every name is in use.
+        OSError: The file could not be written.
+        FileExistsError: Every name is in use.
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
