@@ -127,7 +127,7 @@ def test_what_is_not_of_the_network_passes_through(how):
 
 
 @HOWS
-def test_an_untrusted_certificate_is_not_asked_again_and_said(how):
+def test_an_untrusted_certificate_is_not_asked_again_and_is_reported(how):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("localhost").configure_cert(context)
     with Host(http(200, PICTURE), context) as host, FaultServer() as server:

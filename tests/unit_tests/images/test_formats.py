@@ -104,7 +104,7 @@ def test_format_and_dimensions_are_those_that_pillow_sees(way, width, height, se
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_an_animation_is_a_picture(kind):
+def test_an_animation_is_an_image(kind):
     frames = [Image.new("RGB", (20, 10), (i * 60, 0, 0)) for i in range(4)]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
@@ -129,7 +129,7 @@ def test_anything_behind_the_end_is_noticed(way, suffix):
 
 
 @ways
-def test_two_pictures_in_one_file_are_refused(way):
+def test_two_images_in_one_file_are_refused(way):
     with pytest.raises(ImageFormatError, match=r"behind the image's end"):
         look(picture(way) * 2)
 
@@ -146,7 +146,7 @@ def test_a_cut_is_called_a_cut():
     st.binary(max_size=300),
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x10\0\0\0WEBP", b"RIFF\x10\0\0\0WEBPVP8X"]),
 )
-def test_any_bytes_are_a_picture_or_an_image_format_error(data, magic):
+def test_any_bytes_are_an_image_or_an_image_format_error(data, magic):
     try:
         outcome = look(magic + data)
     except ImageFormatError as error:
@@ -158,7 +158,7 @@ def test_any_bytes_are_a_picture_or_an_image_format_error(data, magic):
 @given(
     st.sampled_from(WAYS), st.lists(st.tuples(st.integers(0, 10_000), st.binary(max_size=3)), min_size=1, max_size=4)
 )
-def test_a_damaged_picture_is_a_picture_or_an_image_format_error(way, edits):
+def test_a_damaged_image_is_an_image_or_an_image_format_error(way, edits):
     data = bytearray(picture(way))
     for position, replacement in edits:
         position %= len(data)
@@ -207,7 +207,7 @@ def test_a_pixel_bomb_is_refused(size):
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_a_picture_without_pixels_is_refused(size):
+def test_an_image_without_pixels_is_refused(size):
     with pytest.raises(ImageFormatError, match="no pixels"):
         look(png(*size))
 
@@ -248,7 +248,7 @@ def test_a_broken_structure_is_refused_with_its_reason(data, why):
         look(data)
 
 
-def test_a_thumbnail_inside_a_jpeg_is_not_taken_for_the_picture():
+def test_a_thumbnail_inside_a_jpeg_does_not_pass_for_the_image():
     thumbnail = picture(("JPEG", "RGB", {}), 3, 2)
     data = picture(("JPEG", "RGB", {}), 90, 50)
     segment = (

@@ -316,7 +316,7 @@ def python(program, *arguments):
 
 
 @HOWS
-async def test_a_fetched_picture_stays_elsewhere_and_can_be_read_back(how, folder):
+async def test_a_fetched_image_stays_elsewhere_and_can_be_read_back(how, folder):
     with FaultServer(None, good_picture) as pictures:
         picture = await fetched(how, pictures, folder)
     assert picture.uri.startswith(f"{folder.url}/2")
@@ -325,7 +325,7 @@ async def test_a_fetched_picture_stays_elsewhere_and_can_be_read_back(how, folde
     assert await read(how, picture.uri) == PICTURE
 
 
-def test_another_process_reads_a_picture_by_its_uri_alone(server, bucket):
+def test_another_process_reads_an_image_by_its_uri_alone(server, bucket):
     uri = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}/a b"), PICTURE))[0]
     assert server.names(bucket) == [uri.removeprefix(f"s3://{bucket}/")]
     program = "import hashlib, sys; from langchain_cogview.images.remote import RemoteFolder; print(hashlib.sha256(RemoteFolder(sys.argv[1]).read(sys.argv[1])).hexdigest())"
@@ -352,7 +352,7 @@ print(os.waitpid(child, 0)[1])
     assert server.names(bucket) == ["child.png", "parent.png"]
 
 
-def test_a_large_picture_is_one_put(server, bucket):
+def test_a_large_image_is_one_put(server, bucket):
     content = os.urandom(MAX_IMAGE_BYTES)
     uri, problem, _ = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}"), content))
     assert problem is None
@@ -374,7 +374,7 @@ async def test_a_name_that_is_in_use_is_never_written_over(folder, server, condi
 
 
 @pytest.mark.parametrize("conditions", ["kept", "refused"])
-def test_the_same_name_at_the_same_moment_is_given_once(folder, server, conditions):
+def test_the_same_name_at_the_same_moment_goes_to_one_upload(folder, server, conditions):
     server.refuses_conditions = conditions == "refused"
     barrier = threading.Barrier(8)
 
@@ -407,7 +407,7 @@ async def test_fifty_uploads_at_once_leave_the_event_loop_free(server, bucket):
 
 
 @HOWS
-async def test_a_missing_bucket_costs_no_picture_and_no_second_fetch(how):
+async def test_a_missing_bucket_costs_no_image_and_no_second_fetch(how):
     with FaultServer(None, good_picture) as pictures:
         picture = await fetched(how, pictures, remote_folder("s3://nobody-made-this"))
         assert pictures.gets == 1
@@ -416,7 +416,7 @@ async def test_a_missing_bucket_costs_no_picture_and_no_second_fetch(how):
 
 
 @HOWS
-async def test_refused_credentials_cost_no_picture_and_are_not_shown(how, server, bucket):
+async def test_refused_credentials_cost_no_image_and_are_not_shown(how, server, bucket):
     folder = remote_folder(f"s3://{bucket}", {"key": f"AKIA{CANARY}", "secret": CANARY, "token": CANARY})
     httpx.post(f"{server.url}/moto-api/reset-auth", content="0").raise_for_status()
     try:
@@ -430,20 +430,20 @@ async def test_refused_credentials_cost_no_picture_and_are_not_shown(how, server
 
 
 @HOWS
-async def test_no_credentials_are_said_to_be_missing(how, monkeypatch, bucket):
+async def test_no_credentials_are_reported_as_missing(how, monkeypatch, bucket):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert (await uploaded(how, remote_folder(f"s3://{bucket}")))[:2] == (None, "no credentials were found")
 
 
 @HOWS
-async def test_options_that_the_store_does_not_understand_cost_no_picture(how, bucket):
+async def test_options_that_the_store_does_not_understand_cost_no_image(how, bucket):
     folder = remote_folder(f"s3://{bucket}", {"client_kwargs": {"nonsense": CANARY}})
     assert await uploaded(how, folder) == (None, "its storage_options were not understood", b"bytes")
 
 
 @HOWS
-async def test_a_server_that_is_gone_is_told_within_the_deadline(how, monkeypatch):
+async def test_a_server_that_is_gone_is_reported_within_the_deadline(how, monkeypatch):
     gone = S3()
     httpx.put(f"{gone.url}/bucket").raise_for_status()
     gone.stop()

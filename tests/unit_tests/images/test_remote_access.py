@@ -68,7 +68,7 @@ def secret(tmp_path):
 
 
 @HOWS
-def test_a_file_that_is_not_an_image_is_never_given(how, secret):
+def test_a_file_that_is_not_an_image_is_never_returned(how, secret):
     for path in (
         secret,
         Path("/proc/self/environ"),
@@ -111,7 +111,7 @@ def test_a_file_of_more_than_32_mib_is_not_read(tmp_path):
 
 @HOWS
 @pytest.mark.parametrize("recorded", [{"sha256": "0" * 64}, {"size_bytes": 5}, facts(OTHER)])
-def test_another_image_than_the_recorded_one_is_not_given(how, tmp_path, recorded):
+def test_another_image_than_the_recorded_one_is_not_returned(how, tmp_path, recorded):
     (tmp_path / "a.png").write_bytes(PNG)
     assert read(how, loaded(artifact(path=str(tmp_path / "a.png"), **facts()))) == PNG
     with pytest.raises(CogViewStorageError, match="not the image that is recorded"):
@@ -295,7 +295,7 @@ def test_the_reader_says_from_which_hosts_links_are_fetched(how):
 
 
 @HOWS
-def test_a_link_that_gives_another_image_now_is_not_taken_for_the_recorded_one(how, sandbox):
+def test_a_link_that_gives_another_image_now_does_not_pass_for_the_recorded_one(how, sandbox):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, size="512x512")
     image = generator.invoke("a kitten").image
     with pytest.raises(CogViewDownloadError, match="another image"):

@@ -163,7 +163,7 @@ def test_without_hard_links_two_threads_never_get_one_name(tmp_path, monkeypatch
     assert set(tmp_path.iterdir()) == set(paths)
 
 
-def test_a_disk_that_is_full_when_the_name_is_given_costs_no_byte(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_when_the_file_is_named_costs_no_byte(tmp_path, monkeypatch):
     _without_hard_links(monkeypatch, "EPERM", renames=False)
     monkeypatch.setattr("langchain_cogview.images.store.rename_new", _no_room)
     for unnamed in (True, False):
@@ -209,7 +209,7 @@ def test_a_file_that_was_closed_takes_nothing_more_and_opens_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_when_every_name_is_taken_the_bytes_stay_aside(tmp_path, monkeypatch):
+def test_when_every_name_is_in_use_the_bytes_stay_aside(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile, "names", lambda file, info: iter(["taken.png"]))
     (tmp_path / "taken.png").write_bytes(b"a letter")
     file = ImageFile(tmp_path)

@@ -53,7 +53,7 @@ def test_a_kill_while_saving_leaves_whole_files_only(times: int, tmp_path: Path)
 
 
 @HOWS
-def test_a_full_disk_costs_no_picture(how: How, tmp_path: Path) -> None:
+def test_a_full_disk_costs_no_image(how: How, tmp_path: Path) -> None:
     with FaultServer(None, _large) as server:
         answer = told(child("disk_full", server.base_url, tmp_path, how))
         assert server.posts == 1
@@ -87,7 +87,7 @@ def test_the_file_of_somebody_else_is_not_touched(how: How, tmp_path: Path) -> N
     assert image.read() == PICTURE
 
 
-def test_save_puts_a_whole_picture_in_the_place_that_was_asked_for(tmp_path: Path) -> None:
+def test_save_puts_a_whole_image_where_it_was_asked_for(tmp_path: Path) -> None:
     target = tmp_path / "kitten.png"
     target.write_text("an older kitten, far longer than the new one " * 1000)
     with FaultServer() as server:
@@ -97,7 +97,7 @@ def test_save_puts_a_whole_picture_in_the_place_that_was_asked_for(tmp_path: Pat
     assert os.listdir(tmp_path) == ["kitten.png"]
 
 
-def test_save_says_what_is_wrong_with_its_place(tmp_path: Path) -> None:
+def test_save_says_what_is_wrong_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY)
@@ -131,7 +131,7 @@ PLACES = {
 
 @HOWS
 @pytest.mark.parametrize("place", PLACES)
-def test_a_bad_folder_costs_no_picture(place: str, how: How, tmp_path: Path) -> None:
+def test_a_bad_folder_costs_no_image(place: str, how: How, tmp_path: Path) -> None:
     if place == "that may not be written" and os.geteuid() == 0:
         pytest.skip("The superuser may write everywhere.")
     (tmp_path / "letter").write_text("a letter")
@@ -164,7 +164,7 @@ def test_a_missing_folder_is_made_with_its_parents(how: How, tmp_path: Path) -> 
     assert Path(image.path).read_bytes() == PICTURE
 
 
-def test_a_folder_that_vanishes_between_calls_costs_no_picture(tmp_path: Path) -> None:
+def test_a_folder_that_vanishes_between_calls_costs_no_image(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path) as name, FaultServer() as server:
         folder = Path(name) / "pictures"
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=folder)
