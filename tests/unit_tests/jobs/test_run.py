@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -29,8 +30,7 @@ from langchain_cogview.errors import (
     CogViewStorageError,
 )
 from langchain_cogview.images import store
-from langchain_cogview.jobs import arun_job, manifest, plan_job, run_job
-from langchain_cogview.jobs.folder import JobFolder
+from langchain_cogview.jobs import arun_job, plan_job, run_job
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
 
@@ -711,21 +711,29 @@ def test_what_befalls_every_prompt_stops_the_job_at_once_and_the_next_run_goes_o
 class Limiter(BaseRateLimiter):
     """Lets the first request through at once, and the others when the job has judged it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.first = folder, threading.Lock()
+    def __init__(self, judged: threading.Event) -> None:
+        self.judged, self.first = judged, threading.Lock()
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        while not self.first.acquire(blocking=False) and "settled" not in (self.folder / "attempts.jsonl").read_text():
-            time.sleep(0.005)
-        return True
+        return self.first.acquire(blocking=False) or self.judged.wait(60)
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
         return await asyncio.to_thread(self.acquire)
 
 
-def test_what_waits_for_its_turn_when_the_job_stops_is_not_sent(run, out, sandbox):
+def test_what_waits_for_its_slot_when_the_job_stops_is_not_sent(run, out, sandbox, monkeypatch):
+    judged, write = threading.Event(), os.write
+
+    def written(descriptor, content):
+        count = write(descriptor, content)
+        if is_open_as(out / "attempts.jsonl", descriptor) and b"settled" in bytes(content):
+            judged.set()
+        return count
+
+    monkeypatch.setattr(os, "write", written)
     sandbox.fail_next("auth", times=9)
-    report = run([f"prompt {number}" for number in range(9)], rate_limiter=Limiter(out))
+    report = run([f"prompt {number}" for number in range(9)], rate_limiter=Limiter(judged))
+    assert judged.is_set()
     assert isinstance(report.stopped, CogViewAuthenticationError)
     assert len(sandbox.requests) == 1
     assert (report.left, report.unknown) == (9, ())
@@ -891,29 +899,25 @@ def test_a_picture_whose_line_cannot_be_written_is_found_when_there_is_room(run,
 
 
 class NoRoom:
-    """A folder that has no room for pictures, and a directory for temporary files that has, or has not."""
+    """A folder that has no room for new files, and a directory for temporary files that has, or has not."""
 
     def __init__(self, monkeypatch, out: Path, aside: Path) -> None:
         self.out, self.aside, self.anywhere = out, aside, True
         self.before: Callable[[], object] = bool
+        self._open = os.open
         aside.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(aside))
-        monkeypatch.setattr(store.ImageFile, "save", _no_room_for_a_file)
-        monkeypatch.setattr(manifest, "write_whole", self.write)
-        monkeypatch.setattr(JobFolder, "add", self.add)
+        monkeypatch.setattr(os, "open", self.open)
 
-    def write(self, path: Path, content: bytes) -> None:
-        if not self.anywhere:
-            _no_room()
-        store.write_whole(path, content)
-
-    def add(self, names, content: bytes) -> str:
-        names = [*names]
-        if names == ["job.json"]:
-            (self.out / names[0]).write_bytes(content)
-            return names[0]
-        self.before()
-        return _no_room()
+    def open(self, path, flags, *mode, **descriptors) -> int:
+        unnamed = getattr(os, "O_TMPFILE", None)
+        is_new = str(path).endswith(".part") or (unnamed is not None and flags & unnamed == unnamed)
+        is_aside = self.aside in Path(path).parents
+        if is_new and (self.out / "job.json").exists() and not (is_aside and self.anywhere):
+            if descriptors.get("dir_fd") is not None:  # the second attempt, after the download
+                self.before()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._open(path, flags, *mode, **descriptors)
 
 
 @pytest.fixture
@@ -941,7 +945,8 @@ def test_pictures_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  
 
 
 def test_pictures_of_several_prompts_that_have_no_room_are_all_told(run, out, sandbox, no_room):
-    no_room.before = threading.Barrier(3, timeout=30).wait
+    together, left = threading.Barrier(3, timeout=30), iter(range(3))  # the contact sheet has no room either
+    no_room.before = lambda: next(left, None) is None or together.wait()
     report = run(["a cat", "a dog", "a hare"])
     kept = [*no_room.aside.iterdir()]
     assert len(kept) == 3
@@ -960,14 +965,6 @@ def test_a_picture_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_
     monkeypatch.undo()
     assert run(["a cat"]).made == 1
     assert sandbox.images_made == 1
-
-
-def _no_room_for_a_file(file, info):
-    file.problem = "No space left on device"
-
-
-def _no_room(*arguments):
-    raise OSError(28, "No space left on device")
 
 
 # --- leaving
