@@ -20,6 +20,7 @@ ARTIFACT_TYPE: Final = "cogview.image_result"
 ARTIFACT_VERSION: Final = 1
 MAX_INTEGER: Final = 2**53
 _MAX_DIGITS: Final = 100
+_DUMPED: Final = frozenset({"images", "failures", "prompt", "model", "sandbox", "warnings"})
 
 
 def _not_a_bool(value: Any) -> Any:
@@ -154,8 +155,22 @@ class ImageArtifact(TypedDict):
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def is_artifact(value: Any) -> bool:
+    """Whether a value is an artifact of this package, of any version, or the `model_dump()` of a result.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        Whether it has the type of an artifact or, without a type, the fields that every result has.
+    """
+    if not isinstance(value, Mapping):
+        return False
+    return value.get("type") == ARTIFACT_TYPE or ("type" not in value and set(value) >= _DUMPED)
+
+
 def check_artifact(artifact: Any) -> None:
-    """Check that a value is an artifact of this package and version.
+    """Check that a value is an artifact of this package and version, or the `model_dump()` of a result.
 
     Args:
         artifact: Any value.
@@ -163,11 +178,11 @@ def check_artifact(artifact: Any) -> None:
     Raises:
         CogViewInvalidRequestError: It is not.
     """
-    if not isinstance(artifact, Mapping) or artifact.get("type") != ARTIFACT_TYPE:
+    if not is_artifact(artifact):
         raise CogViewInvalidRequestError(
             "This is not an artifact of a CogView result.", hint="Pass ToolMessage.artifact."
         )
-    version = artifact.get("version")
+    version = artifact.get("version") if "type" in artifact else ARTIFACT_VERSION
     if version != ARTIFACT_VERSION:
         shown = str(version) if isinstance(version, int) and abs(version) < MAX_INTEGER else type(version).__name__
         raise CogViewInvalidRequestError(

@@ -120,11 +120,7 @@ class Charges:
             self.amounts[money.currency] = self.amounts.get(money.currency, Decimal(0)) + count * money.amount
 
     def in_text(self) -> dict[str, str]:
-        """Write the amounts for JSON.
-
-        Returns:
-            Decimal numbers as text, by ISO currency code.
-        """
+        """The amounts for JSON: decimal numbers as text, by ISO currency code."""
         return {currency: f"{amount:f}" for currency, amount in self.amounts.items()}
 
     def __str__(self) -> str:
@@ -226,11 +222,11 @@ class ImageCosts:
     @property
     def uncertain(self) -> Charges:
         """What may have been charged for images that were not received; it is in no other amount."""
+        uncertain = Charges()
         with self._lock:
-            uncertain = Charges()
             for money in self._uncertain.values():
                 uncertain.add(money)
-            return uncertain
+        return uncertain
 
     @property
     def in_flight(self) -> int:
@@ -285,11 +281,7 @@ class ImageCosts:
                 self._uncertain[(event["request_id"], number) if number else name] = Money.of(event)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain JSON.
-
-        Returns:
-            All figures; amounts are decimal numbers as text.
-        """
+        """All figures as plain JSON; amounts are decimal numbers as text."""
         with self._lock:
             uncertain = self.uncertain
             return {
@@ -479,7 +471,7 @@ class Budget:
 
     def _add(self, price: Money, count: int, amount: Decimal) -> None:
         with self._spending.lock:
-            self._refuse_over(price, count, amount)
+            self._check(price, count, amount)
             if self._also:
                 self._also._add(price, count, amount)  # noqa: SLF001  of the same class
             self._count(count, amount, price.currency)
@@ -495,7 +487,7 @@ class Budget:
         self._spending.amount += amount
         self._spending.currency = self._spending.currency or currency
 
-    def _refuse_over(self, price: Money, count: int, amount: Decimal) -> None:
+    def _check(self, price: Money, count: int, amount: Decimal) -> None:
         spending = self._spending
         if self.max_images is not None and spending.images + count > self.max_images:
             images = "1 image" if self.max_images == 1 else f"{self.max_images} images"

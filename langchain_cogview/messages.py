@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
-from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, validated
+from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, is_artifact, validated
 from langchain_cogview.errors import CogViewInvalidRequestError, printable
 from langchain_cogview.images.remote import ImageAccess, image_access
 from langchain_cogview.result import GeneratedImage, ImageResult, with_content
@@ -128,7 +128,7 @@ def _images(artifact: Any, access: ImageAccess, problems: list[str]) -> Iterator
 
 def _artifacts(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
     """The results and artifacts in what a tool attached: one, several, some inside other data, or all of it as JSON text."""
-    if isinstance(value, ImageResult | GeneratedImage) or _is_artifact(value):
+    if isinstance(value, ImageResult | GeneratedImage) or is_artifact(value):
         yield value
     elif isinstance(value, str) and not above and ARTIFACT_TYPE in value:
         yield from _artifacts(_parsed(value), (id(value),))
@@ -247,7 +247,7 @@ def _of_message(message: BaseMessage) -> _Found:
 
 def _of_mapping(value: Mapping[Any, Any]) -> _Found | None:
     """A message as a dict, as JSON, `model_dump`, `messages_to_dict`, `dumpd` and LangGraph's API give it; or an artifact."""
-    if _is_artifact(value):
+    if is_artifact(value):
         return _Found("tool", value)
     fields: Any = value
     role = value.get("type") or value.get("role")
@@ -264,10 +264,6 @@ def _of_mapping(value: Mapping[Any, Any]) -> _Found | None:
 
 def _id(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _is_artifact(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("type") == ARTIFACT_TYPE
 
 
 def _is_state(value: Any) -> bool:

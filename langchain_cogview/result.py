@@ -1,8 +1,4 @@
-"""The result of a call: images, failures, and their plain JSON form.
-
->>> result = generator.invoke("a kitten")            # doctest: +SKIP
->>> result.images[0].path, result.images[0].width    # doctest: +SKIP
-"""
+"""The result of a call: images, failures, and their plain JSON form."""
 
 from __future__ import annotations
 
@@ -184,12 +180,13 @@ class GeneratedImage(BaseModel):
         return self._saved(Path(path), "")
 
     def _saved(self, target: Path, suffix: str) -> Path:
+        from langchain_cogview.images.formats import EXTENSIONS, sniff  # noqa: PLC0415
         from langchain_cogview.images.store import replace_file, safe_name, write_whole  # noqa: PLC0415
 
         content = self.read()
         try:
             target = target.expanduser()
-            ending = self._ending(content)
+            ending = EXTENSIONS.get(sniff(content[:32]) or "", "")
             if target.is_dir():
                 target /= f"{safe_name(self.id)}{suffix}{ending}"
                 replace_file(target, content)
@@ -241,8 +238,7 @@ class GeneratedImage(BaseModel):
     def _reading(self) -> ImageAccess:
         from langchain_cogview.images.remote import ANY_FILE  # noqa: PLC0415
 
-        access: ImageAccess | None = self._access
-        return access or ANY_FILE
+        return cast("ImageAccess", self._access or ANY_FILE)
 
     def _recorded(self) -> dict[str, Any]:
         return {"size_bytes": self.size_bytes, "sha256": self.sha256}
@@ -264,11 +260,6 @@ class GeneratedImage(BaseModel):
         if self.url is None:
             raise CogViewDownloadError("This image has neither a file nor a URL.", hint="")
         return self.url
-
-    def _ending(self, content: bytes) -> str:
-        from langchain_cogview.images.formats import EXTENSIONS, sniff  # noqa: PLC0415
-
-        return EXTENSIONS.get(sniff(content[:32]) or "", "")
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
@@ -294,10 +285,7 @@ class GeneratedImage(BaseModel):
             yield "path", printable(self.path.name, 255)
         if self.uri:
             yield "uri", printable(self.uri, 120)
-        if self.cached:
-            yield "cached", True
-        if self.sandbox:
-            yield "sandbox", True
+        yield from ((name, True) for name in ("cached", "sandbox") if getattr(self, name))
         if self.warnings:
             yield "warnings", len(self.warnings)
 
@@ -551,8 +539,8 @@ class ImageResult(BaseModel):
 
     def to_artifact(self) -> ImageArtifact:
         """Plain JSON without bytes: survives a checkpointer, a queue, a database."""
-        fields = self.model_dump(mode="json")
-        return cast("ImageArtifact", {"type": ARTIFACT_TYPE, "version": ARTIFACT_VERSION, **fields})
+        header = {"type": ARTIFACT_TYPE, "version": ARTIFACT_VERSION}
+        return cast("ImageArtifact", header | self.model_dump(mode="json"))
 
     @classmethod
     def from_artifact(

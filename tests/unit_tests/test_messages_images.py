@@ -234,6 +234,8 @@ ATTACHED = {
     "a list": lambda: [artifact("a")],
     "inside other data": lambda: {"seconds": 3, "made": {"image": artifact("a")}},
     "a result": lambda: ImageResult.from_artifact(artifact("a")),
+    "the fields of a result": lambda: ImageResult.from_artifact(artifact("a")).model_dump(),
+    "the JSON fields of a result": lambda: ImageResult.from_artifact(artifact("a")).model_dump(mode="json"),
     "an image": lambda: ImageResult.from_artifact(artifact("a")).images[0],
 }
 
@@ -257,6 +259,8 @@ class Chat:
 
 WHOLE = {
     "a result": lambda: ImageResult.from_artifact(artifact("a")),
+    "the fields of a result": lambda: ImageResult.from_artifact(artifact("a")).model_dump(),
+    "the JSON fields of a result": lambda: ImageResult.from_artifact(artifact("a")).model_dump(mode="json"),
     "an image": lambda: ImageResult.from_artifact(artifact("a")).images[0],
     "images": lambda: ImageResult.from_artifact(artifact("a")).images,
     "a chunk of a tool message": lambda: ToolMessageChunk("made", tool_call_id="1", artifact=artifact("a")),
