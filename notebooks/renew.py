@@ -32,7 +32,8 @@ def executed(path: Path, folder: str, **variables: str) -> nbformat.NotebookNode
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
-        timeout=120,
+        timeout=600,  # seconds; only a cell that hangs takes them
+        startup_timeout=600,
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # of the kernel
         resources={"metadata": {"path": folder}},

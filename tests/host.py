@@ -38,7 +38,7 @@ class Host:
                     continue
 
     def _answer(self, connection):
-        connection.settimeout(5)
+        connection.settimeout(60)
         if self._context:
             connection = self._context.wrap_socket(connection, server_side=True)
         with connection:

@@ -133,19 +133,19 @@ def test_a_proxy_is_asked_for_no_private_address_in_any_spelling(monkeypatch, ho
         link = f"https://{host}/x.png"
         with pytest.raises(CogViewDownloadError, match="was not opened: its host"):
             if how == "sync":
-                fetch(SHARED.handle_request, link, deadline=Deadline(5), rules=LinkRules())
+                fetch(SHARED.handle_request, link, deadline=Deadline(60), rules=LinkRules())
             else:
-                asyncio.run(afetch(ASHARED.handle_async_request, link, deadline=Deadline(5), rules=LinkRules()))
+                asyncio.run(afetch(ASHARED.handle_async_request, link, deadline=Deadline(60), rules=LinkRules()))
         assert proxy.got == []
         with pytest.raises(CogViewDownloadError):
-            fetch(SHARED.handle_request, "https://images.example/x.png", deadline=Deadline(5), rules=LinkRules())
+            fetch(SHARED.handle_request, "https://images.example/x.png", deadline=Deadline(60), rules=LinkRules())
         assert len(proxy.got) == 1
 
 
 def test_the_canary_can_be_reached():
     canary = Canary()  # of its own: the tests run in any order
     with socket.create_connection(("127.0.0.1", canary.port)):
-        assert canary.reached.wait(5)
+        assert canary.reached.wait(60)
     canary.close()
 
 

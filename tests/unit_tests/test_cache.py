@@ -299,7 +299,7 @@ def test_a_url_where_nothing_is_yet_is_no_hit_and_is_requested_again_next_time(s
 
     def refetch(url):
         try:
-            answers.append(fetch(sender(sandbox.base_url), url, deadline=Deadline(0.5)))
+            answers.append(fetch(sender(sandbox.base_url), url, deadline=Deadline(60 if answers else 0.5)))
         except CogViewError as error:
             answers.append(error)
         return answers[-1]
@@ -317,7 +317,7 @@ def test_a_url_that_returns_another_image_is_no_hit(sandbox, tmp_path):
     other = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a dog").images[0]
 
     def refetch(url):
-        return fetch(sender(sandbox.base_url), other.url, deadline=Deadline(5), folder=out)
+        return fetch(sender(sandbox.base_url), other.url, deadline=Deadline(60), folder=out)
 
     assert cached(sandbox, cache, "a kitten").lookup(0, refetch) is None
     assert files(out) == []
@@ -770,7 +770,7 @@ def test_another_process_finds_what_this_one_stored(tmp_path):
     caller = Caller(Offline, tmp_path / "cache")
     for number in range(3):
         caller.image(f"kitten {number}", size="512x512")
-    out, _ = child(tmp_path / "cache", 4).communicate(timeout=60)
+    out, _ = child(tmp_path / "cache", 4).communicate(timeout=200)
     assert out.split() == ["True", "True", "True", "False"]
     assert caller.image("kitten 3", size="512x512").cached
 
@@ -783,7 +783,7 @@ def test_processes_write_at_once_and_are_killed_and_every_entry_stays_whole(tmp_
         for _ in range(10):
             assert writer.stdout.readline()
         os.kill(writer.pid, signal.SIGKILL)
-        writer.communicate(timeout=60)
+        writer.communicate(timeout=200)
     caller = Caller(Offline, cache)
     assert [caller.image(f"kitten {number}", size="512x512").cached for number in range(7)] == [True] * 7
     assert len([path for path in files(cache) if path.suffix == ".json"]) == 7

@@ -14,7 +14,7 @@ import pytest
 from langchain_cogview import concurrency
 from langchain_cogview.concurrency import SingleFlight, entered_in_thread, in_thread
 
-LONG = 30
+LONG = 100
 NAME: ContextVar[str] = ContextVar("name", default="nobody")
 
 

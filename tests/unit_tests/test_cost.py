@@ -339,7 +339,7 @@ async def test_an_event_is_heard_though_every_thread_of_the_loop_is_busy():
         busy = loop.run_in_executor(None, free.wait)
         try:
             with collect_image_costs() as costs:
-                await asyncio.wait_for(SENDER.ainvoke([generated()]), 20)
+                await asyncio.wait_for(SENDER.ainvoke([generated()]), 60)
         finally:
             free.set()
         await busy

@@ -41,7 +41,7 @@ def hanging(stage, monkeypatch):
 
     def hangs(connection, request):
         server.reached()
-        connection.server.closing.wait(30)
+        connection.server.closing.wait(100)
 
     fault = at({"TLS": "connect", "proxy": "head", "reply": "request"}[stage])(hangs)
     with FaultServer(fault, fault) as server:
@@ -59,7 +59,7 @@ def cancelled_at(server, call):
         loop, reached = asyncio.get_running_loop(), asyncio.Event()
         server.reached = lambda: loop.call_soon_threadsafe(reached.set)
         task = asyncio.create_task(call())
-        await asyncio.wait_for(reached.wait(), 10)
+        await asyncio.wait_for(reached.wait(), 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -78,7 +78,7 @@ def free_port():
 
 
 def wait_until_ready(client, process, log):
-    for _ in range(600):
+    for _ in range(3000):
         assert process.poll() is None, log.read_text()
         try:
             if client.get("/ok").status_code == 200:
@@ -113,7 +113,7 @@ def server(tmp_path):
             cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as client:
                 wait_until_ready(client, process, log)
                 yield client, service.sandbox, log
         finally:

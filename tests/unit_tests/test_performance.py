@@ -123,7 +123,7 @@ async def test_a_stream_holds_what_is_under_way_and_not_what_went_through(servic
         many = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert many < few + 200_000
+    assert many < few + 500_000
 
 
 def test_pictures_are_not_held_while_they_are_saved(service, tmp_path):
@@ -149,7 +149,7 @@ def test_pictures_are_not_held_while_they_are_saved(service, tmp_path):
 def test_the_benchmark_runs_and_prints_its_table(figure):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--only", figure],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=110,
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "|---|" in done.stdout

@@ -331,7 +331,7 @@ def test_no_traceback_of_rich_or_ipython_shows_the_key():
 
 # Calls that fail over real connections
 
-UNTIL = 20
+UNTIL = 100
 
 
 class Service(socketserver.ThreadingTCPServer):

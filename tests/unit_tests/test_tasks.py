@@ -10,11 +10,13 @@ import pytest
 from langchain_cogview import (
     CogViewConfigurationError,
     CogViewContentFilterError,
+    CogViewError,
     CogViewImageGenerator,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
     CogViewTaskFailedError,
     CogViewTaskUnfinishedError,
+    CogViewTimeoutError,
     ImageRequest,
     ImageTask,
     Sandbox,
@@ -335,7 +337,7 @@ def test_a_task_is_finished_by_the_service_and_key_that_it_was_submitted_with(sa
     monkeypatch.setenv("COGVIEW_BASE_URL", sandbox.base_url)
     task = CogViewImageGenerator(model="glm-image", poll_interval=0.01).submit("a kitten")
     monkeypatch.delenv("COGVIEW_BASE_URL")
-    assert task.result(timeout=5).images
+    assert task.result(timeout=60).images
     assert task.generator.model_copy(update={"size": "square"}).invoke("a kitten").images
     with pytest.raises(CogViewConfigurationError, match="no API key"):
         task.generator.model_copy(update={"region": "china"})
@@ -344,9 +346,16 @@ def test_a_task_is_finished_by_the_service_and_key_that_it_was_submitted_with(sa
 def test_a_resumed_task_is_no_longer_uncertain(generator):
     from langchain_cogview import collect_image_costs
 
-    with collect_image_costs() as costs:
-        with pytest.raises(CogViewTaskUnfinishedError) as caught:
-            generator.model_copy(update={"timeout": 0.05}).invoke("[[task-polls:20]]")
+    now = 0.0
+    with Sandbox(latency=3600, clock=lambda: now) as sandbox, collect_image_costs() as costs:
+        generator = generator.model_copy(update={"base_url": sandbox.base_url})
+        for timeout in (0.2, 5, 50):
+            with pytest.raises(CogViewError) as caught:
+                generator.model_copy(update={"timeout": timeout}).invoke("a kitten")
+            if not isinstance(caught.value, CogViewTimeoutError):  # else the time was over before it was submitted
+                break
+        assert isinstance(caught.value, CogViewTaskUnfinishedError)
         assert costs.uncertain.count == 1
+        now = 3600.0
         ImageTask.resume(caught.value.task_id, generator=generator).result()
     assert (costs.images, costs.uncertain.count) == (1, 0)

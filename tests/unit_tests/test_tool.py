@@ -453,7 +453,7 @@ def test_the_limit_holds_across_threads_and_tasks(tmp_path):
 async def test_a_cancelled_request_counts_as_spent(tmp_path):
     with Sandbox() as sandbox:
         tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_images=1)
-        task = asyncio.create_task(tool.ainvoke(call(prompt="[[slow:5]]")))
+        task = asyncio.create_task(tool.ainvoke(call(prompt="[[slow:100]]")))
         while not sandbox.requests:
             await asyncio.sleep(0.001)
         task.cancel()

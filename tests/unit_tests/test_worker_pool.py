@@ -12,7 +12,7 @@ from langchain_cogview.worker_pool import astream_tasks, in_threads
 
 def test_results_come_in_the_order_of_the_tasks_and_no_more_run_than_there_are_places():
     running, most, lock = 0, 0, threading.Lock()
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=60)
 
     def task(number):
         nonlocal running, most
