@@ -26,8 +26,9 @@ from langchain_cogview.api.settings import (
     resolve_key,
     service_warnings,
 )
-from langchain_cogview.batches import BatchRunnable, logged_handler_errors, traced_config
+from langchain_cogview.batches import BatchRunnable, ImageTask, checked_task, logged_handler_errors, traced_config
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
+from langchain_cogview.concurrency import in_tasks, in_threads
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.notebook.display import show_status
@@ -45,9 +46,7 @@ from langchain_cogview.request import (
     specified,
 )
 from langchain_cogview.result import ImageResult
-from langchain_cogview.tasks import ImageTask, checked_task
 from langchain_cogview.text import warn_caller
-from langchain_cogview.worker_pool import in_tasks, in_threads
 
 if TYPE_CHECKING:
     from langchain_cogview.api.tasks import TasksClient

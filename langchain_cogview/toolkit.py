@@ -25,7 +25,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.events import PROGRESS_EVENT, EventHandler
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.tasks import ImageTask
+from langchain_cogview.batches import ImageTask
 from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings, call_arguments
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
+from langchain_cogview.batches import ImageTask
+from langchain_cogview.concurrency import CANCEL_TOKEN, aor_error, in_thread, or_error
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewBudgetError,
@@ -40,9 +41,7 @@ from langchain_cogview.jobs.manifest import (
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageFailure, ImageResult, with_content
-from langchain_cogview.tasks import ImageTask
 from langchain_cogview.text import visible
-from langchain_cogview.worker_pool import aor_error, or_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
