@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "artifact": ("ImageArtifact",),
+    "batches": ("ImageTask",),
     "callbacks": (
         "AsyncContentFilterCallbackHandler",
         "ContentFilterCallbackHandler",
@@ -115,7 +116,6 @@ _NAMES = {
     "request": ("ImageRequest",),
     "result": ("GeneratedImage", "ImageFailure", "ImageResult"),
     "sandbox": ("Sandbox",),
-    "tasks": ("ImageTask",),
     "tool": ("CogViewImageTool",),
     "toolkit": ("CogViewToolkit",),
 }
