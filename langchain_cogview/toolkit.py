@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool, BaseToolkit
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, WithJsonSchema
 
+from langchain_cogview.batches import ImageTask
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import (
@@ -25,7 +26,6 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.events import PROGRESS_EVENT, EventHandler
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.batches import ImageTask
 from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings, call_arguments
 
 if TYPE_CHECKING:
