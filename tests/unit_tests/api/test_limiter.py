@@ -32,7 +32,7 @@ from langchain_cogview.api import limiter as limiter_module
 from langchain_cogview.api.limiter import MAX_LIMITERS, Limiter, Slot, limiter_for
 from langchain_cogview.concurrency import Deadline
 
-PATIENCE = 20
+PATIENCE = 60
 """Seconds after which a wait in a test has failed."""
 URL = "https://open.bigmodel.cn/api/paas/v4"
 
@@ -1165,6 +1165,5 @@ class TestAnythingInAnyOrder(Limiters.TestCase):
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(600)
 class TestAnythingInAnyOrderForLong(Limiters.TestCase):
     settings = settings(_common, max_examples=1000)

@@ -32,7 +32,7 @@ def run(generator, how):
 
 def of(base_url, **settings):
     return CogViewImageGenerator(
-        api_key=FAKE_KEY, base_url=base_url, download=False, max_retries=0, timeout=5, **settings
+        api_key=FAKE_KEY, base_url=base_url, download=False, max_retries=0, timeout=60, **settings
     )
 
 

@@ -82,7 +82,7 @@ def generated(url, how, **settings):
     """An image whose link is `url`, from a service on this machine."""
     with FaultServer(lambda connection, _: connection.json({"data": [{"url": url}]})) as service:
         generator = CogViewImageGenerator(
-            base_url=service.base_url, api_key=FAKE_KEY, download=True, timeout=20, **settings
+            base_url=service.base_url, api_key=FAKE_KEY, download=True, timeout=100, **settings
         )
         result = generator.invoke("x") if how == "invoke" else asyncio.run(generator.ainvoke("x"))
         generator.close()  # the connection through the tunnel, too

@@ -36,7 +36,7 @@ MODULE = (sys.executable, "-m", "langchain_cogview.cli")
 def command(*arguments: str, folder: Path, by: tuple[str, ...] = MODULE, **options) -> subprocess.CompletedProcess:
     """The real command, piped."""
     options = {"text": True, "capture_output": True, **options}
-    return subprocess.run([*by, *arguments], cwd=folder, timeout=60, check=False, **options)
+    return subprocess.run([*by, *arguments], cwd=folder, timeout=300, check=False, **options)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def on_a_terminal(*arguments: str, folder: Path, **more: str) -> tuple[str, int]
     except OSError:  # how Linux says that the other side is closed
         pass
     os.close(ours)
-    return seen.decode().replace("\r\n", "\n"), process.wait(60)
+    return seen.decode().replace("\r\n", "\n"), process.wait(300)
 
 
 def test_ctrl_c_ends_with_130_and_says_that_it_may_cost(tmp_path):
@@ -221,7 +221,7 @@ def test_ctrl_c_ends_with_130_and_says_that_it_may_cost(tmp_path):
         "Warning: The provider's documentation no longer lists the model 'cogview-3'"
     )  # it is about to draw
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
     assert stderr == "Interrupted. A request that was already sent may have been charged.\n"
 

@@ -11,10 +11,11 @@ import pytest
 
 from langchain_cogview import CogViewImageGenerator
 from langchain_cogview.errors import CogViewDownloadError
+from langchain_cogview.images import download
 from tests.faults.downloads import DOWNLOADS
 from tests.faults.pictures import HTML
-from tests.faults.referee import Guard, How, Verdict, call, judge_download
-from tests.faults.reply_table import KEY, SHORT, in_turn, says, sends
+from tests.faults.referee import TOO_LONG_TO_WAIT, Guard, How, Verdict, call, judge_download
+from tests.faults.reply_table import AMPLE, KEY, in_turn, says, sends
 from tests.faults.server import PICTURE, FaultServer, good_picture
 
 LONG = {
@@ -42,7 +43,7 @@ def test_a_download_never_fails_the_call(name: str, how: How, tmp_path: Path) ->
 @HOWS
 def test_bytes_stay_on_the_result_without_a_folder(how: How) -> None:
     with FaultServer() as server:
-        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=2.0)
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         image = call(generator, how, Verdict()).images[0]
         assert image.path is None
         assert image.read() == PICTURE
@@ -50,9 +51,10 @@ def test_bytes_stay_on_the_result_without_a_folder(how: How) -> None:
 
 
 @HOWS
-def test_read_fetches_again_what_could_not_be_fetched(how: How) -> None:
+def test_read_fetches_again_what_could_not_be_fetched(how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "WAITS", TOO_LONG_TO_WAIT)
     with FaultServer(None, in_turn(sends(HTML), good_picture)) as server:
-        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=SHORT)
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         image = call(generator, how, Verdict()).images[0]
         assert image.warnings
         assert image.read() == PICTURE
@@ -61,7 +63,7 @@ def test_read_fetches_again_what_could_not_be_fetched(how: How) -> None:
 
 def test_read_says_why_there_are_no_bytes() -> None:
     with FaultServer(None, sends(b"", 403)) as server:
-        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=SHORT)
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         image = call(generator, "sync", Verdict()).images[0]
         with pytest.raises(CogViewDownloadError):
             image.read()
@@ -78,7 +80,7 @@ def test_another_port_of_the_same_loopback_host_is_asked_only_where_it_is_named(
             ("127.0.0.1", 2),
         ):
             generator = CogViewImageGenerator(
-                base_url=server.base_url, api_key=KEY, timeout=2.0, allowed_image_hosts=hosts
+                base_url=server.base_url, api_key=KEY, timeout=AMPLE, allowed_image_hosts=hosts
             )
             image = call(generator, how, Verdict()).images[0]
             assert (server.gets, other.gets, other.posts) == (0, gets, 0)
@@ -89,7 +91,7 @@ def test_another_port_of_the_same_loopback_host_is_asked_only_where_it_is_named(
 def test_a_reply_with_64_links_costs_one_fetch_and_names_the_others(how: How, caplog: pytest.LogCaptureFixture) -> None:
     with FaultServer() as server:
         server.api = says({"data": [{"url": f"PICTURE?{number}"} for number in range(64)]})
-        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=2.0)
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         result = call(generator, how, Verdict())
         assert (server.posts, server.gets) == (1, 1)
         assert len(result.images) == 1
@@ -101,7 +103,7 @@ def test_a_reply_with_64_links_costs_one_fetch_and_names_the_others(how: How, ca
 @HOWS
 def test_nothing_is_fetched_that_was_not_asked_for(how: How) -> None:
     with FaultServer() as server:
-        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=2.0, download=False)
+        generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE, download=False)
         image = call(generator, how, Verdict()).images[0]
         assert image.url == server.picture_url
         assert server.gets == 0

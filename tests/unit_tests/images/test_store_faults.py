@@ -39,7 +39,7 @@ def unnamed_files(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(200, marks=[pytest.mark.heavy, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("times", [4, pytest.param(200, marks=[pytest.mark.heavy])])
 def test_a_kill_while_saving_leaves_whole_files_only(times: int, tmp_path: Path) -> None:
     with FaultServer(None, _large, keep_requests=False) as server:
         saved = told(child("killed", server.base_url, tmp_path, times, python=("-W", "ignore")), 500)["files"]

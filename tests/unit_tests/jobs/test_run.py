@@ -29,7 +29,7 @@ from langchain_cogview.errors import (
     CogViewServerError,
     CogViewStorageError,
 )
-from langchain_cogview.images import store
+from langchain_cogview.images import download, store
 from langchain_cogview.jobs import arun_job, plan_job, run_job
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.sandbox import SandboxServer
@@ -514,13 +514,13 @@ def test_a_task_that_does_not_end_is_given_up_when_asked_for(run, out, sandbox):
     big = {"model": "glm-image", "size": "1056x1568", "poll_interval": 0.01}
     sandbox.fail_next("task-polls", polls=10**6)
     for _ in range(2):
-        report = run(["a cat"], **big, timeout=0.2)
+        report = run(["a cat"], **big, timeout=1)
         assert (report.made, report.left, len(report.unknown)) == (0, 0, 1)
         assert report.errors == {"CogViewTaskUnfinishedError": 1}
     assert len(sandbox.ledger) == 1
     plan = plan_job(["a cat"], out, base_url=sandbox.base_url, retry_unknown=True, **big)
     assert "1 image in progress at the service will be polled; what does not end" in str(plan)
-    again = run(["a cat"], **big, timeout=1, retry_unknown=True)
+    again = run(["a cat"], **big, timeout=5, retry_unknown=True)
     assert (again.made, again.unknown) == (1, ())
     assert len(sandbox.ledger) == 2
     (line,) = lines(out)
@@ -771,9 +771,11 @@ def test_no_network_stops_the_job_and_holds_nothing_against_the_prompts(out):
 # --- bytes
 
 
-def test_a_picture_whose_bytes_could_not_be_had_is_fetched_later_for_nothing(run, out, sandbox):
+def test_a_picture_whose_bytes_could_not_be_had_is_fetched_later_for_nothing(run, out, sandbox, monkeypatch):
     prompts = ["a cat [[not-yet:2]]"]
-    report = run(prompts, timeout=0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(download, "WAITS", (3600.0,))  # more than the time limit
+        report = run(prompts)
     assert (report.made, report.failed) == (0, 1)
     (line,) = lines(out)
     (failure,) = line["failures"]
@@ -945,7 +947,7 @@ def test_pictures_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  
 
 
 def test_pictures_of_several_prompts_that_have_no_room_are_all_told(run, out, sandbox, no_room):
-    together, left = threading.Barrier(3, timeout=30), iter(range(3))  # the contact sheet has no room either
+    together, left = threading.Barrier(3, timeout=60), iter(range(3))  # the contact sheet has no room either
     no_room.before = lambda: next(left, None) is None or together.wait()
     report = run(["a cat", "a dog", "a hare"])
     kept = [*no_room.aside.iterdir()]
@@ -1097,7 +1099,7 @@ class SecondWhile(BaseRateLimiter):
         self.under_way, self.first = under_way, threading.Lock()
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        return self.first.acquire(blocking=False) or self.under_way.wait(10)
+        return self.first.acquire(blocking=False) or self.under_way.wait(60)
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
         return await asyncio.to_thread(self.acquire)
@@ -1122,7 +1124,7 @@ def test_another_prompt_is_sent_while_a_line_of_the_manifest_is_written(run, out
     def slow(descriptor, content):
         if is_open_as(out / "manifest.jsonl", descriptor) and not writing.is_set():
             writing.set()
-            seen.append((second.event.wait(30), sandbox.images_made))
+            seen.append((second.event.wait(60), sandbox.images_made))
         return write(descriptor, content)
 
     monkeypatch.setattr(os, "write", slow)
@@ -1138,7 +1140,7 @@ async def test_the_event_loop_goes_on_while_an_attempt_is_written_down(sandbox, 
     def slow(descriptor, content):
         if is_open_as(out / "attempts.jsonl", descriptor):
             writing.set()
-            seen.append(went_on.wait(10))
+            seen.append(went_on.wait(60))
         return write(descriptor, content)
 
     async def other():
@@ -1168,7 +1170,6 @@ def test_a_wrong_key_is_an_error_of_the_report(sandbox, out):
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(300)
 def test_the_plan_of_a_hundred_thousand_prompts_is_small(sandbox, out):
     import tracemalloc
 

@@ -23,7 +23,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 base_url, out = sys.argv[1:]
 shell = InteractiveShell.instance()
-prompts = ["a", "b", "c [[slow:2]]", "d [[slow:2]]", "e"]
+prompts = ["a", "b", "c [[slow:8]]", "d [[slow:8]]", "e"]
 shell.run_cell("from langchain_cogview import run_job")
 cell = f"report = run_job({prompts}, {out!r}, base_url={base_url!r}, size='640x512', progress=False, max_concurrency=2)"
 shell.run_cell(cell)                     # interrupted
@@ -39,7 +39,7 @@ import sys
 from langchain_cogview import run_job
 
 base_url, out = sys.argv[1:]
-prompts = ["a", "b", "c [[slow:2]]", "d [[slow:2]]", "e"]
+prompts = ["a", "b", "c [[slow:8]]", "d [[slow:8]]", "e"]
 report = run_job(prompts, out, base_url=base_url, size="640x512", progress=False, max_concurrency=2)
 print(len(report.unknown), report.left)
 """
@@ -62,7 +62,7 @@ def interrupted(tmp_path):
                 time.sleep(IDLE)
             if interrupt:
                 process.send_signal(signal.SIGINT)
-            return process.communicate(timeout=90)
+            return process.communicate(timeout=300)
 
         yield run, sandbox
 

@@ -207,7 +207,7 @@ def test_outside_a_notebook_nothing_is_made_or_loaded(saved):
         "remember(drawn.images)\n"
         "print(sorted({'PIL', 'IPython', 'tqdm'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -370,7 +370,9 @@ def test_in_a_real_kernel_saved_pictures_are_seen_and_show_reads_the_file(tmp_pa
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("COGVIEW_STATUS_LINE", "off")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
-    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=400, startup_timeout=400, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     outputs = [cell.outputs for cell in notebook.cells]
     assert outputs[0] == outputs[3] == []
     for number in (1, 2, 4, 5):

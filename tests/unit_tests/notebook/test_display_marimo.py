@@ -63,7 +63,7 @@ def test_images_are_shown_in_the_cells_of_a_real_notebook(tmp_path):
     pytest.importorskip("marimo")
     (tmp_path / "app.py").write_text(APP)
     command = [sys.executable, "-m", "marimo", "export", "html", "app.py", "-o", "out.html", "--no-include-code"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out.html").read_text()
     shown = re.findall(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]{100,}", html.unescape(page))
@@ -96,5 +96,5 @@ from langchain_cogview import CogViewImageGenerator
 CogViewImageGenerator(base_url="sandbox:").invoke("x")._repr_mimebundle_()
 print([name for name in ("marimo", "IPython") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.stdout.strip() == "[]", done.stderr

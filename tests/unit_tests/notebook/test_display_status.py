@@ -147,11 +147,11 @@ def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
     output.change = change
     line = StatusLine(output.open)
     line.started()
-    assert ticked.wait(20)
+    assert ticked.wait(60)
     line.ended()
     ticking = [each for each in threading.enumerate() if each.name == "cogview-status-line"]
     for each in ticking:
-        each.join(20)
+        each.join(60)
         assert not each.is_alive()
 
 
@@ -303,21 +303,23 @@ def executed(tmp_path_factory):
         "def late():\n"
         "    with display.show_status() as told:\n"
         "        started.set()\n"
-        "        done.wait(30)\n"
+        "        done.wait(300)\n"
         "        told(result(image(sandbox=True)))\n"
         "started = threading.Event()\n"
         "thread = threading.Thread(target=copy_context().run, args=(late,))\n"
         "thread.start()\n"
-        "started.wait(30)\nNone"
+        "started.wait(300)\nNone"
     )
-    cells.append("done.set()\nthread.join(30)")
+    cells.append("done.set()\nthread.join(300)")
     cells.append("display.status_line(False)\ndraw()\nNone")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         monkeypatch.setenv("IPYTHONDIR", str(folder))
         monkeypatch.delenv(display.STATUS_LINE_VARIABLE, raising=False)
-        NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(
+            notebook, timeout=400, startup_timeout=400, resources={"metadata": {"path": str(folder)}}
+        ).execute()
     first, *others, blocked, late, later, off = notebook.cells
     assert first.outputs == []
     return dict(zip(CELLS, others, strict=True)) | {

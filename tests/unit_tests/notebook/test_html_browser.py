@@ -33,7 +33,7 @@ def opened(path, profile):
             "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", path.as_uri(),
         ],
-        capture_output=True, text=True, encoding="utf-8", timeout=100, check=True,
+        capture_output=True, text=True, encoding="utf-8", timeout=400, check=True,
     )  # fmt: skip
     return done.stdout
 

@@ -21,10 +21,10 @@ def test_it_serves_until_ctrl_c():
         base_url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
         for name in ("langchain-cogview", "zai-sdk", "openai"):
             assert name in line
-        reply = httpx.post(f"{base_url}/images/generations", json=BODY, headers=AUTHORIZED, trust_env=False)
+        reply = httpx.post(f"{base_url}/images/generations", json=BODY, headers=AUTHORIZED, trust_env=False, timeout=60)
         assert download(reply.json()["data"][0]["url"]).size == (1024, 1024)
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=20)
+        rest, errors = process.communicate(timeout=200)
     assert (process.returncode, rest, errors) == (0, "", "")
 
 
@@ -42,13 +42,13 @@ def test_it_can_be_slow_and_limited():
     command += ["--latency", "3600", "--in-flight-limit", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         base_url = next(word for word in process.stdout.readline().split() if word.startswith("http://127.0.0.1:"))
-        with httpx.Client(trust_env=False, headers={"Authorization": "Bearer any"}) as client:
+        with httpx.Client(trust_env=False, timeout=60, headers={"Authorization": "Bearer any"}) as client:
             # Tasks, because they are answered at once and stay in flight.
             url, body = f"{base_url}/async/images/generations", {**BODY, "model": "glm-image"}
             first, second = client.post(url, json=body), client.post(url, json=body)
             polled = client.get(f"{base_url}/async-result/{first.json()['id']}").json()
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=200)
     assert (first.status_code, second.status_code, polled["task_status"]) == (200, 429, "PROCESSING")
 
 

@@ -19,7 +19,7 @@ from langchain_cogview.sandbox import server as served
 from tests.conftest import FAKE_KEY
 from tests.unit_tests.sandbox.calls import AUTHORIZED, BODY, KEY, ROUTE, download, recorded
 
-PATIENCE = 20
+PATIENCE = 60
 """Seconds after which a test gives up."""
 
 

@@ -261,10 +261,10 @@ def test_a_reply_later_than_the_read_timeout_is_a_read_timeout(sandbox, calls):
     with pytest.raises(httpx.ReadTimeout):
         calls(
             sandbox,
-            ("POST", "https://any.example" + ROUTE, {"json": {**BODY, "prompt": "[[slow:20]]"}}),
+            ("POST", "https://any.example" + ROUTE, {"json": {**BODY, "prompt": "[[slow:100]]"}}),
             timeout=timeout,
         )
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert (sandbox.images_made, sandbox.in_flight) == (1, 0)
 
 
