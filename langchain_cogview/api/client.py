@@ -165,6 +165,9 @@ class ImagesClient:
             deadline: For everything from the first slot in flight on, waits included; started here.
             events: Called on every event of the call.
 
+        Returns:
+            The reply with its image.
+
         Raises:
             CogViewError: With the request id and the number of attempts.
         """
@@ -246,15 +249,10 @@ class ImagesClient:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
             self._acquire_rate_limiter(deadline)
-            _check_cancelled(cancelled)
-            _check_time(deadline)
+            return _started(slot, deadline, attempts, cancelled)
         except BaseException:
             slot.release()
             raise
-        deadline.start()
-        slot.end_after(deadline.remaining())
-        attempts.ticket = slot.ticket
-        return slot
 
     async def _aacquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
         limiter, cap = self._limiter(body["model"])
@@ -267,15 +265,10 @@ class ImagesClient:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
             await self._aacquire_rate_limiter(deadline)
-            _check_cancelled(cancelled)
-            _check_time(deadline)
+            return _started(slot, deadline, attempts, cancelled)
         except BaseException:
             slot.release()
             raise
-        deadline.start()
-        slot.end_after(deadline.remaining())
-        attempts.ticket = slot.ticket
-        return slot
 
     def _acquire_rate_limiter(self, deadline: Deadline) -> None:
         if self.rate_limiter and not deadline.started:
@@ -353,9 +346,15 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
     return Deadline(deadline.seconds or _BLOCKED_LOOP_SECONDS)
 
 
-def _check_cancelled(cancelled: CancelToken) -> None:
+def _started(slot: Slot, deadline: Deadline, attempts: _Attempts, cancelled: CancelToken) -> Slot:
+    """Start the time limit of the call, if there is still reason to send the request."""
     if cancelled.is_set():
         raise CogViewStoppedError
+    _check_time(deadline)
+    deadline.start()
+    slot.end_after(deadline.remaining())
+    attempts.ticket = slot.ticket
+    return slot
 
 
 def _check_time(deadline: Deadline) -> None:
@@ -391,9 +390,5 @@ def _warned(reply: ReplyT, attempts: _Attempts) -> ReplyT:
     count = sum(error.outcome is Outcome.UNKNOWN for error in attempts.waited_for)
     if not count:
         return reply
-    warning = (
-        f"{count} earlier attempts may have been charged too."
-        if count > 1
-        else "An earlier attempt may have been charged too."
-    )
-    return replace(reply, warnings=(*reply.warnings, warning))  # type: ignore[type-var,attr-defined]
+    earlier = f"{count} earlier attempts" if count > 1 else "An earlier attempt"
+    return replace(reply, warnings=(*reply.warnings, f"{earlier} may have been charged too."))  # type: ignore[type-var,attr-defined]

@@ -94,17 +94,62 @@ class Slot:
             self.release()
 
 
+class AdaptiveLimit:
+    """How many requests may be in flight, as successes and refusals show it. It knows no queue and takes no lock.
+
+    The number is infinite at first, so that only the caps count. The first refusal of a burst halves it, at most to the number of
+    requests that are still in flight. Each further refusal of the same burst lowers it to the number that is in flight then, but
+    never below 1. It rises by 1 after as many successes as its value, counting only requests that were sent after the last
+    refusal while all slots were in use. The step to the level that was last refused needs ten times as many, and at least 30.
+
+    Args:
+        epoch: The number of the first epoch. Each burst of refusals starts the next one.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.value: float = math.inf
+        self._refused_at: float = math.inf
+        self._successes = 0
+
+    def admits(self, in_flight: int, cap: int) -> bool:
+        """Whether a caller with this cap may send one more request."""
+        return in_flight < cap and in_flight < self.value
+
+    def record_success(self, epoch: int, cap: int, in_flight: int) -> None:
+        """Record an answer.
+
+        Args:
+            epoch: When the request was sent.
+            cap: The cap of its caller.
+            in_flight: The number of other requests in flight.
+        """
+        # A request from before the last refusal, or one sent while slots were free, does not show that more are accepted.
+        if epoch < self.epoch or not in_flight + 1 >= self.value < cap:
+            return
+        self._successes += 1
+        probes = self.value + 1 == self._refused_at
+        if self._successes >= (max(PROBE * self.value, MIN_PROBE_SUCCESSES) if probes else self.value):
+            self.value += 1
+            self._successes = 0
+
+    def record_refusal(self, epoch: int, cap: int, in_flight: int) -> None:
+        """Record a refusal for too many requests in flight; the arguments are those of `record_success`."""
+        if epoch == self.epoch:
+            self.epoch += 1
+            self.value = min(self.value, cap) // 2
+            self._refused_at = math.inf
+        self.value = max(1, min(self.value, in_flight))
+        self._refused_at = min(self._refused_at, in_flight + 1)
+        self._successes = 0
+
+
 class Limiter:
     """A queue for slots, whose number adapts to what the service accepts.
 
     The waiter with the lowest ticket is served first, as soon as fewer requests are in flight than `limit` and than its own cap.
     Waiters behind it wait even if their caps are higher. After a refusal with other requests in flight, no slot is granted until
-    one of those has ended, because the next request would be refused as well.
-
-    The limit is infinite at first, so that only the caps count. The first refusal of a burst halves it, at most to the number of
-    requests that are still in flight. Each further refusal of the same burst lowers it to the number that is in flight then, but
-    never below 1. The limit rises by 1 after as many successes as its value, counting only requests that were sent after the last
-    refusal while all slots were in use. The step to the level that was last refused needs ten times as many, and at least 30.
+    one of those has ended, because the next request would be refused as well. `AdaptiveLimit` decides how many those are.
 
     All methods are thread-safe. `limiter_for` returns the limiter that callers share.
 
@@ -116,7 +161,7 @@ class Limiter:
     def __init__(self, *, check_seconds: float = 0.1) -> None:
         self._check_seconds = check_seconds
         self._arrivals = 0
-        self._epoch = 0
+        self._adaptive = AdaptiveLimit(0)
         self._heap: list[tuple[int, int, Any]] = []  # ticket, arrival, waiter
         self._start_over()
 
@@ -131,11 +176,8 @@ class Limiter:
         self._heap = []
         self._in_flight = 0
         self._waiting = 0
-        self._limit: float = math.inf
-        self._refused_at: float = math.inf
-        self._successes = 0
-        self._epoch += 1
-        self._first_epoch = self._epoch
+        self._first_epoch = self._adaptive.epoch + 1
+        self._adaptive = AdaptiveLimit(self._first_epoch)
         # Slots with a time limit, each with the event loop of its task while that task has not received it yet.
         self._timed: weakref.WeakKeyDictionary[Slot, asyncio.AbstractEventLoop | None] = weakref.WeakKeyDictionary()
         self._abandoned: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
@@ -149,7 +191,7 @@ class Limiter:
     @property
     def limit(self) -> float:
         """The number of slots allowed, besides each caller's cap: a whole number, or infinity before the first refusal."""
-        return self._limit
+        return self._adaptive.value
 
     @property
     def waiting(self) -> int:
@@ -157,7 +199,7 @@ class Limiter:
         return self._waiting
 
     def __repr__(self) -> str:
-        return f"<Limiter: {self._in_flight} in flight, limit {self._limit}, {self._waiting} waiting>"
+        return f"<Limiter: {self._in_flight} in flight, limit {self.limit}, {self._waiting} waiting>"
 
     def acquire(
         self,
@@ -294,7 +336,7 @@ class Limiter:
                 fresh = self._closed(slot)
                 left = self._in_flight
                 if fresh:
-                    self._learn_refusal(slot, left)
+                    self._adaptive.record_refusal(slot._epoch, slot._cap, left)
                     self._grant()
                 return left > 0
         finally:
@@ -336,7 +378,7 @@ class Limiter:
 
     def _end(self, slot: Slot, *, success: bool = False) -> None:
         if self._closed(slot) and success:
-            self._learn_success(slot)
+            self._adaptive.record_success(slot._epoch, slot._cap, self._in_flight)
 
     def _closed(self, slot: Slot) -> bool:
         """Stop counting a slot. Returns False if it has ended already or belongs to the parent process."""
@@ -360,10 +402,10 @@ class Limiter:
         return self._arrivals
 
     def _admits(self, cap: int) -> bool:
-        return self._in_flight < cap and self._in_flight < self._limit
+        return self._adaptive.admits(self._in_flight, cap)
 
     def _new_slot(self, cap: int, ticket: int) -> Slot:
-        slot = Slot(self, cap, ticket, self._epoch)
+        slot = Slot(self, cap, ticket, self._adaptive.epoch)
         # An interrupt cannot come between these two.
         self._in_flight += 1
         slot._over = False
@@ -387,26 +429,6 @@ class Limiter:
                         self._set_limit(waiter.slot, _PICK_UP_SECONDS, waiter.loop)
                 else:
                     self._closed(waiter.slot)
-
-    def _learn_success(self, slot: Slot) -> None:
-        """Called when the slot is no longer counted."""
-        # A request from before the last refusal, or one sent while slots were free, does not show that more are accepted.
-        if slot._epoch < self._epoch or not self._in_flight + 1 >= self._limit < slot._cap:
-            return
-        self._successes += 1
-        probes = self._limit + 1 == self._refused_at
-        if self._successes >= (max(PROBE * self._limit, MIN_PROBE_SUCCESSES) if probes else self._limit):
-            self._limit += 1
-            self._successes = 0
-
-    def _learn_refusal(self, slot: Slot, left: int) -> None:
-        if slot._epoch == self._epoch:
-            self._epoch += 1
-            self._limit = min(self._limit, slot._cap) // 2
-            self._refused_at = math.inf
-        self._limit = max(1, min(self._limit, left))
-        self._refused_at = min(self._refused_at, left + 1)
-        self._successes = 0
 
 
 class _Waiter(ABC):

@@ -63,10 +63,13 @@ def is_sandbox(base_url: str | None) -> bool:
 
 
 def normal_base_url(text: str) -> str:
-    """A base URL as requests are made with: a pasted route or trailing slash is taken off, the API's path put on.
+    """Normalise a base URL: remove a pasted route or a trailing slash, and add the path of the API at the provider's hosts.
+
+    Returns:
+        The URL that routes are added to.
 
     Raises:
-        CogViewConfigurationError: When it is no http(s) URL, or holds a query or a user name.
+        CogViewConfigurationError: It is not an http or https URL, or it holds a query or a user name.
     """
     url = text.strip()
     if is_sandbox(url):

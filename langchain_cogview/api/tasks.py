@@ -169,7 +169,8 @@ class TasksClient:
                 raise
             return _with_route_warning(self.images.generate(body, deadline, events))
         with _paid_for(body, task.task_id, slot):
-            return _warned(task.reply or self._followed(_accepted(task, events), deadline, events), task)
+            reply = task.reply or self._polled(self._polls(_accepted(task, events), deadline), events)
+            return _warned(reply, task)
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Async version of `generate`."""
@@ -180,7 +181,8 @@ class TasksClient:
                 raise
             return _with_route_warning(await self.images.agenerate(body, deadline, events))
         with _paid_for(body, task.task_id, slot):
-            return _warned(task.reply or await self._afollowed(await _aaccepted(task, events), deadline, events), task)
+            reply = task.reply or await self._apolled(self._polls(await _aaccepted(task, events), deadline), events)
+            return _warned(reply, task)
 
     def submit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
         """Submit a task and return its id."""
@@ -225,13 +227,9 @@ class TasksClient:
         """Async version of `result`."""
         return await self._apolled(_Polls(task_id, deadline, self.poll_interval), events)
 
-    def _followed(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
-        return self._polled(_Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), events)
-
-    async def _afollowed(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
-        return await self._apolled(
-            _Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS), events
-        )
+    def _polls(self, task_id: str, deadline: Deadline) -> _Polls:
+        """The polls of a task that was accepted just now."""
+        return _Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS)
 
     def _polled(self, polls: _Polls, events: CallEvents) -> ImagesReply:
         while True:
@@ -349,7 +347,7 @@ def _paid_for(body: dict[str, Any], task_id: str | None, slot: Slot) -> Iterator
         yield
     except CogViewError as error:
         reported = error
-        if _is_end(error):
+        if isinstance(error, CogViewTaskFailedError | CogViewContentFilterError):  # the task has ended without an image
             slot.done()
         elif task_id:
             reported = _unfinished(task_id, None if isinstance(error, CogViewTaskUnfinishedError) else error)
@@ -367,11 +365,6 @@ def _paid_for(body: dict[str, Any], task_id: str | None, slot: Slot) -> Iterator
         slot.done()
     finally:
         slot.release()  # has no effect after `done`; a task that is still running says nothing about the limit
-
-
-def _is_end(error: CogViewError) -> bool:
-    """Whether an error means that the task ended without an image, not that it could not be polled."""
-    return isinstance(error, CogViewTaskFailedError | CogViewContentFilterError)
 
 
 def _no_such_route(error: CogViewError) -> bool:

@@ -23,6 +23,7 @@ import logging
 import os
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NoReturn, TypeVar
@@ -46,9 +47,9 @@ KEEPALIVE_SECONDS: Final = 30.0
 """Seconds that an idle connection can be used again. After a longer time, a gateway may have dropped it."""
 MOST_IDLE: Final = 1000
 """Idle connections that are kept for each host."""
-_CHUNKS_A_TURN: Final = 64
+_CHUNKS_BETWEEN_YIELDS: Final = 64
 
-ConnectionT = TypeVar("ConnectionT", bound="_SyncConnection | _AsyncConnection")
+ConnectionT = TypeVar("ConnectionT", bound="_Connection")
 
 
 class _Route(NamedTuple):
@@ -145,12 +146,33 @@ def _ours() -> Iterator[None]:
 # --- connections
 
 
-class _SyncConnection:
+class _Connection(ABC):
     """One connection to one route, open or not."""
 
-    def __init__(self, route: _Route, keepalive_seconds: float) -> None:
+    backend: SyncBackend | AsyncBackend
+    _pool: httpcore.ConnectionPool | httpcore.AsyncConnectionPool
+
+    def __init__(self, route: _Route) -> None:
         self.route = route
         self.idle_since = 0.0
+
+    def is_usable(self) -> bool:
+        """Whether another request can be sent, as far as this side can see."""
+        stream = self.backend.stream
+        whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
+        return whole and any(not each.has_expired() for each in self._pool.connections)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection."""
+
+
+class _SyncConnection(_Connection):
+    backend: SyncBackend
+    _pool: httpcore.ConnectionPool
+
+    def __init__(self, route: _Route, keepalive_seconds: float) -> None:
+        super().__init__(route)
         self.backend = SyncBackend(None if route.proxy else route.check)
         self._pool = httpcore.ConnectionPool(network_backend=self.backend, **route.pool_options(keepalive_seconds))
 
@@ -161,12 +183,6 @@ class _SyncConnection:
             if self.backend.stream:
                 self.backend.stream.guard.head_was_read(response.status)
         return response
-
-    def is_usable(self) -> bool:
-        """Whether another request can be sent, as far as this side can see."""
-        stream = self.backend.stream
-        whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
-        return whole and any(not each.has_expired() for each in self._pool.connections)
 
     def close(self) -> None:
         self._pool.close()
@@ -205,12 +221,12 @@ class _SyncBody(httpx.SyncByteStream):
             self._done(self._connection)
 
 
-class _AsyncConnection:
-    """Async version of `_SyncConnection`."""
+class _AsyncConnection(_Connection):
+    backend: AsyncBackend
+    _pool: httpcore.AsyncConnectionPool
 
     def __init__(self, route: _Route, keepalive_seconds: float, open_sockets: set[socket.socket]) -> None:
-        self.route = route
-        self.idle_since = 0.0
+        super().__init__(route)
         self.backend = AsyncBackend(None if route.proxy else route.check, open_sockets)
         self._pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **route.pool_options(keepalive_seconds))
 
@@ -220,11 +236,6 @@ class _AsyncConnection:
             if self.backend.stream:
                 self.backend.stream.guard.head_was_read(response.status)
         return response
-
-    def is_usable(self) -> bool:
-        stream = self.backend.stream
-        whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
-        return whole and any(not each.has_expired() for each in self._pool.connections)
 
     def close(self) -> None:
         """Close the connection. This works without its event loop, too."""
@@ -253,10 +264,9 @@ class _AsyncBody(httpx.AsyncByteStream):
                     return
                 yield part
                 count += 1
-                if count % _CHUNKS_A_TURN == 0:
-                    await asyncio.sleep(
-                        0
-                    )  # what has come already is read without waiting: the loop, and its timers, get a turn
+                if count % _CHUNKS_BETWEEN_YIELDS == 0:
+                    # What has come already is read without waiting: the loop and its timers run in between.
+                    await asyncio.sleep(0)
 
     async def aclose(self) -> None:
         if not self._is_closed:
