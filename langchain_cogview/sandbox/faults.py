@@ -37,16 +37,22 @@ task. Two triggers act on tasks only:
 Attempts are counted for each prompt, whatever the request_id, so that a caller who retries a whole call succeeds. The
 count starts again ten minutes after the last attempt, and after `Sandbox.reset`. Several triggers in one prompt
 combine: those that refuse use up their attempts one after the other, those that change a success are all applied. Any
-other text in double brackets is an ordinary part of the prompt.
+other text in double brackets is an ordinary part of the prompt; a warning is logged where it looks like a mistyped trigger.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+from langchain_cogview.errors import printable
+
+logger = logging.getLogger(__name__)
 
 ALWAYS: Final = 10**9
 MAX_SLOW_SECONDS: Final = 120
@@ -55,6 +61,7 @@ Changes = Mapping[str, Mapping[str, Any]]
 """The faults that change a success: their options by name."""
 
 _TRIGGER = re.compile(r"\[\[([a-z-]{3,20})(?::([0-9]{1,4}(?:\.[0-9]{1,3})?))?(?::([a-z]{1,20}))?\]\]")
+_BRACKETS = re.compile(r"\[\[([^\[\]]{3,60})\]\]")
 _LEVELS: Final = range(4)
 
 
@@ -163,9 +170,29 @@ def _check_option(option: str, value: Any) -> Any:
 
 
 def parse_triggers(prompt: str) -> list[Fault]:
-    """Return the faults of the triggers in a prompt, in their order."""
-    faults = (_parse_trigger(match[1], match[2], match[3]) for match in _TRIGGER.finditer(prompt))
-    return [fault for fault in faults if fault]
+    """Return the faults of the triggers in a prompt, in their order, and log a warning about what nearly is a trigger."""
+    faults = []
+    for brackets in _BRACKETS.finditer(prompt):
+        match = _TRIGGER.fullmatch(brackets[0])
+        fault = _parse_trigger(match[1], match[2], match[3]) if match else None
+        if fault:
+            faults.append(fault)
+        else:
+            _warn_if_nearly_a_trigger(brackets[1])
+    return faults
+
+
+def _warn_if_nearly_a_trigger(text: str) -> None:
+    """Log a warning about a text in double brackets whose first word is a trigger or similar to one."""
+    name = re.sub(r"[\s_]+", "-", text.partition(":")[0].strip().lower())
+    close = difflib.get_close_matches(name, [trigger for trigger in OPTIONS if trigger != "status"], n=1, cutoff=0.75)
+    if close:
+        logger.warning(
+            "[[%s]] in the prompt is not a trigger of the sandbox, so nothing fails. Did you mean [[%s]]? "
+            "If you did, write it as in the table of langchain_cogview.sandbox.faults.",
+            printable(text, 60),
+            close[0],
+        )
 
 
 def _parse_trigger(name: str, number: str | None, role: str | None) -> Fault | None:

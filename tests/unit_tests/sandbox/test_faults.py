@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from langchain_cogview.sandbox import Sandbox, faults
+from langchain_cogview.sandbox.faults import parse_triggers
 from tests.unit_tests.sandbox.calls import ROUTE, error_of, get, post, recorded
 
 
@@ -247,3 +248,18 @@ def test_a_fault_can_let_posts_pass_first(sandbox, generator):
     generator.invoke("one")
     with pytest.raises(ValueError):
         generator.invoke("two")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("[[rate-limt]]", "rate-limit"), ("[[Busy]]", "busy"), ("[[server_error:1]]", "server-error"), ("[[slow:long]]", "slow")],
+)  # fmt: skip
+def test_a_mistyped_trigger_is_logged_with_the_trigger_that_was_probably_meant(text, meant, caplog):
+    assert parse_triggers(f"a fox {text}") == []
+    assert f"Did you mean [[{meant}]]?" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["a fox [[busy:1]]", "[[rate-limit]] [[slow]]", "a [[wiki link]] and [[x]]", "[[]]"])
+def test_triggers_and_other_texts_in_brackets_are_not_warned_about(prompt, caplog):
+    parse_triggers(prompt)
+    assert caplog.messages == []
