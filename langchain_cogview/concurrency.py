@@ -83,11 +83,7 @@ class Deadline:
         return self.remaining() == 0.0
 
     def allows(self, seconds: float) -> bool:
-        """Compare a wait with the time that is left.
-
-        Returns:
-            Whether a wait of `seconds` ends before the deadline.
-        """
+        """Return whether a wait of `seconds` ends before the deadline."""
         left = self.remaining()
         return left is None or seconds < left
 
@@ -149,11 +145,7 @@ class CancelToken(threading.Event):
             child.set()
 
     def is_set(self) -> bool:
-        """Check for a cancellation.
-
-        Returns:
-            Whether the work is cancelled.
-        """
+        """Return whether the work is cancelled."""
         return super().is_set() or any(holds() for holds in self._conditions)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -181,11 +173,7 @@ class CancelToken(threading.Event):
             await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     def wait_until_abandoned(self, timeout: float) -> bool:
-        """Wait until the caller is gone, at most `timeout` seconds. Conditions are ignored.
-
-        Returns:
-            Whether the caller is gone.
-        """
+        """Return whether the caller is gone, after waiting for that at most `timeout` seconds. Conditions are ignored."""
         return super().wait(timeout)
 
     def child(self, *conditions: Callable[[], bool]) -> CancelToken:
@@ -278,14 +266,9 @@ _pool = _new_pool()
 
 
 async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Run a function that blocks without blocking the event loop, in a copy of the caller's context.
+    """Return what a function that blocks returns: it runs in a thread, in a copy of the caller's context.
 
     A cancelled caller stops waiting; the function itself runs to its end, and its result is dropped.
-
-    Args:
-        function: Called in a thread of this package.
-        *args: Its arguments.
-        **kwargs: Its keyword arguments.
 
     Returns:
         What the function returns.
@@ -428,11 +411,7 @@ class SingleFlight:
 
 
 def runs_event_loop() -> bool:
-    """Look for an event loop.
-
-    Returns:
-        Whether this thread runs one.
-    """
+    """Return whether this thread runs an event loop."""
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
         return True
@@ -739,11 +718,7 @@ def or_error(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 async def aor_error(call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    """Async version of `or_error`.
-
-    Returns:
-        The result, or the exception.
-    """
+    """Return the result of an awaited call, or the exception that it raises."""
     try:
         return await call(*args, **kwargs)
     except Exception as error:  # recorded, so that the others go on
