@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
     from langchain_cogview.messages import images_from_messages
+    from langchain_cogview.middleware import CogViewMiddleware as CogViewMiddleware
     from langchain_cogview.notebook.display import status_line
     from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
     from langchain_cogview.request import ImageRequest
@@ -113,12 +114,15 @@ _NAMES = {
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
     "notebook.display": ("status_line",),
     "messages": ("images_from_messages",),
+    "middleware": ("CogViewMiddleware",),
     "request": ("ImageRequest",),
     "result": ("GeneratedImage", "ImageFailure", "ImageResult"),
     "sandbox": ("Sandbox",),
     "tool": ("CogViewImageTool",),
     "toolkit": ("CogViewToolkit",),
 }
+_NEEDING_EXTRAS = ("CogViewMiddleware",)
+"""Public names that `import *` leaves out, because it would fail without the extra."""
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
@@ -198,4 +202,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_NEEDING_EXTRAS]

@@ -42,6 +42,7 @@ from langchain_cogview.request import GeneratorSettings, check_names, checked_pr
 from langchain_cogview.result import IN_MEMORY
 
 if TYPE_CHECKING:
+    from langchain_cogview.images.remote import ImageAccess
     from langchain_cogview.result import GeneratedImage, ImageResult
 
 TOOL_NAME: Final = "cogview_generate_image"
@@ -341,6 +342,20 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         copy._also = budget  # noqa: SLF001
         return copy
 
+    def image_access(self) -> ImageAccess:
+        """Say what the images of this tool may be read from when their records come back from storage.
+
+        Returns:
+            The output folder; without one, the temporary folder. Files elsewhere are not read.
+        """
+        from langchain_cogview.images.remote import ImageAccess, remote_folder  # noqa: PLC0415  what images need
+
+        generator, _ = next(_resolved(self.generator, {}))
+        if generator.output_dir is None:
+            return ImageAccess(within=temporary_folder())
+        folder = remote_folder(generator.output_dir, generator.storage_options)
+        return ImageAccess(within=folder) if isinstance(folder, Path) else ImageAccess(storage=(folder,))
+
     def _refuse_unpriced(self, generators: list[tuple[CogViewImageGenerator, dict[str, Any]]]) -> None:
         if self.budget is not None:
             self._spending.currency = currency_of(generators[0][0].resolved_region)
@@ -425,7 +440,7 @@ def _with_files(result: ImageResult) -> ImageResult:
 def _saved(image: GeneratedImage) -> GeneratedImage:
     kept: dict[str, Any] = {}
     try:
-        folder = _temporary_folder()
+        folder = temporary_folder()
         folder.mkdir(mode=0o700, exist_ok=True)
         path = image.save(folder)
         note = f"The image is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
@@ -440,8 +455,12 @@ def _saved(image: GeneratedImage) -> GeneratedImage:
 
 
 @cache
-def _temporary_folder() -> Path:
-    # There is one for the process, which only this user can read.
+def temporary_folder() -> Path:
+    """Make the folder for images that are saved nowhere else.
+
+    Returns:
+        One folder for the process, which only this user can read.
+    """
     return Path(tempfile.mkdtemp(prefix="cogview_images-"))
 
 
