@@ -60,30 +60,30 @@ class Rounds:
     """The figures of one table: clients by name, each with what its rounds gave."""
 
     def __init__(self, names: list[str], rounds: int, measure: Callable[[str], dict[str, Any]]) -> None:
-        self.told: dict[str, list[dict[str, Any]]] = {}
+        self.reported: dict[str, list[dict[str, Any]]] = {}
         self.unfinished: dict[str, str] = {}
         for _ in range(rounds):
             for name in names:
                 if name in self.unfinished:
                     continue
-                told = measure(name)
-                if "missing" in told:
-                    missing.add(told["missing"])
-                elif "unfinished" in told:
-                    self.unfinished[name] = f"not done in {told['unfinished']:.0f} s"
-                    self.told.pop(name, None)
+                reported = measure(name)
+                if "missing" in reported:
+                    missing.add(reported["missing"])
+                elif "unfinished" in reported:
+                    self.unfinished[name] = f"not done in {reported['unfinished']:.0f} s"
+                    self.reported.pop(name, None)
                 else:
-                    self.told.setdefault(name, []).append(told)
+                    self.reported.setdefault(name, []).append(reported)
 
     def median(self, name: str, figure: str) -> float:
-        return statistics.median(told[figure] for told in self.told[name])
+        return statistics.median(reported[figure] for reported in self.reported[name])
 
     def ratio(self, name: str, to: str, figure: str) -> float:
-        pairs = zip(self.told[name], self.told[to], strict=True)
+        pairs = zip(self.reported[name], self.reported[to], strict=True)
         return statistics.median(one[figure] / other[figure] for one, other in pairs)
 
     def __iter__(self) -> Any:
-        return iter(self.told)
+        return iter(self.reported)
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:
@@ -110,7 +110,7 @@ def in_bulk(rounds: int, *, quick: bool) -> None:
         point: Rounds(
             names,
             rounds,
-            lambda name, p=point: fresh("bulk", client=name, places=p[0], seconds=p[1], waves=p[2], warm=p[3]),
+            lambda name, p=point: fresh("bulk", client=name, slots=p[0], seconds=p[1], waves=p[2], warm=p[3]),
         )
         for point in points
     }
@@ -119,24 +119,24 @@ def in_bulk(rounds: int, *, quick: bool) -> None:
             NAMES[name],
             *(
                 f"{each.median(name, 'share'):.0%}, {each.median(name, 'connections'):.2f}"
-                if name in each.told
+                if name in each.reported
                 else each.unfinished.get(name, "–")
                 for each in found.values()
             ),
         ]
         for name in names
     ]
-    head = [f"{places} in flight, {seconds:g} s" for places, seconds, _, _ in points]
+    head = [f"{slots} in flight, {seconds:g} s" for slots, seconds, _, _ in points]
     table("Share of the ideal time, and new connections per call", ["", *head], rows)
 
 
 def at_once(rounds: int, *, quick: bool) -> None:
     """What happens without a number: 1,000 prompts, and 48."""
-    count, seconds, places = (20, 0.05, 5) if quick else (1000, 1.0, 100)
+    count, seconds, slots = (20, 0.05, 5) if quick else (1000, 1.0, 100)
     found = Rounds(
         ["our_abatch", "httpx_at_once"],
         1,
-        lambda name: fresh("unbounded", client=name, count=count, seconds=seconds, places=places),
+        lambda name: fresh("unbounded", client=name, count=count, seconds=seconds, slots=slots),
     )
     rows = [
         [
@@ -147,7 +147,7 @@ def at_once(rounds: int, *, quick: bool) -> None:
         for name in found
     ]
     title = f"{count:,} prompts at once, {seconds:g} s each, no `max_concurrency` in the config"
-    table(title, ["", "errors", f"time over the ideal of the generator's {places} in flight"], rows)
+    table(title, ["", "errors", f"time over the ideal of the generator's {slots} in flight"], rows)
 
     seconds = 0.05 if quick else 1.0
     found = Rounds(["our_batch", "by_hand_batch"], rounds, lambda name: fresh("batch_48", client=name, seconds=seconds))
@@ -163,10 +163,10 @@ def at_once(rounds: int, *, quick: bool) -> None:
 
 def machinery(rounds: int, *, quick: bool) -> None:
     """Runs that sleep in place of a request."""
-    counts, places = ((100, 200), 20) if quick else ((1000, 10_000), 256)
+    counts, slots = ((100, 200), 20) if quick else ((1000, 10_000), 256)
     names = ["our_astream_many", "our_abatch", "our_astream_many_heard", "langchain_abatch"]
     found = [
-        Rounds(names, rounds, lambda name, n=count: fresh("machinery", client=name, count=n, places=places))
+        Rounds(names, rounds, lambda name, n=count: fresh("machinery", client=name, count=n, slots=slots))
         for count in counts
     ]
     rows = [
@@ -180,15 +180,15 @@ def machinery(rounds: int, *, quick: bool) -> None:
         for name in names
     ]
     head = [f"{count:,} inputs" for count in counts]
-    title = f"Runs that sleep 50 ms in place of a request, {places} in flight: memory, share of ideal, longest lag"
+    title = f"Runs that sleep 50 ms in place of a request, {slots} in flight: memory, share of ideal, longest lag"
     table(title, ["", *head], rows)
 
 
-def pictures(rounds: int, *, quick: bool) -> None:
+def images(rounds: int, *, quick: bool) -> None:
     """Made and saved."""
-    count, places = (4, 2) if quick else (200, 16)
+    count, slots = (4, 2) if quick else (200, 16)
     names = ["our_astream_many", "our_stream_many", "httpx_streamed", "httpx_kept"]
-    found = Rounds(names, rounds, lambda name: fresh("pictures", client=name, count=count, places=places))
+    found = Rounds(names, rounds, lambda name: fresh("images", client=name, count=count, slots=slots))
     rows = [
         [
             NAMES[name],
@@ -198,7 +198,7 @@ def pictures(rounds: int, *, quick: bool) -> None:
         ]
         for name in found
     ]
-    title = f"{count} pictures of 3 MB, {places} in flight, made and saved; ours with hash and wholeness check"
+    title = f"{count} images of 3 MB, {slots} in flight, made and saved; ours with hash and wholeness check"
     table(title, ["", "memory above the start", "CPU each", "CPU over streamed httpx"], rows)
 
 
@@ -222,10 +222,11 @@ def start(rounds: int, *, quick: bool) -> None:
     ):
         rows.append([text, f"{each.median(name, 'ms'):.2f} ms"])
     table("Before the first call", ["", "time"], rows)
-    told = found.told["tool"][0]
-    one = made.told["construct"][0]
+    reported = found.reported["tool"][0]
+    one = made.reported["construct"][0]
     print(
-        f"\nHeavy modules loaded by the tool: {', '.join(told['heavy']) or 'none'}. {count:,} generators made ", end=""
+        f"\nHeavy modules loaded by the tool: {', '.join(reported['heavy']) or 'none'}. {count:,} generators made ",
+        end="",
     )
     print(f"{one['contexts']} SSL contexts and opened {one['opened']} files.")
 
@@ -240,16 +241,16 @@ def one_call(rounds: int, *, quick: bool) -> None:
         ["httpx_async", "our_generator_async", "our_tool_async", "hand_runnable_async", "hand_tool_async",
          "openai_async", "aiohttp_async"],
     ):  # fmt: skip
-        told = fresh("per_call", names=names, rounds=rounds, calls=calls)
-        missing.update(told["missing"])
-        bare = told["us"][names[0]]
-        for name, taken in told["us"].items():
+        reported = fresh("per_call", names=names, rounds=rounds, calls=calls)
+        missing.update(reported["missing"])
+        bare = reported["us"][names[0]]
+        for name, taken in reported["us"].items():
             ratio = statistics.median(one / other for one, other in zip(taken, bare, strict=True))
             rows.append([NAMES[name], f"{statistics.median(taken):.0f} µs", f"{ratio:.2f}"])
     table("One call without latency, warm: CPU", ["", "CPU", "over bare httpx"], rows)
 
 
-FIGURES = {each.__name__: each for each in (in_bulk, at_once, machinery, pictures, start, one_call)}
+FIGURES = {each.__name__: each for each in (in_bulk, at_once, machinery, images, start, one_call)}
 
 
 def main() -> None:
@@ -262,8 +263,8 @@ def main() -> None:
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     )
     print(", ".join(f"{name} {_version(name)}" for name in ("langchain-core", "httpx", "aiohttp", "zai-sdk", "openai")))
-    told = fresh("ceiling", places=16, calls=160 if arguments.quick else 16_000)
-    print(f"The stub answers {told['per_second']:,.0f} requests a second (16 raw sockets).")
+    reported = fresh("ceiling", slots=16, calls=160 if arguments.quick else 16_000)
+    print(f"The stub answers {reported['per_second']:,.0f} requests a second (16 raw sockets).")
     for name in arguments.only or FIGURES:
         FIGURES[name](1 if arguments.quick else arguments.rounds, quick=arguments.quick)
     if missing:

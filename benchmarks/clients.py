@@ -1,6 +1,6 @@
-"""The clients that are measured side by side. Each makes one picture per call, of a service at a base URL, and gives its link.
+"""The clients that are measured side by side. Each makes one image per call, of a service at a base URL, and gives its link.
 
-Every client is set up as its users would for many pictures: one shared client, no proxy, the pool as large as asked for. What
+Every client is set up as its users would for many images: one shared client, no proxy, the pool as large as asked for. What
 is not installed is left out. The ones written here by hand, `httpx tool` and `httpx Runnable`, are the least that an expert
 would write around a shared httpx client.
 """
@@ -29,25 +29,25 @@ def tool_call(prompt: str) -> dict[str, Any]:
     return {"type": "tool_call", "id": "1", "name": "draw", "args": {"prompt": prompt}}
 
 
-def _httpx_client(base_url: str, places: int) -> Any:
+def _httpx_client(base_url: str, slots: int) -> Any:
     import httpx
 
-    limits = httpx.Limits(max_connections=places, max_keepalive_connections=places)
+    limits = httpx.Limits(max_connections=slots, max_keepalive_connections=slots)
     return httpx.Client(base_url=base_url, headers=HEADERS, limits=limits, timeout=PATIENCE, trust_env=False)
 
 
-def _httpx_async_client(base_url: str, places: int) -> Any:
+def _httpx_async_client(base_url: str, slots: int) -> Any:
     import httpx
 
-    limits = httpx.Limits(max_connections=places, max_keepalive_connections=places)
+    limits = httpx.Limits(max_connections=slots, max_keepalive_connections=slots)
     return httpx.AsyncClient(base_url=base_url, headers=HEADERS, limits=limits, timeout=PATIENCE, trust_env=False)
 
 
 # --- bare clients
 
 
-def httpx_sync(base_url: str, places: int) -> Call:
-    client = _httpx_client(base_url, places)
+def httpx_sync(base_url: str, slots: int) -> Call:
+    client = _httpx_client(base_url, slots)
 
     def call(prompt: str) -> str:
         response = client.post("/images/generations", json=body(prompt))
@@ -57,8 +57,8 @@ def httpx_sync(base_url: str, places: int) -> Call:
     return call
 
 
-def httpx_async(base_url: str, places: int) -> ACall:
-    client = _httpx_async_client(base_url, places)
+def httpx_async(base_url: str, slots: int) -> ACall:
+    client = _httpx_async_client(base_url, slots)
 
     async def call(prompt: str) -> str:
         response = await client.post("/images/generations", json=body(prompt))
@@ -68,14 +68,14 @@ def httpx_async(base_url: str, places: int) -> ACall:
     return call
 
 
-def aiohttp_async(base_url: str, places: int) -> ACall:
+def aiohttp_async(base_url: str, slots: int) -> ACall:
     import aiohttp
 
     session: list[Any] = []  # made in the loop that it belongs to
 
     async def call(prompt: str) -> str:
         if not session:
-            connector = aiohttp.TCPConnector(limit=places)
+            connector = aiohttp.TCPConnector(limit=slots)
             total = aiohttp.ClientTimeout(total=PATIENCE)
             session.append(aiohttp.ClientSession(headers=HEADERS, connector=connector, timeout=total))
         async with session[0].post(f"{base_url}/images/generations", json=body(prompt)) as response:
@@ -85,21 +85,21 @@ def aiohttp_async(base_url: str, places: int) -> ACall:
     return call
 
 
-def zai_sync(base_url: str, places: int) -> Call:
+def zai_sync(base_url: str, slots: int) -> Call:
     from zai import ZhipuAiClient
 
     client = ZhipuAiClient(base_url=base_url, api_key=KEY, timeout=PATIENCE)
     return lambda prompt: client.images.generations(**body(prompt)).data[0].url
 
 
-def openai_sync(base_url: str, places: int) -> Call:
+def openai_sync(base_url: str, slots: int) -> Call:
     from openai import OpenAI
 
     client = OpenAI(base_url=base_url, api_key=KEY, timeout=PATIENCE)
     return lambda prompt: client.images.generate(**body(prompt)).data[0].url
 
 
-def openai_async(base_url: str, places: int) -> ACall:
+def openai_async(base_url: str, slots: int) -> ACall:
     from openai import AsyncOpenAI
 
     client = AsyncOpenAI(base_url=base_url, api_key=KEY, timeout=PATIENCE)
@@ -110,7 +110,7 @@ def openai_async(base_url: str, places: int) -> ACall:
     return call
 
 
-def bare_asyncio(base_url: str, places: int) -> ACall:
+def bare_asyncio(base_url: str, slots: int) -> ACall:
     """No HTTP library at all: what an event loop can do."""
     host, _, path = base_url.removeprefix("http://").partition("/")
     address, port = host.split(":")
@@ -135,12 +135,12 @@ def bare_asyncio(base_url: str, places: int) -> ACall:
 # --- on LangChain, by hand
 
 
-def _by_hand(base_url: str, places: int) -> tuple[Any, Any]:
+def _by_hand(base_url: str, slots: int) -> tuple[Any, Any]:
     from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
     from pydantic import BaseModel
 
-    client, aclient = _httpx_client(base_url, places), _httpx_async_client(base_url, places)
+    client, aclient = _httpx_client(base_url, slots), _httpx_async_client(base_url, slots)
 
     def draw(prompt: str, **kwargs: Any) -> str:
         response = client.post("/images/generations", json=body(prompt))
@@ -176,25 +176,25 @@ def _by_hand(base_url: str, places: int) -> tuple[Any, Any]:
     return DrawTool(), Draw()
 
 
-def hand_tool_sync(base_url: str, places: int) -> Call:
-    tool, _ = _by_hand(base_url, places)
+def hand_tool_sync(base_url: str, slots: int) -> Call:
+    tool, _ = _by_hand(base_url, slots)
     return lambda prompt: tool.invoke(tool_call(prompt))
 
 
-def hand_tool_async(base_url: str, places: int) -> ACall:
-    tool, _ = _by_hand(base_url, places)
+def hand_tool_async(base_url: str, slots: int) -> ACall:
+    tool, _ = _by_hand(base_url, slots)
     return lambda prompt: tool.ainvoke(tool_call(prompt))
 
 
-def hand_runnable_sync(base_url: str, places: int) -> Call:
-    return _by_hand(base_url, places)[1].invoke
+def hand_runnable_sync(base_url: str, slots: int) -> Call:
+    return _by_hand(base_url, slots)[1].invoke
 
 
-def hand_runnable_async(base_url: str, places: int) -> ACall:
-    return _by_hand(base_url, places)[1].ainvoke
+def hand_runnable_async(base_url: str, slots: int) -> ACall:
+    return _by_hand(base_url, slots)[1].ainvoke
 
 
-def dalle_sync(base_url: str, places: int) -> Call:
+def dalle_sync(base_url: str, slots: int) -> Call:
     from langchain_community.tools.openai_dalle_image_generation import OpenAIDALLEImageGenerationTool
     from langchain_community.utilities.dalle_image_generator import DallEAPIWrapper
 
@@ -206,30 +206,30 @@ def dalle_sync(base_url: str, places: int) -> Call:
 # --- ours
 
 
-def our_generator(base_url: str, places: int, **settings: Any) -> Any:
+def our_generator(base_url: str, slots: int, **settings: Any) -> Any:
     from langchain_cogview import CogViewImageGenerator
 
     settings = {"download": False, "timeout": PATIENCE, "model": MODEL, **settings}
-    return CogViewImageGenerator(base_url=base_url, api_key=KEY, max_concurrency=places, **settings)
+    return CogViewImageGenerator(base_url=base_url, api_key=KEY, max_concurrency=slots, **settings)
 
 
-def our_generator_sync(base_url: str, places: int) -> Call:
-    return our_generator(base_url, places).invoke
+def our_generator_sync(base_url: str, slots: int) -> Call:
+    return our_generator(base_url, slots).invoke
 
 
-def our_generator_async(base_url: str, places: int) -> ACall:
-    return our_generator(base_url, places).ainvoke
+def our_generator_async(base_url: str, slots: int) -> ACall:
+    return our_generator(base_url, slots).ainvoke
 
 
-def our_tool_sync(base_url: str, places: int) -> Call:
+def our_tool_sync(base_url: str, slots: int) -> Call:
     from langchain_cogview import CogViewImageTool
 
-    tool = CogViewImageTool(generator=our_generator(base_url, places))
+    tool = CogViewImageTool(generator=our_generator(base_url, slots))
     return lambda prompt: tool.invoke({**tool_call(prompt), "name": tool.name})
 
 
-def our_tool_async(base_url: str, places: int) -> ACall:
+def our_tool_async(base_url: str, slots: int) -> ACall:
     from langchain_cogview import CogViewImageTool
 
-    tool = CogViewImageTool(generator=our_generator(base_url, places))
+    tool = CogViewImageTool(generator=our_generator(base_url, slots))
     return lambda prompt: tool.ainvoke({**tool_call(prompt), "name": tool.name})

@@ -1,4 +1,4 @@
-"""Many pictures from an account that allows few at once: time against the ideal, and requests that were refused.
+"""Many images from an account that allows few at once: time against the ideal, and requests that were refused.
 
     python -m benchmarks.in_flight
 
@@ -17,12 +17,12 @@ import httpx
 
 from langchain_cogview import CogViewImageGenerator
 
-PICTURES = 200
+IMAGES = 200
 LIMIT = 5
 
 
 def measured(way: str, base_url: str, latency: float, max_concurrency: int | None) -> tuple[float, int, int]:
-    """Seconds, pictures that were lost, and requests that were sent again."""
+    """Seconds, images that were lost, and requests that were sent again."""
     from langchain_core.callbacks import BaseCallbackHandler
 
     class Retries(BaseCallbackHandler):
@@ -33,7 +33,7 @@ def measured(way: str, base_url: str, latency: float, max_concurrency: int | Non
 
     retries = Retries()
     generator = CogViewImageGenerator(base_url=base_url, api_key="any", max_concurrency=max_concurrency, download=True)
-    prompts = [f"a picture of {latency} {number}" for number in range(PICTURES)]
+    prompts = [f"an image of {latency} {number}" for number in range(IMAGES)]
     config = {"callbacks": [retries]}
     start = time.perf_counter()
     if way == "sync":
@@ -46,9 +46,9 @@ def measured(way: str, base_url: str, latency: float, max_concurrency: int | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, default=0.5, help="seconds for each picture (default: %(default)s)")
+    parser.add_argument("--latency", type=float, default=0.5, help="seconds for each image (default: %(default)s)")
     latency = parser.parse_args().latency
-    print(f"{PICTURES} pictures, {LIMIT} allowed in flight, {latency} s each; httpx {httpx.__version__}\n")
+    print(f"{IMAGES} images, {LIMIT} allowed in flight, {latency} s each; httpx {httpx.__version__}\n")
     print("| max_concurrency | way | share of ideal | lost | sent again |")
     print("|---|---|---|---|---|")
     for max_concurrency in (None, 8, 20):
@@ -61,9 +61,9 @@ def main() -> None:
             finally:
                 server.terminate()
                 server.wait()
-            ideal = PICTURES / LIMIT * latency
+            ideal = IMAGES / LIMIT * latency
             cap = max_concurrency or "the catalog's 5"
-            print(f"| {cap} | {way} | {ideal / seconds:.0%} | {lost} | {again} ({again / (PICTURES + again):.1%}) |")
+            print(f"| {cap} | {way} | {ideal / seconds:.0%} | {lost} | {again} ({again / (IMAGES + again):.1%}) |")
 
 
 if __name__ == "__main__":

@@ -55,26 +55,26 @@ def peak_mb() -> float:
 # --- many calls -------------------------------------------------------------------------------------------------
 
 
-def _threads(call: Callable[[str], Any], count: int, places: int) -> None:
-    with ThreadPoolExecutor(places) as executor:
+def _threads(call: Callable[[str], Any], count: int, slots: int) -> None:
+    with ThreadPoolExecutor(slots) as executor:
         for future in [executor.submit(call, f"a kitten {number}") for number in range(count)]:
             future.result()
 
 
-async def _tasks(call: Callable[[str], Any], count: int, places: int) -> None:
+async def _tasks(call: Callable[[str], Any], count: int, slots: int) -> None:
     numbers = iter(range(count))
 
     async def work() -> None:
         for number in numbers:
             await call(f"a kitten {number}")
 
-    await asyncio.gather(*(work() for _ in range(places)))
+    await asyncio.gather(*(work() for _ in range(slots)))
 
 
-def _run_of(client: str, base_url: str, places: int) -> tuple[Callable[[int], Any], bool]:
+def _run_of(client: str, base_url: str, slots: int) -> tuple[Callable[[int], Any], bool]:
     """A function that makes so many calls, and whether it gives a coroutine."""
     if client in {"our_abatch", "our_astream_many", "our_batch"}:
-        generator = clients.our_generator(base_url, places)
+        generator = clients.our_generator(base_url, slots)
 
         async def abatch(count: int) -> None:
             await generator.abatch([f"a kitten {number}" for number in range(count)])
@@ -90,16 +90,16 @@ def _run_of(client: str, base_url: str, places: int) -> tuple[Callable[[int], An
         return {"our_abatch": abatch, "our_astream_many": astream_many, "our_batch": batch}[
             client
         ], client != "our_batch"
-    call = getattr(clients, client)(base_url, places)
+    call = getattr(clients, client)(base_url, slots)
     if client.endswith("_sync"):
-        return partial(_threads, call, places=places), False
-    return partial(_tasks, call, places=places), True
+        return partial(_threads, call, slots=slots), False
+    return partial(_tasks, call, slots=slots), True
 
 
-def bulk(client: str, places: int, seconds: float, waves: int, warm: int) -> dict[str, Any]:
+def bulk(client: str, slots: int, seconds: float, waves: int, warm: int) -> dict[str, Any]:
     """Share of the ideal time, and new connections per call, after some waves that open the connections."""
     with stub.running() as service:
-        run, is_async = _run_of(client, service.base_url(seconds), places)
+        run, is_async = _run_of(client, service.base_url(seconds), slots)
         taken: dict[str, float] = {}
 
         def timed(work: Callable[[], Any]) -> None:
@@ -111,26 +111,26 @@ def bulk(client: str, places: int, seconds: float, waves: int, warm: int) -> dic
         if is_async:
 
             async def both() -> None:
-                await run(places * warm)
+                await run(slots * warm)
                 before = await asyncio.to_thread(service.counts)
                 begun = time.perf_counter()
-                await run(places * waves)
+                await run(slots * waves)
                 taken["seconds"] = time.perf_counter() - begun
                 taken["connections"] = -before["connections"]
 
             asyncio.run(both())
         else:
-            run(places * warm)
-            timed(lambda: run(places * waves))
+            run(slots * warm)
+            timed(lambda: run(slots * waves))
         opened = taken["connections"] + service.counts()["connections"]
-        return {"share": waves * seconds / taken["seconds"], "connections": opened / (places * waves)}
+        return {"share": waves * seconds / taken["seconds"], "connections": opened / (slots * waves)}
 
 
-def unbounded(client: str, count: int, seconds: float, places: int) -> dict[str, Any]:
+def unbounded(client: str, count: int, seconds: float, slots: int) -> dict[str, Any]:
     """A thousand prompts at once: how many fail, and the time over the ideal of the generator's limit."""
     with stub.running() as service:
         prompts = [f"a kitten {number}" for number in range(count)]
-        generator = clients.our_generator(service.base_url(seconds), places)
+        generator = clients.our_generator(service.base_url(seconds), slots)
         begun = time.perf_counter()
         if client == "our_abatch":
             results = asyncio.run(generator.abatch(prompts, return_exceptions=True))
@@ -138,7 +138,7 @@ def unbounded(client: str, count: int, seconds: float, places: int) -> dict[str,
             results = asyncio.run(_all_at_once(service.base_url(seconds), prompts))
         taken = time.perf_counter() - begun
         failed = sum(isinstance(result, Exception) for result in results)
-        return {"failed": failed, "over": taken / (-(-count // places) * seconds), "seconds": taken}
+        return {"failed": failed, "over": taken / (-(-count // slots) * seconds), "seconds": taken}
 
 
 async def _all_at_once(base_url: str, prompts: list[str]) -> list[Any]:
@@ -150,7 +150,7 @@ async def _all_at_once(base_url: str, prompts: list[str]) -> list[Any]:
 
 
 def batch_48(client: str, seconds: float) -> dict[str, Any]:
-    """48 calls given to `batch`; the generator's limit is 48, LangChain's config says nothing."""
+    """48 calls passed to `batch`; the generator's limit is 48, LangChain's config says nothing."""
     with stub.running() as service:
         base_url = service.base_url(seconds)
         runnable = clients.our_generator(base_url, 48) if client == "our_batch" else clients._by_hand(base_url, 48)[1]
@@ -181,9 +181,9 @@ def apart(client: str, pause: float) -> dict[str, Any]:
 # --- the machinery alone ----------------------------------------------------------------------------------------
 
 
-def machinery(client: str, count: int, places: int) -> dict[str, Any]:
+def machinery(client: str, count: int, slots: int) -> dict[str, Any]:
     """So many inputs, each a run that sleeps 50 ms: memory above the start, share of ideal, the event loop's lag."""
-    run, workers = _sleeping_runs(client, places)
+    run, workers = _sleeping_runs(client, slots)
     lags: list[float] = []
 
     async def tick() -> None:
@@ -193,7 +193,7 @@ def machinery(client: str, count: int, places: int) -> dict[str, Any]:
             lags.append(time.perf_counter() - begun - 0.005)
 
     async def main() -> dict[str, Any]:
-        await run(places)
+        await run(slots)
         gc.collect()
         before = peak_mb()
         ticking = asyncio.create_task(tick())
@@ -206,7 +206,7 @@ def machinery(client: str, count: int, places: int) -> dict[str, Any]:
     return asyncio.run(main())
 
 
-def _sleeping_runs(client: str, places: int) -> tuple[Callable[[int], Coroutine[Any, Any, None]], int]:
+def _sleeping_runs(client: str, slots: int) -> tuple[Callable[[int], Coroutine[Any, Any, None]], int]:
     """A function that makes so many runs, and how many are under way at once."""
     from langchain_core.callbacks import AsyncCallbackHandler
     from langchain_core.runnables import RunnableLambda
@@ -222,7 +222,7 @@ def _sleeping_runs(client: str, places: int) -> tuple[Callable[[int], Coroutine[
     class Sleeping(CogViewImageGenerator):
         _agenerate = sleep
 
-    generator = Sleeping(base_url="sandbox:", download=False, max_concurrency=places)
+    generator = Sleeping(base_url="sandbox:", download=False, max_concurrency=slots)
     config: Any = {"callbacks": [AsyncCallbackHandler()]} if client.endswith("_heard") else None
 
     async def astream_many(count: int) -> None:
@@ -237,39 +237,39 @@ def _sleeping_runs(client: str, places: int) -> tuple[Callable[[int], Coroutine[
 
     async def langchain_abatch(count: int) -> None:
         await RunnableLambda(sleep_for).abatch(
-            [f"a kitten {number}" for number in range(count)], {"max_concurrency": places}
+            [f"a kitten {number}" for number in range(count)], {"max_concurrency": slots}
         )
 
     if client == "langchain_abatch":
-        return langchain_abatch, places
+        return langchain_abatch, slots
     return astream_many if client.startswith("our_astream_many") else abatch, generator.max_workers()
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
-def pictures(client: str, count: int, places: int) -> dict[str, Any]:
-    """So many pictures of 3 MB, made and saved: memory above the start, CPU of each."""
+def images(client: str, count: int, slots: int) -> dict[str, Any]:
+    """So many images of 3 MB, made and saved: memory above the start, CPU of each."""
     with stub.running() as service, tempfile.TemporaryDirectory() as folder:
-        run = _picture_run(client, service.base_url(), places, Path(folder))
-        run(places)
+        run = _image_run(client, service.base_url(), slots, Path(folder))
+        run(slots)
         gc.collect()
         memory, cpu, begun = peak_mb(), time.process_time(), time.perf_counter()
         run(count)
         cpu, taken = time.process_time() - cpu, time.perf_counter() - begun
         saved = sum(1 for path in Path(folder).rglob("*") if path.is_file())
-        if client != "httpx_kept" and saved != count + places:
-            raise AssertionError(f"{saved} pictures were saved")
+        if client != "httpx_kept" and saved != count + slots:
+            raise AssertionError(f"{saved} images were saved")
         return {"mb": peak_mb() - memory, "cpu_ms": cpu / count * 1000, "seconds": taken}
 
 
-def _picture_run(client: str, base_url: str, places: int, folder: Path) -> Callable[[int], Any]:
+def _image_run(client: str, base_url: str, slots: int, folder: Path) -> Callable[[int], Any]:
     if client.startswith("our_"):
-        generator = clients.our_generator(base_url, places, download=True, output_dir=str(folder))
+        generator = clients.our_generator(base_url, slots, download=True, output_dir=str(folder))
         if client == "our_stream_many":
             return lambda count: [None for _ in generator.stream_many(f"a kitten {number}" for number in range(count))]
         return lambda count: asyncio.run(_drained(generator, count))
-    return lambda count: asyncio.run(_by_httpx(base_url, count, places, None if client == "httpx_kept" else folder))
+    return lambda count: asyncio.run(_by_httpx(base_url, count, slots, None if client == "httpx_kept" else folder))
 
 
 async def _drained(generator: Any, count: int) -> None:
@@ -278,10 +278,10 @@ async def _drained(generator: Any, count: int) -> None:
             raise AssertionError(result)
 
 
-async def _by_httpx(base_url: str, count: int, places: int, folder: Path | None) -> None:
+async def _by_httpx(base_url: str, count: int, slots: int, folder: Path | None) -> None:
     import uuid
 
-    client = clients._httpx_async_client(base_url, places)
+    client = clients._httpx_async_client(base_url, slots)
     kept = []
 
     async def call(prompt: str) -> None:
@@ -291,11 +291,11 @@ async def _by_httpx(base_url: str, count: int, places: int, folder: Path | None)
             kept.append((await client.get(url)).content)
             return
         with (folder / f"{uuid.uuid4()}.png").open("wb") as file:
-            async with client.stream("GET", url) as picture:
-                async for chunk in picture.aiter_raw():
+            async with client.stream("GET", url) as image:
+                async for chunk in image.aiter_raw():
                     file.write(chunk)
 
-    await _tasks(call, count, places)
+    await _tasks(call, count, slots)
     await client.aclose()
 
 
@@ -405,16 +405,16 @@ def _cpu_async(
     return taken
 
 
-def ceiling(places: int, calls: int) -> dict[str, Any]:
+def ceiling(slots: int, calls: int) -> dict[str, Any]:
     """Requests per second that the stub answers to raw sockets; half of the CPU time is the asking side's."""
     import socket
 
     with stub.running() as service:
         host, port = service.origin.removeprefix("http://").split(":")
         request = b"POST /0/images/generations HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
-        sockets = [socket.create_connection((host, int(port))) for _ in range(places)]
+        sockets = [socket.create_connection((host, int(port))) for _ in range(slots)]
         begun = time.perf_counter()
-        for _ in range(calls // places):
+        for _ in range(calls // slots):
             for each in sockets:
                 each.sendall(request)
             for each in sockets:
@@ -422,13 +422,13 @@ def ceiling(places: int, calls: int) -> dict[str, Any]:
         taken = time.perf_counter() - begun
         for each in sockets:
             each.close()
-        return {"per_second": calls // places * places / taken}
+        return {"per_second": calls // slots * slots / taken}
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     each.__name__: each
     for each in (
-        bulk, unbounded, batch_48, apart, machinery, pictures, start, construct, httpx_clients, per_call, ceiling,
+        bulk, unbounded, batch_48, apart, machinery, images, start, construct, httpx_clients, per_call, ceiling,
     )
 }  # fmt: skip
 
@@ -437,10 +437,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     name, arguments = sys.argv[1:]
     try:
-        told = MEASURES[name](**json.loads(arguments))
+        reported = MEASURES[name](**json.loads(arguments))
     except ImportError as error:
-        told = {"missing": str(error)}
-    print(json.dumps(told), flush=True)
+        reported = {"missing": str(error)}
+    print(json.dumps(reported), flush=True)
     os._exit(0)  # a peer's threads or unclosed sessions are not what is measured
 
 

@@ -4,7 +4,7 @@ Every client is asked the same of the same server, with a time limit of 2 s and 
 for all, from outside: a call is right when it
 - ends within the limit and 0.2 s,
 - sends no more POSTs than are safe for that fault (as `tests/faults/replies.py` says),
-- gives the picture's URL where the fault leaves one to be had, and else one of the client's own exceptions,
+- gives the image's URL where the fault leaves one to be had, and else one of the client's own exceptions,
 - and shows neither the key nor a control character nor more than 1,000 characters in that exception's text.
 Calls still running after 15 s are counted as over the limit and left to end by themselves.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LIMIT, SLACK, PATIENCE = 2.0, 0.2, 15.0
-ELSEWHERE = "https://pictures.invalid/"  # where some faults say that the picture is
+ELSEWHERE = "https://pictures.invalid/"  # where some faults say that the image is
 
 
 @dataclass
@@ -113,7 +113,7 @@ def wrong(fault: ReplyFault, server: FaultServer, outcome: Ended, package: str) 
         return found
     text = str(outcome.error)
     if fault.expected == (RESULT,):
-        found.append("picture lost")
+        found.append("image lost")
     if not type(outcome.error).__module__.startswith(package):
         found.append("foreign exception")
     if KEY.split(".")[1] in text:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.stub
 
-`POST /<seconds>/images/generations` answers after so many seconds, `GET /picture-<n>.png` gives a whole PNG of 3 MB at once,
+`POST /<seconds>/images/generations` answers after so many seconds, `GET /image-<n>.png` gives a whole PNG of 3 MB at once,
 `GET /counts` tells what was served. It parses no more of HTTP than the clients that are measured send, on asyncio's protocols
 and with the collector off, so that it is faster than any of them: `python -m benchmarks` prints how fast.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIDE = 1000
-PICTURE_BYTES_AT_LEAST = 3 * SIDE * SIDE
+IMAGE_BYTES_AT_LEAST = 3 * SIDE * SIDE
 
 
-def picture() -> bytes:
+def image() -> bytes:
     """A PNG of about 3 MB: noise, which nothing can make smaller."""
     noise = random.Random(1)
     rows = b"".join(b"\0" + noise.randbytes(3 * SIDE) for _ in range(SIDE))
@@ -44,7 +44,7 @@ class _Service(asyncio.Protocol):
     """One connection; requests come one after the other, as HTTP/1.1 clients send them."""
 
     counts: Counter[str] = Counter()
-    picture_reply = b""
+    image_reply = b""
     origin = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,12 +74,12 @@ class _Service(asyncio.Protocol):
         elif target == "/counts":
             self._send(json.dumps(self.counts).encode(), b"application/json")
         else:
-            self.counts["pictures"] += 1
-            self._transport.write(self.picture_reply)
+            self.counts["images"] += 1
+            self._transport.write(self.image_reply)
 
     def _answer(self) -> None:
         number = self.counts["answers"] = self.counts["answers"] + 1
-        body = f'{{"created": 1760000000, "data": [{{"url": "{self.origin}/picture-{number}.png"}}]}}'.encode()
+        body = f'{{"created": 1760000000, "data": [{{"url": "{self.origin}/image-{number}.png"}}]}}'.encode()
         self._send(body, b"application/json")
 
     def _send(self, body: bytes, kind: bytes) -> None:
@@ -88,9 +88,9 @@ class _Service(asyncio.Protocol):
 
 
 async def _serve() -> None:
-    content = picture()
+    content = image()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(content)
-    _Service.picture_reply = head + content
+    _Service.image_reply = head + content
     server = await asyncio.get_running_loop().create_server(_Service, "127.0.0.1", 0, backlog=2000)
     _Service.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     print(_Service.origin, flush=True)
@@ -104,17 +104,17 @@ class Stub(NamedTuple):
     origin: str
 
     def base_url(self, seconds: float = 0) -> str:
-        """Where a picture takes so many seconds."""
+        """Where an image takes so many seconds."""
         return f"{self.origin}/{seconds}"
 
     def counts(self) -> Counter[str]:
-        """`connections` (this one's own left out), `posts`, `pictures`."""
+        """`connections` (this one's own left out), `posts`, `images`."""
         import httpx
 
-        told = Counter(httpx.get(f"{self.origin}/counts", trust_env=False).json())
+        reported = Counter(httpx.get(f"{self.origin}/counts", trust_env=False).json())
         _ASKED[self.origin] += 1
-        told["connections"] -= _ASKED[self.origin]
-        return told
+        reported["connections"] -= _ASKED[self.origin]
+        return reported
 
 
 _ASKED: Counter[str] = Counter()

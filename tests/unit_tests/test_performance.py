@@ -135,7 +135,7 @@ def test_pictures_are_not_held_while_they_are_saved(service, tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert all(result.images[0].size_bytes > stub.PICTURE_BYTES_AT_LEAST for result in results)
+    assert all(result.images[0].size_bytes > stub.IMAGE_BYTES_AT_LEAST for result in results)
     assert peak < 12 * 2**20, "24 pictures of 3 MB"
 
 
@@ -143,7 +143,7 @@ def test_pictures_are_not_held_while_they_are_saved(service, tmp_path):
     "figure",
     [
         "one_call",
-        *(pytest.param(each, marks=pytest.mark.heavy) for each in ("machinery", "in_bulk", "at_once", "pictures", "start")),
+        *(pytest.param(each, marks=pytest.mark.heavy) for each in ("machinery", "in_bulk", "at_once", "images", "start")),
     ],
 )  # fmt: skip
 def test_the_benchmark_runs_and_prints_its_table(figure):
@@ -163,9 +163,9 @@ def test_the_stub_serves_a_picture_that_decodes():
 
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(stub.picture()))
-    picture.load()
-    assert picture.size == (stub.SIDE, stub.SIDE)
+    image = Image.open(io.BytesIO(stub.image()))
+    image.load()
+    assert image.size == (stub.SIDE, stub.SIDE)
 
 
 @pytest.mark.parametrize(
