@@ -1,7 +1,5 @@
 """`CogViewImageTool`, the `BaseTool` for agents: the schema of its arguments, and the texts that the model reads."""
 
-from __future__ import annotations
-
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +30,7 @@ from pydantic import (
 )
 
 from langchain_cogview.api.redaction import SafeErrors, attempt
-from langchain_cogview.artifact import ImageArtifact  # noqa: TC001  LangChain reads the annotations of `_run`
+from langchain_cogview.artifact import ImageArtifact
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
 from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.cost import Budget, Spending, checked_amount
@@ -342,7 +340,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         copy._also = budget  # noqa: SLF001
         return copy
 
-    def image_access(self) -> ImageAccess:
+    def image_access(self) -> "ImageAccess":
         """Say what the images of this tool may be read from when their records come back from storage.
 
         Returns:
@@ -372,7 +370,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
 
     # --- what the model reads
 
-    def answer(self, result: ImageResult) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+    def answer(self, result: "ImageResult") -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         """Make the tool message of a result.
 
         Args:
@@ -397,7 +395,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         super().__setstate__(state)
         self.args_schema = arguments_schema(self.generator)
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CogViewImageTool:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "CogViewImageTool":
         return self.model_copy()
 
 
@@ -422,11 +420,11 @@ def call_arguments(prompt: str, size: str | None, quality: str | None) -> dict[s
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _is_unsaved(image: GeneratedImage) -> bool:
+def _is_unsaved(image: "GeneratedImage") -> bool:
     return image.path is None and image.uri is None and image.mime_type is not None
 
 
-def _with_files(result: ImageResult) -> ImageResult:
+def _with_files(result: "ImageResult") -> "ImageResult":
     # An artifact has no bytes, so an image that is only in memory is saved in a temporary folder.
     images = [_saved(image) if _is_unsaved(image) else image for image in result.images]
     of_images = {note for image in result.images for note in image.warnings}
@@ -437,7 +435,7 @@ def _with_files(result: ImageResult) -> ImageResult:
     return result.model_copy(update={"images": tuple(images), "warnings": tuple(dict.fromkeys(notes))})
 
 
-def _saved(image: GeneratedImage) -> GeneratedImage:
+def _saved(image: "GeneratedImage") -> "GeneratedImage":
     kept: dict[str, Any] = {}
     try:
         folder = temporary_folder()
@@ -464,7 +462,7 @@ def temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="cogview_images-"))
 
 
-def text_for_model(result: ImageResult, *, shown_to_user: bool = False) -> str:
+def text_for_model(result: "ImageResult", *, shown_to_user: bool = False) -> str:
     """Write the text that the model reads about a result: short ids, whether it worked, and what not to do.
 
     Args:
