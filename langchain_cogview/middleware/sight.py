@@ -153,7 +153,7 @@ class Shown(NamedTuple):
 
     Attributes:
         place: Place of its tool message.
-        image: The image; None for one that the model asked for and that is not known.
+        image: The image; None for one that the model asked for and that is not known, or is one too many.
         asked: Whether the model asked to see it again.
     """
 
@@ -247,8 +247,11 @@ def shown_images(messages: list[BaseMessage], history: Sequence[Any], keep: int,
     for index in range(len(messages) - 1, -1, -1):
         looked = _look(messages[index])
         if looked is not None:
-            just_asked = index > step and looks < MAX_LOOKS
+            just_asked = index > step
             if looked in ids or not (just_asked or recent < keep):
+                continue
+            if just_asked and looks >= MAX_LOOKS:
+                shown.append(Shown(index, None, asked=True))
                 continue
             image = find_image(messages, looked, access) or find_image(history, looked, access)
             looks, recent = looks + 1, recent + (image is not None)

@@ -197,6 +197,17 @@ def test_the_model_looks_at_an_older_image_again(middleware, how):
     assert len(ids_of(output)) == 3
 
 
+@both
+def test_of_fifty_images_at_once_the_model_sees_four_and_is_told_of_the_others(middleware, how):
+    saver = InMemorySaver()
+    first = model_of(wants(*map(str, range(50))), profile=IN_TOOLS)
+    ids = ids_of(run(create_agent(first, middleware=[middleware], checkpointer=saver), how, config=THREAD))
+    model = model_of(looks(*ids), profile=IN_TOOLS)
+    run(create_agent(model, middleware=[middleware], checkpointer=saver), how, config=THREAD)
+    assert len(blocks(model.requests[-1])) == 4
+    assert texts(model.requests[-1]).count("cannot be shown to you") == 46
+
+
 def test_a_looked_up_image_is_found_when_the_request_was_trimmed(middleware):
     @wrap_model_call
     def trimmed(request, handler):
