@@ -9,7 +9,7 @@ import uuid
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypedDict, Unpack
 
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool, BaseToolkit
@@ -31,6 +31,7 @@ from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from langchain_cogview.cost import Budget
     from langchain_cogview.result import ImageResult
 
 START_NAME: Final = "cogview_start_image"
@@ -153,17 +154,18 @@ class PendingImages:
             return None
         return generator if model_info(generator.model).tasks and generator.n == 1 else None
 
-    def start(self, arguments: dict[str, Any], config: RunnableConfig) -> PendingImage:
+    def start(self, arguments: dict[str, Any], config: RunnableConfig, budget: Budget) -> PendingImage:
         """Start an image in a thread, which goes on whatever becomes of the caller.
 
         Args:
             arguments: The arguments of `ImageRequest`.
             config: The `RunnableConfig` of the run that starts it, whose handlers get the events.
+            budget: What must cover the image.
 
         Returns:
             The image. `announced` or `result` ends soon.
         """
-        image, budget = PendingImage(arguments["prompt"]), self._tool.limits()
+        image = PendingImage(arguments["prompt"])
         work: Callable[[], ImageResult | ImageTask]
         if self.tasks_generator:
             work = partial(self.tasks_generator.submit, arguments, budget=budget)
@@ -362,7 +364,7 @@ class StartImageTool(_ToolkitTool):
 
     def _run(self, prompt: str, size: str | None = None, quality: str | None = None) -> tuple[str, PendingArtifact]:
         with self.tool.failures():
-            image = self.images.start(call_arguments(prompt, size, quality), ensure_config())
+            image = self.images.start(call_arguments(prompt, size, quality), ensure_config(), self.tool.limits())
             wait([image.announced], _START_SECONDS)
             return self._started(self.images.started(image))
 
@@ -371,9 +373,21 @@ class StartImageTool(_ToolkitTool):
     ) -> tuple[str, PendingArtifact]:
         with self.tool.failures():
             # The first call loads the HTTP stack, and starting a thread can block.
-            image = await in_thread(self.images.start, call_arguments(prompt, size, quality), ensure_config())
+            arguments = call_arguments(prompt, size, quality)
+            image = await in_thread(self.images.start, arguments, ensure_config(), self.tool.limits())
             await asyncio.wait([asyncio.wrap_future(image.announced)], timeout=_START_SECONDS)
             return self._started(self.images.started(image))
+
+    def with_budget(self, budget: Budget) -> Self:
+        """Make a copy whose images another budget must cover as well, as `CogViewImageTool.with_budget` does.
+
+        Args:
+            budget: The other budget.
+
+        Returns:
+            A copy that starts its images in the same toolkit.
+        """
+        return self.model_copy(update={"tool": self.tool.with_budget(budget)})
 
     def _started(self, image: PendingImage) -> tuple[str, PendingArtifact]:
         return self._pending(

@@ -25,6 +25,7 @@ from langchain_cogview import (
     CogViewImageGenerator,
     CogViewImageTool,
     CogViewMiddleware,
+    CogViewToolkit,
     images_from_messages,
 )
 
@@ -643,3 +644,14 @@ def test_own_tools_are_used_and_counted(sandbox, tmp_path):
     run(create_agent(model, middleware=[middleware]), "sync")
     assert len(sandbox.requests) == 1
     assert "`paint`" in model.requests[0][0].text
+
+
+@both
+def test_started_images_count_for_the_conversation(sandbox, tmp_path, how):
+    toolkit = CogViewToolkit(base_url=sandbox.base_url, output_dir=tmp_path)
+    middleware = CogViewMiddleware(tools=toolkit.get_tools(), max_images=2)
+    model = model_of(wants("a", "b", "c", name="cogview_start_image"))
+    agent = create_agent(model, middleware=[middleware], checkpointer=InMemorySaver())
+    output = run(agent, how, config=THREAD)
+    assert texts(output["messages"]).count("The limit of 2 images for this conversation is reached") == 1
+    assert texts(output["messages"]).count("Started image") == 2
