@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
@@ -140,6 +140,9 @@ class ImageArtifact(TypedDict):
     version: int
     """1. A change that old readers would misread raises it."""
     prompt: str
+    """The prompt that was sent."""
+    original_prompt: NotRequired[str | None]
+    """The prompt before a chat model rewrote it; None if it was not rewritten."""
     model: str
     size: str | None
     quality: str | None

@@ -346,6 +346,7 @@ class ImageCall:
             images=tuple(images),
             failures=tuple(ImageFailure.of(error, index) for index, error in errors),
             prompt=request.prompt,
+            original_prompt=request.original_prompt,
             model=images[0].model,
             size=images[0].size,
             quality=images[0].quality,

@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from langchain_cogview.generation import CallSettings, ImageCall
 
 _FETCHING = 4
-_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options")
+_Checked = tuple[ImageRequest, tuple[str, ...]]
+"""A request, and warnings about it."""
+_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options", "enhance")
 _SERVICE: Final = frozenset({"api_key", "region", "base_url"})
 
 RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
@@ -116,6 +118,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         allowed_image_hosts: The only hosts that images are fetched from, such as `"*.ufileos.com"`. None: any public host. An
             entry without a wildcard, such as `"gateway.lan"` or `"10.0.0.5:8080"`, allows its private addresses and plain http.
         include_prompt_in_events: Whether `cogview.content_filter` events have the prompt.
+        enhance: A chat model that rewrites each prompt in one extra call before the image is requested. Text in quotation marks
+            is kept word for word; if the chat model fails, the prompt is used as it is, with a warning. None: no rewriting.
 
     Raises:
         CogViewConfigurationError: The key or the base URL is missing or malformed, or an argument does not exist.
@@ -178,6 +182,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """The only hosts from which images are fetched; None for every public host."""
     include_prompt_in_events: bool = False
     """Whether `cogview.content_filter` events have the prompt."""
+    enhance: Any = Field(default=None, exclude=True, repr=False)
+    """A chat model that rewrites each prompt; None for none."""
 
     # Resolved from arguments and environment. Not fields, so that a copy with another region or base URL resolves its own.
     _key: SecretStr | None = PrivateAttr(default=None)
@@ -187,6 +193,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     _cache: Any = PrivateAttr(default=None)
     _call_settings: Any = PrivateAttr(default=None)
     _folder_check: Any = PrivateAttr(default=None)
+    _enhancer: Any = PrivateAttr(default=None)
 
     def __init__(self, *, name: str | None = None, **settings: Unpack[GeneratorSettings]) -> None:
         _, failure = attempt(self._construct, name, settings)
@@ -262,6 +269,10 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             from langchain_cogview.cache import image_cache  # noqa: PLC0415  it brings the HTTP stack
 
             self._cache = image_cache(self.cache)
+        if self.enhance is not None:
+            from langchain_cogview.enhance import PromptEnhancer  # noqa: PLC0415  on use
+
+            self._enhancer = PromptEnhancer(self.enhance)
         injected = self.http_client is not None or self.http_async_client is not None
         service = find_service(self.api_key, self.region, self.base_url, injected=injected)
         self._key, self._region, self._base_url = service
@@ -395,7 +406,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         Returns:
             The task. Its `id` is enough to get the image later, in another process too.
         """
-        request, notes = self._request(input, kwargs)
+        request, notes = self._enhanced(self._request(input, kwargs), {})
         self._folder_check.run()
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = self._call(request, NO_DISPATCHER, (), reservation).submit()
@@ -408,7 +419,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             As `submit`.
         """
         await preload(self._base_url)
-        request, notes = self._request(input, kwargs)
+        request, notes = await self._aenhanced(self._request(input, kwargs), {})
         await self._folder_check.arun()
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
@@ -498,7 +509,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     def _generate(
         self, value: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
-        request, notes = self._request(value, overrides)
+        request, notes = self._enhanced(self._request(value, overrides), dispatcher.config)
         self._folder_check.run()
         with self._reserved(budget, request) as reservation:
             call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
@@ -508,12 +519,24 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     async def _agenerate(
         self, value: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
-        request, notes = self._request(value, overrides)
+        request, notes = await self._aenhanced(self._request(value, overrides), dispatcher.config)
         await self._folder_check.arun()
         with self._reserved(budget, request) as reservation:
             call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.agenerate, index) for index in range(request.n)]
             return call.result(await in_tasks(tasks, self.max_workers(request.model)), notes + call.notes)
+
+    def _enhanced(self, checked: _Checked, config: RunnableConfig) -> _Checked:
+        if self._enhancer is None:
+            return checked
+        request, notes = self._enhancer.enhance(checked[0], config)
+        return request, checked[1] + notes
+
+    async def _aenhanced(self, checked: _Checked, config: RunnableConfig) -> _Checked:
+        if self._enhancer is None:
+            return checked
+        request, notes = await self._enhancer.aenhance(checked[0], config)
+        return request, checked[1] + notes
 
     def _reserved(self, budget: Any, request: ImageRequest) -> AbstractContextManager[Reservation | None]:
         # With a cache, an image may not be requested at all, so each one is counted when it is.
@@ -534,7 +557,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
     # --- pure decisions
 
-    def _request(self, value: ImageInput, overrides: dict[str, Any]) -> tuple[ImageRequest, tuple[str, ...]]:
+    def _request(self, value: ImageInput, overrides: dict[str, Any]) -> _Checked:
         return request_of(value, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
 
     def _dispatcher(self, run_manager: RunManager, config: RunnableConfig) -> EventDispatcher:

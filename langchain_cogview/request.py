@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -218,6 +219,26 @@ class ImageRequest(BaseModel):
     watermark_enabled: bool | None = None
     """Whether the image has the provider's watermark; None for the service's default (true)."""
 
+    _original_prompt: str | None = PrivateAttr(default=None)
+
+    @property
+    def original_prompt(self) -> str | None:
+        """The prompt before a chat model rewrote it; None if it was not rewritten."""
+        return self._original_prompt
+
+    def rewritten(self, prompt: str) -> ImageRequest:
+        """Copy the request with another prompt, and keep the original one.
+
+        Args:
+            prompt: The new prompt, which fits the model.
+
+        Returns:
+            The copy.
+        """
+        copied = self.model_copy(update={"prompt": prompt})
+        copied._original_prompt = self._original_prompt or self.prompt  # noqa: SLF001  of the same class
+        return copied
+
     @model_validator(mode="before")
     @classmethod
     def _name_unknown(cls, values: Any) -> Any:
@@ -420,6 +441,7 @@ class GeneratorSettings(TypedDict, total=False):
     storage_options: Mapping[str, Any] | None
     cache: BaseCache | Path | str | None
     allowed_image_hosts: str | Sequence[str] | None
+    enhance: Any
     include_prompt_in_events: bool
 
 

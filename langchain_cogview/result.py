@@ -405,7 +405,9 @@ class ImageResult(BaseModel):
     failures: tuple[ImageFailure, ...] = ()
     """Records of those of the `n` images that were not made."""
     prompt: Text
-    """The prompt."""
+    """The prompt that was sent."""
+    original_prompt: Text | None = None
+    """The prompt before the chat model of `enhance=` rewrote it; None if it was not rewritten."""
     model: Text
     """Model that generated the images."""
     size: Text | None = None

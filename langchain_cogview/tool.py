@@ -34,6 +34,7 @@ from langchain_cogview.artifact import ImageArtifact
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
 from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.cost import Budget, Spending, checked_amount
+from langchain_cogview.enhance import STYLES, Style, style_text
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
@@ -99,6 +100,7 @@ class ToolSettings(GeneratorSettings, total=False):
     content_format: Literal["text", "image_url"]
     on_failure: Literal["error", "continue"]
     shown_to_user: bool
+    style: Style | None
     max_images: int | None
     budget: Decimal | float | str | None
     name: str
@@ -191,6 +193,8 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         on_failure: What happens after an error that no model can act on, in the words of LangChain's middleware: `error` raises
             it, which ends the agent's run; `continue` gives the model a text that says not to call again. If one of several
             parallel calls raises, the agent's state does not get the images of the others.
+        style: Name of a style that is appended to every prompt: `photo`, `cinematic`, `illustration`, `watercolor`, `oil`,
+            `anime`, `3d`, `pixel-art`, `line-art` or `flat`. None: none.
         shown_to_user: Whether the application shows each image to the user. Then the model is told so, and told not to write a
             link. Otherwise the model is told only the image's id and where it is saved.
         max_images: Limit of the images that this instance may make. A further request is refused before it is sent, with a
@@ -221,6 +225,8 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
     """Whether an error that no model can act on is raised, or given to the model as a text."""
     shown_to_user: bool = False
     """Whether the application shows each image to the user."""
+    style: Style | None = None
+    """Name of the style that is appended to every prompt; None for none."""
     max_images: int | None = Field(default=None, ge=0)
     """Limit of the images that this instance may make; None for no limit."""
     budget: Decimal | None = None
@@ -258,7 +264,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
             )
         generators = list(_resolved(generator, {}))
         if fields.get("args_schema") is None:
-            fields["args_schema"] = arguments_schema(generator)
+            fields["args_schema"] = arguments_schema(generator, fields.get("style"))
         if fields.get("shown_to_user") is True:
             fields.setdefault("description", TOOL_DESCRIPTION + SHOWN_TO_USER)
         super().__init__(generator=generator, **fields)
@@ -288,15 +294,24 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         with self.failures():
-            result = self.generator.invoke(call_arguments(prompt, size, quality), budget=self.limits())
+            result = self.generator.invoke(self.call_arguments(prompt, size, quality), budget=self.limits())
         return self.answer(_with_files(result) if any(map(_is_unsaved, result.images)) else result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         with self.failures():
-            result = await self.generator.ainvoke(call_arguments(prompt, size, quality), budget=self.limits())
+            result = await self.generator.ainvoke(self.call_arguments(prompt, size, quality), budget=self.limits())
         return self.answer(await in_thread(_with_files, result) if any(map(_is_unsaved, result.images)) else result)
+
+    def call_arguments(self, prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
+        """Collect the arguments that a chat model has set.
+
+        Returns:
+            The arguments of `ImageRequest`, without those that are None; the style is appended to the prompt.
+        """
+        arguments = {"prompt": prompt + style_text(self.style), "size": size, "quality": quality}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -393,7 +408,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)
-        self.args_schema = arguments_schema(self.generator)
+        self.args_schema = arguments_schema(self.generator, self.style)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "CogViewImageTool":
         return self.model_copy()
@@ -408,16 +423,6 @@ def _signature(cls: type[CogViewImageTool]) -> inspect.Signature:
 
 
 CogViewImageTool.__signature__ = _signature(CogViewImageTool)
-
-
-def call_arguments(prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
-    """Collect the arguments that a chat model has set.
-
-    Returns:
-        The arguments of `ImageRequest`, without those that are None.
-    """
-    arguments = {"prompt": prompt, "size": size, "quality": quality}
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _is_unsaved(image: "GeneratedImage") -> bool:
@@ -516,7 +521,7 @@ class ImageArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
-def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
+def arguments_schema(generator: CogViewImageGenerator, style: Style | None = None) -> type[BaseModel]:
     """Make the schema of the arguments that a chat model decides, for the image model of a generator.
 
     The JSON schema uses only keywords that every provider accepts, also with `strict=True`: bounds and defaults are in the
@@ -525,13 +530,15 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
 
     Args:
         generator: The generator, whose settings are the defaults.
+        style: The style that is appended to every prompt, which leaves less room for the prompt.
 
     Returns:
         A class for `args_schema`.
     """
     base, bound = next(_resolved(generator, {}))
     info = model_info(bound.get("model") or base.model)
-    limit = info.max_prompt_characters
+    appended = style_text(style) if style in STYLES else ""
+    limit = info.max_prompt_characters and info.max_prompt_characters - len(appended)
     sizes = _offered_sizes(info, bound.get("size") or base.size)
     qualities = info.qualities
     quality = bound.get("quality") or base.quality or qualities[0]
@@ -541,9 +548,10 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
     quality_text = f"{quality} unless the user wants another; hd has finer detail and takes longer."
     fields: dict[str, Any] = {
         "prompt": (
-            Annotated[str, AfterValidator(partial(_sendable, info)), _json_schema()],
+            Annotated[str, AfterValidator(partial(_sendable, info, appended)), _json_schema()],
             Field(
-                description="What the image shows: subject, style, colours, composition. In the user's language."
+                description="What the image shows: subject, style, colours, composition. In the user's language. "
+                "Text that is to appear in the image stands in double quotes, word for word."
                 + (f" At most {limit} characters." if limit else ""),
             ),
         ),
@@ -564,8 +572,9 @@ def arguments_schema(generator: CogViewImageGenerator) -> type[BaseModel]:
     )
 
 
-def _sendable(info: ModelInfo, prompt: str) -> str:
-    return checked_prompt(prompt, info)
+def _sendable(info: ModelInfo, appended: str, prompt: str) -> str:
+    checked_prompt(checked_prompt(prompt) + appended, info)
+    return prompt
 
 
 def _size_of(info: ModelInfo, size: Any) -> Any:

@@ -26,7 +26,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.events import PROGRESS_EVENT, EventHandler
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings, call_arguments
+from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -364,7 +364,9 @@ class StartImageTool(_ToolkitTool):
 
     def _run(self, prompt: str, size: str | None = None, quality: str | None = None) -> tuple[str, PendingArtifact]:
         with self.tool.failures():
-            image = self.images.start(call_arguments(prompt, size, quality), ensure_config(), self.tool.limits())
+            image = self.images.start(
+                self.tool.call_arguments(prompt, size, quality), ensure_config(), self.tool.limits()
+            )
             wait([image.announced], _START_SECONDS)
             return self._started(self.images.started(image))
 
@@ -373,7 +375,7 @@ class StartImageTool(_ToolkitTool):
     ) -> tuple[str, PendingArtifact]:
         with self.tool.failures():
             # The first call loads the HTTP stack, and starting a thread can block.
-            arguments = call_arguments(prompt, size, quality)
+            arguments = self.tool.call_arguments(prompt, size, quality)
             image = await in_thread(self.images.start, arguments, ensure_config(), self.tool.limits())
             await asyncio.wait([asyncio.wrap_future(image.announced)], timeout=_START_SECONDS)
             return self._started(self.images.started(image))
