@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
-    from langchain_cogview.messages import images_from_messages
+    from langchain_cogview.messages import images_from_messages, to_message
     from langchain_cogview.middleware import CogViewMiddleware as CogViewMiddleware
     from langchain_cogview.notebook.display import status_line
     from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
@@ -113,7 +113,7 @@ _NAMES = {
     "generator": ("CogViewImageGenerator",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
     "notebook.display": ("status_line",),
-    "messages": ("images_from_messages",),
+    "messages": ("images_from_messages", "to_message"),
     "middleware": ("CogViewMiddleware",),
     "request": ("ImageRequest",),
     "result": ("GeneratedImage", "ImageFailure", "ImageResult"),
@@ -190,6 +190,7 @@ __all__ = [
     "plan_job",
     "run_job",
     "status_line",
+    "to_message",
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, TypeV
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
-from langchain_cogview.errors import CogViewInvalidRequestError, printable
+from langchain_cogview.errors import CogViewInvalidRequestError, ContentFilter, printable, read_entries
 
 ARTIFACT_TYPE: Final = "cogview.image_result"
 ARTIFACT_VERSION: Final = 1
@@ -60,6 +60,14 @@ def _path_text(value: Path) -> str:
     return str(value).encode(errors="replace").decode()
 
 
+def _entries(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError("a list is expected")  # noqa: TRY004
+    return tuple(
+        entry for item in value for entry in ([item] if isinstance(item, ContentFilter) else read_entries(item))
+    )
+
+
 # Amounts, moments and paths are written as text by `model_dump()` in Python mode too: LangServe writes what that gives as JSON.
 Text = Annotated[str, AfterValidator(_text)]
 Number = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER)]
@@ -69,6 +77,7 @@ Currency = Annotated[str, Field(pattern=r"^[A-Za-z]{0,12}$")]
 Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded), PlainSerializer(str)]
 Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc), PlainSerializer(_written)]
 LocalPath = Annotated[Path, PlainSerializer(_path_text)]
+Entries = Annotated[tuple[ContentFilter, ...], BeforeValidator(_entries)]
 
 
 class ContentFilterArtifact(TypedDict):

@@ -38,7 +38,8 @@ from langchain_cogview.images.download import DownloadedImage, expires_at
 from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, sniff
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.images.store import image_names, local_path, read_regular_file, reason, replace_file, save_once
-from langchain_cogview.result import GeneratedImage, unsaved_note, with_content
+from langchain_cogview.result import GeneratedImage, with_content
+from langchain_cogview.text import unsaved_note
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator

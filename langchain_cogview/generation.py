@@ -37,7 +37,8 @@ from langchain_cogview.errors import (
 from langchain_cogview.events import EventDispatcher, ImageEvents
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, unsaved_note, with_content
+from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, with_content
+from langchain_cogview.text import unsaved_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

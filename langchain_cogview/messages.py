@@ -1,4 +1,4 @@
-"""Find the images of an agent's run in its messages.
+"""Find the images of an agent's run in its messages, and put images into messages.
 
 Messages may be objects or dicts, single or inside a state, a checkpoint or the chunks of a stream, and other programs may have
 written them.
@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.runnables import Runnable, RunnableLambda
 
 from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, is_artifact, validated
-from langchain_cogview.errors import CogViewInvalidRequestError, printable
+from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, printable
 from langchain_cogview.images.remote import ImageAccess, image_access
 from langchain_cogview.result import GeneratedImage, ImageResult, with_content
 from langchain_cogview.text import warn_caller
@@ -21,7 +22,10 @@ from langchain_cogview.text import warn_caller
 if TYPE_CHECKING:
     import os
 
+    from langchain_core.messages.content import ImageContentBlock
+
     from langchain_cogview.artifact import ImageArtifact
+    from langchain_cogview.blocks import BlockSource
 
 _MAX_DEPTH: Final = 24
 _TOOL: Final = frozenset({"tool", "ToolMessage", "ToolMessageChunk"})
@@ -300,3 +304,63 @@ def _is_quiet(item: Any) -> bool:
 
 def _is_container(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple)
+
+
+# --- messages of images
+
+
+def _human_message(blocks: list[ImageContentBlock], text: str | None) -> list[BaseMessage]:
+    content: list[Any] = [{"type": "text", "text": text}] if text else []
+    content.extend(blocks)
+    return [HumanMessage(content)]
+
+
+def _images_in(result: Any) -> Iterator[GeneratedImage]:
+    if isinstance(result, GeneratedImage):
+        return iter((result,))
+    if isinstance(result, ImageResult):
+        return iter(result.images)
+    raise CogViewInvalidRequestError(
+        f"to_message takes an ImageResult; this is of type {printable(type(result).__name__, 40)}.",
+        hint="Put it after the generator: prompt | generator | to_message | model.",
+    )
+
+
+def _noted(error: Exception, image: GeneratedImage) -> None:
+    """Add where the paid image is to an error that ends a chain."""
+    where = image.path or image.uri or image.url or "in memory, on the result"
+    error.add_note(f"The image was made (id {printable(image.id, 64)}): {printable(str(where), 1000)}")
+
+
+def _to_message(
+    result: ImageResult | GeneratedImage, *, text: str | None = None, source: BlockSource = "base64"
+) -> list[BaseMessage]:
+    blocks = []
+    for image in _images_in(result):
+        try:
+            blocks.append(image.content_block(source))
+        except (CogViewError, ImportError) as error:
+            _noted(error, image)
+            raise
+    return _human_message(blocks, text)
+
+
+async def _ato_message(
+    result: ImageResult | GeneratedImage, *, text: str | None = None, source: BlockSource = "base64"
+) -> list[BaseMessage]:
+    blocks = []
+    for image in _images_in(result):
+        try:
+            blocks.append(await image.acontent_block(source))
+        except (CogViewError, ImportError) as error:
+            _noted(error, image)
+            raise
+    return _human_message(blocks, text)
+
+
+to_message: Final[Runnable[ImageResult | GeneratedImage, list[BaseMessage]]] = RunnableLambda(
+    _to_message, afunc=_ato_message, name="to_message"
+)
+"""A Runnable from a result to a list with one message of the user, which has a content block for each image: the input of a
+chat model that takes images, as in `prompt | generator | to_message | model`. `to_message.bind(text=..., source=...)` puts a
+text before the images, and chooses what the blocks have, as in `GeneratedImage.content_block`."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
 from langchain_cogview.artifact import (
     ARTIFACT_TYPE,
     ARTIFACT_VERSION,
     Amount,
     Currency,
+    Entries,
     ImageArtifact,
     LocalPath,
     Moment,
@@ -35,32 +36,21 @@ from langchain_cogview.errors import (
     Scope,
     error_class,
     printable,
-    read_entries,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from datetime import datetime
 
+    from langchain_core.messages.content import ImageContentBlock
+
+    from langchain_cogview.blocks import BlockSource
     from langchain_cogview.images.download import DownloadedImage
     from langchain_cogview.images.remote import ImageAccess
 
-IN_MEMORY: Final = "Its bytes are in memory: call save(path)."
-"""The end of the warning about an image that could not be saved in `output_dir`."""
 _READ_SECONDS = 60.0
 _SHOWN = 50
 _ID_CHARACTERS = 512
-
-
-def _entries(value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        raise ValueError("a list is expected")  # noqa: TRY004
-    return tuple(
-        entry for item in value for entry in ([item] if isinstance(item, ContentFilter) else read_entries(item))
-    )
-
-
-Entries = Annotated[tuple[ContentFilter, ...], BeforeValidator(_entries)]
 
 
 class GeneratedImage(BaseModel):
@@ -219,6 +209,27 @@ class GeneratedImage(BaseModel):
 
         return decoded(self.read())
 
+    def content_block(self, source: BlockSource = "base64") -> ImageContentBlock:
+        """Make a standard content block of LangChain, with which a chat model sees the image.
+
+        Args:
+            source: `base64`: all bytes, up to 10 MB; a larger image becomes a thumbnail, with a warning. `thumbnail`: a JPEG of
+                at most 512 pixels and 60 kB, which needs Pillow. `url`: the link, which the provider fetches while it lives.
+
+        Raises:
+            CogViewError: As `read`; or no thumbnail can be made, or there is no link that may be opened.
+            ImportError: When Pillow is not installed and a thumbnail needs it.
+        """
+        from langchain_cogview.blocks import content_block  # noqa: PLC0415
+
+        return content_block(self, source)
+
+    async def acontent_block(self, source: BlockSource = "base64") -> ImageContentBlock:
+        """Async version of `content_block`."""
+        from langchain_cogview.blocks import acontent_block  # noqa: PLC0415
+
+        return await acontent_block(self, source)
+
     def show(self) -> None:
         """Show the image: as an output in a notebook, in the system's image viewer elsewhere, which needs Pillow."""
         from langchain_cogview.notebook.display import show  # noqa: PLC0415
@@ -293,19 +304,6 @@ class GeneratedImage(BaseModel):
         from langchain_cogview.notebook.display import image_output  # noqa: PLC0415
 
         return image_output(self, self._content)
-
-
-def unsaved_note(folder: object, why: str) -> str:
-    """Word the warning about an image whose file could not be saved.
-
-    Args:
-        folder: The folder that was asked for.
-        why: The reason, as in `DownloadedImage.problem`.
-
-    Returns:
-        The text of the warning.
-    """
-    return f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. {IN_MEMORY}"
 
 
 def with_content(image: GeneratedImage, content: bytes | None, access: ImageAccess | None = None) -> GeneratedImage:

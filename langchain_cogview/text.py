@@ -10,6 +10,8 @@ from typing import Final
 
 MAX_SERVER_TEXT: Final = 200
 """Maximum length of the service's text in an error, in characters."""
+IN_MEMORY: Final = "Its bytes are in memory: call save(path)."
+"""The end of the warning about an image that could not be saved in `output_dir`."""
 _CALLEES: Final = {__name__.partition(".")[0], "pydantic", "langchain_core"}
 _USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 _SPACES: Final = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
@@ -69,3 +71,16 @@ def warn_caller(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _CALLEES:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def unsaved_note(folder: object, why: str) -> str:
+    """Word the warning about an image whose file could not be saved.
+
+    Args:
+        folder: The folder that was asked for.
+        why: The reason, as in `DownloadedImage.problem`.
+
+    Returns:
+        The text of the warning.
+    """
+    return f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. {IN_MEMORY}"

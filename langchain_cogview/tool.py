@@ -1,12 +1,11 @@
 """`CogViewImageTool`, the `BaseTool` for agents: the schema of its arguments, and the texts that the model reads."""
 
 import inspect
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
-from functools import cache, partial
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, Unpack, get_args
 
 from langchain_core.runnables import RunnableBinding
@@ -29,20 +28,19 @@ from pydantic import (
     field_validator,
 )
 
+from langchain_cogview.answers import ContentFormat, aanswer, answer, described, temporary_folder
 from langchain_cogview.api.redaction import SafeErrors, attempt
 from langchain_cogview.artifact import ImageArtifact
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
-from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.cost import Budget, Spending, checked_amount
 from langchain_cogview.enhance import STYLES, Style, style_text
-from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, Outcome, printable
+from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, printable
 from langchain_cogview.generator import CogViewImageGenerator
 from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
-from langchain_cogview.result import IN_MEMORY
 
 if TYPE_CHECKING:
     from langchain_cogview.images.remote import ImageAccess
-    from langchain_cogview.result import GeneratedImage, ImageResult
+    from langchain_cogview.result import ImageResult
 
 TOOL_NAME: Final = "cogview_generate_image"
 TOOL_DESCRIPTION: Final = (
@@ -50,9 +48,7 @@ TOOL_DESCRIPTION: Final = (
     "You get a short confirmation with the image's id and where it is saved, not the image. "
     "Each call costs money: call it once for each image that the user asked for."
 )
-SHOWN_TO_USER: Final = " The application shows the image to the user."
 DEFAULT_OUTPUT_DIR: Final = "cogview_images"
-_PATH_CHARACTERS = 160
 
 
 class _ErrorAsTextError(ToolException):
@@ -97,7 +93,7 @@ def _resolved(generator: Any, bound: dict[str, Any]) -> Iterator[tuple[CogViewIm
 class ToolSettings(GeneratorSettings, total=False):
     """The keyword arguments of `CogViewImageTool` other than `generator`; its docstring describes each of them."""
 
-    content_format: Literal["text", "image_url"]
+    content_format: ContentFormat
     on_failure: Literal["error", "continue"]
     shown_to_user: bool
     style: Style | None
@@ -188,8 +184,9 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
 
     Args:
         generator: The generator, or one that LangChain has bound or made configurable. None: it is made of the other arguments.
-        content_format: What the model gets: only a `text`, or with `image_url` the text and a block with the link. Chat APIs in
-            OpenAI's format refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini accept them.
+        content_format: What the model gets: only a `text`, or also a block for each image: `thumbnail`, at most 512 pixels (needs
+            Pillow); `image`, all of its bytes, which the agent's state then holds; `image_url`, the link. Chat APIs in OpenAI's
+            format refuse image blocks in tool messages; Anthropic, OpenAI Responses and Gemini accept them.
         on_failure: What happens after an error that no model can act on, in the words of LangChain's middleware: `error` raises
             it, which ends the agent's run; `continue` gives the model a text that says not to call again. If one of several
             parallel calls raises, the agent's state does not get the images of the others.
@@ -219,8 +216,8 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
     # An instance is not validated again, which would repeat its warnings. A bound generator has a class of LangChain.
     generator: Annotated[CogViewImageGenerator, SkipValidation] = Field(repr=False)
     """The generator that makes the images."""
-    content_format: Literal["text", "image_url"] = "text"
-    """Whether the model gets only a text, or also a block with the link."""
+    content_format: ContentFormat = "text"
+    """Whether the model gets only a text, or also a block with the image, a thumbnail or the link."""
     on_failure: Literal["error", "continue"] = "error"
     """Whether an error that no model can act on is raised, or given to the model as a text."""
     shown_to_user: bool = False
@@ -265,8 +262,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         generators = list(_resolved(generator, {}))
         if fields.get("args_schema") is None:
             fields["args_schema"] = arguments_schema(generator, fields.get("style"))
-        if fields.get("shown_to_user") is True:
-            fields.setdefault("description", TOOL_DESCRIPTION + SHOWN_TO_USER)
+        fields.setdefault("description", described(TOOL_DESCRIPTION, fields))
         super().__init__(generator=generator, **fields)
         self._refuse_unpriced(generators)
 
@@ -295,14 +291,14 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         with self.failures():
             result = self.generator.invoke(self.call_arguments(prompt, size, quality), budget=self.limits())
-        return self.answer(_with_files(result) if any(map(_is_unsaved, result.images)) else result)
+        return self.answer(result)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
     ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
         with self.failures():
             result = await self.generator.ainvoke(self.call_arguments(prompt, size, quality), budget=self.limits())
-        return self.answer(await in_thread(_with_files, result) if any(map(_is_unsaved, result.images)) else result)
+        return await self.aanswer(result)
 
     def call_arguments(self, prompt: str, size: str | None, quality: str | None) -> dict[str, Any]:
         """Collect the arguments that a chat model has set.
@@ -394,11 +390,15 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         Returns:
             The content for the model, and the artifact for the application.
         """
-        text = text_for_model(result, shown_to_user=self.shown_to_user)
-        if self.content_format == "text":
-            return text, result.to_artifact()
-        links = [{"type": "image_url", "image_url": {"url": image.url}} for image in result.images if image.url]
-        return [{"type": "text", "text": text}, *links], result.to_artifact()
+        return answer(result, self.content_format, shown_to_user=self.shown_to_user)
+
+    async def aanswer(self, result: "ImageResult") -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+        """Async version of `answer`.
+
+        Returns:
+            As `answer`.
+        """
+        return await aanswer(result, self.content_format, shown_to_user=self.shown_to_user)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
@@ -423,96 +423,6 @@ def _signature(cls: type[CogViewImageTool]) -> inspect.Signature:
 
 
 CogViewImageTool.__signature__ = _signature(CogViewImageTool)
-
-
-def _is_unsaved(image: "GeneratedImage") -> bool:
-    return image.path is None and image.uri is None and image.mime_type is not None
-
-
-def _with_files(result: "ImageResult") -> "ImageResult":
-    # An artifact has no bytes, so an image that is only in memory is saved in a temporary folder.
-    images = [_saved(image) if _is_unsaved(image) else image for image in result.images]
-    of_images = {note for image in result.images for note in image.warnings}
-    notes = [
-        *(note for note in result.warnings if note not in of_images),
-        *(each for image in images for each in image.warnings),
-    ]
-    return result.model_copy(update={"images": tuple(images), "warnings": tuple(dict.fromkeys(notes))})
-
-
-def _saved(image: "GeneratedImage") -> "GeneratedImage":
-    kept: dict[str, Any] = {}
-    try:
-        folder = temporary_folder()
-        folder.mkdir(mode=0o700, exist_ok=True)
-        path = image.save(folder)
-        note = f"The image is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
-        kept = {"path": path}
-    except Exception as error:  # the image is paid for, and the artifact still has its link
-        if raised_by_signal(error):
-            raise
-        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        note = f"The image could not be saved in a temporary folder: {printable(why)}. Only its link is left."
-    warnings = [warning.removesuffix(IN_MEMORY).rstrip() for warning in image.warnings]
-    return image.model_copy(update={**kept, "warnings": (*warnings, note)})
-
-
-@cache
-def temporary_folder() -> Path:
-    """Make the folder for images that are saved nowhere else.
-
-    Returns:
-        One folder for the process, which only this user can read.
-    """
-    return Path(tempfile.mkdtemp(prefix="cogview_images-"))
-
-
-def text_for_model(result: "ImageResult", *, shown_to_user: bool = False) -> str:
-    """Write the text that the model reads about a result: short ids, whether it worked, and what not to do.
-
-    Args:
-        result: The result.
-        shown_to_user: Whether the application shows the images to the user.
-
-    Returns:
-        At most 500 characters, which never suggest that the model has seen an image.
-    """
-    count = len(result.images)
-    fetched = [image for image in result.images if image.mime_type]
-    images = []
-    for image in result.images[:3]:
-        facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
-        place = str(image.path or image.uri or "")
-        if place:
-            facts.append(
-                f"saved as {place if len(place) <= _PATH_CHARACTERS // min(count, 3) else PurePath(place).name}"
-            )
-        images.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
-    more = f" and {count - 3} more" if count > 3 else ""  # noqa: PLR2004
-    text = f"Made {count} image{'s' if count > 1 else ''}: {'; '.join(images)}{more}."
-    unknown = sum(failure.outcome is Outcome.UNKNOWN for failure in result.failures)
-    if len(result.failures) > unknown:
-        text += f" {len(result.failures) - unknown} more could not be made."
-    if unknown:
-        text += f" {unknown} more may have been made and charged, but did not arrive."
-    if result.sandbox:
-        text += " It is a sandbox placeholder, not a real image."
-    if len(fetched) < count:
-        missing = "It" if count == 1 else f"{count - len(fetched)} of them"
-        if all(image.url or image.mime_type for image in result.images):
-            text += f" {missing} was not fetched: the application has only a link, which ends. Tell the user."
-        else:
-            text += f" {missing} did not arrive as a whole image, and may have been charged. Tell the user."
-    elif any(image.path is None and image.uri is None for image in result.images):
-        has = "link" if all(image.url for image in result.images) else "bytes"
-        text += f" It is not saved as a file; the application has its {has}."
-    it = "it" if count == 1 else "them"
-    if shown_to_user and len(fetched) == count:
-        advice = f"The user already sees {it}. Do not write a link, and do not call this tool again unless asked."
-    else:
-        names = "id or path" if any(image.path or image.uri for image in result.images) else "id"
-        advice = f"Refer to {it} by {names}. Do not make up a link, and do not call this tool again unless asked."
-    return f"{printable(text, MAX_MODEL_TEXT - len(advice) - 1)} {advice}"
 
 
 class ImageArguments(BaseModel):

@@ -417,19 +417,19 @@ class GetImageTool(_ToolkitTool):
     def _run(self, id: str, wait: float | None = None) -> tuple[Any, Any]:  # noqa: A002
         with self.tool.failures():
             image = self.images.find(id)
-            return self._collected(image, self.images.get(image, self._seconds(wait), ensure_config()))
+            result = self.images.get(image, self._seconds(wait), ensure_config())
+        return self._unfinished(image) if result is None else self.tool.answer(result)
 
     async def _arun(self, id: str, wait: float | None = None) -> tuple[Any, Any]:  # noqa: A002
         with self.tool.failures():
             image = self.images.find(id)
-            return self._collected(image, await self.images.aget(image, self._seconds(wait), ensure_config()))
+            result = await self.images.aget(image, self._seconds(wait), ensure_config())
+        return self._unfinished(image) if result is None else await self.tool.aanswer(result)
 
     def _seconds(self, wait: float | None) -> float:
         return self.wait if wait is None else min(wait, self.wait)
 
-    def _collected(self, image: PendingImage, result: ImageResult | None) -> tuple[Any, Any]:
-        if result is not None:
-            return self.tool.answer(result)
+    def _unfinished(self, image: PendingImage) -> tuple[Any, Any]:
         elapsed = "" if image.elapsed is None else f" ({image.elapsed:.0f} s so far)"
         return self._pending(
             image,

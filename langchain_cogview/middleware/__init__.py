@@ -24,6 +24,7 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import BaseModel, ConfigDict, Field
 
+from langchain_cogview.answers import temporary_folder
 from langchain_cogview.api.redaction import attempt
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.cost import Budget, Charges
@@ -32,7 +33,7 @@ from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.middleware import sight
 from langchain_cogview.middleware.ledger import Ledger, charges_of, merge_charges
 from langchain_cogview.middleware.sight import LOOK_NAME, LOOK_TYPE, Placement, Shown
-from langchain_cogview.tool import CogViewImageTool, ToolSettings, temporary_folder
+from langchain_cogview.tool import CogViewImageTool, ToolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -158,12 +158,12 @@ def test_an_image_is_kept_where_the_event_loop_refuses_to_fetch_it(
 
 
 def test_a_temporary_folder_that_cannot_be_used_is_named_in_the_warning(sandbox, monkeypatch):
-    from langchain_cogview import tool as module
+    from langchain_cogview import answers as module
 
     def refused():
         raise ForbiddenError("Blocking call to os.mkdir")
 
-    monkeypatch.setattr(module, "_temporary_folder", refused)
+    monkeypatch.setattr(module, "temporary_folder", refused)
     tool = CogViewImageTool(generator=CogViewImageGenerator(base_url=sandbox.base_url))
     message = asyncio.run(
         tool.ainvoke({"type": "tool_call", "id": "1", "name": tool.name, "args": {"prompt": "a fox"}})

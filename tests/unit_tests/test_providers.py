@@ -1,12 +1,14 @@
 """What chat models of other packages send of the tool: read from their real requests, on loopback."""
 
+import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from langchain_core.messages import AIMessage, HumanMessage
 
-from langchain_cogview import CogViewImageTool
+from langchain_cogview import CogViewImageGenerator, CogViewImageTool, to_message
 from tests.unit_tests.test_tool import EVERY_PROVIDER_TAKES
 
 pytestmark = pytest.mark.heavy  # the packages take seconds to import
@@ -86,3 +88,65 @@ def test_a_provider_is_sent_only_keywords_that_it_takes(service, name, strict):
     assert list(schema["properties"]) == ["prompt", "size", "quality"]
     for each in (schema, *schema["properties"].values()):
         assert {*each} <= EVERY_PROVIDER_TAKES
+
+
+def found(value, test):
+    """Every dict in a request that passes a test."""
+    if isinstance(value, dict) and test(value):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from found(each, test)
+
+
+def sent_images(name, body):
+    """Bytes and type of each image in a request, as the provider's API names them."""
+    if name == "anthropic":
+        sources = [each["source"] for each in found(body, lambda part: part.get("type") == "image")]
+        return [(each["data"], each["media_type"]) for each in sources]
+    if name == "google":
+        parts = found(body, lambda part: "inlineData" in part or "inline_data" in part)
+        data = [each.get("inlineData") or each["inline_data"] for each in parts]
+        return [(each["data"], each.get("mimeType") or each["mime_type"]) for each in data]
+    urls = [each["image_url"] for each in found(body, lambda part: "image_url" in part)]
+    urls = [each["url"] if isinstance(each, dict) else each for each in urls]
+    return [(url.partition(",")[2], url.partition(";")[0].removeprefix("data:")) for url in urls]
+
+
+def same_bytes(sent, made):
+    return base64.urlsafe_b64decode(sent.replace("+", "-").replace("/", "_")) == base64.b64decode(made)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["base64", "thumbnail"])
+@pytest.mark.parametrize("name", ["openai", "anthropic", "google"])
+def test_a_provider_is_sent_the_image_of_a_chain(service, name, source):
+    pytest.importorskip(PACKAGES[name], reason="needs the extra integrations")
+    model = chat_model(name, f"http://127.0.0.1:{service.server_port}")
+    result = CogViewImageGenerator(base_url="sandbox:").invoke("a kitten")
+    with pytest.raises(Exception):  # noqa: B017  each package has its own error for a refusal
+        (to_message.bind(text="What is it?", source=source) | model).invoke(result)
+    made = result.image.content_block(source)
+    ((sent, mime_type),) = sent_images(name, service.bodies[0])
+    assert same_bytes(sent, made["base64"])
+    assert mime_type == made["mime_type"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["openai", "anthropic", "google"])
+def test_a_provider_is_sent_the_image_of_a_tool_message(service, name, tmp_path):
+    pytest.importorskip(PACKAGES[name], reason="needs the extra integrations")
+    tool = CogViewImageTool(base_url="sandbox:", output_dir=tmp_path, content_format="thumbnail")
+    call = {"type": "tool_call", "id": "call-1", "name": tool.name, "args": {"prompt": "a kitten"}}
+    message = tool.invoke(call)
+    url = f"http://127.0.0.1:{service.server_port}"
+    if name == "openai":
+        from langchain_openai import ChatOpenAI
+
+        model = ChatOpenAI(model="m", api_key="k", base_url=url, max_retries=0, use_responses_api=True)
+    else:
+        model = chat_model(name, url)
+    with pytest.raises(Exception):  # noqa: B017
+        model.invoke([HumanMessage("Draw a kitten."), AIMessage("", tool_calls=[call]), message])
+    ((sent, mime_type),) = sent_images(name, service.bodies[0])
+    assert same_bytes(sent, message.content[1]["base64"])
+    assert mime_type == "image/jpeg"

@@ -4,6 +4,7 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import assert_type
 
+from langchain_core.messages.content import ImageContentBlock
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from pydantic import SecretStr
 
@@ -14,7 +15,9 @@ CogViewImageGenerator(api_key=SecretStr("a key"), prices={"glm-image": 0.05}, ra
 CogViewImageTool(size="16:9", output_dir="images", max_images=3, budget=Decimal("0.5"), name="draw")
 CogViewImageTool(size="auto", quality="high")
 CogViewImageTool(generator=generator, content_format="image_url", handle_tool_error=False)
+CogViewImageTool(generator=generator, content_format="thumbnail")
 assert_type(generator.invoke("a kitten"), ImageResult)
+assert_type(generator.invoke("a kitten").image.content_block("url"), ImageContentBlock)
 assert_type(generator.batch(["a kitten"]), list[ImageResult])
 
 CogViewImageTool(sise="16:9")  # refused
