@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         Scope,
         is_retryable,
     )
+    from langchain_cogview.estimate import Estimate, spending_approval
     from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
@@ -77,6 +78,7 @@ _NAMES = {
         "collect_images",
     ),
     "cost": ("Budget", "ImageCosts"),
+    "estimate": ("Estimate", "spending_approval"),
     "errors": (
         "CogViewAuthenticationError",
         "CogViewBalanceError",
@@ -160,6 +162,7 @@ __all__ = [
     "ContentFilterCallbackHandler",
     "ContentFilterEvent",
     "CostCallbackHandler",
+    "Estimate",
     "Gallery",
     "GeneratedEvent",
     "GeneratedImage",
@@ -189,6 +192,7 @@ __all__ = [
     "is_retryable",
     "plan_job",
     "run_job",
+    "spending_approval",
     "status_line",
     "to_message",
 ]

@@ -423,6 +423,21 @@ class Budget:
         """The money that counts as spent, including that of requests in flight."""
         return Money(self._spending.amount, self._spending.currency)
 
+    @property
+    def left(self) -> Money | None:
+        """The money that is left; None without a limit."""
+        others = [] if self._also is None or self._also.left is None else [self._also.left]
+        if self.amount is not None:
+            others.append(Money(max(self.amount - self._spending.amount, Decimal(0)), self._spending.currency))
+        return min(others, key=lambda money: money.amount or 0, default=None)
+
+    @property
+    def images_left(self) -> int | None:
+        """The number of images that are left; None without a limit."""
+        own = None if self.max_images is None else max(self.max_images - self._spending.images, 0)
+        other = self._also.images_left if self._also else None
+        return min((number for number in (own, other) if number is not None), default=None)
+
     def reserve(self, price: Money, count: int = 1) -> Reservation:
         """Reserve images for one request.
 

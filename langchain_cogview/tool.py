@@ -30,13 +30,23 @@ from pydantic import (
 
 from langchain_cogview.answers import ContentFormat, aanswer, answer, described, temporary_folder
 from langchain_cogview.api.redaction import SafeErrors, attempt
+from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.artifact import ImageArtifact
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
-from langchain_cogview.cost import Budget, Spending, checked_amount
+from langchain_cogview.cost import Budget, Money, Spending, checked_amount
 from langchain_cogview.enhance import STYLES, Style, style_text
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, printable
+from langchain_cogview.estimate import Estimate
 from langchain_cogview.generator import CogViewImageGenerator
-from langchain_cogview.request import GeneratorSettings, check_names, checked_prompt, describe_validation, specified
+from langchain_cogview.request import (
+    REQUEST_DEFAULTS,
+    GeneratorSettings,
+    check_names,
+    checked_prompt,
+    describe_validation,
+    request_of,
+    specified,
+)
 
 if TYPE_CHECKING:
     from langchain_cogview.images.remote import ImageAccess
@@ -332,6 +342,31 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         # The limits may be changed between calls, and what was spent remains. The generator counts, because it knows the prices.
         spending, also = self._spending, self._also
         return Budget(self.budget, max_images=self.max_images, owner="this tool", spending=spending, also=also)
+
+    def estimate(
+        self, prompt: str, size: str | None = None, quality: str | None = None, n: int | None = None
+    ) -> Estimate:
+        """Say what images would cost, and what the limits leave. Free: nothing is sent.
+
+        Args:
+            prompt: The prompt.
+            size: Size; None for the generator's.
+            quality: Quality; None for the generator's.
+            n: The number of images; None for the generator's.
+
+        Returns:
+            The estimate, at list prices in the sandbox too.
+
+        Raises:
+            CogViewInvalidRequestError: An argument is illegal.
+        """
+        generator, bound = next(_resolved(self.generator, {}))
+        arguments = self.call_arguments(prompt, size, quality) | ({} if n is None else {"n": n})
+        defaults = {name: bound.get(name, getattr(generator, name)) for name in REQUEST_DEFAULTS}
+        request, _ = request_of(arguments, defaults)
+        price = generator.price(request.model)
+        sandbox = is_sandbox(generator.resolved_base_url)
+        return Estimate.of(request, Money(*price) if price else Money(), self.limits(), sandbox=sandbox)
 
     def with_budget(self, budget: Budget) -> Self:
         """Make a copy whose images another budget must cover as well, such as that of a conversation.

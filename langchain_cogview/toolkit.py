@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypedDic
 
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool, BaseToolkit
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, WithJsonSchema, create_model
 
 from langchain_cogview.batches import ImageTask
 from langchain_cogview.catalog import model_info
@@ -32,13 +32,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from langchain_cogview.cost import Budget
+    from langchain_cogview.estimate import EstimateArtifact
     from langchain_cogview.result import ImageResult
 
 START_NAME: Final = "cogview_start_image"
 GET_NAME: Final = "cogview_get_image"
+ESTIMATE_NAME: Final = "cogview_estimate"
 MAX_WAIT: Final = 600.0
 """The longest time, in seconds, that one call of `cogview_get_image` may wait."""
-MAX_IMAGES: Final = 1000
+MAX_REMEMBERED: Final = 1000
 """How many images a toolkit remembers; of those that have ended, the oldest are forgotten first."""
 PENDING_TYPE: Final = "cogview.image_task"
 _START_SECONDS: Final = 0.6
@@ -225,7 +227,7 @@ class PendingImages:
     def _remember(self, image: PendingImage) -> None:
         with self._lock:
             self._images[image.id] = image
-            if len(self._images) > MAX_IMAGES:
+            if len(self._images) > MAX_REMEMBERED:
                 ended = next((key for key, found in self._images.items() if found.result.done()), None)
                 if ended is not None:
                     del self._images[ended]
@@ -438,6 +440,30 @@ class GetImageTool(_ToolkitTool):
         )
 
 
+class EstimateTool(_ToolkitTool):
+    """Says what images would cost, which is free."""
+
+    name: str = ESTIMATE_NAME
+    """Name of the tool for the model."""
+    description: str = (
+        "Say what an image would cost, what has been spent, and what the limits leave. It is free, and makes no image. "
+        "Use it when the user asks about the price, or before many images."
+    )
+    """Description of the tool for the model."""
+
+    def _run(
+        self, prompt: str, size: str | None = None, quality: str | None = None, n: int | None = None
+    ) -> tuple[str, EstimateArtifact]:
+        with self.tool.failures():
+            estimate = self.tool.estimate(prompt, size, quality, n)
+        return f"{estimate} Nothing was sent.", estimate.to_artifact()
+
+    async def _arun(
+        self, prompt: str, size: str | None = None, quality: str | None = None, n: int | None = None
+    ) -> tuple[str, EstimateArtifact]:
+        return self._run(prompt, size, quality, n)
+
+
 class ToolkitSettings(ToolSettings, total=False):
     """The keyword arguments of `CogViewToolkit` other than `tool` and `wait`: those of `CogViewImageTool`."""
 
@@ -456,7 +482,7 @@ class CogViewToolkit(BaseToolkit):
         >>> from langchain_cogview import CogViewToolkit
         >>> toolkit = CogViewToolkit(base_url="sandbox:", output_dir="images")  # offline; leave base_url out for the service
         >>> [tool.name for tool in toolkit.get_tools()]
-        ['cogview_start_image', 'cogview_get_image']
+        ['cogview_start_image', 'cogview_get_image', 'cogview_estimate']
 
     Args:
         tool: A tool whose generator, limits and spending the toolkit shares. None: one is made of the other arguments.
@@ -486,11 +512,21 @@ class CogViewToolkit(BaseToolkit):
         """Make the tools, which share the images that were started.
 
         Returns:
-            `cogview_start_image` and `cogview_get_image`.
+            `cogview_start_image`, `cogview_get_image` and `cogview_estimate`.
         """
         shared: dict[str, Any] = {"tool": self.tool, "images": self._images}
         handlers = {name: getattr(self.tool, name) for name in ("handle_tool_error", "handle_validation_error")}
         return [
             StartImageTool(args_schema=self.tool.args_schema, **shared, **handlers),
             GetImageTool(wait=self.wait, **shared, **handlers),
+            EstimateTool(args_schema=_estimate_schema(self.tool.args_schema), **shared, **handlers),
         ]
+
+
+def _estimate_schema(image_arguments: type[BaseModel]) -> type[BaseModel]:
+    # Those of the image tool, and the number of images.
+    number = Annotated[int | None, WithJsonSchema({"type": "integer"})]
+    field = Field(
+        default_factory=lambda: None, ge=1, le=100, description="The number of images. 1 unless the user wants more."
+    )
+    return create_model("EstimateArguments", __base__=image_arguments, n=(number, field))
