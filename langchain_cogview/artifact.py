@@ -30,7 +30,6 @@ def _not_a_bool(value: Any) -> Any:
 
 
 def _bounded(value: Decimal) -> Decimal:
-    """An amount that can be added to others and written out."""
     exponent = value.as_tuple().exponent
     if not isinstance(exponent, int) or value < 0 or max(-exponent, value.adjusted()) > _MAX_DIGITS:
         raise ValueError("an amount of money is expected")
@@ -38,7 +37,7 @@ def _bounded(value: Decimal) -> Decimal:
 
 
 def _in_utc(value: datetime) -> datetime:
-    """A moment that can be compared with others; one without a time zone is taken to be in UTC."""
+    # A moment that can be compared with others; one without a time zone is taken to be in UTC.
     try:
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except OverflowError:
@@ -51,15 +50,6 @@ def _text(value: str) -> str:
     return value
 
 
-def _written(value: datetime) -> str:
-    return value.isoformat().replace("+00:00", "Z")
-
-
-def _path_text(value: Path) -> str:
-    """A path as text that JSON and a checkpoint can hold: bytes of a file name that are not UTF-8 become question marks."""
-    return str(value).encode(errors="replace").decode()
-
-
 def _entries(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         raise ValueError("a list is expected")  # noqa: TRY004
@@ -68,15 +58,21 @@ def _entries(value: Any) -> Any:
     )
 
 
-# Amounts, moments and paths are written as text by `model_dump()` in Python mode too: LangServe writes what that gives as JSON.
+# `model_dump()` writes amounts, moments and paths as text in Python mode too: LangServe writes what it returns as JSON.
 Text = Annotated[str, AfterValidator(_text)]
 Number = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER)]
 Pixels = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, BeforeValidator(_not_a_bool), Field(ge=0, le=MAX_INTEGER, allow_inf_nan=False)]
 Currency = Annotated[str, Field(pattern=r"^[A-Za-z]{0,12}$")]
 Amount = Annotated[Decimal, Field(allow_inf_nan=False), AfterValidator(_bounded), PlainSerializer(str)]
-Moment = Annotated[datetime, BeforeValidator(_not_a_bool), AfterValidator(_in_utc), PlainSerializer(_written)]
-LocalPath = Annotated[Path, PlainSerializer(_path_text)]
+Moment = Annotated[
+    datetime,
+    BeforeValidator(_not_a_bool),
+    AfterValidator(_in_utc),
+    PlainSerializer(lambda moment: moment.isoformat().replace("+00:00", "Z"), return_type=str),
+]
+# Bytes of a file name that are not UTF-8 become question marks: JSON and a checkpoint cannot hold them.
+LocalPath = Annotated[Path, PlainSerializer(lambda path: str(path).encode(errors="replace").decode(), return_type=str)]
 Entries = Annotated[tuple[ContentFilter, ...], BeforeValidator(_entries)]
 
 
@@ -84,108 +80,138 @@ class ContentFilterArtifact(TypedDict):
     """One entry of the content filter."""
 
     role: str | None
+    """`user` for the prompt, `assistant` for the image, `history` for earlier messages; None if the service sent none."""
     level: int | None
+    """From 0 (most severe) to 3 (mildest); None if the service sent none."""
 
 
 class GeneratedImageArtifact(TypedDict):
     """One image, without its bytes."""
 
     id: str
+    """Short id that this client generated; an agent refers to the image by it."""
     url: str | None
+    """Link to the image at the service, valid for a day to a week; None if it is unknown."""
     expires_at: str | None
-    """ISO 8601, UTC; None where the URL does not tell."""
+    """When the link expires, in ISO 8601 and UTC; None if the URL does not say."""
     path: str | None
+    """Path of the saved file; None if the image was not saved on this machine."""
     uri: str | None
-    """Where it is saved when that is no local file, such as `s3://bucket/name.png`."""
+    """Where the image was saved remotely, such as `s3://bucket/name.png`; None if it was not."""
     mime_type: str | None
+    """`image/png`, `image/jpeg` or `image/webp`, read from the bytes; None if they were not downloaded."""
     width: int | None
+    """Width in pixels, read from the bytes; None if they were not downloaded."""
     height: int | None
-    """Width and height in pixels, read from the bytes; None where they were not fetched."""
+    """Height in pixels, read from the bytes; None if they were not downloaded."""
     size_bytes: int | None
+    """Number of bytes of the image; None if they were not downloaded."""
     sha256: str | None
+    """SHA-256 of the image bytes, in hexadecimal; None if they were not downloaded."""
     content_filter: list[ContentFilterArtifact]
+    """Entries of the content filter for an image that was made in spite of them."""
     request_id: str
+    """Request id that this client generated; every attempt has the same."""
     response_id: str | None
+    """Id that the service gave to the response; None if it gave none."""
     created: int | None
-    """Unix seconds, as the service says."""
+    """When the service created the image, in Unix seconds; None if it did not say."""
     model: str
+    """Model that generated the image."""
     size: str | None
+    """Size that was requested, or the default of the model."""
     quality: str | None
+    """Quality that was requested, or the default of the model."""
     prompt: str
+    """The prompt."""
     task_id: str | None
+    """Id of the task; None unless the task endpoint was used."""
     cost: str | None
-    """A decimal number; "0" for a cached or sandbox image; None where the price is unknown."""
+    """List price as a decimal number; "0" for a cached or sandbox image, None if the price is unknown."""
     currency: str | None
+    """ISO code of the currency, such as `CNY`."""
     seconds: float | None
-    """From its place in flight to being saved."""
+    """Seconds from acquiring a slot until the image was saved."""
     cached: bool
+    """Whether the image came from the cache: nothing was sent or paid."""
     sandbox: bool
+    """Whether the image is a placeholder of the offline sandbox."""
     warnings: list[str]
+    """What could not be done, such as saving the image."""
 
 
 class ImageFailureArtifact(TypedDict):
     """One image that was not made."""
 
     index: int
+    """Which of the `n` images, from 0."""
     error: str
+    """Name of the error's class, such as `CogViewContentFilterError`."""
     message: str
+    """What happened."""
     hint: str
+    """What to do; empty where nothing can be done."""
     code: str | None
+    """Error code of the service; None if it sent none."""
     status: int | None
+    """HTTP status; None without a response."""
     request_id: str | None
+    """Request id that this client generated; every attempt has the same."""
     task_id: str | None
+    """Id of the task, whose image may still be made; None unless the task endpoint was used."""
     outcome: str
+    """`not_run`, `unknown` (an image may have been charged) or `final`."""
     scope: str | None
-    """What the error concerns, such as "prompt" or "account"; None for an exception of another library."""
+    """What the error concerns, such as `prompt` or `account`; None for an exception of another library."""
     is_retryable: bool
-    """Whether the same request may be sent again, and may then succeed."""
+    """Whether the same request may be sent again and may succeed then."""
     content_filter: list[ContentFilterArtifact]
+    """Entries of the content filter, if it blocked the image."""
 
 
 class ImageArtifact(TypedDict):
-    """The plain JSON form of an `ImageResult`: what a `ToolMessage.artifact` holds. Never bytes, never the key."""
+    """The plain JSON form of an `ImageResult`, which a `ToolMessage.artifact` holds: neither image bytes nor the API key."""
 
     type: Literal["cogview.image_result"]
+    """Always `cogview.image_result`."""
     version: int
-    """1. A change that old readers would misread raises it."""
+    """1. A change that existing readers would misread increments it."""
     prompt: str
     """The prompt that was sent."""
     original_prompt: NotRequired[str | None]
     """The prompt before a chat model rewrote it; None if it was not rewritten."""
     model: str
+    """Model that generated the images."""
     size: str | None
+    """Size that was requested, or the default of the model."""
     quality: str | None
+    """Quality that was requested, or the default of the model."""
     cost: str | None
-    """Of all images; None where a price is unknown."""
+    """List price of all images as a decimal number; None if one is unknown."""
     currency: str | None
+    """ISO code of the currency, such as `CNY`."""
     sandbox: bool
+    """Whether the offline sandbox made the images."""
     images: list[GeneratedImageArtifact]
+    """The images; at least one."""
     failures: list[ImageFailureArtifact]
+    """Records of those of the `n` images that were not made."""
     warnings: list[str]
+    """Warnings about the whole call, then those of each image."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def is_artifact(value: Any) -> bool:
-    """Whether a value is an artifact of this package, of any version, or the `model_dump()` of a result.
-
-    Args:
-        value: Any value.
-
-    Returns:
-        Whether it has the type of an artifact or, without a type, the fields that every result has.
-    """
+    """Return whether a value is an artifact of any version or, without a type, has the fields of a result's `model_dump()`."""
     if not isinstance(value, Mapping):
         return False
     return value.get("type") == ARTIFACT_TYPE or ("type" not in value and set(value) >= _DUMPED)
 
 
 def check_artifact(artifact: Any) -> None:
-    """Check that a value is an artifact of this package and version, or the `model_dump()` of a result.
-
-    Args:
-        artifact: Any value.
+    """Check that a value is an artifact of this version, or the `model_dump()` of a result.
 
     Raises:
         CogViewInvalidRequestError: It is not.
@@ -204,14 +230,7 @@ def check_artifact(artifact: Any) -> None:
 
 
 def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
-    """Validate fields from storage. Fields of later versions are ignored.
-
-    Args:
-        kind: The pydantic model.
-        fields: The fields.
-
-    Returns:
-        An instance of the model.
+    """Return an instance of a model for fields from storage. Fields of later versions are ignored.
 
     Raises:
         CogViewInvalidRequestError: A field is missing or invalid.

@@ -76,7 +76,7 @@ def url_block(image: GeneratedImage) -> ImageContentBlock:
             f"The image's link ended at {moment_text(image.expires_at)}, so that no chat model can fetch it.",
             hint='Use content_block("base64") or "thumbnail", if the image is saved.',
         )
-    image._rules(image._where()).check(image.url)  # noqa: SLF001
+    image._link()[1].check(image.url)  # noqa: SLF001
     return create_image_block(url=image.url, mime_type=image.mime_type, id=safe_name(image.id))
 
 

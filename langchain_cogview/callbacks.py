@@ -68,7 +68,7 @@ class _ContentFilterEvents:
         self._deliveries = Deliveries()
 
     def _select(self, name: str, event: ContentFilterEvent, run_id: UUID) -> bool:
-        """Append an event to `events`, unless it is not severe enough or was delivered before."""
+        """Return whether an event is severe enough and new; if so, it is appended to `events`."""
         selected = self._is_severe(name, event) and self._deliveries.is_first(event, run_id)
         if selected:
             self.events.append(event)

@@ -120,7 +120,7 @@ class Charges:
             self.amounts[money.currency] = self.amounts.get(money.currency, Decimal(0)) + count * money.amount
 
     def in_text(self) -> dict[str, str]:
-        """The amounts for JSON: decimal numbers as text, by ISO currency code."""
+        """Return the amounts for JSON: decimal numbers as text, by ISO currency code."""
         return {currency: f"{amount:f}" for currency, amount in self.amounts.items()}
 
     def __str__(self) -> str:
@@ -281,7 +281,7 @@ class ImageCosts:
                 self._uncertain[(event["request_id"], number) if number else name] = Money.of(event)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as plain JSON; amounts are decimal numbers as text."""
+        """Return all figures as plain JSON; amounts are decimal numbers as text."""
         with self._lock:
             uncertain = self.uncertain
             return {

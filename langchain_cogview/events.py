@@ -371,7 +371,7 @@ class ImageEvents:
             await self.dispatcher.adispatch(self._progress("sent"))
 
     def _commit(self) -> Journal | None:
-        """Count an attempt as spent, and return the journal unless it holds this POST already."""
+        """Return the journal, unless it holds this POST already, after counting the attempt as spent."""
         if self.reservation is not None:
             self._charge = self.reservation.commit(self.price(self.model))
         self._pending = True
@@ -398,7 +398,7 @@ class ImageEvents:
                 await journal.anot_sent(self.request_id, self.model)
 
     def _ended(self, error: BaseException, *, was_sent: bool) -> Journal | None:
-        """Count the end of an attempt, and return the journal if it has to record that the POST was not sent."""
+        """Return the journal if it has to record that the POST was not sent, after counting the end of the attempt."""
         pending, self._pending = self._pending, False
         is_free = not was_sent or (isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN)
         if pending and is_free:
@@ -564,7 +564,7 @@ class Deliveries:
         self._lock = threading.Lock()
 
     def is_first(self, data: Any, run_id: UUID) -> bool:
-        """Whether this is the first delivery of the payload by the run; the delivery is recorded."""
+        """Return whether this is the first delivery of the payload by the run; the delivery is recorded."""
         key = id(data), run_id
         with self._lock:
             if key in self._recent:

@@ -40,13 +40,7 @@ sends."""
 
 
 class _Found(NamedTuple):
-    """One message.
-
-    Attributes:
-        role: Who it is from.
-        artifact: What a tool attached.
-        call_id: The tool call that it answers.
-    """
+    """One message: who it is from, what a tool attached, and the id of the tool call that it answers."""
 
     role: Literal["tool", "human", "other"]
     artifact: Any = None
@@ -69,7 +63,7 @@ def images_from_messages(
     Args:
         messages: An agent's messages, objects or dicts; its output or state (`{"messages": [...]}`, a pydantic model, a
             dataclass, a `StateSnapshot`); or a chunk of `stream`, or a list of them.
-        last_turn: Whether only the images after the last message of the user are given. With a checkpointer an agent's output
+        last_turn: Whether only the images after the last message of the user are returned. With a checkpointer an agent's output
             holds the messages of every turn.
         within: The only folder from which files are read. None: any file that is an image with the recorded size and hash.
         storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`. None: no URI is read.
@@ -89,7 +83,7 @@ def images_from_messages(
     problems: list[str] = []
     found = list(_messages(messages, problems))
     if last_turn:
-        turns = [place for place, message in enumerate(found) if message.role == "human"]
+        turns = [index for index, message in enumerate(found) if message.role == "human"]
         found = found[turns[-1] + 1 :] if turns else found
     images: list[GeneratedImage] = []
     seen: set[tuple[str, str, str]] = set()
@@ -106,15 +100,7 @@ def images_from_messages(
 
 
 def images_of(artifact: Any, access: ImageAccess) -> list[GeneratedImage]:
-    """Find the images in what a tool attached to its message.
-
-    Args:
-        artifact: `ToolMessage.artifact`, which may be anything.
-        access: What the images may be read from.
-
-    Returns:
-        The images, in order, without what cannot be understood.
-    """
+    """Return the images in what a tool attached to its message, in order, without what cannot be understood."""
     return list(_images(artifact, access, []))
 
 
@@ -131,7 +117,7 @@ def _images(artifact: Any, access: ImageAccess, problems: list[str]) -> Iterator
 
 
 def _artifacts(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
-    """The results and artifacts in what a tool attached: one, several, some inside other data, or all of it as JSON text."""
+    # A tool attached one result or artifact, several, some inside other data, or all of it as JSON text.
     if isinstance(value, ImageResult | GeneratedImage) or is_artifact(value):
         yield value
     elif isinstance(value, str) and not above and ARTIFACT_TYPE in value:
@@ -149,24 +135,16 @@ def _parsed(text: str) -> Any:
 
 
 def read_each(artifact: ImageArtifact | Mapping[str, Any], access: ImageAccess) -> list[Any]:
-    """Read the images of an artifact one by one.
-
-    Args:
-        artifact: An artifact of this package, which may be damaged.
-        access: What the images may be read from.
-
-    Returns:
-        An image or an error for each image of the artifact; a single error if there are none.
-    """
+    """Return an image or an error for each image of an artifact, or a single error if the artifact is damaged."""
     try:
         check_artifact(artifact)
         items = artifact.get("images")
-        if not isinstance(items, list | tuple):
-            raise CogViewInvalidRequestError("This artifact is damaged at images.", hint="")  # noqa: TRY301
     except CogViewInvalidRequestError as error:
         return [error]
     except Exception as error:  # noqa: BLE001  a foreign mapping raises what it likes
         return [CogViewInvalidRequestError(f"This artifact cannot be read ({type(error).__name__}).", hint="")]
+    if not isinstance(items, list | tuple):
+        return [CogViewInvalidRequestError("This artifact is damaged at images.", hint="")]
     return [_image_or_error(item, access) for item in items]
 
 
@@ -185,7 +163,6 @@ def _image_or_error(item: Any, access: ImageAccess) -> GeneratedImage | CogViewI
 
 
 def _messages(value: Any, problems: list[str]) -> Iterator[_Found]:
-    """The messages of what was passed, and what of it holds none."""
     if _is_one(value):
         value = [value]
     for item in value:
@@ -199,14 +176,14 @@ def _messages(value: Any, problems: list[str]) -> Iterator[_Found]:
 
 
 def _is_one(value: Any) -> bool:
-    """Whether this is one message, state or chunk rather than several of them."""
+    """Return whether this is one message, state or chunk rather than several of them."""
     if isinstance(value, BaseMessage | Mapping | str | bytes | bytearray) or not isinstance(value, Iterable):
         return True
     return _is_model(value) or _is_state(value) or _is_chunk(value)
 
 
 def _is_chunk(value: Any) -> bool:
-    """Whether this is a chunk of a stream, such as `("updates", {...})` with its mode, or a message with its metadata."""
+    """Return whether this is a chunk of a stream, such as `("updates", {...})` with its mode, or a message with its metadata."""
     if not isinstance(value, tuple):
         return False
     with_metadata = len(value) == 2 and _message(value[0]) and isinstance(value[1], Mapping)  # noqa: PLR2004
@@ -234,7 +211,7 @@ def _message(value: Any) -> _Found | None:
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """What may hold messages inside something that is not one."""
+    """Return what may hold messages inside something that is not one."""
     if isinstance(value, Mapping):
         # A state's other entries may repeat its messages; the chunks of a stream have the names of nodes in their place.
         return [value["messages"]] if "messages" in value else list(value.values())
@@ -250,7 +227,7 @@ def _of_message(message: BaseMessage) -> _Found:
 
 
 def _of_mapping(value: Mapping[Any, Any]) -> _Found | None:
-    """A message as a dict, as JSON, `model_dump`, `messages_to_dict`, `dumpd` and LangGraph's API give it; or an artifact."""
+    """Return the message in a dict of JSON, `model_dump`, `messages_to_dict`, `dumpd` or LangGraph's API, or an artifact."""
     if is_artifact(value):
         return _Found("tool", value)
     fields: Any = value
@@ -271,7 +248,7 @@ def _id(value: Any) -> str | None:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether an object holds messages in an attribute, as a pydantic model (which can be iterated) or a named tuple does."""
+    """Return whether an object, such as a pydantic model, which can be iterated, holds messages in an attribute."""
     return not isinstance(value, Mapping) and any(_attribute(value, name) is not None for name in _HOLDERS)
 
 
@@ -288,13 +265,13 @@ def _is_model(value: Any) -> bool:
 
 
 def _fields(value: Any) -> Iterable[str]:
-    """Names of the fields of a pydantic model or a dataclass, which may hold messages under any name."""
+    """Return the names of the fields of a pydantic model or a dataclass, which may hold messages under any name."""
     kind = type(value)
     return [*getattr(kind, "__pydantic_fields__", ()), *getattr(kind, "__dataclass_fields__", ())]
 
 
 def _is_quiet(item: Any) -> bool:
-    """Whether an item without a message is nothing to warn of: a node's update of something else, an empty state."""
+    """Return whether an item without a message needs no warning: a node's update of something else, an empty state."""
     if isinstance(item, Mapping):
         parts = item["messages"] if "messages" in item else list(item.values())
         nothing = parts is None or (isinstance(parts, list | tuple) and not parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
@@ -25,12 +25,11 @@ from langchain_cogview.artifact import (
     check_artifact,
     validated,
 )
-from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
+from langchain_cogview.concurrency import Deadline, in_thread
 from langchain_cogview.errors import (
     CogViewContentFilterError,
     CogViewDownloadError,
     CogViewError,
-    CogViewStorageError,
     ContentFilter,
     Outcome,
     Scope,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
     from langchain_core.messages.content import ImageContentBlock
 
+    from langchain_cogview.addresses import LinkRules
     from langchain_cogview.blocks import BlockSource
     from langchain_cogview.images.download import DownloadedImage
     from langchain_cogview.images.remote import ImageAccess
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 _READ_SECONDS = 60.0
 _SHOWN = 50
 _ID_CHARACTERS = 512
+_IDS: Final = ("request_id", "task_id")
+_OF_CLASS: Final = ("outcome", "scope", "is_retryable")
 
 
 class GeneratedImage(BaseModel):
@@ -132,13 +134,17 @@ class GeneratedImage(BaseModel):
             from langchain_cogview.api.transport import sender  # noqa: PLC0415
             from langchain_cogview.images.download import fetch  # noqa: PLC0415
 
-            where = self._where()
-            image = fetch(sender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where))
+            url, rules = self._link()
+            image = fetch(sender(rules.base_url), url, deadline=Deadline(_READ_SECONDS), rules=rules)
             content = self._content = self._fetched(image)
         return content
 
     async def aread(self) -> bytes:
-        """Async version of `read`: files, stores and hosts are read without blocking the event loop."""
+        """Async version of `read`: files, stores and hosts are read without blocking the event loop.
+
+        Returns:
+            The bytes of the image file.
+        """
         content = self._content
         if content is None and self.path is not None:
             content = await in_thread(self.local_bytes)
@@ -148,10 +154,8 @@ class GeneratedImage(BaseModel):
             from langchain_cogview.api.transport import asender  # noqa: PLC0415
             from langchain_cogview.images.download import afetch  # noqa: PLC0415
 
-            where = self._where()
-            image = await afetch(
-                asender(where), self._link(), deadline=Deadline(_READ_SECONDS), rules=self._rules(where)
-            )
+            url, rules = self._link()
+            image = await afetch(asender(rules.base_url), url, deadline=Deadline(_READ_SECONDS), rules=rules)
             content = self._content = self._fetched(image)
         return content
 
@@ -161,50 +165,30 @@ class GeneratedImage(BaseModel):
         Args:
             path: A file, which is replaced, or an existing folder, where the file gets the image's id as its name; characters
                 other than letters, digits, `_` and `-` become `_`. A name without an ending gets the right one; with one, the
-                bytes are still written as they came.
+                bytes are still written as the service made them.
+
+        Returns:
+            Path of the file.
 
         Raises:
-            CogViewStorageError: When it cannot be written.
-            CogViewDownloadError: When the bytes are not at hand and the URL gives them no more.
+            CogViewStorageError: The file cannot be written.
+            CogViewDownloadError: The bytes are not on this machine, and the URL no longer returns them.
         """
-        return self._saved(Path(path), "")
+        from langchain_cogview.images.store import save_as  # noqa: PLC0415
 
-    def _saved(self, target: Path, suffix: str) -> Path:
-        from langchain_cogview.images.formats import EXTENSIONS, sniff  # noqa: PLC0415
-        from langchain_cogview.images.store import replace_file, safe_name, write_whole  # noqa: PLC0415
-
-        content = self.read()
-        try:
-            target = target.expanduser()
-            ending = EXTENSIONS.get(sniff(content[:32]) or "", "")
-            if target.is_dir():
-                target /= f"{safe_name(self.id)}{suffix}{ending}"
-                replace_file(target, content)
-            else:
-                target = target.with_stem(f"{target.stem}{suffix}") if suffix else target
-                target = target if target.suffix else target.with_name(target.name + ending)
-                write_whole(target, content)
-        except (OSError, ValueError, RuntimeError) as error:
-            if raised_by_signal(error):
-                raise
-            reason = getattr(error, "strerror", None) or error
-            raise CogViewStorageError(
-                f"The image could not be written to {printable(str(target), 120)}: {printable(str(reason), 80)}."
-            ) from None
-        return target
+        return save_as(Path(path), self.read(), name=self.id)
 
     def to_pil(self) -> Any:
-        """The image as a `PIL.Image.Image`, decoded.
+        """Decode the image with Pillow.
+
+        Returns:
+            A `PIL.Image.Image`.
 
         Raises:
-            ImportError: When Pillow is not installed; names the extra that brings it.
-            CogViewStorageError: When it cannot be decoded, or would take more than 220 MB of memory: a WebP of more than 12
+            ImportError: Pillow is not installed; the message names the extra.
+            CogViewStorageError: The image cannot be decoded, or would take more than 220 MB of memory: a WebP of more than 12
                 million pixels or a progressive JPEG of more than 22 million; PNG and ordinary JPEG pass up to 50 million.
         """
-        try:
-            import PIL.Image  # noqa: F401, PLC0415
-        except ImportError:
-            raise ImportError('to_pil needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
         from langchain_cogview.notebook.previews import decoded  # noqa: PLC0415
 
         return decoded(self.read())
@@ -216,6 +200,9 @@ class GeneratedImage(BaseModel):
             source: `base64`: all bytes, up to 10 MB; a larger image becomes a thumbnail, with a warning. `thumbnail`: a JPEG of
                 at most 512 pixels and 60 kB, which needs Pillow. `url`: the link, which the provider fetches while it lives.
 
+        Returns:
+            The content block.
+
         Raises:
             CogViewError: As `read`; or no thumbnail can be made, or there is no link that may be opened.
             ImportError: When Pillow is not installed and a thumbnail needs it.
@@ -225,7 +212,11 @@ class GeneratedImage(BaseModel):
         return content_block(self, source)
 
     async def acontent_block(self, source: BlockSource = "base64") -> ImageContentBlock:
-        """Async version of `content_block`."""
+        """Async version of `content_block`.
+
+        Returns:
+            The content block.
+        """
         from langchain_cogview.blocks import acontent_block  # noqa: PLC0415
 
         return await acontent_block(self, source)
@@ -237,10 +228,13 @@ class GeneratedImage(BaseModel):
         show(self)
 
     def local_bytes(self) -> bytes | None:
-        """The bytes without fetching: from memory or the saved file; None where they are in neither.
+        """Read the image from memory or its file, without the network.
+
+        Returns:
+            The bytes of the image file; None if they are neither in memory nor in a file.
 
         Raises:
-            CogViewStorageError: When the saved file cannot be read, or is not this image.
+            CogViewStorageError: The saved file cannot be read, or is another image.
         """
         if self._content is not None or self.path is None:
             return self._content
@@ -256,21 +250,17 @@ class GeneratedImage(BaseModel):
 
     def _fetched(self, image: DownloadedImage) -> bytes:
         if self.sha256 not in {None, image.sha256}:
-            raise CogViewDownloadError("The image's link gives another image than the recorded one.", hint="")
+            raise CogViewDownloadError("The image's link returns another image than the recorded one.", hint="")
         return image.content or b""
 
-    def _where(self) -> str | None:
-        return self._reading().base_url or ("sandbox:" if self.sandbox else None)
-
-    def _rules(self, base_url: str | None) -> Any:
+    def _link(self) -> tuple[str, LinkRules]:
+        # The URL, and what may be opened to follow it.
         from langchain_cogview.addresses import LinkRules  # noqa: PLC0415
 
-        return LinkRules(base_url, self._reading().allowed_hosts)
-
-    def _link(self) -> str:
         if self.url is None:
             raise CogViewDownloadError("This image has neither a file nor a URL.", hint="")
-        return self.url
+        access = self._reading()
+        return self.url, LinkRules(access.base_url or ("sandbox:" if self.sandbox else None), access.allowed_hosts)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
@@ -281,7 +271,7 @@ class GeneratedImage(BaseModel):
         return state
 
     def __eq__(self, other: object) -> bool:
-        # The bytes at hand are no part of what the image is: the artifact's image equals the one that it was made of.
+        # The bytes in memory do not matter: an image of an artifact equals the one that the artifact was made of.
         return self.__dict__ == other.__dict__ if isinstance(other, GeneratedImage) else NotImplemented
 
     def __hash__(self) -> int:
@@ -307,18 +297,8 @@ class GeneratedImage(BaseModel):
 
 
 def with_content(image: GeneratedImage, content: bytes | None, access: ImageAccess | None = None) -> GeneratedImage:
-    """Let a new image hold its bytes in memory, in no repr, JSON or trace, and say what it may be read from.
-
-    Args:
-        image: The image, which is changed.
-        content: Its bytes; None if they are not in memory.
-        access: Which files, stores and hosts it may be read from; None: any file and public host, and no store.
-
-    Returns:
-        The image.
-    """
-    image._content = content  # noqa: SLF001
-    image._access = access  # noqa: SLF001
+    """Return the new image with its bytes, which no repr, JSON or trace shows, and what it may be read from; None: any file."""
+    image._content, image._access = content, access  # noqa: SLF001
     return image
 
 
@@ -357,9 +337,7 @@ class ImageFailure(BaseModel):
     def _complete(cls, values: Any) -> Any:
         # Records of older versions hold only the name of the class, which has the facts.
         kind = error_class(values.get("error")) if isinstance(values, dict) else None
-        if kind is None:
-            return values
-        return {"outcome": kind.outcome, "scope": kind.scope, "is_retryable": kind.is_retryable, **values}
+        return {**{name: getattr(kind, name) for name in _OF_CLASS}, **values} if kind else values
 
     @classmethod
     def of(cls, error: Exception, index: int) -> Self:
@@ -372,22 +350,13 @@ class ImageFailure(BaseModel):
         Returns:
             The record.
         """
+        kind = type(error).__name__
         if not isinstance(error, CogViewError):
-            return cls(index=index, error=type(error).__name__, message=printable(str(error)) or type(error).__name__)
-        return cls(
-            index=index,
-            error=type(error).__name__,
-            message=error.message,
-            hint=error.hint,
-            code=error.code,
-            status=error.status,
-            request_id=error.request_id and printable(error.request_id, _ID_CHARACTERS),
-            task_id=error.task_id and printable(error.task_id, _ID_CHARACTERS),
-            outcome=error.outcome,
-            scope=error.scope,
-            is_retryable=error.is_retryable,
-            content_filter=error.content_filter if isinstance(error, CogViewContentFilterError) else (),
-        )
+            return cls(index=index, error=kind, message=printable(str(error)) or kind)
+        facts = {name: getattr(error, name) for name in ("message", "hint", "code", "status", *_OF_CLASS)}
+        ids = {name: value and printable(value, _ID_CHARACTERS) for name in _IDS for value in [getattr(error, name)]}
+        entries = error.content_filter if isinstance(error, CogViewContentFilterError) else ()
+        return cls(index=index, error=kind, content_filter=entries, **facts, **ids)
 
 
 class ImageResult(BaseModel):
@@ -428,22 +397,22 @@ class ImageResult(BaseModel):
 
     @property
     def url(self) -> str | None:
-        """The first image's URL."""
+        """Link to the first image at the service."""
         return self.image.url
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the first image's link ends, where its URL tells it."""
+        """When the first image's link expires; None if the URL does not say."""
         return self.image.expires_at
 
     @property
     def path(self) -> Path | None:
-        """The first image's file."""
+        """The first image's file; None if it was not saved on this machine."""
         return self.image.path
 
     @property
     def uri(self) -> str | None:
-        """Where the first image was saved elsewhere."""
+        """Where the first image was saved remotely."""
         return self.image.uri
 
     @property
@@ -453,17 +422,17 @@ class ImageResult(BaseModel):
 
     @property
     def mime_type(self) -> str | None:
-        """The first image's type, by its bytes."""
+        """The first image's MIME type, read from the bytes."""
         return self.image.mime_type
 
     @property
     def width(self) -> int | None:
-        """The first image's width in pixels, from its bytes."""
+        """The first image's width in pixels, read from the bytes."""
         return self.image.width
 
     @property
     def height(self) -> int | None:
-        """The first image's height in pixels, from its bytes."""
+        """The first image's height in pixels, read from the bytes."""
         return self.image.height
 
     @property
@@ -473,7 +442,7 @@ class ImageResult(BaseModel):
 
     @property
     def sha256(self) -> str | None:
-        """The first image's hash."""
+        """SHA-256 of the first image's bytes, in hexadecimal."""
         return self.image.sha256
 
     @property
@@ -483,33 +452,44 @@ class ImageResult(BaseModel):
 
     @property
     def created(self) -> int | None:
-        """When the first image was asked for, in Unix seconds."""
+        """When the service created the first image, in Unix seconds."""
         return self.image.created
 
     @property
     def content_filter(self) -> tuple[ContentFilter, ...]:
-        """What the filter said of all images that were made."""
+        """Entries of the content filter of all images that were made."""
         return tuple(entry for image in self.images for entry in image.content_filter)
 
     def read(self) -> bytes:
-        """The first image's bytes; see `GeneratedImage.read`."""
+        """Read the first image; see `GeneratedImage.read`.
+
+        Returns:
+            The bytes of the image file.
+        """
         return self.image.read()
 
     async def aread(self) -> bytes:
-        """The first image's bytes; see `GeneratedImage.aread`."""
+        """Async version of `read`.
+
+        Returns:
+            The bytes of the image file.
+        """
         return await self.image.aread()
 
     def save(self, path: str | Path) -> Path:
-        """Write the images and tell where the first is.
+        """Write all images to files.
 
         Args:
-            path: As in `GeneratedImage.save`. Of several images the further ones get `-2`, `-3`, ... before the ending.
+            path: As in `GeneratedImage.save`. The names of further images get `-2`, `-3`, ... before the ending.
+
+        Returns:
+            Path of the first image's file.
 
         Raises:
-            CogViewStorageError: As in `GeneratedImage.save`, for the first that could not be saved, after the others were.
-            CogViewDownloadError: The same.
+            CogViewStorageError: An image could not be saved; this is the first such error, raised after the others were saved.
+            CogViewDownloadError: An image could not be saved because its bytes could not be fetched.
         """
-        from langchain_cogview.images.store import safe_name  # noqa: PLC0415
+        from langchain_cogview.images.store import safe_name, save_as  # noqa: PLC0415
 
         target = Path(path)
         folder = os.path.isdir(os.path.expanduser(target))  # noqa: PTH111, PTH112  which raise for no name
@@ -520,7 +500,7 @@ class ImageResult(BaseModel):
             suffix = next(text for text in chain([""], (f"-{copy}" for copy in count(2))) if name + text not in taken)
             taken.add(name + suffix)
             try:
-                saved.append(image._saved(target, suffix))  # noqa: SLF001
+                saved.append(save_as(target, image.read(), name=image.id, suffix=suffix))
             except CogViewError as error:  # the others are saved all the same
                 error.add_note(f"This is image {number} of {len(self.images)}, id {printable(image.id, 64)}.")
                 errors.append(error)
@@ -529,7 +509,11 @@ class ImageResult(BaseModel):
         return saved[0]
 
     def to_pil(self) -> Any:
-        """The first image as a `PIL.Image.Image`; see `GeneratedImage.to_pil`."""
+        """Decode the first image with Pillow; see `GeneratedImage.to_pil`.
+
+        Returns:
+            A `PIL.Image.Image`.
+        """
         return self.image.to_pil()
 
     def show(self) -> None:
@@ -538,7 +522,11 @@ class ImageResult(BaseModel):
             image.show()
 
     def to_artifact(self) -> ImageArtifact:
-        """Plain JSON without bytes: survives a checkpointer, a queue, a database."""
+        """Make the plain JSON form of the result, for a checkpointer, a queue or a database.
+
+        Returns:
+            The artifact, without image bytes.
+        """
         header = {"type": ARTIFACT_TYPE, "version": ARTIFACT_VERSION}
         return cast("ImageArtifact", header | self.model_dump(mode="json"))
 
@@ -552,9 +540,9 @@ class ImageResult(BaseModel):
         storage_options: Mapping[str, Any] | None = None,
         allowed_image_hosts: str | Iterable[str] | None = None,
     ) -> Self:
-        """The result of a `to_artifact`.
+        """Make a result from its plain JSON form.
 
-        The artifact may have been written by somebody else: the options say what it may open.
+        Other people may have written the artifact: the options limit what its images may be read from.
 
         Args:
             artifact: `ToolMessage.artifact`, or what `to_artifact` returned, also after JSON.
@@ -563,9 +551,12 @@ class ImageResult(BaseModel):
             storage_options: fsspec's options for these folders.
             allowed_image_hosts: The only hosts from which links are fetched. None: any public one.
 
+        Returns:
+            The result, without image bytes.
+
         Raises:
-            CogViewInvalidRequestError: When it is not an artifact, is damaged, or is of a later version.
-            CogViewConfigurationError: When `storage` does not name remote folders.
+            CogViewInvalidRequestError: It is not an artifact, is damaged, or is of a later version.
+            CogViewConfigurationError: `storage` does not name remote folders.
         """
         from langchain_cogview.images.remote import image_access  # noqa: PLC0415
 
@@ -576,7 +567,7 @@ class ImageResult(BaseModel):
 
     @classmethod
     def read_artifact(cls, artifact: Mapping[str, Any], access: ImageAccess | None) -> Self:
-        """As `from_artifact`, with its options as one object."""
+        """Return the result of an artifact, as `from_artifact` does, with its options as one object."""
         check_artifact(artifact)
         result = validated(cls, artifact)
         for image in result.images:

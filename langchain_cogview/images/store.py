@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from langchain_cogview.concurrency import raised_by_signal
-from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, ImageFormatError, inspect
+from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
+from langchain_cogview.images.formats import EXTENSIONS, MAX_IMAGE_BYTES, ImageFormatError, inspect, sniff
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -454,6 +454,35 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def save_as(target: Path, content: bytes, *, name: str, suffix: str = "") -> Path:
+    """Save an image in a file, which is replaced, or under a name in an existing folder; the suffix precedes the ending.
+
+    Returns:
+        Path of the file. A name without an ending gets that of the image's format.
+
+    Raises:
+        CogViewStorageError: The file could not be written.
+    """  # noqa: DOC501  what a signal handler raises passes
+    ending = EXTENSIONS.get(sniff(content[:32]) or "", "")
+    try:
+        target = target.expanduser()
+        if target.is_dir():
+            target /= f"{safe_name(name)}{suffix}{ending}"
+            replace_file(target, content)
+        else:
+            target = target.with_stem(f"{target.stem}{suffix}") if suffix else target
+            target = target if target.suffix else target.with_name(target.name + ending)
+            write_whole(target, content)
+    except (OSError, ValueError, RuntimeError) as error:
+        if raised_by_signal(error):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise CogViewStorageError(
+            f"The image could not be written to {printable(str(target), 120)}: {printable(str(why), 80)}."
+        ) from None
+    return target
 
 
 def save_once(folder: Path, names: Iterable[str], content: bytes) -> Path:

@@ -191,9 +191,13 @@ def decoded(content: bytes) -> Any:
         A `PIL.Image.Image`.
 
     Raises:
+        ImportError: Pillow is not installed; the message names the extra.
         CogViewStorageError: The image would take more memory, or it cannot be decoded.
     """
-    from PIL import Image  # noqa: PLC0415
+    try:
+        from PIL import Image  # noqa: PLC0415
+    except ImportError:
+        raise ImportError('to_pil needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
 
     try:
         _check_memory(inspect(io.BytesIO(content)))
