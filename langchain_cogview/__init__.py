@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from langchain_cogview.estimate import Estimate, spending_approval
     from langchain_cogview.events import ContentFilterEvent, GeneratedEvent, ProgressEvent, RetryEvent
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.images.backend import BackendFolder
     from langchain_cogview.jobs import JobPlan, JobReport, arun_job, plan_job, run_job
     from langchain_cogview.messages import images_from_messages, to_message
     from langchain_cogview.middleware import CogViewMiddleware as CogViewMiddleware
@@ -113,6 +114,7 @@ _NAMES = {
     "events": ("ContentFilterEvent", "GeneratedEvent", "ProgressEvent", "RetryEvent"),
     "notebook.gallery": ("Gallery", "acompare", "compare", "gallery"),
     "generator": ("CogViewImageGenerator",),
+    "images.backend": ("BackendFolder",),
     "jobs": ("JobPlan", "JobReport", "arun_job", "plan_job", "run_job"),
     "notebook.display": ("status_line",),
     "messages": ("images_from_messages", "to_message"),
@@ -130,6 +132,7 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "RETRYABLE_ERRORS",
     "AsyncContentFilterCallbackHandler",
+    "BackendFolder",
     "Budget",
     "CogViewAuthenticationError",
     "CogViewBalanceError",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from langchain_cogview.blocks import bytes_block, url_block
 from langchain_cogview.concurrency import in_thread, raised_by_signal
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewError, CogViewStorageError, Outcome, printable
+from langchain_cogview.images.backend import virtual_path
 from langchain_cogview.text import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def text_for_model(result: ImageResult, *, shown_to_user: bool = False, unseen: 
     images = []
     for image in result.images[:3]:
         facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
-        place = str(image.path or image.uri or "")
+        place = str(image.path or virtual_path(image.uri or ""))
         if place:
             facts.append(
                 f"saved as {place if len(place) <= _PATH_CHARACTERS // min(count, 3) else PurePath(place).name}"

@@ -44,7 +44,7 @@ from langchain_cogview.text import unsaved_note
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterator
 
-    from langchain_cogview.images.remote import RemoteFolder
+    from langchain_cogview.images.folders import Folder
     from langchain_cogview.request import ImageRequest
 
 UNDATED_URL_LIFETIME: Final = timedelta(hours=24)
@@ -273,7 +273,7 @@ class CachedRequest:
     """Normalised base URL of the service; a part of the key."""
     download: bool = True
     """Whether the caller wants the bytes. False: it wants the URL, and a valid URL makes a hit."""
-    folder: Path | RemoteFolder | None = None
+    folder: Path | Folder | None = None
     """The folder where the caller wants the file; None keeps the image in memory."""
     allowed_hosts: tuple[str, ...] | None = None
     """The only hosts that the image's own `read` may download from; None allows any public host."""
@@ -413,7 +413,7 @@ class CachedRequest:
         return content if _is_intact(content, recorded) else None
 
     def _saved(
-        self, recorded: GeneratedImage, content: bytes, folder: Path | RemoteFolder, deadline: Deadline
+        self, recorded: GeneratedImage, content: bytes, folder: Path | Folder, deadline: Deadline
     ) -> GeneratedImage:
         names = _names(recorded)
         try:

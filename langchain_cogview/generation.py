@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from langchain_cogview.cache import Entries
     from langchain_cogview.cost import Reservation
     from langchain_cogview.errors import ContentFilter
-    from langchain_cogview.images.remote import RemoteFolder
+    from langchain_cogview.images.folders import Folder
     from langchain_cogview.request import ImageRequest
 
 ImageOutcome = list[GeneratedImage] | Exception
@@ -102,7 +102,7 @@ class CallSettings:
     base_url: str
     timeout: float | None
     download: bool
-    folder: Path | RemoteFolder | None
+    folder: Path | Folder | None
     allowed_hosts: tuple[str, ...] | None
     use_tasks: Literal["auto"] | bool
     poll_interval: float
@@ -136,7 +136,7 @@ class CallSettings:
     def of(
         cls,
         service: Service,
-        folder: Path | RemoteFolder | None,
+        folder: Path | Folder | None,
         cache: Entries | None,
         settings: Mapping[str, Any],
     ) -> CallSettings:

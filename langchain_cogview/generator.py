@@ -31,6 +31,7 @@ from langchain_cogview.catalog import Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import in_tasks, in_threads
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
+from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.request import (
@@ -55,7 +56,15 @@ if TYPE_CHECKING:
 _FETCHING = 4
 _Checked = tuple[ImageRequest, tuple[str, ...]]
 """A request, and warnings about it."""
-_INJECTED: Final = ("http_client", "http_async_client", "rate_limiter", "cache", "storage_options", "enhance")
+_INJECTED: Final = (
+    "http_client",
+    "http_async_client",
+    "rate_limiter",
+    "cache",
+    "storage_options",
+    "enhance",
+    "output_dir",
+)
 _SERVICE: Final = frozenset({"api_key", "region", "base_url"})
 
 RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
@@ -112,7 +121,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         prices: Prices of one image by model, in the platform's currency, which replace the catalog's list prices.
         download: Whether to fetch the bytes. False: the result has only the URL, which expires after a day to a week.
         output_dir: A folder, created if missing, or a URL that fsspec knows, such as `s3://bucket/images` (extra `storage`):
-            each image is saved there under a name made of time, id and hash. None: the bytes stay in memory on the result.
+            each image is saved there under a name made of time, id and hash. Or a backend of deepagents, or a `BackendFolder` of
+            one: the agent's own file tools read the images there. None: the bytes stay in memory on the result.
         storage_options: Options of fsspec for such a URL. They are in no repr, trace or artifact.
         cache: A LangChain cache, or a directory: the same request gives the same image without paying. None: each call pays.
         allowed_image_hosts: The only hosts that images are fetched from, such as `"*.ufileos.com"`. None: any public host. An
@@ -172,8 +182,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Prices of one image by model, which replace the list prices."""
     download: bool = True
     """Whether the bytes are fetched."""
-    output_dir: Path | str | None = None
-    """The folder or the fsspec URL where images are saved; None for memory."""
+    output_dir: Path | str | BackendFolder | None = None
+    """The folder, the fsspec URL or the folder in a backend where images are saved; None for memory."""
     storage_options: Mapping[str, Any] | None = Field(default=None, exclude=True, repr=False)
     """Options of fsspec for such a URL."""
     cache: BaseCache | Path | str | None = Field(default=None, exclude=True, repr=False)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.blocks import BlockSource
+    from langchain_cogview.images.remote import Storage
 
 _MAX_DEPTH: Final = 24
 _TOOL: Final = frozenset({"tool", "ToolMessage", "ToolMessageChunk"})
@@ -52,7 +53,7 @@ def images_from_messages(
     *,
     last_turn: bool = False,
     within: str | os.PathLike[str] | None = None,
-    storage: str | Iterable[str] | None = None,
+    storage: Storage | None = None,
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> list[GeneratedImage]:
@@ -66,7 +67,8 @@ def images_from_messages(
         last_turn: Whether only the images after the last message of the user are returned. With a checkpointer an agent's output
             holds the messages of every turn.
         within: The only folder from which files are read. None: any file that is an image with the recorded size and hash.
-        storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`. None: no URI is read.
+        storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`, and backends
+            of deepagents or folders in them (`BackendFolder`). None: no URI is read.
         storage_options: fsspec's options for these folders.
         allowed_image_hosts: The only hosts from which links are fetched. None: any public one.
 

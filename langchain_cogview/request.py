@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from langchain_core.caches import BaseCache
     from langchain_core.rate_limiters import BaseRateLimiter
 
+    from langchain_cogview.images.backend import BackendFolder
+    from langchain_cogview.images.folders import Backend
+
 MAX_IMAGES: Final = 100
 """The largest number of images of one request."""
 REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermark_enabled")
@@ -437,7 +440,7 @@ class GeneratorSettings(TypedDict, total=False):
     poll_interval: float
     prices: Mapping[str, Decimal | float | str] | None
     download: bool
-    output_dir: Path | str | None
+    output_dir: Path | str | Backend | BackendFolder | None
     storage_options: Mapping[str, Any] | None
     cache: BaseCache | Path | str | None
     allowed_image_hosts: str | Sequence[str] | None
@@ -503,7 +506,7 @@ class FolderCheck:
         is_done: Whether nothing is left to check.
     """
 
-    output_dir: Path | str | None
+    output_dir: Path | str | BackendFolder | None
     is_done: bool = field(default=False, compare=False)
 
     def run(self) -> None:

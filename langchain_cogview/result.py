@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from langchain_cogview.addresses import LinkRules
     from langchain_cogview.blocks import BlockSource
     from langchain_cogview.images.download import DownloadedImage
-    from langchain_cogview.images.remote import ImageAccess
+    from langchain_cogview.images.remote import ImageAccess, Storage
 
 _READ_SECONDS = 60.0
 _SHOWN = 50
@@ -69,7 +69,7 @@ class GeneratedImage(BaseModel):
     path: LocalPath | None = None
     """The saved file; None if the image was not saved on this machine."""
     uri: Text | None = None
-    """Where the image was saved remotely, such as `s3://bucket/name.png`."""
+    """Where the image was saved remotely, such as `s3://bucket/name.png`, or `backend:///images/name.png` in a backend."""
     mime_type: Text | None = None
     """`image/png`, `image/jpeg` or `image/webp`, read from the bytes; None if they were not downloaded."""
     width: Pixels | None = None
@@ -536,7 +536,7 @@ class ImageResult(BaseModel):
         artifact: Mapping[str, Any],
         *,
         within: str | os.PathLike[str] | None = None,
-        storage: str | Iterable[str] | None = None,
+        storage: Storage | None = None,
         storage_options: Mapping[str, Any] | None = None,
         allowed_image_hosts: str | Iterable[str] | None = None,
     ) -> Self:
@@ -547,7 +547,7 @@ class ImageResult(BaseModel):
         Args:
             artifact: `ToolMessage.artifact`, or what `to_artifact` returned, also after JSON.
             within: The only folder from which files are read. None: any file that is an image with the recorded size and hash.
-            storage: URLs of the remote folders from which URIs are read, such as `s3://bucket/images`. None: no URI is read.
+            storage: URLs of the remote folders, such as `s3://bucket`, and backends from which URIs are read. None: none.
             storage_options: fsspec's options for these folders.
             allowed_image_hosts: The only hosts from which links are fetched. None: any public one.
 

@@ -43,6 +43,7 @@ MAX_WAIT: Final = 600.0
 MAX_REMEMBERED: Final = 1000
 """How many images a toolkit remembers; of those that have ended, the oldest are forgotten first."""
 PENDING_TYPE: Final = "cogview.image_task"
+_STATE_ACCESS: Final = frozenset({"__pregel_read", "__pregel_send"})
 _START_SECONDS: Final = 0.6
 _DOWNLOAD_ATTEMPTS: Final = 3
 _ID_CHARACTERS: Final = 8
@@ -172,7 +173,8 @@ class PendingImages:
         if self.tasks_generator:
             work = partial(self.tasks_generator.submit, arguments, budget=budget)
         else:
-            work = partial(self._tool.generator.invoke, arguments, _with_handler(config, image), budget=budget)
+            config = _with_handler(_without_state(config), image)
+            work = partial(self._tool.generator.invoke, arguments, config, budget=budget)
         with self._lock:
             if self._threads is None:
                 # Threads of a pool are joined when the interpreter ends: an image that is paid for is saved.
@@ -297,6 +299,12 @@ def unknown_id(image_id: str) -> CogViewInvalidRequestError:
         f"No image with the id {printable(image_id, 40)!r} was started here.",
         hint=f"Use an id that {START_NAME} returned. What a program that has ended started cannot be collected.",
     )
+
+
+def _without_state(config: RunnableConfig) -> RunnableConfig:
+    """Drop a graph's access to its state: what is written after the tool call has ended would be lost without an error."""
+    configurable = {name: value for name, value in config.get("configurable", {}).items() if name not in _STATE_ACCESS}
+    return {**config, "configurable": configurable}
 
 
 def _with_handler(config: RunnableConfig, image: PendingImage) -> RunnableConfig:

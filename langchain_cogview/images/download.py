@@ -41,7 +41,7 @@ from langchain_cogview.text import moment_text
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from langchain_cogview.images.remote import RemoteFolder
+    from langchain_cogview.images.folders import Folder
 
 
 MAX_REDIRECTS: Final = 3
@@ -317,12 +317,12 @@ def _image(info: ImageInfo, file: ImageFile, saved: Path | str | None) -> Downlo
     return DownloadedImage(info, file.size, file.sha256, path, uri, content, file.problem)
 
 
-def _new_file(folder: Path | RemoteFolder | None, label: str) -> ImageFile:
+def _new_file(folder: Path | Folder | None, label: str) -> ImageFile:
     """Return the file for a download; for a remote folder the bytes are in memory until they are uploaded."""
     return ImageFile(folder if isinstance(folder, Path) else None, label=label)
 
 
-def _save(file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, deadline: Deadline) -> DownloadedImage:
+def _save(file: ImageFile, rest: bytes, folder: Path | Folder | None, deadline: Deadline) -> DownloadedImage:
     # Closes the file.
     with contextlib.closing(file):
         info = _inspected(file, rest)
@@ -335,9 +335,7 @@ def _save(file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, dead
         return _image(info, file, saved)
 
 
-async def _asave(
-    file: ImageFile, rest: bytes, folder: Path | RemoteFolder | None, deadline: Deadline
-) -> DownloadedImage:
+async def _asave(file: ImageFile, rest: bytes, folder: Path | Folder | None, deadline: Deadline) -> DownloadedImage:
     if folder is None or isinstance(folder, Path):
         # A thread saves a local file to its end even when the caller is cancelled.
         return await in_thread(_save, file, rest, folder, deadline)
@@ -349,7 +347,7 @@ async def _asave(
 
 
 def save_content(
-    content: bytes, *, deadline: Deadline, folder: Path | RemoteFolder | None = None, label: str = ""
+    content: bytes, *, deadline: Deadline, folder: Path | Folder | None = None, label: str = ""
 ) -> DownloadedImage:
     """Check and save an image whose bytes were part of the reply. Blocks.
 
@@ -387,7 +385,7 @@ def fetch(
     url: str,
     *,
     deadline: Deadline,
-    folder: Path | RemoteFolder | None = None,
+    folder: Path | Folder | None = None,
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
     retries: int | None = None,
@@ -431,7 +429,7 @@ async def afetch(
     url: str,
     *,
     deadline: Deadline,
-    folder: Path | RemoteFolder | None = None,
+    folder: Path | Folder | None = None,
     label: str = "",
     rules: LinkRules = ANY_PUBLIC_HOST,
     retries: int | None = None,

@@ -10,30 +10,32 @@ so `ImageAccess` decides what may be opened, and bytes count as the image only w
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import errno
 import inspect
 import os
 import re
-import threading
-from contextvars import copy_context
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from langchain_cogview.concurrency import Deadline, raised_by_signal
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError, printable
+from langchain_cogview.images.backend import SCHEME, backend_folder
+from langchain_cogview.images.folders import TimePassedError, awaited, started, waited
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES
 from langchain_cogview.images.store import checked_image, local_path, read_regular_file, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
-T = TypeVar("T")
+    from langchain_cogview.images.folders import Answer, Backend, Folder
+
+    Storage = str | Backend | Folder | Iterable[str | Backend | Folder]
+    """What `storage=` takes: URLs of folders, and backends of deepagents or folders in them."""
 
 READ_SECONDS: Final = 60.0
 _REMOVE_SECONDS: Final = 10.0
@@ -52,10 +54,7 @@ _CLAIMED: Final[dict[str, object]] = {}
 
 @dataclass(frozen=True, slots=True)
 class RemoteFolder:
-    """A folder in remote storage, made from a URL by `remote_folder`.
-
-    The package saves an image either in a `Path` on this machine or through these methods, and knows nothing else of a store.
-    """
+    """A folder in remote storage, made from a URL by `remote_folder`."""
 
     url: str
     """The URL, such as `s3://bucket/images`; without credentials."""
@@ -80,7 +79,7 @@ class RemoteFolder:
             OSError: The file could not be saved in time; `strerror` says why, without the store's own words.
         """
         with _storage_errors("uploaded"):
-            return _waited(self._uploading(names, content, deadline), deadline)
+            return waited(self._uploading(names, content, deadline), deadline)
 
     async def aupload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
         """Async version of `upload`. A file of a cancelled upload is removed.
@@ -89,12 +88,12 @@ class RemoteFolder:
             The URI of the file.
         """
         with _storage_errors("uploaded"):
-            return await _awaited(self._uploading(names, content, deadline), deadline)
+            return await awaited(self._uploading(names, content, deadline), deadline)
 
-    def _uploading(self, names: Iterable[str], content: bytes, deadline: Deadline) -> _Answer[str]:
+    def _uploading(self, names: Iterable[str], content: bytes, deadline: Deadline) -> Answer[str]:
         root = self.url if self.url.endswith("/") else f"{self.url}/"
         uris = (f"{root}{name}" for name in names)
-        return _started(lambda answer: _put(_Store(self, deadline), answer, uris, content), deadline)
+        return started(lambda answer: _put(_Store(self, deadline), answer, uris, content), deadline)
 
     def holds(self, uri: str) -> bool:
         """Return whether a URI, which anybody may have written, names a file in this folder, without any way out of it."""
@@ -116,7 +115,7 @@ class RemoteFolder:
             CogViewStorageError: The file could not be read in time.
         """
         with _unreadable():
-            return _waited(*self._reading(uri, Deadline(seconds)))
+            return waited(*self._reading(uri, Deadline(seconds)))
 
     async def aread(self, uri: str, seconds: float | None = READ_SECONDS) -> bytes:
         """Async version of `read`.
@@ -125,10 +124,10 @@ class RemoteFolder:
             The bytes of the file.
         """
         with _unreadable():
-            return await _awaited(*self._reading(uri, Deadline(seconds)))
+            return await awaited(*self._reading(uri, Deadline(seconds)))
 
-    def _reading(self, uri: str, deadline: Deadline) -> tuple[_Answer[bytes], Deadline]:
-        return _started(lambda _: _get(uri, self.options, deadline), deadline), deadline
+    def _reading(self, uri: str, deadline: Deadline) -> tuple[Answer[bytes], Deadline]:
+        return started(lambda _: _get(uri, self.options, deadline), deadline), deadline
 
     def bucket(self) -> RemoteFolder:
         """Return the bucket of the folder, in which its options are valid."""
@@ -140,20 +139,25 @@ class RemoteFolder:
         return RemoteFolder(self.url)
 
 
-def remote_folder(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> RemoteFolder | Path:
+def remote_folder(url: str | os.PathLike[str] | Folder, options: Mapping[str, Any] | None = None) -> Folder | Path:
     """Check the URL of a folder, without using the network.
 
     Args:
-        url: A URL with a protocol that fsspec knows. A path, or a `file://` URL, is a folder on this machine.
+        url: A URL with a protocol that fsspec knows. A path, or a `file://` URL, is a folder on this machine. A folder that is
+            made already, such as one of a backend, is returned as it is.
         options: fsspec's storage options.
 
     Returns:
-        The remote folder, or the path of a folder on this machine.
+        The folder elsewhere, or the path of a folder on this machine.
 
     Raises:
         CogViewConfigurationError: The URL cannot name a folder, holds credentials, or needs a package that is missing.
     """
+    if not isinstance(url, str | os.PathLike):
+        return url
     text = os.fspath(url)
+    if text.startswith(SCHEME):
+        raise _wrong("it is in a backend of deepagents, which its URI does not bring", "Pass the backend itself.")
     parts = _URL.fullmatch(text)
     if parts is None or parts[1].lower() in _LOCAL:
         if options:
@@ -178,14 +182,14 @@ class ImageAccess:
     """The base URL of the service; links to the same host and port belong to the service. None: not known."""
     allowed_hosts: tuple[str, ...] | None = None
     """The only hosts whose links are opened; None: any public host."""
-    storage: tuple[RemoteFolder, ...] = ()
-    """The remote folders in which URIs are read, with their options. Empty: no URI is read."""
+    storage: tuple[Folder, ...] = ()
+    """The folders elsewhere in which URIs are read, with their options. Empty: no URI is read."""
     within: Path | None = None
     """The only folder from which files are read; None: any folder."""
 
     @classmethod
     def of_generator(
-        cls, base_url: str | None, allowed_hosts: tuple[str, ...] | None, folder: Path | RemoteFolder | None
+        cls, base_url: str | None, allowed_hosts: tuple[str, ...] | None, folder: Path | Folder | None
     ) -> ImageAccess:
         """Make the access for the images of a generator: URIs are read in the bucket of its own remote folder.
 
@@ -202,7 +206,8 @@ class ImageAccess:
 
     def without_options(self) -> ImageAccess:
         """Return a copy without storage options, which may hold secrets."""
-        return replace(self, storage=tuple(folder.without_options() for folder in self.storage))
+        kept = (folder.without_options() for folder in self.storage)
+        return replace(self, storage=tuple(folder for folder in kept if folder is not None))
 
     def read_file(self, path: Path, *, size_bytes: int | None = None, sha256: str | None = None) -> bytes:
         """Read a saved image.
@@ -272,7 +277,7 @@ class ImageAccess:
         content = await self._folder(uri).aread(uri, seconds)
         return checked_image(content, "The saved image", size_bytes=size_bytes, sha256=sha256)
 
-    def _folder(self, uri: str) -> RemoteFolder:
+    def _folder(self, uri: str) -> Folder:
         for folder in self.storage:
             if folder.holds(uri):
                 return folder
@@ -289,7 +294,7 @@ ANY_FILE: Final = ImageAccess()
 def image_access(
     *,
     within: str | os.PathLike[str] | None = None,
-    storage: str | Iterable[str] | None = None,
+    storage: Storage | None = None,
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> ImageAccess:
@@ -297,7 +302,8 @@ def image_access(
 
     Args:
         within: The only folder from which files are read; None: any folder.
-        storage: URLs of the remote folders in which URIs are read, such as `s3://bucket/images`; None: no URI is read.
+        storage: URLs of the remote folders in which URIs are read, such as `s3://bucket/images`, and backends of deepagents or
+            folders in them (`BackendFolder`); None: no URI is read.
         storage_options: fsspec's storage options for these folders; they are used for nothing else.
         allowed_image_hosts: The only hosts whose links are opened, as for `CogViewImageGenerator`; None: any public host.
 
@@ -307,7 +313,10 @@ def image_access(
     Raises:
         CogViewConfigurationError: An argument cannot be used.
     """
-    urls = [storage] if isinstance(storage, str) else list(storage or ())
+    given: list[Any] = [] if storage is None else [storage]
+    if isinstance(storage, Iterable) and not isinstance(storage, str) and not hasattr(storage, "upload_files"):
+        given = list(storage)
+    urls = [item for item in given if isinstance(item, str)]
     if storage_options and not urls:
         raise CogViewConfigurationError(
             "storage_options were passed without storage.",
@@ -318,13 +327,17 @@ def image_access(
         raise CogViewConfigurationError(
             "storage names a folder on this machine.", hint="Pass a folder on this machine as within=."
         )
-    folders = [remote_folder(url, storage_options) for url in urls]
+    folders = [remote_folder(item, storage_options) if isinstance(item, str) else _made(item) for item in given]
     hosts = (allowed_image_hosts,) if isinstance(allowed_image_hosts, str) else allowed_image_hosts
     return ImageAccess(
         allowed_hosts=None if hosts is None else tuple(hosts),
-        storage=tuple(folder for folder in folders if isinstance(folder, RemoteFolder)),
+        storage=tuple(folder for folder in folders if not isinstance(folder, Path)),
         within=None if within is None else local_path(within, "within"),
     )
+
+
+def _made(item: Any) -> Folder:
+    return item if isinstance(item, RemoteFolder) else backend_folder(item)
 
 
 # --- what a URL may be
@@ -392,14 +405,14 @@ class _Store:
         files, path = self._files(uri)
         left = self._deadline.remaining()
         if left == 0.0:  # fsspec reads zero as no limit
-            raise _TimePassedError
+            raise TimePassedError
         if files.async_impl:  # the others have no time limit
             options["timeout"] = left
         try:
             return getattr(files, method)(path, *args, **options)
         except TimeoutError:
             if self._deadline.passed:
-                raise _TimePassedError from None
+                raise TimePassedError from None
             raise
 
     def create(self, uri: str, content: bytes) -> None:
@@ -449,7 +462,7 @@ class _Store:
         return url_to_fs(uri, **self._folder.options)  # type: ignore[no-any-return]
 
 
-def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: bytes) -> str:
+def _put(store: _Store, answer: Answer[str], uris: Iterable[str], content: bytes) -> str:
     for uri in uris:
         claim = object()
         try:
@@ -469,7 +482,7 @@ def _put(store: _Store, answer: _Answer[str], uris: Iterable[str], content: byte
 
 def _get(uri: str, options: Mapping[str, Any], deadline: Deadline) -> bytes:
     folder = remote_folder(uri, options)
-    if isinstance(folder, Path):
+    if not isinstance(folder, RemoteFolder):
         raise _wrong("it is a file on this machine", "Open it as a file.")
     content: bytes = _Store(folder, deadline).call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
     if len(content) > MAX_IMAGE_BYTES:
@@ -477,65 +490,11 @@ def _get(uri: str, options: Mapping[str, Any], deadline: Deadline) -> bytes:
     return content
 
 
-# --- waiting
-
-_Answer = concurrent.futures.Future[T | BaseException]
-"""The outcome of the work. An exception is a value here, so that it is not logged when nobody waits for it any more."""
-
-
-class _TimePassedError(Exception):
-    """The time limit has passed."""
+# --- errors without the words of the store, which may hold keys
 
 
 class _PlainError(Exception):
     """An error whose text may be shown."""
-
-
-def _started(work: Callable[[_Answer[T]], T], deadline: Deadline) -> _Answer[T]:
-    if deadline.passed:
-        raise _TimePassedError
-    answer: _Answer[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        outcome: T | BaseException
-        try:
-            outcome = work(answer)
-        except BaseException as error:  # noqa: BLE001  raised by the waiting caller
-            outcome = error
-        if answer.set_running_or_notify_cancel():
-            answer.set_result(outcome)
-
-    # A daemon thread: a store that never answers holds up neither a pool nor the end of the process.
-    threading.Thread(target=copy_context().run, args=(run,), daemon=True, name="cogview-storage").start()
-    return answer
-
-
-def _waited(answer: _Answer[T], deadline: Deadline) -> T:
-    try:
-        concurrent.futures.wait([answer], timeout=deadline.remaining())
-    finally:
-        answer.cancel()  # has no effect on a finished one
-    return _settled(answer)
-
-
-async def _awaited(answer: _Answer[T], deadline: Deadline) -> T:
-    try:
-        await asyncio.wait([asyncio.wrap_future(answer)], timeout=deadline.remaining())
-    finally:
-        answer.cancel()
-    return _settled(answer)
-
-
-def _settled(answer: _Answer[T]) -> T:
-    if answer.cancelled():
-        raise _TimePassedError
-    outcome = answer.result()
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
-
-
-# --- errors without the words of the store, which may hold keys
 
 
 @contextlib.contextmanager
@@ -567,7 +526,7 @@ def _reason(error: Exception, done: str) -> str:
     if isinstance(error, _PlainError):
         return str(error)
     known = (
-        (_TimePassedError, f"the time limit passed while it was {done}"),
+        (TimePassedError, f"the time limit passed while it was {done}"),
         (FileNotFoundError, "the bucket, folder or file does not exist"),
         (PermissionError, "access was denied"),
         (TimeoutError, "the store did not answer in time"),

@@ -405,14 +405,18 @@ def checked_folder(value: Any) -> Any:
     """Check what the user passed as `output_dir`.
 
     Args:
-        value: A folder or a URL; other types are left to pydantic.
+        value: A folder, a URL, a backend of deepagents, or a folder in one.
 
     Returns:
-        The path, with `~` replaced by the home folder; a URL as it is.
+        The path, with `~` replaced by the home folder; a URL as it is; the folder in a backend.
 
     Raises:
         ValueError: The value is blank or holds a null character.
     """
+    if not isinstance(value, str | os.PathLike):
+        from langchain_cogview.images.backend import backend_folder  # noqa: PLC0415  on use
+
+        return backend_folder(value)
     if isinstance(value, str) and not value.strip():
         raise ValueError("output_dir takes a folder, such as 'images', or a URL, such as 's3://bucket/images'.")
     if "\0" in str(value):

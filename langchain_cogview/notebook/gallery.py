@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.images.remote import Storage
 
 Item = GeneratedImage | ImageResult | ImageFailure | BaseException | Mapping[str, Any]
 """An item of a gallery: a result, an image, a failure, an exception or an artifact."""
@@ -138,7 +139,7 @@ def gallery(
     results: Iterable[Any] | Item,
     *,
     within: str | os.PathLike[str] | None = None,
-    storage: str | Iterable[str] | None = None,
+    storage: Storage | None = None,
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> Gallery:
