@@ -126,6 +126,8 @@ class GeneratedImageArtifact(TypedDict):
     """The prompt."""
     task_id: str | None
     """Id of the task; None unless the task endpoint was used."""
+    list_price: NotRequired[str | None]
+    """What the service charges for such an image, as a decimal number; None if it is unknown."""
     cost: str | None
     """List price as a decimal number; "0" for a cached or sandbox image, None if the price is unknown."""
     currency: str | None

@@ -57,6 +57,8 @@ class Money:
     """The amount; None where it is unknown."""
     currency: str | None = None
     """ISO code of the currency; None where the amount is unknown."""
+    list_price: Decimal | None = None
+    """What the service would have charged for an image of the sandbox; None for other images."""
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Money:
@@ -70,7 +72,11 @@ class Money:
         """
         currency = event.get("currency")
         if event.get("sandbox") or event.get("cached"):
-            return cls(Decimal(0), currency)
+            try:
+                listed = None if event.get("cached") else checked_amount(event.get("list_price"))
+            except ValueError:
+                listed = None
+            return cls(Decimal(0), currency, listed if currency else None)
         try:
             amount = checked_amount(event.get("cost"))
         except ValueError:
@@ -88,10 +94,12 @@ class Money:
         Returns:
             The cost, which may be unknown.
         """
-        facts = ("cost", "currency", "sandbox", "cached")
+        facts = ("cost", "currency", "list_price", "sandbox", "cached")
         return cls.of({name: getattr(image, name) for name in facts})
 
     def __str__(self) -> str:
+        if self.list_price is not None:
+            return f"sandbox; list price {money_text(self.list_price, self.currency)}"
         return "unknown price" if self.amount is None else money_text(self.amount, self.currency)
 
 
@@ -105,6 +113,8 @@ class Charges:
     """The cost of the images of known price, by ISO currency code."""
     unpriced: int = 0
     """The number of images of unknown price, which are in no amount."""
+    listed: dict[str, Decimal] = field(default_factory=dict)
+    """What the service would have charged for the images of the sandbox, by ISO currency code."""
 
     def add(self, money: Money, count: int = 1) -> None:
         """Add images.
@@ -118,16 +128,25 @@ class Charges:
             self.unpriced += count
         elif money.currency:
             self.amounts[money.currency] = self.amounts.get(money.currency, Decimal(0)) + count * money.amount
+            if money.list_price is not None:
+                self.listed[money.currency] = self.listed.get(money.currency, Decimal(0)) + count * money.list_price
 
     def in_text(self) -> dict[str, str]:
         """Return the amounts for JSON: decimal numbers as text, by ISO currency code."""
         return {currency: f"{amount:f}" for currency, amount in self.amounts.items()}
 
     def __str__(self) -> str:
-        money = " + ".join(str(Money(amount, currency)) for currency, amount in self.amounts.items() if amount)
+        money = _sum_text(self.amounts)
+        if self.listed:
+            listed = f"sandbox; list price {_sum_text(self.listed) or NO_COST}"
+            money = f"{money} ({listed})" if money else listed
         if self.unpriced:
             return " and ".join(part for part in (money, f"{self.unpriced} of unknown price") if part)
         return money or NO_COST
+
+
+def _sum_text(amounts: Mapping[str, Decimal]) -> str:
+    return " + ".join(money_text(amount, currency) for currency, amount in amounts.items() if amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +343,7 @@ class ImageCosts:
         # One kind of image that is all there is needs no second count.
         named = [name for count, name in free if 0 < count == charges.count] or _named(*free)
         text += f" ({', '.join(named)})" if named else ""
-        text += f", {charges}" if charges.count else ""
+        text += f", {str(charges).removeprefix('sandbox; ')}" if charges.count else ""  # the sandbox is named before
         text += f" (list prices of {self.prices_as_of})" if any(charges.amounts.values()) else ""
         return "; ".join((text, *others))
 

@@ -86,6 +86,8 @@ class ContentFilterEvent(_EventFields):
     """The level in words."""
     blocked: bool
     """True: there is no image, and nothing was charged. False: the image was made in spite of the entries."""
+    cost: NotRequired[str]
+    """What was charged, as a decimal number: `0` for a blocked call. A made image has its cost in `cogview.generated`."""
     entries: list[ContentFilterArtifact]
     """All entries, in the order of the service."""
     model: str
@@ -150,7 +152,7 @@ class ProgressEvent(_EventFields):
     uncertain: int
     """At `failed` and `cancelled`: number of requests that may have been charged, including those that were sent again."""
     cost: str | None
-    """What the image costs if it is made, as a decimal number; None if the price is unknown."""
+    """What the image costs if it is made, as a decimal number, and `0` if it was blocked; None if the price is unknown."""
     currency: str | None
     """ISO code of the cost's currency."""
 
@@ -462,6 +464,7 @@ class ImageEvents:
         facts = {
             "error": type(error).__name__,
             "blocked": isinstance(error, CogViewContentFilterError),
+            **({"cost": "0"} if isinstance(error, CogViewContentFilterError) and not self.uncertain else {}),
             "outcome": str(outcome),
             "scope": str(error.scope) if isinstance(error, CogViewError) else None,
             "is_retryable": isinstance(error, CogViewError) and error.is_retryable,
@@ -530,6 +533,7 @@ class ImageEvents:
             "stage": worst.stage if worst else None,
             "severity": worst.severity if worst else "unknown",
             "blocked": blocked,
+            **({"cost": "0"} if blocked else {}),
             "entries": [{"role": entry.role, "level": entry.level} for entry in entries],
             "model": self.model,
             "request_id": self.request_id,

@@ -95,6 +95,7 @@ class CallSettings:
         poll_interval: Seconds between two polls of a task.
         price: Returns the price of an image of a model: amount (None: unknown) and currency.
         include_prompt: Whether content filter events hold the prompt.
+        usd_per_cny: The exchange rate for the cost in traces; None: amounts in CNY have none there.
         cache: Where images are looked up before they are paid for; None: nowhere.
     """
 
@@ -109,6 +110,7 @@ class CallSettings:
     # Not compared: functions are never equal, and equal generators must stay equal after a call.
     price: Callable[[str], tuple[Decimal | None, str]] = field(compare=False)
     include_prompt: bool
+    usd_per_cny: Decimal | None = None
     cache: Entries | None = None
 
     def cached(self, request: ImageRequest) -> CachedRequest | None:
@@ -168,7 +170,7 @@ class CallSettings:
             allowed_hosts=settings["allowed_image_hosts"],
             price=partial(price_of, region=service.region, prices=settings["prices"]),
             include_prompt=settings["include_prompt_in_events"],
-            **{name: settings[name] for name in ("timeout", "download", "use_tasks", "poll_interval")},
+            **{name: settings[name] for name in ("timeout", "download", "use_tasks", "poll_interval", "usd_per_cny")},
         )
 
 
@@ -327,6 +329,7 @@ class ImageCall:
             cogview_images=len(images),
             cogview_cost=None if cost is None else str(cost),
             cogview_currency=currency,
+            **_usage(cost, currency, self.settings.usd_per_cny),
             cogview_content_filter=[str(entry) for outcome in outcomes for entry in _entries(outcome)],
         )
         if not images:
@@ -527,6 +530,7 @@ class ImageCall:
                 size=request.resolved_size,
                 quality=request.resolved_quality,
                 prompt=request.prompt,
+                list_price=amount,
                 cost=Decimal(0) if reply.sandbox else amount,
                 currency=currency,
                 seconds=round(events.deadline.elapsed, 3),
@@ -582,6 +586,13 @@ def _running_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # no event loop is running
         return None
+
+
+def _usage(cost: Decimal | None, currency: str | None, usd_per_cny: Decimal | None) -> dict[str, Any]:
+    """Return the cost in the form that LangSmith adds up, which is in USD."""
+    if cost is not None and currency == "CNY" and usd_per_cny is not None:
+        cost, currency = cost * usd_per_cny, "USD"
+    return {"usage_metadata": {"total_cost": float(cost)}} if cost is not None and currency == "USD" else {}
 
 
 def _entries(outcome: ImageOutcome) -> Sequence[ContentFilter]:

@@ -118,6 +118,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             attempts, that is, if it did not run. They are never called after a block or an unknown outcome.
         use_tasks: Whether to use the task endpoint: a paid POST of milliseconds, then free polls. `auto`: if the model allows it.
         poll_interval: Seconds between two polls of a task, at most 60. Default: 3.
+        usd_per_cny: US dollars for one yuan, so that costs in CNY stand in LangSmith's cost column, which is in USD. None: only
+            costs in USD stand there.
         prices: Prices of one image by model, in the platform's currency, which replace the catalog's list prices.
         download: Whether to fetch the bytes. False: the result has only the URL, which expires after a day to a week.
         output_dir: A folder, created if missing, or a URL that fsspec knows, such as `s3://bucket/images` (extra `storage`):
@@ -178,6 +180,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Whether the task endpoint is used; `auto` if the model allows it."""
     poll_interval: float = Field(default=3.0, gt=0, le=60)
     """Seconds between two polls of a task."""
+    usd_per_cny: Decimal | None = Field(default=None, gt=0)
+    """US dollars for one yuan, for the cost column of LangSmith; None: amounts in yuan have no cost there."""
     prices: Mapping[str, Decimal] | None = None
     """Prices of one image by model, which replace the list prices."""
     download: bool = True
@@ -351,6 +355,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     def lc_attributes(self) -> dict[str, Any]:
         """The fields that LangChain serializes in another form."""
         own: dict[str, Any] = {} if self.output_dir is None else {"output_dir": str(self.output_dir)}
+        if self.usd_per_cny is not None:
+            own |= {"usd_per_cny": str(self.usd_per_cny)}
         return (
             own if self.prices is None else own | {"prices": {name: str(price) for name, price in self.prices.items()}}
         )

@@ -439,6 +439,7 @@ class GeneratorSettings(TypedDict, total=False):
     use_tasks: Literal["auto"] | bool
     poll_interval: float
     prices: Mapping[str, Decimal | float | str] | None
+    usd_per_cny: Decimal | float | str | None
     download: bool
     output_dir: Path | str | Backend | BackendFolder | None
     storage_options: Mapping[str, Any] | None

@@ -98,6 +98,8 @@ class GeneratedImage(BaseModel):
     """The prompt."""
     task_id: Text | None = None
     """Id of the task; None unless the task endpoint was used."""
+    list_price: Amount | None = None
+    """What the service charges for such an image, also for one from a cache or the sandbox; None if it is unknown."""
     cost: Amount | None = None
     """List price in `currency`; 0 for a cached or sandbox image, None if the price is unknown."""
     currency: Currency | None = None

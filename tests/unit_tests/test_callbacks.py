@@ -68,6 +68,7 @@ def test_a_block_is_reported_and_raised(generator, run):
     event = handler.events[0]
     assert event == {
         "version": 1, "role": "user", "level": 1, "stage": "prompt", "severity": "severe", "blocked": True,
+        "cost": "0",
         "entries": [{"role": "user", "level": 1}], "model": "cogview-4-250304", "request_id": caught.value.request_id,
         "tool_call_id": None, "sandbox": True,
     }  # fmt: skip

@@ -211,7 +211,7 @@ def test_every_picture_of_real_work_ends_in_one_count(generator, work):
         assert (handler.done, handler.failed, handler.blocked, handler.in_flight) == (4, 3, 1, 0)
         assert (handler.retries, handler.ended) == (1, 8)
         assert (handler.costs.sandbox, handler.costs.uncertain.count) == (4, 1)
-    assert re.match(r"CogView 8/8 \|█+\| .* 1 blocked, 3 failed$", terminal.drawings[-1])
+    assert re.match(r"CogView 8/8 \|█+\| .* 1 blocked, 3 failed, sandbox; list price 0.24 CNY$", terminal.drawings[-1])
 
 
 def test_a_task_is_in_flight_once_however_often_it_is_asked_for():

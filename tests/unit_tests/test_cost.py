@@ -415,7 +415,7 @@ def test_real_work_is_counted_once_by_handler_and_block(generator, work):
     assert (
         str(costs)
         == str(handler.costs)
-        == ("3 images (of the sandbox), no cost; 1 blocked; 1 failed; 1 not received (no cost)")
+        == ("3 images (of the sandbox), list price 0.18 CNY; 1 blocked; 1 failed; 1 not received (no cost)")
     )
     assert costs.by_model == {(MODEL, "CNY"): ModelCosts(3, Decimal(0))}
 

@@ -70,7 +70,7 @@ def test_a_batch_with_failures_is_shown_whole_and_numbered(generator):
         "0", "Blocked", "1", "Failed", "2", "3",
     ]  # fmt: skip
     assert "The content filter blocked the prompt at level 1 (severe)." in seen.text
-    assert repr(made) == "Gallery(2 images, 1 blocked, 1 failed)"
+    assert repr(made) == "Gallery(2 images, 1 blocked, 1 failed, sandbox; list price 0.12 CNY)"
     assert made.results == tuple(results)
 
 
@@ -107,7 +107,7 @@ def test_it_takes_an_agents_output(generator):
 
     artifact = generator.invoke("x").to_artifact()
     output = {"messages": [AIMessage("hi"), ToolMessage("made", tool_call_id="1", artifact=artifact)]}
-    assert repr(gallery(output)) == "Gallery(1 image)"
+    assert repr(gallery(output)) == "Gallery(1 image, sandbox; list price 0.06 CNY)"
 
 
 def test_errors_and_records_of_failures_are_tiles():
@@ -258,7 +258,7 @@ async def test_every_combination_is_drawn_into_a_labelled_table(twin, sandbox):
         ("glm-image", "1280x1280", "hd"), ("glm-image", "1728x960", "hd"),
     ]  # fmt: skip
     assert "glm-image accepts only quality 'hd'" in seen.text
-    assert repr(made) == "Gallery(6 images, 2 failed)"
+    assert repr(made) == "Gallery(6 images, 2 failed, sandbox; list price 0.44 CNY)"
     assert "a fox" in seen.text
 
 
@@ -281,7 +281,7 @@ async def test_one_kind_of_setting_is_one_row(twin, generator):
 async def test_a_blocked_one_does_not_cost_the_others(twin, generator, sandbox):
     sandbox.fail_next("content-filter")
     made = await drawn_by(twin, "x", sizes=["square", "16:9"], generator=generator)
-    assert repr(made) == "Gallery(1 image, 1 blocked)"
+    assert repr(made) == "Gallery(1 image, 1 blocked, sandbox; list price 0.06 CNY)"
 
 
 @twins
