@@ -8,9 +8,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from langchain_cogview.blocks import bytes_block, url_block
-from langchain_cogview.concurrency import in_thread, raised_by_signal
+from langchain_cogview.concurrency import Deadline, in_thread, raised_by_signal
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewError, CogViewStorageError, Outcome, printable
 from langchain_cogview.images.backend import virtual_path
+from langchain_cogview.images.formats import EXTENSIONS
+from langchain_cogview.images.store import image_names
 from langchain_cogview.text import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.blocks import BlockSource
+    from langchain_cogview.images.backend import BackendFolder
     from langchain_cogview.result import GeneratedImage, ImageResult
 
     Answer = tuple[str | list[dict[str, Any]], ImageArtifact]
@@ -29,6 +32,7 @@ _NOT_THE_IMAGE: Final = ", not the image."
 _AND_THE_IMAGE: Final = ", and the image to look at."
 _SHOWN_TO_USER: Final = " The application shows the image to the user."
 _PATH_CHARACTERS: Final = 160
+_UPLOAD_SECONDS: Final = 60.0
 
 
 def described(description: str, settings: Mapping[str, Any]) -> str:
@@ -153,7 +157,39 @@ def _is_unsaved(image: GeneratedImage) -> bool:
 
 def _with_files(result: ImageResult) -> ImageResult:
     # An artifact has no bytes, so an image that is only in memory is saved in a temporary folder.
-    images = [_saved(image) if _is_unsaved(image) else image for image in result.images]
+    return _replaced(result, [_saved(image) if _is_unsaved(image) else image for image in result.images])
+
+
+def uploaded(result: ImageResult, folder: BackendFolder) -> ImageResult:
+    """Save images in a backend that could not be used where they were made. Blocks.
+
+    Args:
+        result: The result.
+        folder: The folder in the backend.
+
+    Returns:
+        The result, whose images are in the backend if they are nowhere else and the upload succeeds. An image has the same name
+        each time, so that a second call makes no second file.
+    """
+    if not any(map(_is_unsaved, result.images)):
+        return result
+    return _replaced(result, [_uploaded(image, folder) if _is_unsaved(image) else image for image in result.images])
+
+
+def _uploaded(image: GeneratedImage, folder: BackendFolder) -> GeneratedImage:
+    try:
+        extension = EXTENSIONS.get(image.mime_type or "", "")
+        names = image_names(image.id, image.sha256 or "", extension, moment=image.created or 0)
+        uri = folder.upload(names, image.read(), Deadline(_UPLOAD_SECONDS))
+    except Exception as error:
+        if raised_by_signal(error):
+            raise
+        return image
+    warnings = tuple(warning for warning in image.warnings if not warning.endswith(IN_MEMORY))
+    return image.model_copy(update={"uri": uri, "warnings": warnings})
+
+
+def _replaced(result: ImageResult, images: Sequence[GeneratedImage]) -> ImageResult:
     of_images = {note for image in result.images for note in image.warnings}
     notes = [
         *(note for note in result.warnings if note not in of_images),

@@ -490,6 +490,10 @@ def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
         raise ValueError(problem)
     if not settings["download"] and settings["output_dir"] is not None:
         raise ValueError("output_dir needs the bytes of the image: remove download=False.")
+    if settings["storage_options"] and not isinstance(settings["output_dir"], str):
+        raise ValueError(
+            "storage_options are for an output_dir that is a URL, such as 's3://bucket/images': leave them out."
+        )
     models = (settings["model"], *settings["fallback_models"])
     if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
         raise ValueError("use_tasks=True needs a model that can make images as tasks, such as 'glm-image'.")

@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool, BaseToolkit
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, WithJsonSchema, create_model
 
+from langchain_cogview.answers import uploaded
 from langchain_cogview.batches import ImageTask
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import in_thread
@@ -26,6 +27,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.events import PROGRESS_EVENT, EventHandler
 from langchain_cogview.generator import CogViewImageGenerator
+from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings
 
 if TYPE_CHECKING:
@@ -428,13 +430,23 @@ class GetImageTool(_ToolkitTool):
         with self.tool.failures():
             image = self.images.find(id)
             result = self.images.get(image, self._seconds(wait), ensure_config())
+            folder = self._backend()
+            if folder and result:
+                result = uploaded(result, folder)
         return self._unfinished(image) if result is None else self.tool.answer(result)
 
     async def _arun(self, id: str, wait: float | None = None) -> tuple[Any, Any]:  # noqa: A002
         with self.tool.failures():
             image = self.images.find(id)
             result = await self.images.aget(image, self._seconds(wait), ensure_config())
+            folder = self._backend()
+            if folder and result:
+                result = await in_thread(uploaded, result, folder)
         return self._unfinished(image) if result is None else await self.tool.aanswer(result)
+
+    def _backend(self) -> BackendFolder | None:
+        """The folder in the agent's files: a request that ran in the background could not write there."""
+        return next((folder for folder in self.tool.image_access().storage if isinstance(folder, BackendFolder)), None)
 
     def _seconds(self, wait: float | None) -> float:
         return self.wait if wait is None else min(wait, self.wait)

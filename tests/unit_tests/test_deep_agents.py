@@ -171,17 +171,32 @@ def test_the_middleware_shows_images_that_are_in_the_agent_files(how):
 
 @both
 @pytest.mark.parametrize("model", ["cogview-4", "glm-image"])
-def test_an_image_that_is_collected_later_is_in_the_agent_files_or_in_a_temporary_folder(how, model):
+def test_an_image_that_is_collected_later_is_in_the_agent_files(how, model):
+    # A request of `cogview-4` goes on after the tool call that could write to the state.
     backend = deep.StateBackend()
     toolkit = CogViewToolkit(base_url="sandbox:", output_dir=backend, model=model)
     output = run(how, backend, first=[call("cogview_start_image", prompt="a kitten")], tools=toolkit.get_tools())
     (image,) = images_from_messages(output)
-    if model == "glm-image":
-        assert list(output["files"]) == [image.uri.removeprefix("backend://")] == list(shown(output))
-    else:  # the request goes on after the tool call that could write to the state
-        assert image.uri is None
-        assert "StateBackend needs a running graph" in image.warnings[0]
-        assert image.read()
+    assert list(output["files"]) == [image.uri.removeprefix("backend://")] == list(shown(output))
+    assert not image.warnings
+
+
+@both
+def test_an_image_that_is_collected_where_no_graph_runs_is_in_a_temporary_folder(how):
+    toolkit = CogViewToolkit(base_url="sandbox:", output_dir=deep.StateBackend(), model="cogview-4")
+    tools = {each.name: each for each in toolkit.get_tools()}
+    start, get = tools["cogview_start_image"], tools["cogview_get_image"]
+
+    async def acollected():
+        message = await start.ainvoke(call(start.name, prompt="a kitten"))
+        return await get.ainvoke(call(get.name, id=message.artifact["id"]))
+
+    def collected():
+        return get.invoke(call(get.name, id=start.invoke(call(start.name, prompt="a kitten")).artifact["id"]))
+
+    (image,) = images_from_messages([collected() if how == "sync" else asyncio.run(acollected())])
+    assert "StateBackend needs a running graph" in image.warnings[0]
+    assert image.path.read_bytes() == image.read()
 
 
 @both

@@ -5,6 +5,7 @@ import copy
 import pickle
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from langchain_core.load import dumpd, load
@@ -232,6 +233,13 @@ def test_what_is_no_backend_is_refused_with_what_to_pass(value):
     with pytest.raises(CogViewConfigurationError, match="no backend of deepagents") as caught:
         CogViewImageGenerator(base_url="sandbox:", output_dir=value)
     assert "Pass the backend itself" in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", [Files(), None, "images"], ids=["backend", "none", "folder"])
+def test_options_of_a_store_are_refused_where_nothing_takes_them(folder):
+    folder = Path(folder) if isinstance(folder, str) else folder
+    with pytest.raises(ValueError, match="storage_options are for"):
+        CogViewImageGenerator(base_url="sandbox:", output_dir=folder, storage_options={"key": "x"})
 
 
 @pytest.mark.parametrize("path", ["images", "/a/../b", "/a//b", "/~\n", "C:/a", 5, "/a\\b"])
