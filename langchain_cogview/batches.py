@@ -16,15 +16,7 @@ from langchain_core.runnables.config import get_config_list, merge_configs
 
 from langchain_cogview.api.settings import preload
 from langchain_cogview.catalog import DEFAULT_MODEL, model_info
-from langchain_cogview.concurrency import (
-    Deadline,
-    astream_tasks,
-    in_tasks,
-    in_threads,
-    numbered,
-    raised_by_signal,
-    stream_in_threads,
-)
+from langchain_cogview.concurrency import Deadline, raised_by_signal
 from langchain_cogview.errors import (
     CogViewBatchError,
     CogViewContentFilterError,
@@ -34,6 +26,7 @@ from langchain_cogview.errors import (
     is_retryable,
     printable,
 )
+from langchain_cogview.pools import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
 from langchain_cogview.request import ImageInput, ImageRequest
 from langchain_cogview.result import ImageResult
 

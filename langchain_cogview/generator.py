@@ -28,12 +28,12 @@ from langchain_cogview.api.settings import (
 )
 from langchain_cogview.batches import BatchRunnable, ImageTask, checked_task, logged_handler_errors, traced_config
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
-from langchain_cogview.concurrency import in_tasks, in_threads
 from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
+from langchain_cogview.pools import in_tasks, in_threads
 from langchain_cogview.request import (
     REQUEST_DEFAULTS,
     FolderCheck,

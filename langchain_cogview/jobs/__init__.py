@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
-from langchain_cogview.concurrency import astream_tasks, entered_in_thread, in_thread, stream_in_threads
+from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewConfigurationError,
@@ -50,6 +50,7 @@ from langchain_cogview.jobs.plan import (
 from langchain_cogview.jobs.prompts import Problem, check_prompts, cost_text, count_text
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
 from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
+from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
     import threading

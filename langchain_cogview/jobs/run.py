@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.batches import ImageTask
-from langchain_cogview.concurrency import CANCEL_TOKEN, aor_error, in_thread, or_error
+from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewBudgetError,
@@ -39,6 +39,7 @@ from langchain_cogview.jobs.manifest import (
     write_image,
 )
 from langchain_cogview.jobs.plan import price_of
+from langchain_cogview.pools import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageFailure, ImageResult, with_content
 from langchain_cogview.text import visible

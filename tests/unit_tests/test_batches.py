@@ -11,7 +11,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from PIL import Image
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewImageGenerator, Sandbox
-from langchain_cogview.concurrency import astream_tasks, stream_in_threads
+from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 PATIENCE = 60
 """Seconds that are waited for what should happen at once; only what hangs needs them."""

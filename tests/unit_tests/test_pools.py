@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from langchain_cogview import CogViewImageGenerator, arun_job
-from langchain_cogview.concurrency import astream_tasks, in_threads
+from langchain_cogview.pools import astream_tasks, in_threads
 
 
 def test_results_come_in_the_order_of_the_tasks_and_no_more_run_than_there_are_places():
