@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, 
 from langchain_cogview.answers import uploaded
 from langchain_cogview.batches import ImageTask
 from langchain_cogview.catalog import model_info
-from langchain_cogview.concurrency import in_thread
+from langchain_cogview.concurrency import Deadline, in_thread
 from langchain_cogview.errors import (
     CogViewInvalidRequestError,
     CogViewNotFoundError,
@@ -48,6 +48,7 @@ PENDING_TYPE: Final = "cogview.image_task"
 _STATE_ACCESS: Final = frozenset({"__pregel_read", "__pregel_send"})
 _START_SECONDS: Final = 0.6
 _DOWNLOAD_ATTEMPTS: Final = 3
+_CHECK_SECONDS: Final = 0.2
 _ID_CHARACTERS: Final = 8
 _MAX_ID_CHARACTERS: Final = 128
 
@@ -95,6 +96,7 @@ class PendingImage:
         for future in (self.result, self.announced):
             future.set_running_or_notify_cancel()  # a caller that is cancelled cannot cancel them
         self.fetches = 0
+        self.collecting = threading.Lock()  # held by the call that collects the task
         self._started = None if task else time.monotonic()
 
     @property
@@ -250,14 +252,22 @@ class PendingImages:
         Raises:
             CogViewError: No image was made.
         """
+        deadline = Deadline(seconds)
+        while image.task is not None and not image.result.done() and not image.collecting.acquire(blocking=False):
+            # Another call collects the task: it is fetched and saved once.
+            if deadline.passed:
+                return None
+            wait([image.result], min(deadline.remaining() or 0.0, _CHECK_SECONDS))
         if image.task is None or image.result.done():
             return image.result.result() if wait([image.result], seconds).done else None
         try:
-            return self._collected(image, image.task.result(config, timeout=seconds))
+            return self._collected(image, image.task.result(config, timeout=deadline.remaining()))
         except CogViewTaskUnfinishedError:
             return None
         except CogViewNotFoundError:
             raise unknown_id(image.id) from None
+        finally:
+            image.collecting.release()
 
     async def aget(self, image: PendingImage, seconds: float, config: RunnableConfig) -> ImageResult | None:
         """Async version of `get`.
@@ -265,15 +275,23 @@ class PendingImages:
         Returns:
             As `get`.
         """
+        deadline = Deadline(seconds)
+        while image.task is not None and not image.result.done() and not image.collecting.acquire(blocking=False):
+            if deadline.passed:
+                return None
+            left = min(deadline.remaining() or 0.0, _CHECK_SECONDS)
+            await asyncio.wait([asyncio.wrap_future(image.result)], timeout=left)
         if image.task is None or image.result.done():
             done, _ = await asyncio.wait([asyncio.wrap_future(image.result)], timeout=seconds)
             return image.result.result() if done else None
         try:
-            return self._collected(image, await image.task.aresult(config, timeout=seconds))
+            return self._collected(image, await image.task.aresult(config, timeout=deadline.remaining()))
         except CogViewTaskUnfinishedError:
             return None
         except CogViewNotFoundError:
             raise unknown_id(image.id) from None
+        finally:
+            image.collecting.release()
 
     def _collected(self, image: PendingImage, result: ImageResult) -> ImageResult | None:
         """Keep the result of a task, unless the wait ended in the middle of the download: then it is fetched again."""

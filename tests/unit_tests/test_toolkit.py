@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from langchain_core.messages import AIMessage
@@ -171,3 +172,20 @@ def test_a_program_that_ends_saves_what_it_has_started(tmp_path):
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=100)
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+@both
+@models
+def test_calls_that_collect_at_once_save_one_image(sandbox, tmp_path, how, model):
+    start, get, *_ = toolkit_of(sandbox, tmp_path, model=model).get_tools()
+    image_id = called(start, how, prompt=SLOW).artifact["id"]
+
+    async def run():
+        return await asyncio.gather(*(get.ainvoke({"id": image_id}) for _ in range(4)))
+
+    if how == "async":
+        texts = asyncio.run(run())
+    else:
+        with ThreadPoolExecutor() as pool:
+            texts = list(pool.map(get.invoke, [{"id": image_id}] * 4))
+    assert len(set(texts)) == len(list(tmp_path.glob("*.png"))) == len(sandbox.downloads) == 1
