@@ -125,8 +125,8 @@ class ProgressEvent(_EventFields):
     """Payload of `cogview.progress`: the stage that the generation of one image has reached. Plain JSON.
 
     Each image that is requested from the service sends `sent` once, `processing` at each poll of a task, and ends with `failed`,
-    `cancelled` or the event `cogview.generated`; a caller who leaves while a paid image is downloaded gets none of them. A cached
-    image sends `cogview.generated` only, and a task that is resumed does not send `sent`.
+    `cancelled` or the event `cogview.generated`. A cached image sends `cogview.generated` only, and a task that is resumed does
+    not send `sent`.
     """
 
     stage: Literal["sent", "processing", "failed", "cancelled"]
@@ -443,15 +443,13 @@ class ImageEvents:
         """Async version of `processing`."""
         await self.dispatcher.adispatch(self._progress("processing", task_id=task_id))
 
-    def ended_with(self, error: BaseException) -> list[Event]:
-        """Make the events of an image that was not made, or whose caller left.
+    def lost(self, error: BaseException, task_id: str | None) -> list[Event]:
+        """Return the events of an image that was paid and not received, because its caller left during the download."""
+        self.uncertain += 1
+        return self.ended_with(error, task_id=task_id, outcome=str(Outcome.UNKNOWN))
 
-        Args:
-            error: Why there is no image.
-
-        Returns:
-            The events.
-        """
+    def ended_with(self, error: BaseException, **known: str | None) -> list[Event]:
+        """Return the events of an image that was not made, or whose caller left; `known` replaces fields of the payload."""
         cancelled = (
             isinstance(error, CogViewStoppedError) or raised_by_signal(error) or not isinstance(error, Exception)
         )
@@ -470,6 +468,7 @@ class ImageEvents:
             "is_retryable": isinstance(error, CogViewError) and error.is_retryable,
             "task_id": getattr(error, "task_id", None),
             "uncertain": self.uncertain,
+            **known,
         }
         events = [self._progress("cancelled" if cancelled else "failed", **facts)]
         if isinstance(error, CogViewContentFilterError):

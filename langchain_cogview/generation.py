@@ -433,10 +433,14 @@ class ImageCall:
         reply = paid.reply
         _log_unasked(events.request_id, reply)
         with _noting_lost_image(events.request_id, *reply.urls):
-            outcome = None if reply.content is None else self._saved(reply.content, events)
-            if reply.urls and not isinstance(outcome, DownloadedImage):
-                outcome = self._fetched(reply.urls[0], events.deadline, events.label)
-            image = self._image(paid, events, outcome)
+            try:
+                outcome = None if reply.content is None else self._saved(reply.content, events)
+                if reply.urls and not isinstance(outcome, DownloadedImage):
+                    outcome = self._fetched(reply.urls[0], events.deadline, events.label)
+                image = self._image(paid, events, outcome)
+            except BaseException as error:
+                self.dispatcher.dispatch(*events.lost(error, reply.task_id))
+                raise
             self.dispatcher.dispatch(*events.made([image]))
         return [image]
 
@@ -444,11 +448,15 @@ class ImageCall:
         reply = paid.reply
         _log_unasked(events.request_id, reply)
         with _noting_lost_image(events.request_id, *reply.urls):
-            # The thread saves the bytes even when the caller is cancelled: they cannot be downloaded again.
-            outcome = None if reply.content is None else await in_thread(self._saved, reply.content, events)
-            if reply.urls and not isinstance(outcome, DownloadedImage):
-                outcome = await self._afetched(reply.urls[0], events.deadline, events.label)
-            image = self._image(paid, events, outcome)
+            try:
+                # The thread saves the bytes even when the caller is cancelled: they cannot be downloaded again.
+                outcome = None if reply.content is None else await in_thread(self._saved, reply.content, events)
+                if reply.urls and not isinstance(outcome, DownloadedImage):
+                    outcome = await self._afetched(reply.urls[0], events.deadline, events.label)
+                image = self._image(paid, events, outcome)
+            except BaseException as error:
+                await self.dispatcher.adispatch(*events.lost(error, reply.task_id))
+                raise
             await self.dispatcher.adispatch(*events.made([image]))
         return [image]
 

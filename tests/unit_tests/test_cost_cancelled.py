@@ -116,6 +116,58 @@ def test_several_images_that_are_cancelled_count_only_once_they_are_sent(hanging
     assert (server.posts, budget.images) == (STAGES[stage], STAGES[stage])
 
 
+def test_an_image_whose_caller_leaves_during_the_download_is_closed_and_stays_paid():
+    budget = Budget(max_images=1)
+
+    async def main(sandbox):
+        generator = CogViewImageGenerator(base_url=sandbox.base_url)
+        call = asyncio.create_task(generator.ainvoke("[[not-yet:1000]]", budget=budget))
+        while not sandbox.downloads:
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    with Sandbox() as sandbox, collect_image_costs() as costs:
+        asyncio.run(main(sandbox))
+    assert (costs.images, costs.cancelled, costs.in_flight) == (0, 1, 0)
+    assert (costs.uncertain.count, budget.images) == (1, 1)
+
+
+def test_an_image_whose_caller_is_interrupted_during_the_download_is_closed_and_stays_paid(monkeypatch):
+    from langchain_cogview import generation
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "fetch", interrupted)
+    budget = Budget(max_images=1)
+    with Sandbox() as sandbox, collect_image_costs() as costs, pytest.raises(KeyboardInterrupt):
+        CogViewImageGenerator(base_url=sandbox.base_url).invoke("a kitten", budget=budget)
+    assert (costs.images, costs.cancelled, costs.in_flight) == (0, 1, 0)
+    assert (costs.uncertain.count, budget.images) == (1, 1)
+
+
+def test_a_task_whose_collection_is_cancelled_is_not_paid_again_when_it_is_collected_later():
+    async def main(sandbox):
+        generator = CogViewImageGenerator(base_url=sandbox.base_url, model="glm-image", use_tasks=True)
+        task = await generator.asubmit("[[task-polls:2]]")
+        call = asyncio.create_task(task.aresult())
+        while not sandbox.polls:
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert costs.in_flight == 0
+        return await task.aresult()
+
+    with Sandbox() as sandbox, collect_image_costs() as costs:
+        result = asyncio.run(main(sandbox))
+        assert result.image.task_id
+        assert len(sandbox.requests) == 1
+    assert (costs.images, costs.in_flight, costs.uncertain.count) == (1, 0, 0)
+
+
 def allows_another(tool):
     with Sandbox() as sandbox:
         again = tool.model_copy(update={"generator": CogViewImageGenerator(base_url=sandbox.base_url)})
