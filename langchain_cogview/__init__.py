@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from langchain_cogview.artifact import ImageArtifact
     from langchain_cogview.batches import ImageTask
+    from langchain_cogview.budget import Budget
     from langchain_cogview.callbacks import (
         AsyncContentFilterCallbackHandler,
         ContentFilterCallbackHandler,
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         collect_image_costs,
         collect_images,
     )
-    from langchain_cogview.cost import Budget, ImageCosts
+    from langchain_cogview.cost import ImageCosts
     from langchain_cogview.errors import (
         RETRYABLE_ERRORS,
         CogViewAuthenticationError,
@@ -78,7 +79,8 @@ _NAMES = {
         "collect_image_costs",
         "collect_images",
     ),
-    "cost": ("Budget", "ImageCosts"),
+    "budget": ("Budget",),
+    "cost": ("ImageCosts",),
     "estimate": ("Estimate", "spending_approval"),
     "errors": (
         "CogViewAuthenticationError",

@@ -104,15 +104,18 @@ class PromptEnhancer:
         self._kept: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._lock = threading.Lock()
 
-    def enhance(self, request: ImageRequest, config: RunnableConfig) -> tuple[ImageRequest, tuple[str, ...]]:
+    def enhance(
+        self, request: ImageRequest, warnings: tuple[str, ...], config: RunnableConfig
+    ) -> tuple[ImageRequest, tuple[str, ...]]:
         """Rewrite the prompt of a request.
 
         Args:
             request: The request.
+            warnings: The warnings about it so far.
             config: The `RunnableConfig` of the run, to which the chat model's run belongs.
 
         Returns:
-            The request with its new prompt, or with its own one and a warning.
+            The request with its new prompt, or with its own one and a warning more.
         """
         limit = _limit(request)
         prompt = self._find(request.prompt, limit)
@@ -121,10 +124,12 @@ class PromptEnhancer:
                 answer = self._chat_model.invoke(_messages(request.prompt, limit), merge_configs(config, _CONFIG))
                 prompt = self._checked(request.prompt, answer, limit)
             except Exception as error:  # noqa: BLE001  the image can be made without it
-                return request, _failed(error)
-        return request.rewritten(prompt), ()
+                return request, warnings + _failed(error)
+        return request.rewritten(prompt), warnings
 
-    async def aenhance(self, request: ImageRequest, config: RunnableConfig) -> tuple[ImageRequest, tuple[str, ...]]:
+    async def aenhance(
+        self, request: ImageRequest, warnings: tuple[str, ...], config: RunnableConfig
+    ) -> tuple[ImageRequest, tuple[str, ...]]:
         """Async version of `enhance`.
 
         Returns:
@@ -139,8 +144,8 @@ class PromptEnhancer:
                 )
                 prompt = self._checked(request.prompt, answer, limit)
             except Exception as error:  # noqa: BLE001  the image can be made without it
-                return request, _failed(error)
-        return request.rewritten(prompt), ()
+                return request, warnings + _failed(error)
+        return request.rewritten(prompt), warnings
 
     def _find(self, prompt: str, limit: int) -> str | None:
         with self._lock:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from langchain_cogview.catalog import PRICES_AS_OF
-from langchain_cogview.cost import Budget, Money, checked_amount
+from langchain_cogview.cost import Money, checked_amount
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
 
 if TYPE_CHECKING:
     from decimal import Decimal
 
+    from langchain_cogview.budget import Budget
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.tool import CogViewImageTool
 

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from langchain_core.runnables import RunnableConfig
 
+    from langchain_cogview.budget import Charge, Reservation
     from langchain_cogview.concurrency import Deadline
-    from langchain_cogview.cost import Charge, Money, Reservation
+    from langchain_cogview.cost import Money
     from langchain_cogview.result import GeneratedImage
 
 CONTENT_FILTER_EVENT: Final = "cogview.content_filter"

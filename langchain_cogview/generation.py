@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
     from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.settings import Service
+    from langchain_cogview.budget import Reservation
     from langchain_cogview.cache import Entries
-    from langchain_cogview.cost import Reservation
     from langchain_cogview.errors import ContentFilter
     from langchain_cogview.images.folders import Folder
     from langchain_cogview.request import ImageRequest

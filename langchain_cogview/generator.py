@@ -27,8 +27,9 @@ from langchain_cogview.api.settings import (
     service_warnings,
 )
 from langchain_cogview.batches import BatchRunnable, ImageTask, checked_task, logged_handler_errors, traced_config
+from langchain_cogview.budget import Budget, Reservation, reserved
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
-from langchain_cogview.cost import Budget, Money, Reservation, checked_amount, reserved
+from langchain_cogview.cost import Money, checked_amount
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.notebook.display import show_status
@@ -56,15 +57,6 @@ if TYPE_CHECKING:
 _FETCHING = 4
 _Checked = tuple[ImageRequest, tuple[str, ...]]
 """A request, and warnings about it."""
-_INJECTED: Final = (
-    "http_client",
-    "http_async_client",
-    "rate_limiter",
-    "cache",
-    "storage_options",
-    "enhance",
-    "output_dir",
-)
 _SERVICE: Final = frozenset({"api_key", "region", "base_url"})
 
 RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
@@ -320,7 +312,9 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         return {"api_key": "ZAI_API_KEY" if self._region == "international" else "ZHIPUAI_API_KEY"}
 
     def __getstate__(self) -> dict[Any, Any]:
-        held = [name for name in _INJECTED if not isinstance(getattr(self, name), str | Path | None)]
+        # What is left out of a dump is an object of this process, or a secret; a backend can be an output folder.
+        fields = [name for name, field in type(self).model_fields.items() if field.exclude or name == "output_dir"]
+        held = [name for name in fields if not isinstance(getattr(self, name), str | Path | None)]
         if held:
             raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
         state = super().__getstate__()
@@ -422,7 +416,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         Returns:
             The task. Its `id` is enough to get the image later, in another process too.
         """
-        request, notes = self._enhanced(self._request(input, kwargs), {})
+        request, notes = self._request(input, kwargs)
         self._folder_check.run()
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = self._call(request, NO_DISPATCHER, (), reservation).submit()
@@ -435,7 +429,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             As `submit`.
         """
         await preload(self._base_url)
-        request, notes = await self._aenhanced(self._request(input, kwargs), {})
+        request, notes = await self._arequest(input, kwargs)
         await self._folder_check.arun()
         with self._reserved(budget, checked_task(request)) as reservation:
             task_id, request_id = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
@@ -525,7 +519,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     def _generate(
         self, value: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
-        request, notes = self._enhanced(self._request(value, overrides), dispatcher.config)
+        request, notes = self._request(value, overrides, dispatcher.config)
         self._folder_check.run()
         with self._reserved(budget, request) as reservation:
             call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
@@ -535,24 +529,12 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     async def _agenerate(
         self, value: ImageInput, dispatcher: EventDispatcher, *, overrides: dict[str, Any], budget: Any
     ) -> ImageResult:
-        request, notes = await self._aenhanced(self._request(value, overrides), dispatcher.config)
+        request, notes = await self._arequest(value, overrides, dispatcher.config)
         await self._folder_check.arun()
         with self._reserved(budget, request) as reservation:
             call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
             tasks = [partial(call.agenerate, index) for index in range(request.n)]
             return call.result(await in_tasks(tasks, self.max_workers(request.model)), notes + call.notes)
-
-    def _enhanced(self, checked: _Checked, config: RunnableConfig) -> _Checked:
-        if self._enhancer is None:
-            return checked
-        request, notes = self._enhancer.enhance(checked[0], config)
-        return request, checked[1] + notes
-
-    async def _aenhanced(self, checked: _Checked, config: RunnableConfig) -> _Checked:
-        if self._enhancer is None:
-            return checked
-        request, notes = await self._enhancer.aenhance(checked[0], config)
-        return request, checked[1] + notes
 
     def _reserved(self, budget: Any, request: ImageRequest) -> AbstractContextManager[Reservation | None]:
         # With a cache, an image may not be requested at all, so each one is counted when it is.
@@ -573,8 +555,15 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
     # --- pure decisions
 
-    def _request(self, value: ImageInput, overrides: dict[str, Any]) -> _Checked:
-        return request_of(value, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
+    def _request(self, value: ImageInput, overrides: dict[str, Any], config: RunnableConfig | None = None) -> _Checked:
+        checked = request_of(value, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
+        return checked if self._enhancer is None else self._enhancer.enhance(*checked, config or {})
+
+    async def _arequest(
+        self, value: ImageInput, overrides: dict[str, Any], config: RunnableConfig | None = None
+    ) -> _Checked:
+        checked = request_of(value, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
+        return checked if self._enhancer is None else await self._enhancer.aenhance(*checked, config or {})
 
     def _dispatcher(self, run_manager: RunManager, config: RunnableConfig) -> EventDispatcher:
         metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)

@@ -32,8 +32,9 @@ from langchain_cogview.answers import ContentFormat, aanswer, answer, described,
 from langchain_cogview.api.redaction import SafeErrors, attempt
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.artifact import ImageArtifact
+from langchain_cogview.budget import Budget, Spending
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
-from langchain_cogview.cost import Budget, Money, Spending, checked_amount
+from langchain_cogview.cost import Money, checked_amount
 from langchain_cogview.enhance import STYLES, Style, style_text
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewConfigurationError, CogViewError, printable
 from langchain_cogview.estimate import Estimate

@@ -33,7 +33,7 @@ from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from langchain_cogview.cost import Budget
+    from langchain_cogview.budget import Budget
     from langchain_cogview.estimate import EstimateArtifact
     from langchain_cogview.result import ImageResult
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from langchain_core.runnables import RunnableConfig
 
-    from langchain_cogview.cost import Budget
+    from langchain_cogview.budget import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict
 
 from langchain_cogview.api.settings import is_sandbox
+from langchain_cogview.budget import Budget
 from langchain_cogview.catalog import currency_of
-from langchain_cogview.cost import Budget, Charges, Money
+from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Outcome, error_class, printable
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, ImageInfo, inspect
 from langchain_cogview.images.store import IMAGE_NAME
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
-    from langchain_cogview.cost import Reservation
+    from langchain_cogview.budget import Reservation
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.manifest import Attempt, Finished, History
 

@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from langchain_cogview.answers import temporary_folder
 from langchain_cogview.api.redaction import attempt
+from langchain_cogview.budget import Budget
 from langchain_cogview.concurrency import in_thread
-from langchain_cogview.cost import Budget, Charges
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.middleware import sight
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from langchain.agents.middleware import ModelRequest, ModelResponse, ToolCallRequest
     from langchain.agents.middleware.types import ExtendedModelResponse
 
+    from langchain_cogview.cost import Charges
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.notebook.previews import Preview
 

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.cost import Budget, Charges, Spending, checked_amount
+from langchain_cogview.budget import Budget, Spending
+from langchain_cogview.cost import Charges, checked_amount
 from langchain_cogview.errors import CogViewBudgetError
 
 if TYPE_CHECKING:

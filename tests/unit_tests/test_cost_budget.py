@@ -28,7 +28,8 @@ from langchain_cogview import (
     collect_image_costs,
     run_job,
 )
-from langchain_cogview.cost import Charges, Money, Spending, checked_amount
+from langchain_cogview.budget import Spending
+from langchain_cogview.cost import Charges, Money, checked_amount
 from langchain_cogview.sandbox.server import SandboxServer
 from tests.conftest import FAKE_KEY
 
