@@ -1,0 +1,191 @@
+"""What a user relies on: the apps of docs/front-ends.md, in a real browser, over several turns."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.frontend, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+ROOT = Path(__file__).parents[2]
+WAIT = 60_000  # milliseconds; only what hangs reaches it
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """How an app is started, and where on its page a person types and reads."""
+
+    name: str
+    arguments: tuple[str, ...]
+    ready: str
+    """What the program prints once it listens."""
+    prompt: str
+    """Selector of the text field."""
+    answers: str
+    """Selector of the answers."""
+    images: str
+    """Selector of the images in the conversation."""
+    can_send: str
+    """Selector of what is there once the page can send a typed prompt."""
+
+
+FRONT_ENDS = (
+    FrontEnd(
+        "gradio",
+        ("gradio_app.py",),
+        "Running on local URL",
+        "textarea",
+        ".bot.message",
+        ".bot.message img",
+        "button.submit-button:enabled",
+    ),
+    FrontEnd(
+        "streamlit",
+        ("-m", "streamlit", "run", "streamlit_app.py", "--server.headless=true", "--browser.gatherUsageStats=false"),
+        "You can now view your Streamlit app",
+        "[data-testid=stChatInputTextArea]",
+        "[data-testid=stChatMessage]",
+        "[data-testid=stChatMessage] [data-testid=stImage] img",
+        "[data-testid=stChatInputSubmitButton]:enabled",
+    ),
+    FrontEnd(
+        "chainlit",
+        ("-m", "chainlit", "run", "chainlit_app.py", "--headless"),
+        "Your app is available at",
+        "#chat-input",
+        ".ai-message",
+        "img.inline-image, .inline-image img",
+        "#chat-submit:enabled",  # disabled until the page is connected, and replaced while an answer is made
+    ),
+)
+
+
+def write_apps(folder: Path) -> None:
+    """Write each Python block of the page under the name in its first line."""
+    page = (ROOT / "docs" / "front-ends.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        (folder / name).write_text(code, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        flags.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=FRONT_ENDS, ids=lambda each: each.name)
+def chat(request: pytest.FixtureRequest, tmp_path: Path, browser: Any) -> Any:
+    """The page of a running app, and how it is used."""
+    front_end: FrontEnd = request.param
+    if find_spec(front_end.name) is None:  # not imported here: chainlit writes its settings where it is imported
+        pytest.skip(f"needs {front_end.name}")
+    write_apps(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        **os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONUNBUFFERED": "1", "HOME": str(tmp_path),
+        "GRADIO_SERVER_PORT": port, "GRADIO_ANALYTICS_ENABLED": "False", "CHAINLIT_PORT": port,
+        "STREAMLIT_SERVER_PORT": port, "STREAMLIT_SERVER_ADDRESS": "127.0.0.1", "CHAINLIT_HOST": "127.0.0.1",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *front_end.arguments], cwd=tmp_path, env=environment, text=True, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if front_end.ready in line:
+                break
+        else:
+            pytest.fail("".join(printed))
+        page = browser.new_page(viewport={"width": 1000, "height": 1600})
+        page.set_default_timeout(WAIT)
+        page.goto(f"http://127.0.0.1:{port}")
+        yield Chat(page, front_end)
+        page.close()
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@dataclass
+class Chat:
+    page: Any
+    front_end: FrontEnd
+
+    def ask(self, prompt: str, answer: str) -> None:
+        """Type a prompt, and wait for an answer more that has these words."""
+        answers = self.page.locator(self.front_end.answers).filter(has_text=answer)
+        before = answers.count()
+        field = self.page.locator(self.front_end.prompt).first
+        field.click()
+        field.fill(prompt)
+        self.page.locator(self.front_end.can_send).first.wait_for()
+        field.press("Enter")
+        answers.nth(before).wait_for()
+
+    def sources(self, count: int) -> list[str]:
+        """Wait until this many different images were decoded; return the sources of all that are there."""
+        self.page.wait_for_function(
+            "([images, count]) => new Set([...document.querySelectorAll(images)].filter(each => each.naturalWidth === 1024)"
+            ".map(each => each.currentSrc)).size >= count",
+            arg=[self.front_end.images, count],
+        )
+        return self.page.evaluate(
+            "images => [...document.querySelectorAll(images)].map(each => each.currentSrc)", self.front_end.images
+        )
+
+    def look(self, name: str) -> None:
+        """Keep a screenshot where somebody wants to look at it."""
+        if folder := os.environ.get("FRONT_END_SCREENSHOTS"):
+            self.page.screenshot(path=f"{folder}/{self.front_end.name}-{name}.png")
+
+
+def test_each_turn_shows_its_own_image_once(chat):
+    chat.ask("a red fox", "Here is your image.")
+    first = chat.sources(1)
+    chat.look("1-image")
+    assert len(first) == 1
+
+    chat.ask("a blue hare", "Here is your image.")
+    both = chat.sources(2)
+    chat.look("2-images")
+    assert len(both) == len(set(both)) == 2
+
+
+def test_the_chat_goes_on_after_a_blocked_prompt_and_an_error(chat):
+    chat.ask("[[content-filter]] something", "The content filter blocked the prompt")
+    assert chat.sources(0) == []
+    chat.ask("[[balance]] something", "The account has no balance")
+    assert chat.sources(0) == []
+    chat.ask("a red fox", "Here is your image.")
+    assert len(chat.sources(1)) == 1
+    chat.look("3-blocked-and-error")
+
+
+def test_the_page_says_that_an_image_is_being_made(chat):
+    chat.page.evaluate(
+        "words => { window.seen = false; new MutationObserver(() => {"
+        " window.seen ||= document.body.innerText.includes(words) })"
+        ".observe(document.body, {childList: true, subtree: true, characterData: true}) }",
+        "Making the image",
+    )
+    chat.ask("[[slow]] a red fox", "Here is your image.")
+    assert chat.page.evaluate("window.seen")
