@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypedDict, Unpack
 
@@ -31,7 +32,7 @@ from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.tool import CogViewImageTool, ImageToolBase, ToolSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from langchain_cogview.budget import Budget
     from langchain_cogview.estimate import EstimateArtifact
@@ -253,21 +254,16 @@ class PendingImages:
             CogViewError: No image was made.
         """
         deadline = Deadline(seconds)
-        while image.task is not None and not image.result.done() and not image.collecting.acquire(blocking=False):
+        while image.task is not None and not image.result.done():
+            if image.collecting.acquire(blocking=False):
+                with _collecting(image):
+                    return self._collected(image, image.task.result(config, timeout=deadline.remaining()))
+                return None
             # Another call collects the task: it is fetched and saved once.
             if deadline.passed:
                 return None
             wait([image.result], min(deadline.remaining() or 0.0, _CHECK_SECONDS))
-        if image.task is None or image.result.done():
-            return image.result.result() if wait([image.result], seconds).done else None
-        try:
-            return self._collected(image, image.task.result(config, timeout=deadline.remaining()))
-        except CogViewTaskUnfinishedError:
-            return None
-        except CogViewNotFoundError:
-            raise unknown_id(image.id) from None
-        finally:
-            image.collecting.release()
+        return image.result.result() if wait([image.result], deadline.remaining()).done else None
 
     async def aget(self, image: PendingImage, seconds: float, config: RunnableConfig) -> ImageResult | None:
         """Async version of `get`.
@@ -276,22 +272,17 @@ class PendingImages:
             As `get`.
         """
         deadline = Deadline(seconds)
-        while image.task is not None and not image.result.done() and not image.collecting.acquire(blocking=False):
+        while image.task is not None and not image.result.done():
+            if image.collecting.acquire(blocking=False):
+                with _collecting(image):
+                    return self._collected(image, await image.task.aresult(config, timeout=deadline.remaining()))
+                return None
             if deadline.passed:
                 return None
             left = min(deadline.remaining() or 0.0, _CHECK_SECONDS)
             await asyncio.wait([asyncio.wrap_future(image.result)], timeout=left)
-        if image.task is None or image.result.done():
-            done, _ = await asyncio.wait([asyncio.wrap_future(image.result)], timeout=seconds)
-            return image.result.result() if done else None
-        try:
-            return self._collected(image, await image.task.aresult(config, timeout=deadline.remaining()))
-        except CogViewTaskUnfinishedError:
-            return None
-        except CogViewNotFoundError:
-            raise unknown_id(image.id) from None
-        finally:
-            image.collecting.release()
+        done, _ = await asyncio.wait([asyncio.wrap_future(image.result)], timeout=deadline.remaining())
+        return image.result.result() if done else None
 
     def _collected(self, image: PendingImage, result: ImageResult) -> ImageResult | None:
         """Keep the result of a task, unless the wait ended in the middle of the download: then it is fetched again."""
@@ -304,6 +295,19 @@ class PendingImages:
                 image.result.set_result(result)
         self._remember(image)
         return result
+
+
+@contextmanager
+def _collecting(image: PendingImage) -> Iterator[None]:
+    """Let others collect a task again in the end; one that is not made yet is no error."""
+    try:
+        yield
+    except CogViewTaskUnfinishedError:
+        pass
+    except CogViewNotFoundError:
+        raise unknown_id(image.id) from None
+    finally:
+        image.collecting.release()
 
 
 def unknown_id(image_id: str) -> CogViewInvalidRequestError:
