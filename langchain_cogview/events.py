@@ -454,7 +454,7 @@ class ImageEvents:
         cancelled = (
             isinstance(error, CogViewStoppedError) or raised_by_signal(error) or not isinstance(error, Exception)
         )
-        # A coroutine that is closed cannot wait for handlers, and nobody was told of a call that had not begun.
+        # A coroutine that is closed cannot wait for handlers, and a call that had not begun has sent no event.
         if not self.dispatcher.is_active or isinstance(error, GeneratorExit) or (cancelled and not self._begun):
             return []
         outcome = getattr(error, "outcome", Outcome.FINAL)

@@ -77,7 +77,7 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
     """Gives an agent image tools, shows it the images, and limits what each conversation spends.
 
     The state holds no image, only the artifacts of the tools (about 1 kB for each image). Thumbnails are put into each request
-    to the chat model, if the model takes images; otherwise the model is told that it cannot see them. Put this middleware last
+    to the chat model, if the model takes images; otherwise a text says that it cannot see them. Put this middleware last
     in the list, so that it sees the model that other middleware has chosen.
 
     Use one instance for an agent and its sub-agents: what the sub-agents spend then counts for the conversation.

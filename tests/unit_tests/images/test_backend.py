@@ -110,9 +110,11 @@ def test_async_callers_use_the_native_async_methods_and_other_methods_never_run_
 @both
 def test_the_model_reads_the_virtual_path_and_the_artifact_a_uri(how):
     backend = Files()
-    message = tool_message(how, CogViewImageTool(base_url="sandbox:", output_dir=BackendFolder(backend, "/work/art/")))
+    message = tool_message(
+        how, CogViewImageTool(base_url="sandbox:", output_dir=BackendFolder(backend, "/studio/art/"))
+    )
     (path,) = backend.files
-    assert path.startswith("/work/art/")
+    assert path.startswith("/studio/art/")
     assert f"saved as {path})" in message.content
     assert "backend:" not in message.content
     (image,) = message.artifact["images"]
