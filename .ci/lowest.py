@@ -9,7 +9,7 @@ import re
 import tomllib
 from pathlib import Path
 
-TOOLS = {"benchmark", "test", "integrations", "lint", "dev", "docs"}
+TOOLS = {"benchmark", "test", "integrations", "frontends", "lint", "dev", "docs"}
 
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 requirements = set(project["dependencies"])
