@@ -31,7 +31,7 @@ from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.middleware import sight
-from langchain_cogview.middleware.ledger import Ledger, charges_of, merge_charges
+from langchain_cogview.middleware.ledger import Ledger, charges_of, merge_charges, new_name
 from langchain_cogview.middleware.sight import LOOK_NAME, LOOK_TYPE, Placement, Shown
 from langchain_cogview.tool import CogViewImageTool, ToolSettings
 
@@ -303,6 +303,7 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
         if request.tool_call["name"] == LOOK_NAME and request.tool is not None:
             look = _look_tool(_messages(request.state), self._access)
             request = request.override(tool=look)
+        name = new_name()
         with self._ledger.conversation(_conversation_key(request)) as conversation:
             refusal = None
             try:
@@ -312,9 +313,12 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
                 if limited and hasattr(request.tool, "with_budget"):
                     refusal = _refused(request, error)
             if refusal is None and hasattr(request.tool, "with_budget"):
-                budget = conversation.budget(self._amount, self._max_images)
+                budget = conversation.budget(name, self._amount, self._max_images)
                 request = request.override(tool=_counting(request.tool, budget))
-            yield _ToolCall(request, refusal, lambda: conversation.news(record))
+            try:
+                yield _ToolCall(request, refusal, lambda: conversation.news(record, name))
+            finally:
+                conversation.end(name)
 
 
 class _ModelCall:

@@ -34,6 +34,15 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 _CURRENCY = re.compile(r"[A-Za-z]{1,12}")
 
 
+def new_name() -> str:
+    """Make a name for an entry.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return uuid.uuid4().hex[:16]
+
+
 def merge_charges(before: Any, after: Any) -> dict[str, Any]:
     """Merge entries, as the reducer of the agent's state does.
 
@@ -123,6 +132,7 @@ class Conversation:
         """The number of calls that have not ended."""
         self._total = Spending()
         self._calls: dict[str, Spending] = {}
+        self._open: set[str] = set()
 
     def add(self, record: Any) -> None:
         """Add the entries of a state that are not known here.
@@ -153,10 +163,11 @@ class Conversation:
         if spending.currency == self._total.currency:
             self._total.amount += spending.amount
 
-    def budget(self, amount: Decimal | None, max_images: int | None) -> Budget:
-        """Make the budget for one call.
+    def budget(self, name: str, amount: Decimal | None, max_images: int | None) -> Budget:
+        """Make the budget for one call, which `end` ends.
 
         Args:
+            name: Name of the call's entry.
             amount: Limit of the money for the conversation; None for no limit.
             max_images: Limit of its images; None for no limit.
 
@@ -165,23 +176,37 @@ class Conversation:
         """
         call = Spending()
         with self._total.lock:
-            self._calls[uuid.uuid4().hex[:16]] = call
+            self._calls[name] = call
+            self._open.add(name)
         counter = Budget(owner=OWNER, spending=call)
         return Budget(amount, max_images=max_images, owner=OWNER, spending=self._total, also=counter)
 
-    def news(self, record: Any) -> dict[str, list[Any]]:
-        """Find what is missing in a state, or has changed since.
+    def end(self, name: str) -> None:
+        """Let others write the entry of a call that has ended.
+
+        Args:
+            name: Name of the entry.
+        """
+        with self._total.lock:
+            self._open.discard(name)
+
+    def news(self, record: Any, own: str) -> dict[str, list[Any]]:
+        """Find what is missing in a state, or has changed since, when a call ends.
 
         Args:
             record: The value of the state.
+            own: Name of the call's entry.
 
         Returns:
-            The entries to write.
+            The entries to write. Calls in flight write their own: LangGraph merges parallel writes in the order of the calls, so
+            that what is reserved for one of them could replace what it has spent in the end.
         """
         known = record if isinstance(record, Mapping) else {}
         with self._total.lock:
             entries = {
-                name: _entry(spending) for name, spending in self._calls.items() if spending.images or name in known
+                name: _entry(spending)
+                for name, spending in self._calls.items()
+                if (spending.images or name in known) and (name == own or name not in self._open)
             }
         return {name: entry for name, entry in entries.items() if _plain(known.get(name)) != entry}
 

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from langchain.agents import create_agent
@@ -15,6 +16,7 @@ from langchain.agents.middleware import ModelFallbackMiddleware, wrap_model_call
 from langchain_core.exceptions import ModelInvalidRequestError, ModelRateLimitError
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.tools import tool as as_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from PIL import Image
@@ -576,6 +578,37 @@ def test_a_call_that_was_cancelled_counts_in_the_next_one(sandbox, tmp_path):
     output = agent.invoke({"messages": "Again"}, THREAD)
     assert not ids_of(output)
     assert middleware.spent(agent.get_state(THREAD)).count == 1
+
+
+@pytest.mark.parametrize("prompts", [("a kitten", "[[content-filter]] x"), ("[[content-filter]] x", "a kitten")])
+def test_a_blocked_call_beside_one_that_ended_earlier_costs_the_conversation_nothing(sandbox, tmp_path, prompts):
+    reserved, ended = threading.Event(), threading.Event()
+
+    class Late(InMemoryRateLimiter):
+        def acquire(self, *, blocking=True):
+            if not reserved.is_set():
+                reserved.set()
+                ended.wait(60)
+            return True
+
+    @wrap_tool_call
+    def announced(request, handler):
+        reply = handler(request)
+        ended.set()
+        return reply
+
+    @wrap_tool_call
+    def second(request, handler):
+        if request.tool_call["args"]["prompt"] == "a kitten":
+            reserved.wait(60)
+        return handler(request)
+
+    middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, rate_limiter=Late())
+    agent = create_agent(
+        model_of(wants(*prompts)), middleware=[announced, middleware, second], checkpointer=InMemorySaver()
+    )
+    run(agent, "sync", config=THREAD)
+    assert str(middleware.spent(agent.get_state(THREAD))) == "0.06 CNY"
 
 
 @both
