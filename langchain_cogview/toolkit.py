@@ -81,7 +81,7 @@ class PendingImage:
     """An image that was started: a task of the service, or a request that runs in a thread of this process.
 
     Attributes:
-        id: Id for the chat model.
+        id: Id for the chat model. It changes when the paid request is on its way, which can be after the start has answered.
         prompt: The prompt.
         task: The task of the service; None until it is known, and for requests that run in this process.
         result: Ends with the result or the exception of a request that runs in this process, and with that of a failed start.
@@ -99,6 +99,8 @@ class PendingImage:
         self.fetches = 0
         self.collecting = threading.Lock()  # held by the call that collects the task
         self._started = None if task else time.monotonic()
+        if task:
+            self.announce()
 
     @property
     def elapsed(self) -> float | None:
@@ -186,25 +188,27 @@ class PendingImages:
                 workers = self._tool.generator.max_workers()
                 self._threads = ThreadPoolExecutor(workers, thread_name_prefix="cogview-start")
             self._threads.submit(image.run, work)
-        self._remember(image)
+        self.remember(image)
         return image
 
-    def started(self, image: PendingImage) -> PendingImage:
-        """Finish a start: raise its failure, or remember the image under its final id.
+    def remember(self, image: PendingImage, *others: str) -> str:
+        """Remember an image under the id that it has now, besides those that the chat model has read before.
 
         Args:
-            image: The image, whose `announced` has ended or is late.
+            image: The image.
+            *others: Further ids that the chat model reads.
 
         Returns:
-            The same image.
-
-        Raises:
-            CogViewError: The image was refused, and nothing is made.
+            The id.
         """
-        if image.result.done() and (error := image.result.exception()):
-            raise error
-        self._remember(image)
-        return image
+        image_id = image.id
+        with self._lock:
+            for each in (image_id, *others):
+                self._images[each] = image
+            ended = [key for key, found in self._images.items() if found.result.done()]
+            for key in ended[: max(0, len(self._images) - MAX_REMEMBERED)]:
+                del self._images[key]
+        return image_id
 
     def find(self, image_id: str) -> PendingImage:
         """Find an image by the id that the chat model has.
@@ -231,14 +235,6 @@ class PendingImages:
         except CogViewInvalidRequestError:
             raise unknown_id(image_id) from None
 
-    def _remember(self, image: PendingImage) -> None:
-        with self._lock:
-            self._images[image.id] = image
-            if len(self._images) > MAX_REMEMBERED:
-                ended = next((key for key, found in self._images.items() if found.result.done()), None)
-                if ended is not None:
-                    del self._images[ended]
-
     def get(self, image: PendingImage, seconds: float, config: RunnableConfig) -> ImageResult | None:
         """Wait for an image.
 
@@ -254,6 +250,7 @@ class PendingImages:
             CogViewError: No image was made.
         """
         deadline = Deadline(seconds)
+        wait([image.announced], deadline.remaining())
         while image.task is not None and not image.result.done():
             if image.collecting.acquire(blocking=False):
                 with _collecting(image):
@@ -272,6 +269,7 @@ class PendingImages:
             As `get`.
         """
         deadline = Deadline(seconds)
+        await asyncio.wait([asyncio.wrap_future(image.announced)], timeout=deadline.remaining())
         while image.task is not None and not image.result.done():
             if image.collecting.acquire(blocking=False):
                 with _collecting(image):
@@ -293,7 +291,6 @@ class PendingImages:
         with self._lock:
             if not image.result.done():
                 image.result.set_result(result)
-        self._remember(image)
         return result
 
 
@@ -368,12 +365,12 @@ class _ToolkitTool(ImageToolBase):
     images: Any = Field(repr=False, exclude=True)
     """The images that the toolkit has started."""
 
-    def _pending(self, image: PendingImage, text: str) -> tuple[str, PendingArtifact]:
+    def _pending(self, image: PendingImage, image_id: str, text: str) -> tuple[str, PendingArtifact]:
         generator = self.tool.generator
         artifact: PendingArtifact = {
             "type": PENDING_TYPE,
             "version": 1,
-            "id": image.id,
+            "id": image_id,
             "status": "running",
             "task_id": image.task.id if image.task else None,
             "elapsed": image.elapsed,
@@ -402,7 +399,7 @@ class StartImageTool(_ToolkitTool):
                 self.tool.call_arguments(prompt, size, quality), ensure_config(), self.tool.limits()
             )
             wait([image.announced], _START_SECONDS)
-            return self._started(self.images.started(image))
+            return self._started(image)
 
     async def _arun(
         self, prompt: str, size: str | None = None, quality: str | None = None
@@ -412,7 +409,7 @@ class StartImageTool(_ToolkitTool):
             arguments = self.tool.call_arguments(prompt, size, quality)
             image = await in_thread(self.images.start, arguments, ensure_config(), self.tool.limits())
             await asyncio.wait([asyncio.wrap_future(image.announced)], timeout=_START_SECONDS)
-            return self._started(self.images.started(image))
+            return self._started(image)
 
     def with_budget(self, budget: Budget) -> Self:
         """Make a copy whose images another budget must cover as well, as `CogViewImageTool.with_budget` does.
@@ -426,9 +423,13 @@ class StartImageTool(_ToolkitTool):
         return self.model_copy(update={"tool": self.tool.with_budget(budget)})
 
     def _started(self, image: PendingImage) -> tuple[str, PendingArtifact]:
+        if image.result.done() and (error := image.result.exception()):
+            raise error
+        image_id = self.images.remember(image)
         return self._pending(
             image,
-            f"Started image {image.id}. It is being made, and is paid for once. Call {GET_NAME} with this id to collect it, "
+            image_id,
+            f"Started image {image_id}. It is being made, and is paid for once. Call {GET_NAME} with this id to collect it, "
             "which is free. Do not start it again.",
         )
 
@@ -455,7 +456,10 @@ class GetImageTool(_ToolkitTool):
             folder = self._backend()
             if folder and result:
                 result = uploaded(result, folder)
-        return self._unfinished(image) if result is None else self.tool.answer(result)
+        if result is None:
+            return self._unfinished(image)
+        self.images.remember(image, *(made.id for made in result.images))
+        return self.tool.answer(result)
 
     async def _arun(self, id: str, wait: float | None = None) -> tuple[Any, Any]:  # noqa: A002
         with self.tool.failures():
@@ -464,7 +468,10 @@ class GetImageTool(_ToolkitTool):
             folder = self._backend()
             if folder and result:
                 result = await in_thread(uploaded, result, folder)
-        return self._unfinished(image) if result is None else await self.tool.aanswer(result)
+        if result is None:
+            return self._unfinished(image)
+        self.images.remember(image, *(made.id for made in result.images))
+        return await self.tool.aanswer(result)
 
     def _backend(self) -> BackendFolder | None:
         """The folder in the agent's files: a request that ran in the background could not write there."""
@@ -475,9 +482,11 @@ class GetImageTool(_ToolkitTool):
 
     def _unfinished(self, image: PendingImage) -> tuple[Any, Any]:
         elapsed = "" if image.elapsed is None else f" ({image.elapsed:.0f} s so far)"
+        image_id = self.images.remember(image)
         return self._pending(
             image,
-            f"Image {image.id} is still being made{elapsed}. Call {GET_NAME} again with this id, which is free. "
+            image_id,
+            f"Image {image_id} is still being made{elapsed}. Call {GET_NAME} again with this id, which is free. "
             "Do not start it again.",
         )
 

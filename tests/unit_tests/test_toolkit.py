@@ -3,10 +3,13 @@
 import asyncio
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda
 
 from langchain_cogview import CogViewToolkit, ContentFilterCallbackHandler, images_from_messages
 from langchain_cogview.toolkit import MAX_WAIT
@@ -44,6 +47,26 @@ def test_an_image_is_started_at_once_and_collected_when_it_is_made(sandbox, tmp_
     assert len(sandbox.downloads) == sandbox.images_made == 1
     if model != "glm-image":
         assert image.id == image_id
+
+
+@both
+@models
+def test_every_id_that_the_model_reads_finds_the_image(sandbox, tmp_path, how, model):
+    # A chat model that rewrites the prompt takes longer than the start, which then answers before the request has its id.
+    is_read = threading.Event()
+    rewriting = RunnableLambda(lambda messages: is_read.wait(60) and messages[-1].text)
+    start, get, *_ = toolkit_of(sandbox, tmp_path, model=model, enhance=rewriting).get_tools()
+    ids = [called(start, how, prompt=SLOW).artifact["id"]]
+    is_read.set()
+    while not sandbox.requests:
+        time.sleep(0.01)
+    waiting = called(get, how, id=ids[0], wait=0.5)
+    assert waiting.artifact["id"] in waiting.content
+    ids.append(waiting.artifact["id"])
+    made = called(get, how, id=ids[1])
+    ids.append(images_from_messages(made)[0].id)
+    assert all(called(get, how, id=each).artifact == made.artifact for each in ids)
+    assert len(sandbox.downloads) == sandbox.images_made == 1
 
 
 @models
