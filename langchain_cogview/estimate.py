@@ -77,13 +77,14 @@ class Estimate:
     """Whether the sandbox makes the images, so that nothing is charged."""
 
     @classmethod
-    def of(cls, request: ImageRequest, price: Money, budget: Budget, *, sandbox: bool) -> Estimate:
+    def of(cls, request: ImageRequest, price: Money, budget: Budget, spent: Money, *, sandbox: bool) -> Estimate:
         """Estimate a request.
 
         Args:
             request: The request.
             price: The price of one image.
-            budget: The limits, with what is spent.
+            budget: The limits.
+            spent: What is spent.
             sandbox: Whether the sandbox makes the images.
 
         Returns:
@@ -93,8 +94,10 @@ class Estimate:
         if left is not None and left.amount is not None and price.amount:
             by_money = int(left.amount // price.amount)
             images_left = by_money if images_left is None else min(images_left, by_money)
+        if left is not None and left.currency is None:  # nothing is spent yet
+            left = Money(left.amount, price.currency)
         size, quality = request.resolved_size, request.resolved_quality
-        return cls(request.n, request.model, size, quality, price, budget.spent, left, images_left, sandbox)
+        return cls(request.n, request.model, size, quality, price, spent, left, images_left, sandbox)
 
     @property
     def total(self) -> Money:
@@ -205,7 +208,8 @@ def spending_approval(
             return False
         if limit is None or estimate.total.amount is None:
             return True
-        calls = [call for call in _calls_of(request) if call.get("name") == tool.name]
+        # The call may be one of a toolkit's, whose name is another.
+        calls = [call for call in _calls_of(request) if call.get("name") == request.tool_call["name"]]
         together = [found.total for call in calls if (found := estimated(call))] or [estimate.total]
         return any(money.amount is None for money in together) or sum(money.amount or 0 for money in together) > limit
 

@@ -367,7 +367,9 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         request, _ = request_of(arguments, defaults)
         price = generator.price(request.model)
         sandbox = is_sandbox(generator.resolved_base_url)
-        return Estimate.of(request, Money(*price) if price else Money(), self.limits(), sandbox=sandbox)
+        limits = self.limits()
+        spent = (self._also or limits).spent  # what other conversations spend is not for this one
+        return Estimate.of(request, Money(*price) if price else Money(), limits, spent, sandbox=sandbox)
 
     def with_budget(self, budget: Budget) -> Self:
         """Make a copy whose images another budget must cover as well, such as that of a conversation.

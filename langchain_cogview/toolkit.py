@@ -381,7 +381,20 @@ class _ToolkitTool(ImageToolBase):
         return text, artifact
 
 
-class StartImageTool(_ToolkitTool):
+class _LimitedTool(_ToolkitTool):
+    def with_budget(self, budget: Budget) -> Self:
+        """Make a copy whose images another budget must cover as well, as `CogViewImageTool.with_budget` does.
+
+        Args:
+            budget: The other budget.
+
+        Returns:
+            A copy that belongs to the same toolkit.
+        """
+        return self.model_copy(update={"tool": self.tool.with_budget(budget)})
+
+
+class StartImageTool(_LimitedTool):
     """Starts an image, which is paid for, and returns its id within a second."""
 
     name: str = START_NAME
@@ -410,17 +423,6 @@ class StartImageTool(_ToolkitTool):
             image = await in_thread(self.images.start, arguments, ensure_config(), self.tool.limits())
             await asyncio.wait([asyncio.wrap_future(image.announced)], timeout=_START_SECONDS)
             return self._started(image)
-
-    def with_budget(self, budget: Budget) -> Self:
-        """Make a copy whose images another budget must cover as well, as `CogViewImageTool.with_budget` does.
-
-        Args:
-            budget: The other budget.
-
-        Returns:
-            A copy that starts its images in the same toolkit.
-        """
-        return self.model_copy(update={"tool": self.tool.with_budget(budget)})
 
     def _started(self, image: PendingImage) -> tuple[str, PendingArtifact]:
         if image.result.done() and (error := image.result.exception()):
@@ -491,7 +493,7 @@ class GetImageTool(_ToolkitTool):
         )
 
 
-class EstimateTool(_ToolkitTool):
+class EstimateTool(_LimitedTool):
     """Says what images would cost, which is free."""
 
     name: str = ESTIMATE_NAME

@@ -122,6 +122,17 @@ def test_only_what_costs_more_together_is_asked_for(tool, sandbox, above, prompt
     assert sandbox.images_made == (0 if asks else len(prompts))
 
 
+def test_started_images_are_asked_for_by_what_they_cost_together(tool, sandbox):
+    toolkit = CogViewToolkit(tool=tool)
+    calls = [{"name": "cogview_start_image", "args": {"prompt": each}, "id": each} for each in "ab"]
+    asks = AIMessage("", tool_calls=calls)
+    approval = HumanInTheLoopMiddleware({"cogview_start_image": spending_approval(toolkit.tool, above="0.11")})
+    model = Scripted(responses=[asks, AIMessage("Done.")])
+    agent = create_agent(model, tools=toolkit.get_tools(), middleware=[approval], checkpointer=InMemorySaver())
+    assert "__interrupt__" in run(agent, QUESTION, "sync")
+    assert sandbox.requests == []
+
+
 def test_illegal_arguments_are_refused_by_the_tool_without_asking(tool, sandbox):
     output = run(agent_of(tool, wants("a kitten", size="1x1")), QUESTION, "sync")
     assert "__interrupt__" not in output
