@@ -98,7 +98,7 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
         keep: How many images are shown, the latest of the conversation, at most 20. The model can ask for an older one with the
             tool `look_at_image`.
         **settings: Arguments of `CogViewImageTool`. `budget` and `max_images` limit each conversation, at list prices; they
-            are counted in the agent's state.
+            are counted in the agent's state. `content_format` is refused, because it puts images into the state.
 
     Raises:
         CogViewConfigurationError: An argument is wrong, or the price that a budget needs is not known.
@@ -153,13 +153,21 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
         own = [*([tool] if tool else []), *(tools or ())]
         for each in own:
             _counting(each, limits)  # which checks that the prices are known
+            image_tool = _image_tool(each)
+            if image_tool and image_tool.content_format != "text":
+                raise CogViewConfigurationError(
+                    f"content_format={image_tool.content_format!r} would put images into the state of the agent, where a chat "
+                    "model that takes none refuses them.",
+                    hint="Leave it out: see= says whether the model is shown images.",
+                )
         access = _access(own)
         self._thumbnails = sight.Thumbnails.of(access, temporary_folder)
         self._access = access
         self._ledger = Ledger()
         self._blind: dict[str, None] = {}
         self._names = ", ".join(f"`{each.name}`" for each in own)
-        self.tools = [*own, *([] if self.see == "never" else [_look_tool((), access)])]
+        self._look = None if self.see == "never" else _look_tool((), access)
+        self.tools = [*own, *([self._look] if self._look else [])]
 
     @staticmethod
     def spent(state: Any) -> Charges:
@@ -300,11 +308,10 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
     @contextmanager
     def _counted(self, request: ToolCallRequest) -> Iterator[_ToolCall]:
         record = _value(request.state)
-        if request.tool_call["name"] == LOOK_NAME and request.tool is not None:
-            look = _look_tool(_messages(request.state), self._access)
-            request = request.override(tool=look)
+        if self._look is not None and request.tool is self._look:
+            request = request.override(tool=_look_tool(_messages(request.state), self._access))
         name = new_name()
-        with self._ledger.conversation(_conversation_key(request)) as conversation:
+        with self._ledger.conversation(_thread(request), _step(request)) as conversation:
             refusal = None
             try:
                 conversation.add(record)
@@ -396,11 +403,14 @@ def _counting(tool: Any, budget: Budget) -> Any:
 
 def _access(tools: Sequence[BaseTool]) -> ImageAccess:
     """What the images of the tools may be read from; without an image tool: nothing but the temporary folder."""
-    for tool in tools:
-        inner = tool if isinstance(tool, CogViewImageTool) else getattr(tool, "tool", None)
-        if isinstance(inner, CogViewImageTool):
-            return inner.image_access()
-    return ImageAccess()
+    found = next(filter(None, map(_image_tool, tools)), None)
+    return found.image_access() if found else ImageAccess()
+
+
+def _image_tool(tool: BaseTool) -> CogViewImageTool | None:
+    """The image tool that a tool is, or that a tool of a toolkit uses."""
+    inner = tool if isinstance(tool, CogViewImageTool) else getattr(tool, "tool", None)
+    return inner if isinstance(inner, CogViewImageTool) else None
 
 
 def _value(state: Any) -> Any:
@@ -412,15 +422,16 @@ def _messages(state: Any) -> Sequence[Any]:
     return found if isinstance(found, list | tuple) else ()
 
 
-def _conversation_key(request: ToolCallRequest) -> tuple[str, str] | None:
-    """The thread, which sub-agents share; without one the step, whose parallel calls have to know of each other."""
+def _thread(request: ToolCallRequest) -> str | None:
+    """The id of the thread, which sub-agents share."""
     config = getattr(request.runtime, "config", None) or {}
     thread = (config.get("configurable") or {}).get("thread_id")
-    if thread is not None:
-        return "thread", str(thread)
+    return None if thread is None else str(thread)
+
+
+def _step(request: ToolCallRequest) -> str | None:
     steps = (message.id for message in reversed(_messages(request.state)) if isinstance(message, AIMessage))
-    step = next(steps, None)
-    return ("step", step) if step else None
+    return next(steps, None)
 
 
 def _refused(request: ToolCallRequest, error: CogViewBudgetError) -> ToolMessage:

@@ -13,6 +13,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
@@ -215,6 +216,10 @@ def _plain(entry: Any) -> Any:
     return list(entry) if isinstance(entry, tuple) else entry
 
 
+_ENCLOSING: Final[ContextVar[tuple[Ledger, Conversation] | None]] = ContextVar("cogview_conversation", default=None)
+"""The conversation of the tool call in which this code runs."""
+
+
 class Ledger:
     """The conversations of this process; the least recently used are forgotten, unless a call is running. Thread-safe.
 
@@ -228,19 +233,29 @@ class Ledger:
         self._lock = threading.Lock()
 
     @contextmanager
-    def conversation(self, key: Any) -> Iterator[Conversation]:
+    def conversation(self, thread: str | None, step: str | None) -> Iterator[Conversation]:
         """Hold a conversation while a call runs.
 
         Args:
-            key: Name of the conversation; None for one that is forgotten afterwards.
+            thread: Id of the thread; None without one.
+            step: Id of the message that has the call, whose parallel calls have to know of each other. It names a conversation
+                without a thread, unless the call is one of a sub-agent: that is in the conversation of the call around it.
 
         Yields:
             The conversation.
         """
-        conversation = self._entered(key)
+        around = _ENCLOSING.get()
+        if thread is None and around and around[0] is self:
+            conversation = around[1]
+            with self._lock:
+                conversation.running += 1
+        else:
+            conversation = self._entered(("step", step) if thread is None and step else thread)
+        _ENCLOSING.set((self, conversation))
         try:
             yield conversation
         finally:
+            _ENCLOSING.set(around)
             with self._lock:
                 conversation.running -= 1
 

@@ -638,6 +638,28 @@ def test_a_sub_agent_spends_from_the_same_conversation(sandbox, tmp_path):
     assert middleware.spent(agent.get_state(THREAD)).count == 2
 
 
+@both
+def test_a_sub_agent_without_a_thread_spends_from_the_run_that_called_it(sandbox, tmp_path, how):
+    middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, max_images=2)
+    script = [wants("a"), AIMessage("Painted."), wants("b", "c"), AIMessage("Painted."), wants("d"), AIMessage("Done.")]
+    painter = create_agent(model_of(*script), middleware=[middleware])
+
+    @as_tool
+    async def paint(prompt: str) -> str:
+        """Let the painter paint."""
+        return (await painter.ainvoke({"messages": prompt}))["messages"][-1].text
+
+    @as_tool
+    def paint_now(prompt: str) -> str:
+        """Let the painter paint."""
+        return painter.invoke({"messages": prompt})["messages"][-1].text
+
+    tool = paint if how == "async" else paint_now
+    model = model_of(*[wants(prompt, name=tool.name) for prompt in "xyz"])
+    run(create_agent(model, tools=[tool], middleware=[middleware]), how)
+    assert sandbox.images_made == 2
+
+
 async def test_images_and_updates_come_through_a_stream(middleware):
     agent = create_agent(model_of(wants("a kitten", "a puppy"), profile=IN_INPUTS), middleware=[middleware])
     chunks = [chunk async for chunk in agent.astream({"messages": "x"}, stream_mode=["updates", "custom"])]
@@ -658,6 +680,8 @@ def test_wrong_arguments_are_named(sandbox, tmp_path):
         ({"budget": -1}, "A budget is an amount"),
         ({"tool": tool, "size": "1x1"}, "size cannot be passed together"),
         ({"sise": "1x1"}, "sise"),
+        ({"base_url": "sandbox:", "content_format": "image"}, "content_format='image' would put images into the state"),
+        ({"tool": CogViewImageTool(base_url="sandbox:", content_format="thumbnail")}, "content_format='thumbnail'"),
     ]:
         with pytest.raises(CogViewConfigurationError, match=text):
             CogViewMiddleware(**options)
@@ -688,3 +712,36 @@ def test_started_images_count_for_the_conversation(sandbox, tmp_path, how):
     output = run(agent, how, config=THREAD)
     assert texts(output["messages"]).count("The limit of 2 images for this conversation is reached") == 1
     assert texts(output["messages"]).count("Started image") == 2
+
+
+@both
+def test_an_estimate_is_of_what_this_conversation_has_spent_and_has_left(sandbox, tmp_path, how):
+    toolkit = CogViewToolkit(base_url=sandbox.base_url, output_dir=tmp_path)
+    middleware = CogViewMiddleware(tools=toolkit.get_tools(), budget="0.10")
+    texts_of = {}
+    for thread, script in (
+        ("1", [wants("a", name="cogview_start_image"), wants("b", name="cogview_estimate")]),
+        ("2", [wants("b", name="cogview_estimate")]),
+    ):
+        agent = create_agent(model_of(*script), middleware=[middleware], checkpointer=InMemorySaver())
+        texts_of[thread] = run(agent, how, config={"configurable": {"thread_id": thread}})["messages"][-2].text
+    assert "Spent so far: 0.06 CNY. Left: 0.04 CNY, 0 images. The limits do not cover this." in texts_of["1"]
+    assert "Spent" not in texts_of["2"] and "Left: 0.10 CNY, 1 image." in texts_of["2"]
+
+
+def test_a_tool_of_the_application_keeps_its_name(sandbox, tmp_path):
+    @as_tool
+    def look_at_image(name: str) -> str:
+        """Look."""
+        return f"The application looks at {name}."
+
+    middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, see="never")
+    output = run(
+        create_agent(
+            model_of(AIMessage("", tool_calls=[{"name": "look_at_image", "args": {"name": "x"}, "id": "1"}])),
+            tools=[look_at_image],
+            middleware=[middleware],
+        ),
+        "sync",
+    )
+    assert output["messages"][-2].text == "The application looks at x."
