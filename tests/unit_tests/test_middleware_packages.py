@@ -43,7 +43,7 @@ def test_a_provider_is_sent_the_image_where_it_takes_it_and_once_more_without(
     assert len(service.bodies) == 2
     if name == "openai" or (name == "mistral" and profile is IN_INPUTS):
         kinds = [item["role"] for item in with_images["messages"]]
-        assert kinds == ["system", "user", "assistant", "tool", "tool", "user"]
+        assert kinds == ["system", "user", "assistant", "tool", "tool", "assistant", "user"]
         assert json.dumps(with_images["messages"][-1]).count("image/jpeg") == 2
 
 
