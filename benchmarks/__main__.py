@@ -2,7 +2,9 @@
 
 On loopback, against a stub in a process of its own (`benchmarks.stub`). Every measurement is made in a new process; the clients
 take turns within a round, figures are medians over the rounds, and a ratio is the median of the rounds' own ratios. Prints
-Markdown. Needs the extra `benchmark` for the peers; what is not installed is left out and named.
+Markdown. CPU time is that of the asking process alone: it says more than the clock where other work runs on the same machine.
+For one call the clients take turns in one process, in many short rounds. Needs the extra `benchmark` for the peers; what is not
+installed is left out and named.
 
 Peers: bare httpx and aiohttp (one shared client, pool as large as asked for); `by hand`, the least that an expert would write
 around that httpx client as a BaseTool or a Runnable; zai-sdk and openai, sync ones in as many threads; langchain-community's
@@ -96,7 +98,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 
 def in_bulk(rounds: int, *, quick: bool) -> None:
-    """Many in flight: share of the ideal time, and new connections per call."""
+    """Many in flight: share of the ideal time, new connections and CPU per call."""
     points = (
         [(4, 0.05, 2, 2)]
         if quick
@@ -118,7 +120,8 @@ def in_bulk(rounds: int, *, quick: bool) -> None:
         [
             NAMES[name],
             *(
-                f"{each.median(name, 'share'):.0%}, {each.median(name, 'connections'):.2f}"
+                f"{each.median(name, 'share'):.0%}, {each.median(name, 'connections'):.2f}, "
+                f"{each.median(name, 'cpu_us'):.0f} µs"
                 if name in each.reported
                 else each.unfinished.get(name, "–")
                 for each in found.values()
@@ -127,7 +130,7 @@ def in_bulk(rounds: int, *, quick: bool) -> None:
         for name in names
     ]
     head = [f"{slots} in flight, {seconds:g} s" for slots, seconds, _, _ in points]
-    table("Share of the ideal time, and new connections per call", ["", *head], rows)
+    table("Share of the ideal time, new connections and CPU per call", ["", *head], rows)
 
 
 def at_once(rounds: int, *, quick: bool) -> None:
@@ -233,7 +236,7 @@ def start(rounds: int, *, quick: bool) -> None:
 
 def one_call(rounds: int, *, quick: bool) -> None:
     """CPU of one call beside bare httpx."""
-    rounds, calls = (2, 5) if quick else (20 * rounds, 30)
+    rounds, calls = (2, 5) if quick else (100 * rounds, 5)
     rows = []
     for names in (
         ["httpx_sync", "our_generator_sync", "our_tool_sync", "hand_runnable_sync", "hand_tool_sync", "zai_sync",

@@ -97,25 +97,25 @@ def _run_of(client: str, base_url: str, slots: int) -> tuple[Callable[[int], Any
 
 
 def bulk(client: str, slots: int, seconds: float, waves: int, warm: int) -> dict[str, Any]:
-    """Share of the ideal time, and new connections per call, after some waves that open the connections."""
+    """Share of the ideal time, new connections and CPU per call, after some waves that open the connections."""
     with stub.running() as service:
         run, is_async = _run_of(client, service.base_url(seconds), slots)
         taken: dict[str, float] = {}
 
         def timed(work: Callable[[], Any]) -> None:
             taken["connections"] = -service.counts()["connections"]
-            begun = time.perf_counter()
+            begun, cpu = time.perf_counter(), time.process_time()
             work()
-            taken["seconds"] = time.perf_counter() - begun
+            taken["seconds"], taken["cpu"] = time.perf_counter() - begun, time.process_time() - cpu
 
         if is_async:
 
             async def both() -> None:
                 await run(slots * warm)
                 before = await asyncio.to_thread(service.counts)
-                begun = time.perf_counter()
+                begun, cpu = time.perf_counter(), time.process_time()
                 await run(slots * waves)
-                taken["seconds"] = time.perf_counter() - begun
+                taken["seconds"], taken["cpu"] = time.perf_counter() - begun, time.process_time() - cpu
                 taken["connections"] = -before["connections"]
 
             asyncio.run(both())
@@ -123,7 +123,12 @@ def bulk(client: str, slots: int, seconds: float, waves: int, warm: int) -> dict
             run(slots * warm)
             timed(lambda: run(slots * waves))
         opened = taken["connections"] + service.counts()["connections"]
-        return {"share": waves * seconds / taken["seconds"], "connections": opened / (slots * waves)}
+        calls = slots * waves
+        return {
+            "share": waves * seconds / taken["seconds"],
+            "connections": opened / calls,
+            "cpu_us": taken["cpu"] / calls * 1e6,
+        }
 
 
 def unbounded(client: str, count: int, seconds: float, slots: int) -> dict[str, Any]:

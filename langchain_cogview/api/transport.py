@@ -1,4 +1,4 @@
-"""httpx transports over httpcore, with one httpcore pool per connection, kept per process and event loop.
+"""httpx transports over single connections of httpcore, kept per process and event loop.
 
 `SyncTransport` and `AsyncTransport` take one idle connection for each request, the last used first, or open one; there is no
 pool to search, so that hundreds in flight cost no more than one. httpcore does HTTP, TLS and proxies; `network` has what
@@ -63,29 +63,24 @@ class _Route(NamedTuple):
 
     @classmethod
     def of(cls, request: httpx.Request) -> _Route:
-        """Return the route of a request, and refuse an address in its URL if a proxy would connect to it.
-
-        Returns:
-            The route.
-
-        Raises:
-            AddressRefusedError: When the URL spells such an address out, and a proxy is used.
-        """
+        """Return the route of a request; refuse what is not HTTP, and an address in its URL that a proxy would connect to."""
         url = request.url
+        if url.scheme not in {"http", "https"}:
+            raise httpx.UnsupportedProtocol(f"The URL is not of http or https, but of {url.scheme[:20]!r}.")
         route = cls(url.raw_scheme, url.raw_host, url.port, proxy_for(url), request.extensions.get(ADDRESSES))
         if route.proxy and route.check:
             check_literal(url.host, route.check)
         return route
 
-    def pool_options(self, keepalive_seconds: float) -> dict[str, Any]:
+    @property
+    def origin(self) -> httpcore.Origin:
+        return httpcore.URL(scheme=self.scheme, host=self.host, port=self.port, target=b"/").origin
+
+    def options(self, keepalive_seconds: float) -> dict[str, Any]:
         scheme = self.scheme.decode()
-        return {
-            "ssl_context": tls_context() if scheme == "https" else None,
-            "proxy": httpcore_proxy(self.proxy, scheme) if self.proxy else None,
-            "max_connections": 1,
-            "max_keepalive_connections": 1,
-            "keepalive_expiry": keepalive_seconds,
-        }
+        tls = tls_context() if scheme == "https" else None
+        proxy = httpcore_proxy(self.proxy, scheme) if self.proxy else None
+        return {"ssl_context": tls, "proxy": proxy, "keepalive_expiry": keepalive_seconds}
 
 
 def _httpcore_request(request: httpx.Request) -> httpcore.Request:
@@ -130,17 +125,19 @@ for _name in ("connection", "http11", "proxy", "socks"):
     logging.getLogger(f"httpcore.{_name}").addFilter(_shorten_records)
 
 
-@contextlib.contextmanager
-def _ours() -> Iterator[None]:
+class _Ours:
     """Around calls of httpcore: shorten its log records to the event, and raise its errors as those of httpx."""
-    token = _IS_OURS.set(True)
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        raise_as_httpx(error)
-    finally:
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = _IS_OURS.set(True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(ValueError):  # a coroutine that is destroyed ends in another context
-            _IS_OURS.reset(token)
+            _IS_OURS.reset(self._token)
+        if isinstance(error, Exception):
+            raise_as_httpx(error)
 
 
 # --- connections
@@ -150,7 +147,7 @@ class _Connection(ABC):
     """One connection to one route, open or not."""
 
     backend: SyncBackend | AsyncBackend
-    _pool: httpcore.ConnectionPool | httpcore.AsyncConnectionPool
+    _http: httpcore.ConnectionInterface | httpcore.AsyncConnectionInterface
 
     def __init__(self, route: _Route) -> None:
         self.route = route
@@ -160,7 +157,7 @@ class _Connection(ABC):
         """Whether another request can be sent, as far as this side can see."""
         stream = self.backend.stream
         whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
-        return whole and any(not each.has_expired() for each in self._pool.connections)
+        return whole and self._http.is_idle() and not self._http.has_expired()
 
     @abstractmethod
     def close(self) -> None:
@@ -169,23 +166,25 @@ class _Connection(ABC):
 
 class _SyncConnection(_Connection):
     backend: SyncBackend
-    _pool: httpcore.ConnectionPool
+    _http: httpcore.ConnectionInterface
 
     def __init__(self, route: _Route, keepalive_seconds: float) -> None:
         super().__init__(route)
         self.backend = SyncBackend(None if route.proxy else route.check)
-        self._pool = httpcore.ConnectionPool(network_backend=self.backend, **route.pool_options(keepalive_seconds))
+        # A pool opens the right kind of connection for a proxy, too. The pool itself is not used.
+        pool = httpcore.ConnectionPool(network_backend=self.backend, **route.options(keepalive_seconds))
+        self._http = pool.create_connection(route.origin)
 
     def send(self, request: httpx.Request, deadline: Deadline) -> httpcore.Response:
         self.backend.deadline = deadline
-        with _ours():
-            response = self._pool.handle_request(_httpcore_request(request))
+        with _Ours():
+            response = self._http.handle_request(_httpcore_request(request))
             if self.backend.stream:
                 self.backend.stream.guard.head_was_read(response.status)
         return response
 
     def close(self) -> None:
-        self._pool.close()
+        self._http.close()
         if self.backend.stream:
             self.backend.stream.close()
 
@@ -201,7 +200,7 @@ class _SyncBody(httpx.SyncByteStream):
         parts = self._response.iter_stream()
         stream = self._connection.backend.stream
         while True:
-            with _ours():
+            with _Ours():
                 part = next(parts, None)
                 if part and stream:
                     stream.guard.chunk_was_read(len(part))
@@ -213,7 +212,7 @@ class _SyncBody(httpx.SyncByteStream):
         if not self._is_closed:
             self._is_closed = True
             try:
-                with _ours():
+                with _Ours():
                     self._response.close()
             except BaseException:
                 self._connection.close()
@@ -223,16 +222,17 @@ class _SyncBody(httpx.SyncByteStream):
 
 class _AsyncConnection(_Connection):
     backend: AsyncBackend
-    _pool: httpcore.AsyncConnectionPool
+    _http: httpcore.AsyncConnectionInterface
 
     def __init__(self, route: _Route, keepalive_seconds: float, open_sockets: set[socket.socket]) -> None:
         super().__init__(route)
         self.backend = AsyncBackend(None if route.proxy else route.check, open_sockets)
-        self._pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **route.pool_options(keepalive_seconds))
+        pool = httpcore.AsyncConnectionPool(network_backend=self.backend, **route.options(keepalive_seconds))
+        self._http = pool.create_connection(route.origin)
 
     async def send(self, request: httpx.Request) -> httpcore.Response:
-        with _ours():
-            response = await self._pool.handle_async_request(_httpcore_request(request))
+        with _Ours():
+            response = await self._http.handle_async_request(_httpcore_request(request))
             if self.backend.stream:
                 self.backend.stream.guard.head_was_read(response.status)
         return response
@@ -256,7 +256,7 @@ class _AsyncBody(httpx.AsyncByteStream):
         parts: Any = self._response.aiter_stream()
         async with contextlib.aclosing(parts):
             while True:
-                with _ours():
+                with _Ours():
                     part = await anext(parts, None)
                     if part and stream:
                         stream.guard.chunk_was_read(len(part))
@@ -272,7 +272,7 @@ class _AsyncBody(httpx.AsyncByteStream):
         if not self._is_closed:
             self._is_closed = True
             try:
-                with _ours():
+                with _Ours():
                     await self._response.aclose()
             except BaseException:
                 self._connection.close()
