@@ -297,16 +297,12 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
 
     # --- a run
 
-    def _run(
-        self, prompt: str, size: str | None = None, quality: str | None = None
-    ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+    def _run(self, prompt: str, size: str | None = None, quality: str | None = None) -> Any:
         with self.failures():
             result = self.generator.invoke(self.call_arguments(prompt, size, quality), budget=self.limits())
         return self.answer(result)
 
-    async def _arun(
-        self, prompt: str, size: str | None = None, quality: str | None = None
-    ) -> tuple[str | list[dict[str, Any]], ImageArtifact]:
+    async def _arun(self, prompt: str, size: str | None = None, quality: str | None = None) -> Any:
         with self.failures():
             result = await self.generator.ainvoke(self.call_arguments(prompt, size, quality), budget=self.limits())
         return await self.aanswer(result)
@@ -512,12 +508,17 @@ def arguments_schema(generator: CogViewImageGenerator, style: Style | None = Non
             _field(quality, quality_text if len(qualities) > 1 else "The only quality of this model."),
         ),
     }
-    return create_model(
+    arguments = create_model(
         "CogViewImageArguments",
         __base__=ImageArguments,
         __doc__="Arguments of the image tool.",
         **fields,
     )
+    # LangChain reads the annotations of the signature twice in each call, and takes long over those of the fields.
+    signature = inspect.signature(arguments)
+    plain = [parameter.replace(annotation=str) for parameter in signature.parameters.values()]
+    arguments.__signature__ = signature.replace(parameters=plain)
+    return arguments
 
 
 def _sendable(info: ModelInfo, appended: str, prompt: str) -> str:
