@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -98,10 +99,43 @@ def held() -> Any:
 
 
 def write_apps(folder: Path, base_url: str) -> None:
-    """Write each Python block of the page under the name in its first line."""
+    """Write each Python and TypeScript block of the page under the name in its first line."""
     page = (ROOT / "docs" / "front-ends.md").read_text(encoding="utf-8")
-    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+    blocks = re.findall(r"^```(?:python|tsx)\n(?:#|//) (\w+\.(?:py|tsx))\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for name, code in blocks:
         (folder / name).write_text(code.replace('"sandbox:"', f'"{base_url}"'), encoding="utf-8")
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    path = f"{folder}{os.pathsep}{ROOT}"
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HOME": str(folder)}
+
+
+@contextmanager
+def running(arguments: tuple[str, ...], folder: Path, ready: str, environment: dict[str, str]) -> Any:
+    """Run Python with these arguments, once it printed that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=folder, env=environment_of(folder) | environment, text=True, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if ready in line:
+                break
+        else:
+            pytest.fail("".join(printed))
+        yield
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -122,34 +156,17 @@ def chat(request: pytest.FixtureRequest, tmp_path: Path, browser: Any) -> Any:
     if find_spec(front_end.name) is None:  # not imported here: chainlit writes its settings where it is imported
         pytest.skip(f"needs {front_end.name}")
     write_apps(tmp_path, request.getfixturevalue("held").base_url if "held" in request.fixturenames else "sandbox:")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     environment = {
-        **os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONUNBUFFERED": "1", "HOME": str(tmp_path),
-        "GRADIO_SERVER_PORT": port, "GRADIO_ANALYTICS_ENABLED": "False", "CHAINLIT_PORT": port,
-        "ZHIPUAI_API_KEY": FAKE_KEY, "STREAMLIT_SERVER_PORT": port, "STREAMLIT_SERVER_ADDRESS": "127.0.0.1", "CHAINLIT_HOST": "127.0.0.1",
+        "GRADIO_SERVER_PORT": port, "GRADIO_ANALYTICS_ENABLED": "False", "CHAINLIT_PORT": port, "CHAINLIT_HOST": "127.0.0.1",
+        "STREAMLIT_SERVER_PORT": port, "STREAMLIT_SERVER_ADDRESS": "127.0.0.1", "ZHIPUAI_API_KEY": FAKE_KEY,
     }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, *front_end.arguments], cwd=tmp_path, env=environment, text=True, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if front_end.ready in line:
-                break
-        else:
-            pytest.fail("".join(printed))
+    with running(front_end.arguments, tmp_path, front_end.ready, environment):
         page = browser.new_page(viewport={"width": 1000, "height": 1600})
         page.set_default_timeout(WAIT)
         page.goto(f"http://127.0.0.1:{port}")
         yield Chat(page, front_end)
         page.close()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @dataclass
@@ -184,9 +201,13 @@ class Chat:
         )
 
     def look(self, name: str) -> None:
-        """Keep a screenshot where somebody wants to look at it."""
-        if folder := os.environ.get("FRONT_END_SCREENSHOTS"):
-            self.page.screenshot(path=f"{folder}/{self.front_end.name}-{name}.png")
+        look(self.page, f"{self.front_end.name}-{name}")
+
+
+def look(page: Any, name: str) -> None:
+    """Keep a screenshot where somebody wants to look at it."""
+    if folder := os.environ.get("FRONT_END_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
 
 
 def test_each_turn_shows_its_own_image_once(chat):
@@ -217,3 +238,71 @@ def test_the_page_says_that_an_image_is_being_made(held, chat):
     chat.look("4-progress")
     held.sandbox.may_answer.set()
     assert len(chat.sources(1)) == 1
+
+
+TURNS = """
+import json
+from chat_ui_graph import graph
+from langgraph.checkpoint.memory import InMemorySaver
+
+graph.checkpointer = InMemorySaver()  # what the server does
+for prompt in ("a red fox", "[[content-filter]] something", "a blue hare"):
+    output = graph.invoke({"messages": prompt}, {"configurable": {"thread_id": "1"}})
+print(json.dumps(output["ui"]))
+"""
+RENDER = """
+import { createRoot } from "react-dom/client";
+import components from "./ui";
+import messages from "./messages.json";
+
+const all = messages.map(({ id, name, props }) => {
+  const Component = components[name];
+  return <Component key={id} {...props} />;
+});
+createRoot(document.body.appendChild(document.createElement("div"))).render(all);
+"""
+
+
+@pytest.fixture
+def react(tmp_path):
+    """Bundles a file of the folder with React, as the server of a graph does."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("needs npm")
+    packages = ("react@19", "react-dom@19", "esbuild@0.28")
+    done = subprocess.run(
+        [npm, "install", "--no-audit", "--no-fund", *packages], cwd=tmp_path, text=True, encoding="utf-8", capture_output=True
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"needs {', '.join(packages)} from npm: {done.stderr[-500:]}")
+
+    def bundle(name: str) -> Path:
+        esbuild = tmp_path / "node_modules" / ".bin" / "esbuild"
+        subprocess.run([esbuild, name, "--bundle", "--jsx=automatic", "--outfile=bundle.js"], cwd=tmp_path, check=True)
+        return tmp_path / "bundle.js"
+
+    return bundle
+
+
+def test_the_component_for_agent_chat_ui_shows_each_image_with_its_prompt(tmp_path, browser, react):
+    port = free_port()
+    write_apps(tmp_path, "sandbox:")
+    chat_graph = tmp_path / "chat_graph.py"
+    chat_graph.write_text(chat_graph.read_text(encoding="utf-8").replace("localhost:2024", f"127.0.0.1:{port}"))
+    turns = [sys.executable, "-c", TURNS]
+    messages = subprocess.check_output(turns, cwd=tmp_path, env=environment_of(tmp_path), text=True, encoding="utf-8")
+    (tmp_path / "messages.json").write_text(messages, encoding="utf-8")
+    (tmp_path / "render.jsx").write_text(RENDER, encoding="utf-8")
+
+    with running(("-m", "uvicorn", "chat_ui_graph:app", "--port", port), tmp_path, "Uvicorn running", {}):
+        page = browser.new_page(viewport={"width": 1000, "height": 1600})
+        page.set_default_timeout(WAIT)
+        page.add_script_tag(path=react("render.jsx"))
+        page.wait_for_function(
+            "[...document.images].filter(each => each.naturalWidth === 1024).length === 2 && document.images.length === 2"
+        )
+        look(page, "agent-chat-ui-component")
+        urls = page.evaluate("[...document.images].map(each => each.src)")
+        assert urls == [each["props"]["url"] for each in json.loads(messages)]
+        assert page.locator("figcaption").all_inner_texts() == ["a red fox", "a blue hare"]
+        page.close()
