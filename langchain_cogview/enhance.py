@@ -56,7 +56,7 @@ INSTRUCTIONS: Final = (
 )
 # The stream of a graph does not show the rewriting as an answer to the user.
 _CONFIG: Final[RunnableConfig] = {"run_name": "cogview_enhance_prompt", "tags": ["nostream"]}
-_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|「([^」]+)」|『([^』]+)』|«([^»]+)»')
+_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|「([^」]+)」|『([^』]+)』|«([^»]+)»|»([^«]+)«|＂([^＂]+)＂')
 _FENCE = re.compile(r"\A```[a-z]*\n(.*)\n```\Z", re.DOTALL)
 
 
@@ -70,6 +70,11 @@ def quoted_texts(prompt: str) -> list[str]:
         The texts without their marks, in order.
     """
     return [next(filter(None, match.groups())) for match in _QUOTED.finditer(prompt)]
+
+
+def _style_of(prompt: str) -> str:
+    """What a style has appended to a prompt."""
+    return next((text for text in map(style_text, STYLES) if prompt.endswith(text)), "")
 
 
 def style_text(style: Style | None) -> str:
@@ -169,7 +174,7 @@ def rewritten_prompt(prompt: str, answer: Any, limit: int) -> str:
         limit: The most characters.
 
     Returns:
-        The new prompt.
+        The new prompt, with the style of the old one.
 
     Raises:
         ValueError: The answer cannot be used; the text says why.
@@ -180,8 +185,13 @@ def rewritten_prompt(prompt: str, answer: Any, limit: int) -> str:
     text = text.strip()
     fenced = _FENCE.match(text)
     text = fenced[1].strip() if fenced else text
+    quotation = _QUOTED.fullmatch(text)
+    if quotation and quoted_texts(text) != quoted_texts(prompt):  # the image would show the whole prompt as a text
+        text = text[1:-1].strip()
     if not text:
         raise ValueError("its answer has no text")
+    style = _style_of(prompt)
+    text = text.removesuffix(style) + style
     if len(text) > limit:
         raise ValueError(f"its answer has {len(text):,} characters, and {limit:,} are allowed")
     text.encode()  # half a character raises a ValueError

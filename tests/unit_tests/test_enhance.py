@@ -114,6 +114,20 @@ def test_an_agents_tool_rewrites_too(sandbox, tmp_path):
 
 def test_quotes_are_found_in_every_script():
     assert quoted_texts('"a" “b” 「c」 『d』 «e» it\'s "f g"') == ["a", "b", "c", "d", "e", "f g"]
+    assert quoted_texts("„a“ und „b“, „c” »d« oder »e« ＂f＂") == list("abcdef")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("a kitten", '"A tabby kitten, by day."', "A tabby kitten, by day."),
+        ("a kitten", "“A tabby kitten, by day.”", "A tabby kitten, by day."),
+        ("a kitten", '"Hello", says a "kitten"', '"Hello", says a "kitten"'),
+        ('"OPEN"', '"OPEN"', '"OPEN"'),
+    ],
+)
+def test_quotation_marks_around_the_whole_answer_are_removed(sandbox, prompt, answer, expected):
+    assert made(generator_of(sandbox, FakeListChatModel(responses=[answer])), "sync", prompt).prompt == expected
 
 
 # --- styles
@@ -125,6 +139,15 @@ def test_a_style_is_appended_to_every_prompt(sandbox, tmp_path, how, style):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, style=style)
     tool.invoke({"prompt": "a kitten"}) if how == "sync" else asyncio.run(tool.ainvoke({"prompt": "a kitten"}))
     assert sent(sandbox) == [f"a kitten Style: {STYLES[style]}."]
+
+
+@both
+@pytest.mark.parametrize("ending", ["", f" Style: {STYLES['oil']}."])
+def test_a_style_stays_when_a_chat_model_rewrites_the_prompt(sandbox, tmp_path, how, ending):
+    chat = FakeListChatModel(responses=[f"A tabby kitten.{ending}"])
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, enhance=chat, style="oil")
+    made(tool, how, {"prompt": "a kitten"})
+    assert sent(sandbox) == [f"A tabby kitten. Style: {STYLES['oil']}."]
 
 
 def test_an_unknown_style_is_refused_with_the_known_ones(sandbox):
