@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
@@ -32,7 +32,9 @@ from langchain_cogview.errors import (
     printable,
 )
 from langchain_cogview.jobs.folder import JobFolder, spare_descriptors
-from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of, read_history
+from langchain_cogview.jobs.history import read_history
+from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
+from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of
 from langchain_cogview.jobs.plan import (
     INTERRUPTED,
     UNDER_WAY,
@@ -47,7 +49,7 @@ from langchain_cogview.jobs.plan import (
     refuse_foreign_folder,
     write_settings,
 )
-from langchain_cogview.jobs.prompts import Problem, check_prompts, cost_text, count_text
+from langchain_cogview.jobs.prompts import cost_text, count_text
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
 from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.pools import astream_tasks, stream_in_threads
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 
     from langchain_cogview.budget import Budget
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.folder import RecordFile
+    from langchain_cogview.jobs.history import History
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 
 __all__ = ["JobPlan", "JobReport", "Problem", "UnknownAttempt", "arun_job", "plan_job", "run_job"]
@@ -128,7 +132,7 @@ def run_job(
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
     try:
-        job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+        job = _Job.of(prompts, output_dir, generator, settings, format=format, unique=unique)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
     retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
@@ -141,7 +145,7 @@ def run_job(
                 with contextlib.closing(stream_in_threads(calls, job.max_workers)) as results:
                     for _, result in results:
                         _raise_error(result)
-        return _report(run, job.started, job.skipped)
+        return _report(run, job.started)
 
 
 async def arun_job(
@@ -174,7 +178,7 @@ async def arun_job(
         CogViewError: As for `run_job`.
     """
     try:
-        job = await in_thread(_Job, prompts, output_dir, generator, settings, format=format, unique=unique)
+        job = await in_thread(_Job.of, prompts, output_dir, generator, settings, format=format, unique=unique)
     finally:
         settings.clear()
     retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
@@ -188,7 +192,7 @@ async def arun_job(
                 async with contextlib.aclosing(astream_tasks(calls, job.max_workers)) as results:
                     async for _, result in results:
                         _raise_error(result)
-        return await in_thread(_report, run, job.started, job.skipped)
+        return await in_thread(_report, run, job.started)
 
 
 def plan_job(
@@ -216,26 +220,43 @@ def plan_job(
         CogViewConfigurationError: As for `run_job`.
     """
     try:
-        job = _Job(prompts, output_dir, generator, settings, format=format, unique=unique)
+        job = _Job(output_dir, generator, settings)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
     with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
         job.was_begun(folder, into_existing=into_existing)
         attempts, manifest = (files.enter_context(opened(folder)) for opened in (attempts_of, manifest_of))
         history = read_history(attempts, manifest)
-        backlog = Backlog(job.prompts, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
-        return backlog.plan(job.generator, job.budget(backlog, budget), limit=limit)
+        found = PromptList(unique=unique)
+        backlog = Backlog(found, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
+        # The prompts are checked and counted one at a time: a plan holds none of them.
+        items = checked_items(found, prompts, job.defaults, format=format)
+        plan = backlog.plan(job.generator, job.budget(backlog, budget), limit=limit, items=items)
+        job_budget(job.generator, budget, found.models)  # refuses a model without a price
+        return plan
 
 
 class _Job:
     """A job's prompts, folder and generator, and what the sync and the async version share."""
 
     plan: JobPlan
+    prompts: PromptList
+    max_workers: int
     ready_and_running: tuple[int, int]
     """Images that are not paid for again: those in the folder, and those in progress at the service."""
 
     def __init__(
-        self,
+        self, output_dir: str | Path, generator: CogViewImageGenerator | None, settings: dict[str, Any]
+    ) -> None:
+        self.started = time.monotonic()
+        self.folder = _local(output_dir)
+        self.generator = _generator(generator, settings, self.folder)
+        self.settings = job_settings(self.generator)
+        self.defaults = {name: value for name, value in self.settings.items() if name != "service"}
+
+    @classmethod
+    def of(
+        cls,
         prompts: PromptSource,
         output_dir: str | Path,
         generator: CogViewImageGenerator | None,
@@ -243,15 +264,13 @@ class _Job:
         *,
         format: PromptFormat | None,  # noqa: A002
         unique: bool,
-    ) -> None:
-        self.started = time.monotonic()
-        self.folder = _local(output_dir)
-        self.generator = _generator(generator, settings, self.folder)
-        self.settings = job_settings(self.generator)
-        defaults = {name: value for name, value in self.settings.items() if name != "service"}
-        self.prompts = check_prompts(prompts, defaults, format=format, unique=unique)
-        models = {item.model for item in self.prompts.items} or {self.generator.model}
-        self.max_workers = max(self.generator.max_workers(model) for model in models)
+    ) -> Self:
+        """Return a job with checked prompts."""
+        job = cls(output_dir, generator, settings)
+        job.prompts = check_prompts(prompts, job.defaults, format=format, unique=unique)
+        models = job.prompts.models or {job.generator.model}
+        job.max_workers = max(job.generator.max_workers(model) for model in models)
+        return job
 
     def was_begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
         """Return whether the folder has a job; refuse a job with other arguments, and a folder with other files."""
@@ -264,9 +283,9 @@ class _Job:
 
     def budget(self, backlog: Backlog, amount: Any) -> Budget:
         """Return the budget, after subtracting what is spent."""
-        budget = job_budget(self.generator, amount, (item.model for item in self.prompts.items))
-        for model in backlog.spent_models():
-            budget.commit(price_of(self.generator, model))
+        budget = job_budget(self.generator, amount)
+        for model, count in backlog.spent().items():
+            budget.commit(price_of(self.generator, model), count)
         return budget
 
     @contextmanager
@@ -280,7 +299,7 @@ class _Job:
             )
         if not skip_bad:
             self.prompts.refuse_problems()
-        job_budget(self.generator, budget, (item.model for item in self.prompts.items))  # before the folder is created
+        job_budget(self.generator, budget, self.prompts.models)  # before the folder is created
         with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
             folder.lock()
             begun = self.was_begun(folder, into_existing=into_existing)
@@ -295,17 +314,13 @@ class _Job:
             attempts.ready()
             manifest.ready()
             if history.superseded:
-                manifest.compact(history.finished)
-                history.superseded = 0
-            self.skipped = sum(backlog.work_item(item).made for item in self.prompts.items)
+                _compact(manifest, history)
             self.plan = backlog.plan(self.generator, left.copy(), limit=limit)
             self._fit_open_files()
             run = JobRun(folder, self.generator, backlog, left, attempts=attempts, manifest=manifest, limit=limit)
             stack.callback(run.close)
             run.record_recovered()
-            work_items = [backlog.work_item(item) for item in self.prompts.items]
-            ready = sum(work_item.finished.made for work_item in work_items if work_item.finished)
-            self.ready_and_running = ready, sum(len(work_item.running) for work_item in work_items)
+            self.ready_and_running = backlog.ready + run.made, backlog.running
             try:
                 yield run
             except KeyboardInterrupt as interrupt:
@@ -395,27 +410,28 @@ def _shown(value: Any) -> str:
 # --- the end of a run
 
 
-def _report(run: JobRun, started: float, skipped: int) -> JobReport:
+def _report(run: JobRun, started: float) -> JobReport:
     """Return what a run did that has ended, after finishing its folder."""
     backlog = run.backlog
     counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
     names = Counter(run.errors)
     for item in backlog.prompts.items:
         finished = backlog.history.finished.get(item.key)
-        if finished and finished.made >= item.n:
+        if finished and finished.outcome.made >= item.n:
             counts["made"] += 1
             continue
-        names.update(finished.errors if finished else ())
-        if finished and finished.errors:
-            counts[kind_of(finished.errors)] += 1
+        errors = finished.outcome.errors if finished else ()
+        names.update(errors)
+        if errors:
+            counts[kind_of(errors)] += 1
         elif item.key not in backlog.history.open:
             counts["left"] += 1
-    counts["made"] -= skipped
+    counts["made"] -= backlog.skipped
     total, sheet, notes = _finish_folder(run)
     return JobReport(
         **counts,
-        skipped=skipped,
-        unknown=backlog.unknown(with_running=True),
+        skipped=backlog.skipped,
+        unknown=backlog.unknown(),
         bad=len(backlog.prompts.problems),
         images=run.made,
         cost=run.charges.amounts,
@@ -438,14 +454,14 @@ def _report(run: JobRun, started: float, skipped: int) -> JobReport:
 def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[str, ...]]:
     history, folder = run.backlog.history, run.folder
     total = Charges()
-    for finished in history.finished.values():
-        total.add(Money.of({"cost": finished.cost, "currency": finished.currency}))
+    for outcome, count in history.finished.outcomes().items():
+        total.add(Money.of({"cost": outcome.cost, "currency": outcome.currency}), count)
     try:
         folder.check()
         if history.superseded:
-            run.manifest.compact(history.finished)
+            _compact(run.manifest, history)
         name = _sheet_name(folder)
-        order = sorted(history.finished.values(), key=lambda item: (item.line, item.start))
+        order = history.finished.by_line()
         tiles = (tile for item in order for tile in _tiles(run.manifest.read(item.start, item.size)))
         sandbox = run.backlog.uses_sandbox(run.generator)
         cost = cost_text({} if sandbox else total.amounts, sandbox=sandbox)
@@ -463,6 +479,12 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
     first = CONTACT_SHEETS[0]
     other = f"The folder has another {first}, which is not overwritten; the contact sheet is {name}."
     return total.amounts, folder.path / name, (other,) if name != first else ()
+
+
+def _compact(manifest: RecordFile, history: History) -> None:
+    manifest.compact(history.finished.by_start())
+    history.finished.moved()
+    history.superseded = 0
 
 
 def _sheet_name(folder: JobFolder) -> str:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import secrets
 import stat
 import threading
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.images.store import rename_new
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 LOCK: Final = ".lock"
@@ -288,13 +289,6 @@ class DamagedRecordError(ValueError):
         self.incomplete = incomplete
 
 
-class RecordPosition(Protocol):
-    """Position of a line in its file: the byte at which it begins, and its length in bytes."""
-
-    start: int
-    size: int
-
-
 class StoredRecord(NamedTuple):
     """One line of a file of records."""
 
@@ -417,25 +411,21 @@ class RecordFile:
                 raise write_error(self.path, error) from None
             return start, len(line)
 
-    def compact(self, finished: Mapping[str, RecordPosition]) -> None:
-        """Rewrite the file with the lines of these prompts only, and update their positions.
+    def compact(self, positions: Sequence[tuple[int, int]]) -> None:
+        """Rewrite the file with these lines only: the byte at which each begins, and its length. They get new positions.
 
         Raises:
             CogViewStorageError: The file cannot be written; it is unchanged.
         """
-        kept = sorted(finished.values(), key=lambda item: item.start)
         try:
             self._check_end()
-            self._folder.replace(self.path.name, (self._bytes(item.start, item.size) for item in kept))
+            self._folder.replace(self.path.name, itertools.starmap(self._bytes, positions))
             descriptor = self._folder.open(self.path.name, os.O_RDWR)
         except OSError as error:
             raise write_error(self.path, error) from None
         with self._lock:
             os.close(self._descriptor)
-            self._descriptor, self._end = descriptor, 0
-            for item in kept:
-                item.start = self._end
-                self._end += item.size
+            self._descriptor, self._end = descriptor, sum(size for _, size in positions)
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -21,15 +22,7 @@ from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, 
 from langchain_cogview.images.store import IMAGE_NAME
 from langchain_cogview.jobs.folder import JobFolder, write_error
 from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecoveredImage, kind_of, manifest_of
-from langchain_cogview.jobs.prompts import (
-    MAX_LISTED,
-    Problem,
-    PromptItem,
-    PromptList,
-    bullet_list,
-    cost_text,
-    count_text,
-)
+from langchain_cogview.jobs.prompts import MAX_LISTED, bullet_list, cost_text, count_text
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -39,7 +32,8 @@ if TYPE_CHECKING:
 
     from langchain_cogview.budget import Reservation
     from langchain_cogview.generator import CogViewImageGenerator
-    from langchain_cogview.jobs.manifest import Attempt, Finished, History
+    from langchain_cogview.jobs.history import Attempt, Finished, History
+    from langchain_cogview.jobs.items import Problem, PromptItem, PromptList
 
 SETTINGS_TYPE: Final = "cogview.job"
 SETTINGS_VERSION: Final = 1
@@ -303,9 +297,9 @@ class WorkItem:
 
     def decide(self, *, retry_failed: bool, retry_unknown: bool) -> None:
         """Determine how many images to generate, and what of the earlier requests is sent again."""
-        made = (self.finished.made if self.finished else 0) + len(self.recovered) + len(self.running)
+        made = (self.finished.outcome.made if self.finished else 0) + len(self.recovered) + len(self.running)
         absent = max(0, self.prompt.n - made)
-        failed = min(absent, len(self.finished.errors) if self.finished else 0)
+        failed = min(absent, len(self.finished.outcome.errors) if self.finished else 0)
         unknown = min(absent - failed, len(self.unknown))
         self.repeats_failed, self.repeats_unknown = retry_failed and failed > 0, retry_unknown and unknown > 0
         self.missing = absent - (0 if retry_failed else failed) - (0 if retry_unknown else unknown)
@@ -313,12 +307,12 @@ class WorkItem:
     @property
     def made(self) -> bool:
         """Whether all its images are in the manifest."""
-        return self.finished is not None and self.finished.made >= self.prompt.n
+        return self.finished is not None and self.finished.outcome.made >= self.prompt.n
 
     @property
     def is_free(self) -> bool:
         """Whether there is work left that costs nothing."""
-        return bool(self.recovered or self.running or (self.finished and self.finished.links and not self.made))
+        return bool(self.recovered or self.running or (self.finished and self.finished.outcome.links and not self.made))
 
 
 def _reaches(budget: Budget, price: Money, count: int) -> bool:
@@ -334,6 +328,10 @@ class Backlog:
 
     Attributes:
         unfinished: Request ids of tasks that were polled in this run without an end; they are not polled again.
+        pending: Positions of the prompts that were not complete, or had an attempt without an end, at the time of `plan`.
+        skipped: How many prompts were complete at that time.
+        ready: How many images the manifest had for these prompts.
+        running: How many images are in progress at the service.
     """
 
     def __init__(
@@ -342,12 +340,14 @@ class Backlog:
         self.prompts = prompts
         self.history = history
         self.unfinished: set[str] = set()
+        self.pending = array("Q")
+        self.skipped = self.ready = self.running = 0
         self._retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
         self._recovered = recovered_images(folder, history)
 
     def work_item(self, item: PromptItem) -> WorkItem:
         """Return what is left to do for a prompt, as a new work item."""
-        attempts = tuple(self.history.open.get(item.key, {}).values())
+        attempts = tuple(self.history.open[item.key].values()) if item.key in self.history.open else ()
         recovered = [
             self._recovered[attempt.request_id] for attempt in attempts if attempt.request_id in self._recovered
         ]
@@ -358,30 +358,46 @@ class Backlog:
         work_item.decide(**self._retry)
         return work_item
 
-    def spent_models(self) -> Iterator[str]:
-        """Yield the model of each image that was paid for, or may have been."""
-        for finished in self.history.finished.values():
-            yield from finished.spent
+    def spent(self) -> Counter[str]:
+        """Return how many images of each model were paid for, or may have been."""
+        images: Counter[str] = Counter()
+        for outcome, count in self.history.finished.outcomes().items():
+            for model in outcome.spent:
+                images[model] += count
         for attempt in self.history.attempts():
-            yield from [attempt.model] * attempt.posts
+            images[attempt.model] += attempt.posts
+        return images
 
-    def unknown(self, *, with_running: bool = False) -> tuple[UnknownAttempt, ...]:
-        """Return the requests of these prompts whose outcome is unknown, `with_running` those of tasks too."""
-        work_items = (self.work_item(item) for item in self.prompts.items if item.key in self.history.open)
-        return tuple(
-            UnknownAttempt(work_item.prompt.number, attempt.prompt, attempt.request_id)
-            for work_item in work_items
-            for attempt in (*work_item.unknown, *(work_item.running if with_running else ()))
-        )
+    def work_items(self) -> Iterator[WorkItem]:
+        """Return the state of the prompts in `pending`."""
+        return (self.work_item(self.prompts.items[position]) for position in self.pending)
 
-    def plan(self, generator: CogViewImageGenerator, budget: Budget, *, limit: int | None = None) -> JobPlan:
-        """Return what is left and its price; `budget` is used up as the job would use it."""
+    def unknown(self) -> tuple[UnknownAttempt, ...]:
+        """Return the requests of these prompts whose outcome is unknown, those of tasks too."""
+        return tuple(item for work_item in self.work_items() for item in _unknown(work_item, with_running=True))
+
+    def plan(
+        self,
+        generator: CogViewImageGenerator,
+        budget: Budget,
+        *,
+        limit: int | None = None,
+        items: Iterable[PromptItem] | None = None,
+    ) -> JobPlan:
+        """Return what is left and its price; `budget` is used up as the job would. `items`: prompts that are not held."""
         counts: Counter[str] = Counter()
         cost = Charges()
-        for item in self.prompts.items:
+        unknown: list[UnknownAttempt] = []
+        with_attempts: set[str] = set()
+        for item in self._incomplete(items):
             work_item = self.work_item(item)
-            counts["recovered"] += len(work_item.recovered) + len(work_item.running)
-            counts["running"] += len(work_item.running)
+            self.ready += work_item.finished.outcome.made if work_item.finished else 0
+            self.skipped += work_item.made
+            if item.key in self.history.open:
+                with_attempts.add(item.key)
+                unknown += _unknown(work_item)
+                counts["recovered"] += len(work_item.recovered) + len(work_item.running)
+                self.running += len(work_item.running)
             if work_item.missing:
                 if limit is not None and counts["prompts"] >= limit:
                     continue
@@ -392,44 +408,66 @@ class Backlog:
                 counts["prompts"] += 1
                 counts["images"] += work_item.missing
                 cost.add(price, work_item.missing)
-            elif work_item.made or work_item.recovered or work_item.running:
-                counts["done"] += work_item.made
-            elif not work_item.unknown:
-                counts[kind_of(work_item.finished.errors) if work_item.finished else "done"] += 1
+            elif work_item.finished and not (
+                work_item.made or work_item.recovered or work_item.running or work_item.unknown
+            ):
+                counts[kind_of(work_item.finished.outcome.errors)] += 1
+        gone = sum(attempt.key not in with_attempts for attempt in self.history.attempts())
         return JobPlan(
             lines=self.prompts.lines,
             blank=self.prompts.blank,
             problems=tuple(self.prompts.problems),
             duplicates=tuple(self.prompts.duplicates),
             unique=self.prompts.unique,
-            notes=(*self.prompts.notes, *self._notes(counts)),
-            unknown=self.unknown(),
+            notes=(*self.prompts.notes, *self._notes(counts["over"], gone)),
+            unknown=tuple(unknown),
             cost=cost.amounts,
             unpriced=cost.unpriced,
             sandbox=self.uses_sandbox(generator),
-            **{name: counts[name] for name in ("done", "blocked", "failed", "recovered", "prompts", "images")},
+            done=self.skipped,
+            **{name: counts[name] for name in ("blocked", "failed", "recovered", "prompts", "images")},
         )
+
+    def _incomplete(self, items: Iterable[PromptItem] | None) -> Iterator[PromptItem]:
+        if items is not None:
+            yield from (item for item in items if not self._is_complete(item.key, item.n))
+            return
+        for position, (key, n) in enumerate(self.prompts.items.keys()):
+            if not self._is_complete(key, n):
+                self.pending.append(position)
+                yield self.prompts.items[position]
+
+    def _is_complete(self, key: str, n: int) -> bool:
+        finished = self.history.finished.get(key)
+        if finished is None or finished.outcome.made < n or key in self.history.open:
+            return False
+        self.skipped += 1
+        self.ready += finished.outcome.made
+        return True
 
     def uses_sandbox(self, generator: CogViewImageGenerator) -> bool:
         """Return whether the sandbox answers, or answered before in this folder."""
         return self.history.sandbox or is_sandbox(generator.resolved_base_url)
 
-    def _notes(self, counts: Counter[str]) -> Iterator[str]:
+    def _notes(self, over: int, gone: int) -> Iterator[str]:
         """Yield further remarks of a plan."""
-        if counts["over"]:
-            yield f"The budget does not cover {count_text(counts['over'], 'further prompt')}."
-        if counts["running"] and self._retry["retry_unknown"]:
+        if over:
+            yield f"The budget does not cover {count_text(over, 'further prompt')}."
+        if self.running and self._retry["retry_unknown"]:
             yield (
-                f"{count_text(counts['running'], 'image')} in progress at the service will be polled; what does not end "
+                f"{count_text(self.running, 'image')} in progress at the service will be polled; what does not end "
                 "within the time limit of a call is generated and paid for again."
             )
-        keys = {item.key for item in self.prompts.items}
-        gone = sum(attempt.key not in keys for attempt in self.history.attempts())
         if gone:
             yield (
                 f"{count_text(gone, 'request')} of prompts that are no longer among these may have been charged too: "
                 "attempts.jsonl names them."
             )
+
+
+def _unknown(work_item: WorkItem, *, with_running: bool = False) -> Iterator[UnknownAttempt]:
+    for attempt in (*work_item.unknown, *(work_item.running if with_running else ())):
+        yield UnknownAttempt(work_item.prompt.number, attempt.prompt, attempt.request_id)
 
 
 def price_of(generator: CogViewImageGenerator, model: str) -> Money:
@@ -459,14 +497,18 @@ def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[s
 def recovered_images(folder: JobFolder, history: History) -> dict[str, RecoveredImage]:
     """Return complete images in the folder whose requests have no end in the manifest, by request id."""
     wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
-    recovered: dict[str, RecoveredImage] = {}
-    for name in sorted(folder.names()) if wanted else ():
+    found: dict[str, tuple[Attempt, str]] = {}
+    for name in folder.names() if wanted else ():
         match = IMAGE_NAME.fullmatch(name)
         attempt = wanted.get(match["label"]) if match else None
-        if match and attempt and name not in history.files:
-            image = _whole(folder, name, match["start_of_hash"])
-            if image:
-                recovered[attempt.request_id] = RecoveredImage(attempt, folder.path / name, *image)
+        if match and attempt:
+            found[name] = attempt, match["start_of_hash"]
+    recovered: dict[str, RecoveredImage] = {}
+    for name in sorted(found.keys() - history.known(found)):
+        attempt, start_of_hash = found[name]
+        image = _whole(folder, name, start_of_hash)
+        if image:
+            recovered[attempt.request_id] = RecoveredImage(attempt, folder.path / name, *image)
     return recovered
 
 

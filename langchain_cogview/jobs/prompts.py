@@ -1,4 +1,4 @@
-"""Read and check the prompts of a job: text, CSV, TSV and JSON lines, one line at a time.
+"""Read the prompts of a job: text, CSV, TSV and JSON lines, one line at a time.
 
 A line has at least a prompt, and may have `model`, `size`, `quality`, `n`, `user_id` and `watermark_enabled` of its own. Other
 columns and keys are kept as `extra`. Each problem is reported with its line number.
@@ -7,22 +7,21 @@ columns and keys are kept as `extra`. Each problem is reported with its line num
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
+import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from langchain_cogview.catalog import money_text
-from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
-from langchain_cogview.request import NOT_TAKEN, ImageRequest, describe_validation, unknown_argument
+from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.request import NOT_TAKEN, ImageRequest, unknown_argument
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -42,11 +41,12 @@ _ENDINGS: Final[dict[str, PromptFormat]] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
+_NOT_UTF_8: Final = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of such bytes
 _UTF_16: Final = (b"\xff\xfe", b"\xfe\xff")
 _ARGUMENTS: Final = frozenset(ImageRequest.model_fields)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PromptLine:
     """One line of a file of prompts, before it is checked."""
 
@@ -309,8 +309,8 @@ def _line_problem(text: str, file: TextIO) -> str | None:
         while text and not text.endswith(("\n", "\r")):
             text = file.readline(MAX_LINE)
         return f"It has more than {MAX_LINE:,} characters."
-    wrong = next((place for place, c in enumerate(text, 1) if "\udc80" <= c <= "\udcff"), None)
-    return f"Not valid UTF-8 at character {wrong}." if wrong else None
+    wrong = _NOT_UTF_8.search(text)
+    return f"Not valid UTF-8 at character {wrong.start() + 1}." if wrong else None
 
 
 class _Bounded:
@@ -394,126 +394,7 @@ def read_prompts(source: PromptSource, *, format: PromptFormat | None = None) ->
     return PromptFile(source, format=format)
 
 
-# --- checked
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a line is not valid.
-
-    Attributes:
-        line: The line number.
-        text: What is wrong with the line.
-    """
-
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"Line {self.line}: {printable(self.text, 1000)}"
-
-
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """One valid prompt of a job."""
-
-    number: int  # the line number
-    key: str  # identifies the prompt: a hash of all its arguments, with a counter for lines that are equal
-    arguments: dict[str, Any]  # the checked arguments that the line itself sets
-    extra: dict[str, Any] | None  # all other columns or keys of the line
-    model: str
-    n: int  # how many images to generate
-
-
-@dataclass
-class PromptList:
-    """The checked prompts of a job."""
-
-    items: list[PromptItem] = field(default_factory=list)  # the valid prompts, in their order
-    lines: int = 0  # number of lines with a prompt, valid or not
-    blank: int = 0  # number of blank lines
-    problems: list[Problem] = field(default_factory=list)  # the lines that are not valid
-    duplicates: list[int] = field(default_factory=list)  # numbers of the lines that equal an earlier one
-    unique: bool = False  # whether duplicates are left out
-    notes: list[str] = field(default_factory=list)  # remarks for the user
-
-    def refuse_problems(self) -> None:
-        """Raise if a line is not valid.
-
-        Raises:
-            CogViewInvalidRequestError: Its notes name the first twenty invalid lines and what is wrong with them.
-        """
-        if not self.problems:
-            return
-        verb, them = ("is", "it") if len(self.problems) == 1 else ("are", "them")
-        bad = f"{count_text(len(self.problems), 'line')} of {self.lines:,} {verb} not valid; nothing was sent."
-        error = CogViewInvalidRequestError(bad, hint=f"Fix {them}, or leave {them} out with skip_bad=True.")
-        for line in bullet_list("Not valid", self.problems)[1:]:
-            error.add_note(line.strip())
-        raise error
-
-
-def check_prompts(
-    source: PromptSource,
-    defaults: Mapping[str, Any],
-    *,
-    format: PromptFormat | None,  # noqa: A002
-    unique: bool,
-) -> PromptList:
-    """Read and check all prompts of a source.
-
-    Args:
-        source: As for `read_prompts`.
-        defaults: Arguments for lines that do not set them.
-        format: As for `read_prompts`.
-        unique: Leave out lines that equal an earlier one.
-
-    Returns:
-        The valid prompts and the problems of the others.
-
-    Raises:
-        CogViewConfigurationError: The file cannot be read or has no prompts, its format is unknown, or its header is wrong.
-    """
-    result = PromptList(unique=unique)
-    file = read_prompts(source, format=format)
-    seen: Counter[str] = Counter()
-    warned: dict[str, None] = {}
-    for line in file:
-        result.lines += 1
-        if line.problem:
-            result.problems.append(Problem(line.number, line.problem))
-            continue
-        try:
-            request = ImageRequest.model_validate({**defaults, **line.arguments})
-        except ValidationError as error:
-            result.problems.append(Problem(line.number, describe_validation(error)))
-            continue
-        warned |= dict.fromkeys(request.warnings)
-        digest = _digest(request)
-        seen[digest] += 1
-        if seen[digest] > 1:
-            result.duplicates.append(line.number)
-            if unique:
-                continue
-        key = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        arguments = {name: getattr(request, name) for name in line.arguments}
-        result.items.append(PromptItem(line.number, key, arguments, line.extra or None, request.model, request.n))
-    if not result.lines and isinstance(source, str | Path):
-        name = "the standard input" if str(source) == "-" else f"the file {printable(str(source), 120)}"
-        raise CogViewConfigurationError(
-            f"There is no prompt in {name}; nothing was sent.", hint="A text file has one prompt on each line."
-        )
-    result.blank, result.notes = file.blank, [*file.notes, *warned]
-    return result
-
-
-def _digest(request: ImageRequest) -> str:
-    return hashlib.sha256(json.dumps(resolved_arguments(request), sort_keys=True).encode()).hexdigest()[:32]
-
-
-def resolved_arguments(request: ImageRequest) -> dict[str, Any]:
-    """Return all arguments of a request, with the model's defaults for size and quality."""
-    return request.model_dump() | {"size": request.resolved_size, "quality": request.resolved_quality}
+# --- words
 
 
 def count_text(count: int, what: str) -> str:

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from langchain_cogview.budget import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.folder import JobFolder, RecordFile
+    from langchain_cogview.jobs.items import PromptItem
     from langchain_cogview.jobs.plan import Backlog, WorkItem
-    from langchain_cogview.jobs.prompts import PromptItem
     from langchain_cogview.result import GeneratedImage
 
 MAX_NOT_RUN: Final = 5
@@ -130,16 +130,16 @@ class JobRun:
 
     def free_work_items(self) -> Iterator[WorkItem]:
         """Yield what costs nothing: tasks of the service, and URLs that may still work."""
-        for item in self.backlog.prompts.items:
-            work_item = self._work_item(item)
+        for position in self.backlog.pending:
+            work_item = self._work_item(self.backlog.prompts.items[position])
             if work_item.is_free and not self.halts:
                 yield work_item
 
     def work_items(self) -> Iterator[WorkItem]:
         """Yield what to generate, within limit and budget, from where the last pass ended."""
-        items = self.backlog.prompts.items
-        while self._next < len(items) and not self.halts:
-            work_item = self._work_item(items[self._next])
+        items, pending = self.backlog.prompts.items, self.backlog.pending
+        while self._next < len(pending) and not self.halts:
+            work_item = self._work_item(items[pending[self._next]])
             if work_item.missing:
                 if self._limit is not None and self._started >= self._limit:
                     return
@@ -257,7 +257,9 @@ class JobRun:
 
     def _links(self, work_item: WorkItem) -> Iterator[tuple[PromptCall, int, GeneratedImage]]:
         finished = self._work_item(work_item.prompt).finished
-        failures = self.manifest.read(finished.start, finished.size)["failures"] if finished and finished.links else []
+        failures = (
+            self.manifest.read(finished.start, finished.size)["failures"] if finished and finished.outcome.links else []
+        )
         # From the last to the first, so that removing a record does not shift the ones before it.
         for number, failure in reversed([*enumerate(failures)]):
             image = image_with_link(failure, work_item.prompt.arguments["prompt"])
@@ -272,8 +274,7 @@ class JobRun:
 
     def record_recovered(self) -> None:
         """Add images to the manifest that are already in the folder."""
-        for item in self.backlog.prompts.items:
-            work_item = self.backlog.work_item(item)
+        for work_item in self.backlog.work_items():
             if work_item.recovered:
                 requests = [image.attempt for image in work_item.recovered]
                 call = PromptCall(self, work_item, sent={item.request_id: item.model for item in requests})

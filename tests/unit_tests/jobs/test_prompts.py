@@ -8,6 +8,7 @@ import json
 import pytest
 
 from langchain_cogview.errors import CogViewConfigurationError
+from langchain_cogview.jobs.items import check_prompts
 from langchain_cogview.jobs.prompts import MAX_LINE, read_prompts
 from tests.unit_tests.test_batches import PARTI
 
@@ -278,3 +279,57 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path, "nul\0.txt"):
         with pytest.raises(CogViewConfigurationError, match="cannot be read"):
             said(path, format="txt")
+
+
+# --- checked
+
+
+VALID = (
+    "a cat",
+    {"prompt": "a cat", "n": True},
+    {"prompt": "a cat", "n": 1.0},
+    {"prompt": "a cat", "n": 2},
+    {"prompt": 'a "dog" \\ 犬 \u2028 \x7f', "n": 2},
+    {"prompt": "a dog", "n": "2", "size": "16:9"},
+    {"prompt": "a fox", "size": "1344x768", "n": 2},
+    {"prompt": "a fox", "model": "glm-image"},
+    {"prompt": "a hare", "model": " GLM-Image "},
+    {"prompt": "a hare", "user_id": "a user", "watermark_enabled": True},
+    {"prompt": "a hare", "user_id": "a user", "watermark_enabled": None},
+)
+WRONG = (
+    {"prompt": "\ud800", "n": 2},
+    {"prompt": "x" * 1001, "model": "glm-image"},
+    {"prompt": ["a cat"], "n": 2},
+    {"prompt": None},
+    {"prompt": "  ", "n": 2},
+    {"prompt": "a cat", "n": 2.5},
+    {"prompt": "a cat", "n": {2}},
+    {"prompt": "a cat", "size": "1x1"},
+)
+
+
+def checked(*prompts):
+    return check_prompts(prompts, {"model": "cogview-4-250304", "size": "1024x1024"}, format=None, unique=False)
+
+
+def test_a_line_is_checked_and_identified_in_the_same_way_among_others_as_alone():
+    lines = [*VALID, *WRONG, *VALID[::-1], *WRONG[::-1]]
+    found = checked(*lines)
+    alone = [checked(line) for line in lines]
+    keys = [item.key.partition("-")[0] for item in found.items]
+    assert keys == [item.key for one in alone for item in one.items]
+    assert [item[2:] for item in found.items] == [item[2:] for one in alone for item in one.items]
+    assert [problem.text for problem in found.problems] == [problem.text for one in alone for problem in one.problems]
+    assert len(found.problems) == 2 * len(WRONG)
+
+
+def test_the_key_of_a_prompt_is_that_of_earlier_versions_so_that_their_folders_go_on():
+    (item,) = checked("a cat").items
+    assert item.key == "330f56d4555a4a78fe7cc0bb21bb9b2b"
+
+
+def test_what_stands_beside_a_prompt_comes_back_as_it_was_written():
+    extra = {"mood": "calm \ud800 \\", "tags": ["犬", 1, 2.5, None, True], "nested": {"a b": {"c": "d e"}}}
+    (item,) = checked({"prompt": "a cat on a mat", **extra}).items
+    assert (item.extra, item.arguments) == (extra, {"prompt": "a cat on a mat"})
