@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from langchain_cogview.catalog import PRICES_AS_OF
 from langchain_cogview.cost import Money, checked_amount
-from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
+from langchain_cogview.errors import (
+    CogViewBudgetError,
+    CogViewConfigurationError,
+    CogViewInvalidRequestError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from decimal import Decimal
 
     from langchain_cogview.budget import Budget
+    from langchain_cogview.middleware import CogViewMiddleware
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.tool import CogViewImageTool
 
@@ -154,7 +160,7 @@ def _text(money: Money) -> str | None:
 
 
 def spending_approval(
-    tool: CogViewImageTool,
+    tool: CogViewImageTool | CogViewMiddleware,
     *,
     above: Decimal | float | str | None = None,
     allowed_decisions: tuple[str, ...] = ("approve", "edit", "reject"),
@@ -165,7 +171,7 @@ def spending_approval(
     legal are not interrupted: the tool refuses them for nothing.
 
     Args:
-        tool: The tool of the agent.
+        tool: The tool of the agent, or its `CogViewMiddleware`: then what is spent and left is that of the conversation.
         above: Ask only if the images of one message of the agent cost more than this together, in the platform's currency. Images
             of unknown price are always asked for. None: always ask.
         allowed_decisions: What the person may decide.
@@ -174,7 +180,7 @@ def spending_approval(
         An `InterruptOnConfig` of LangChain, a plain dict.
 
     Raises:
-        CogViewConfigurationError: `above` is not an amount of money.
+        CogViewConfigurationError: `above` is not an amount of money, or the middleware has no image tool.
 
     Example:
         >>> approval = {tool.name: spending_approval(tool, above="0.20")}    # doctest: +SKIP
@@ -186,31 +192,38 @@ def spending_approval(
         raise CogViewConfigurationError(
             f"above= is {printable(str(above), 40)!r}. {error}", hint="Pass an amount such as '0.20'."
         ) from None
+    source: Any = tool  # the module of the middleware is not loaded here, because it needs LangChain
 
-    def estimated(call: Mapping[str, Any]) -> Estimate | None:
+    def limited(state: Any) -> CogViewImageTool:
+        found: CogViewImageTool = source.limited_tool(state) if hasattr(source, "limited_tool") else source
+        return found
+
+    limited({})  # a middleware without an image tool is refused now
+
+    def estimated(call: Mapping[str, Any], state: Any) -> Estimate | None:
         arguments = call.get("args")
         if not isinstance(arguments, Mapping):
             return None
         values = {name: arguments.get(name) for name in ("prompt", "size", "quality")}
         try:
-            return tool.estimate(str(values.pop("prompt")), **values)
-        except CogViewInvalidRequestError:
+            return limited(state).estimate(str(values.pop("prompt")), **values)
+        except (CogViewInvalidRequestError, CogViewBudgetError):  # the tool refuses such a call too
             return None
 
     def describe(tool_call: Mapping[str, Any], state: Any, runtime: Any) -> str:  # noqa: ARG001  LangChain passes them
         prompt = printable(str((tool_call.get("args") or {}).get("prompt", "")), _PROMPT_CHARACTERS)
-        return f"{estimated(tool_call) or 'The arguments are not legal; nothing would be charged.'}\nPrompt: {prompt}"
+        return f"{estimated(tool_call, state) or 'The arguments are not legal; nothing would be charged.'}\nPrompt: {prompt}"
 
     # LangChain asks again when the run resumes, and needs the same answer: it depends on the message alone, not on what is spent.
     def is_expensive(request: Any) -> bool:
-        estimate = estimated(request.tool_call)
+        estimate = estimated(request.tool_call, request.state)
         if estimate is None:
             return False
         if limit is None or estimate.total.amount is None:
             return True
         # The call may be one of a toolkit's, whose name is another.
         calls = [call for call in _calls_of(request) if call.get("name") == request.tool_call["name"]]
-        together = [found.total for call in calls if (found := estimated(call))] or [estimate.total]
+        together = [found.total for call in calls if (found := estimated(call, request.state))] or [estimate.total]
         return any(money.amount is None for money in together) or sum(money.amount or 0 for money in together) > limit
 
     return {"allowed_decisions": list(allowed_decisions), "description": describe, "when": is_expensive}

@@ -31,7 +31,7 @@ from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.middleware import sight
-from langchain_cogview.middleware.ledger import Ledger, charges_of, merge_charges, new_name
+from langchain_cogview.middleware.ledger import Conversation, Ledger, charges_of, merge_charges, new_name
 from langchain_cogview.middleware.sight import LOOK_NAME, LOOK_TYPE, Placement, Shown
 from langchain_cogview.tool import CogViewImageTool, ToolSettings
 
@@ -188,6 +188,26 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
             raise CogViewConfigurationError(
                 "The record of what this conversation has spent is damaged.", hint="Start a new conversation."
             ) from None
+
+    def limited_tool(self, state: Any) -> CogViewImageTool:
+        """Return the image tool, limited by what a conversation may spend, for an estimate.
+
+        Args:
+            state: The agent's state.
+
+        Returns:
+            A copy of the tool. What it spends is not written into the state.
+
+        Raises:
+            CogViewBudgetError: The record in the state is damaged.
+            CogViewConfigurationError: There is no image tool.
+        """
+        tool = next(filter(None, map(_image_tool, self.tools)), None)
+        if tool is None:
+            raise CogViewConfigurationError("This middleware has no image tool.", hint="Pass one with tool=.")
+        conversation = Conversation()
+        conversation.add(_value(state))
+        return tool.with_budget(conversation.budget(new_name(), self._amount, self._max_images))
 
     # --- the model
 

@@ -76,7 +76,8 @@ def model_key(model: Any) -> str:
         Its class and its model's name.
     """
     inner = list(_unwrapped(model))[-1]
-    name = next(filter(None, (getattr(inner, each, None) for each in ("model_name", "model", "model_id"))), None)
+    names = (getattr(inner, each, None) for each in ("model_name", "model", "model_id", "deployment_name"))
+    name = next(filter(None, names), None)
     return f"{type(inner).__module__}.{type(inner).__qualname__}:{name if isinstance(name, str) else ''}"[:300]
 
 

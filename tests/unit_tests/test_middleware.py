@@ -12,13 +12,19 @@ import threading
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import ModelFallbackMiddleware, wrap_model_call, wrap_tool_call
+from langchain.agents.middleware import (
+    HumanInTheLoopMiddleware,
+    ModelFallbackMiddleware,
+    wrap_model_call,
+    wrap_tool_call,
+)
 from langchain_core.exceptions import ModelInvalidRequestError, ModelRateLimitError
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.tools import tool as as_tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command
 from PIL import Image
 from pydantic import PrivateAttr
 
@@ -29,6 +35,7 @@ from langchain_cogview import (
     CogViewMiddleware,
     CogViewToolkit,
     images_from_messages,
+    spending_approval,
 )
 
 IN_TOOLS = {"image_inputs": True, "image_tool_message": True}
@@ -782,3 +789,34 @@ def test_a_tool_of_the_application_keeps_its_name(sandbox, tmp_path):
         "sync",
     )
     assert output["messages"][-2].text == "The application looks at x."
+
+
+@both
+@pytest.mark.parametrize("from_toolkit", [False, True])
+def test_a_person_sees_what_the_conversation_has_spent_and_has_left(sandbox, tmp_path, how, from_toolkit):
+    tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
+    made_of = {"tools": CogViewToolkit(tool=tool).get_tools()} if from_toolkit else {"tool": tool}
+    middleware = CogViewMiddleware(**made_of, budget="0.50")
+    tool.invoke({"prompt": "of another conversation"})
+    name = middleware.tools[0].name
+    approval = HumanInTheLoopMiddleware({name: spending_approval(middleware)})
+    model = model_of(wants("a", name=name), AIMessage("Done."), wants("b", name=name))
+    agent = create_agent(model, middleware=[approval, middleware], checkpointer=InMemorySaver())
+
+    def described(output):
+        return output["__interrupt__"][0].value["action_requests"][0]["description"]
+
+    first = described(run(agent, how, config=THREAD))
+    assert "Spent" not in first and "Left: 0.50 CNY, 8 images." in first
+    agent.invoke(Command(resume={"decisions": [{"type": "approve"}]}), THREAD)
+    assert "Spent so far: 0.06 CNY. Left: 0.44 CNY, 7 images." in described(run(agent, how, config=THREAD))
+
+
+def test_an_approval_needs_an_image_tool():
+    @as_tool
+    def other(prompt: str) -> str:
+        """Do something else."""
+        return prompt
+
+    with pytest.raises(CogViewConfigurationError, match="no image tool"):
+        spending_approval(CogViewMiddleware(tools=[other]))
