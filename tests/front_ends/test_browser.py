@@ -294,7 +294,7 @@ def test_the_component_for_agent_chat_ui_shows_each_image_with_its_prompt(tmp_pa
     (tmp_path / "messages.json").write_text(messages, encoding="utf-8")
     (tmp_path / "render.jsx").write_text(RENDER, encoding="utf-8")
 
-    with running(("-m", "uvicorn", "chat_ui_graph:app", "--port", port), tmp_path, "Uvicorn running", {}):
+    with running(("-m", "uvicorn", "chat_graph:app", "--port", port), tmp_path, "Uvicorn running", {}):
         page = browser.new_page(viewport={"width": 1000, "height": 1600})
         page.set_default_timeout(WAIT)
         page.add_script_tag(path=react("render.jsx"))

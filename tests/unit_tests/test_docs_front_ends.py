@@ -1,10 +1,14 @@
-"""What a user relies on: the graphs of docs/front-ends.md give agent-chat-ui what it can show. The other apps have a browser's test."""
+"""What a user relies on: the graphs of docs/front-ends.md give agent-chat-ui, and the pipe gives Open WebUI, what it can show.
+
+The other apps have a browser's test.
+"""
 
 import ast
 import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -72,3 +76,57 @@ def test_each_component_belongs_to_the_answer_of_its_turn(module_of):
         output["messages"][-1].id for output in (first, second)
     ]
     assert "![" not in second["messages"][-1].text
+
+
+@pytest.fixture
+def open_webui(module_of, monkeypatch):
+    """Sends messages to the pipe, as Open WebUI does; what it stores and shows."""
+    stored, events = [], []
+
+    async def upload_image(request, content, mime_type, metadata, user):
+        stored.append((content, mime_type, user.id))
+        return None, {"id": str(len(stored)), "url": f"/files/{len(stored)}"}
+
+    async def emit(event):
+        events.append(event)
+
+    for name in ("open_webui", "open_webui.models", "open_webui.routers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, content in (
+        ("models.users", {"UserModel": SimpleNamespace}),
+        ("routers.images", {"upload_image": upload_image}),
+    ):
+        module = ModuleType(f"open_webui.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"open_webui.{name}", module)
+    pipe = module_of("cogview_pipe").Pipe().pipe
+
+    async def send(content, **options):
+        body = {"messages": [{"role": "user", "content": "an older prompt"}, {"role": "user", "content": content}]}
+        return await pipe(body, {"id": "somebody"}, None, {}, emit, **options)
+
+    return SimpleNamespace(send=send, stored=stored, events=events)
+
+
+@pytest.mark.parametrize("content", ["a red fox", [{"type": "text", "text": "a red fox"}]], ids=["text", "blocks"])
+async def test_open_webui_stores_and_shows_the_image_of_the_last_message(open_webui, content):
+    assert await open_webui.send(content) == "Here is your image."
+    ((image, mime_type, user),) = open_webui.stored
+    assert (image[:4], mime_type, user) == (b"\x89PNG", "image/png", "somebody")
+    (shown,) = [event["data"]["files"] for event in open_webui.events if event["type"] == "files"]
+    assert shown == [{"type": "image", "id": "1", "url": "/files/1"}]
+    assert [event["data"]["done"] for event in open_webui.events if event["type"] == "status"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("[[content-filter]] x", "content filter blocked"), ("[[balance]] x", "no balance")]
+)
+async def test_open_webui_says_why_no_image_was_made(open_webui, prompt, words):
+    assert words in await open_webui.send(prompt)
+    assert not open_webui.stored
+    assert open_webui.events[-1]["data"] == {"description": "No image was made", "done": True}
+
+
+async def test_open_webui_gets_no_image_for_the_title_of_a_chat(open_webui):
+    assert await open_webui.send("Write a title for this chat", __task__="title_generation") == ""
+    assert not open_webui.stored and not open_webui.events
