@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -344,6 +345,14 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         found = {"api_key": self._resolve_key(), "region": self._region, "base_url": self._base_url}
         copied = type(self)(**{**self.__dict__, **found, **update})
         return super(CogViewImageGenerator, copied).model_copy(update={name: getattr(self, name) for name in found})
+
+    def _saving_in(self, folder: Path) -> Self:
+        # Everything but the folder is shared; validating again would repeat every warning.
+        copied = super().model_copy(update={"output_dir": folder})
+        private = {"_folder": folder, "_folder_check": FolderCheck(folder)}
+        private["_call_settings"] = dataclasses.replace(self._settings(), folder=folder)
+        copied.__pydantic_private__ = {**(copied.__pydantic_private__ or {}), **private}
+        return copied
 
     @property
     def lc_attributes(self) -> dict[str, Any]:

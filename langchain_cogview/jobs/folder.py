@@ -4,7 +4,7 @@ Where the system allows it, each file is opened relative to the folder's descrip
 descriptor still names the same folder after a rename, and a job checks the path again before each paid request.
 """
 
-# ruff: noqa: PTH105, PTH116, PTH208  pathlib cannot open relative to a descriptor
+# ruff: noqa: PTH102, PTH105, PTH116, PTH208  pathlib cannot open relative to a descriptor
 from __future__ import annotations
 
 import contextlib
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOCK: Final = ".lock"
+SUBFOLDER: Final = re.compile(r"images-(\d{4,9})")
+"""The names of the sub-folders in which a job saves images."""
 MAX_RECORD: Final = 16 << 20
 """Maximum length of a line, in bytes; a job never writes a longer one."""
 _LEFTOVER: Final = re.compile(r"\.lock|\.(?:job\.json|manifest\.jsonl)\.part|\.cogview-[0-9a-f]+\.part|\.DS_Store")
@@ -39,14 +41,19 @@ class JobFolder:
     """A folder that one job reads and, after `lock`, also writes. It is a context manager.
 
     The caller resolves symbolic links in `path` before: the job belongs to the folder that they lead to. `create` creates a
-    missing folder; otherwise it is treated as an empty one.
+    missing folder; otherwise it is treated as an empty one. `opened` is descriptor and identity of a folder that is open.
     """
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, create: bool = False, opened: tuple[int | None, tuple[int, int]] | None = None
+    ) -> None:
         self.path = path
         self._descriptor: int | None = None
         self._lock: int | None = None
         self._identity: tuple[int, int] | None = None
+        if opened:
+            self._descriptor, self._identity = opened
+            return
         try:
             if create:
                 path.mkdir(parents=True, exist_ok=True)
@@ -64,6 +71,44 @@ class JobFolder:
             ) from None
         except OSError as error:
             raise write_error(path, error) from None
+
+    def subfolder(self, name: str, *, create: bool = False) -> JobFolder:
+        """Open a folder in this folder; a symbolic link is not followed. `create` creates a missing one, not durably.
+
+        Returns:
+            The folder, to be closed.
+
+        Raises:
+            CogViewConfigurationError: The name does not belong to a folder.
+            OSError: The system's error, such as `FileNotFoundError`.
+        """
+        if self._identity is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(*self._at(name), **self._relative())
+        facts, descriptor = self._stat(name), None
+        if not stat.S_ISDIR(facts.st_mode):
+            raise self._foreign(name, "folder")
+        if self._descriptor is not None:
+            try:
+                descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=self._descriptor)
+            except OSError as error:
+                if error.errno in {errno.ELOOP, errno.ENOTDIR}:  # replaced in the meantime
+                    raise self._foreign(name, "folder") from None
+                raise
+            facts = os.fstat(descriptor)
+        return JobFolder(self.path / name, opened=(descriptor, _identity(facts)))
+
+    @contextlib.contextmanager
+    def place_of(self, file: str) -> Iterator[tuple[JobFolder, str]]:
+        """Yield the folder of an image file, which is this one or a sub-folder, and the file's name in it."""
+        subfolder, _, name = file.rpartition("/")
+        if not subfolder:
+            yield self, name
+            return
+        with self.subfolder(subfolder) as inner:
+            yield inner, name
 
     # --- one job at a time
 
@@ -267,9 +312,10 @@ class JobFolder:
     def _relative(self, *names: str) -> dict[str, Any]:
         return {} if self._descriptor is None else dict.fromkeys(names or ("dir_fd",), self._descriptor)
 
-    def _foreign(self, name: str) -> CogViewConfigurationError:
+    def _foreign(self, name: str, kind: str = "regular file") -> CogViewConfigurationError:
+        links = "" if kind == "folder" else ", or has hard links"
         return CogViewConfigurationError(
-            f"{printable(str(self.path / name), 120)} is not a regular file, or has hard links; nothing was written to it.",
+            f"{printable(str(self.path / name), 120)} is not a {kind}{links}; nothing was written to it.",
             hint="Replace it with a copy of its own or move it away, or choose another folder.",
         )
 

@@ -15,8 +15,8 @@ status       made (all images), blocked, failed, unknown (some images are missin
              are missing because their requests did not run; the next run generates them)
 arguments    prompt, model, size, quality, n, ... as sent
 extra        other columns or keys of the line; absent if there are none
-images       for each image: file (name in the folder), sha256, size_bytes, width, height, mime_type, content_filter, model, cost,
-             cached, request_id, sandbox
+images       for each image: file (path in the folder, with `/`), sha256, size_bytes, width, height, mime_type, content_filter,
+             model, cost, cached, request_id, sandbox
 failures     for each image that is missing: error, message, code, status, outcome, scope, request_id, content_filter, model; with
              url and expires_at if the image was generated but could not be downloaded
 given_up     earlier requests that may have been charged, and whose images were generated again: request_id, model
@@ -31,24 +31,17 @@ finished     time of the record, in UTC
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import sys
-import tempfile
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Final, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from langchain_cogview.errors import CogViewDownloadError, CogViewError, Scope, error_class, printable
-from langchain_cogview.images.formats import ImageFormatError, ImageInfo, inspect
-from langchain_cogview.images.store import image_names, write_whole
-from langchain_cogview.jobs.folder import DamagedRecordError, RecordFile, write_error
+from langchain_cogview.errors import CogViewDownloadError, Scope, error_class, printable
+from langchain_cogview.jobs.folder import SUBFOLDER, DamagedRecordError, RecordFile
 from langchain_cogview.jobs.items import resolved_arguments
 from langchain_cogview.result import GeneratedImage, ImageFailure
 
@@ -61,7 +54,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from langchain_cogview.jobs.folder import JobFolder
-    from langchain_cogview.jobs.history import Attempt
     from langchain_cogview.jobs.items import PromptItem
     from langchain_cogview.request import ImageRequest
 
@@ -94,8 +86,11 @@ def _amount(text: str) -> str:
     return text
 
 
-def _file_name(text: str) -> str:
-    if text in {"", ".", ".."} or "/" in text or "\\" in text or not text.isprintable():
+def _file(text: str) -> str:
+    subfolder, _, name = text.rpartition("/")
+    if subfolder and not SUBFOLDER.fullmatch(subfolder):
+        raise ValueError("not a sub-folder of the job")
+    if name in {"", ".", ".."} or text[0] == "/" or "\\" in text or not text.isprintable():
         raise ValueError("not the name of a file in the folder")
     return text
 
@@ -119,7 +114,7 @@ class _FilterEntry(TypedDict):
 
 @with_config(_CHECKED)
 class _Image(TypedDict):
-    file: Annotated[str, Field(max_length=255), AfterValidator(_file_name)]
+    file: Annotated[str, Field(max_length=255), AfterValidator(_file)]
     model: _Name
     cost: _Amount | None
     cached: bool
@@ -273,17 +268,6 @@ def manifest_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
 # --- building records
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveredImage:
-    """An image that was paid for and is complete in the folder, but missing in the manifest."""
-
-    attempt: Attempt  # the request that generated it
-    path: Path
-    info: ImageInfo  # format and size of the image
-    sha256: str  # SHA-256 of the file's bytes, in hexadecimal
-    size_bytes: int  # size of the file, in bytes
-
-
 def kind_of(errors: Iterable[str]) -> str:
     """Return `blocked` if all errors are content filter errors, `failed` for other errors, `unknown` if there are none."""
     kinds = [error_class(name) for name in errors]
@@ -297,84 +281,11 @@ def now() -> str:
     return datetime.now(UTC).strftime(_TIME)
 
 
-def image_record(image: GeneratedImage, path: Path) -> dict[str, Any]:
-    """Return the record of an image whose file is in the folder."""
+def image_record(image: GeneratedImage, file: str) -> dict[str, Any]:
+    """Return the record of an image; `file` is its path in the job's folder."""
     values = image.model_dump(mode="json", include=_IMAGE)
     warnings = values.pop("warnings")
-    return {"file": path.name, **values, **({"warnings": warnings} if warnings else {})}
-
-
-class SavedImage(NamedTuple):
-    """What happened to the bytes of a generated image."""
-
-    # For the manifest; None if the bytes are not in the folder, so that the request has no end yet.
-    record: dict[str, Any] | None
-    problem: Exception | None = None  # why the bytes are not in the folder; its notes say where they are
-
-
-def save_image(folder: JobFolder, image: GeneratedImage) -> SavedImage:
-    """Keep an image that was paid for: in the folder, otherwise in the temporary directory, otherwise by its URL.
-
-    Returns:
-        The image's record, or the problem.
-    """
-    try:
-        if image.path is not None and image.path.parent == folder.path and is_in_folder(folder, image.path.name):
-            return SavedImage(image_record(image, image.path))
-        content = _local_bytes(image)
-        if content is None:
-            return SavedImage(undownloaded_record(image))
-    except Exception as error:  # noqa: BLE001  reported at the end; the other images are saved anyway
-        return SavedImage(None, write_error(folder.path, error) if isinstance(error, OSError) else error)
-    try:
-        return SavedImage(write_image(folder, image, content))
-    except Exception as problem:  # noqa: BLE001  reported at the end
-        elsewhere = _save_elsewhere(image, content)
-        if elsewhere:
-            problem.add_note(
-                f"An image that was paid for is kept in {elsewhere}: move it into the folder before the next run."
-            )
-            return SavedImage(None, problem)
-        link = f"; its link is {printable(image.url, MAX_URL)}" if image.url else ""
-        problem.add_note(
-            f"An image that was paid for could not be saved anywhere (request id {image.request_id}){link}"
-        )
-        return SavedImage(undownloaded_record(image) if image.url else None, problem)
-
-
-def is_in_folder(folder: JobFolder, name: str) -> bool:
-    """Return whether a file is durable in this folder, and not in another folder at the same path."""
-    try:
-        folder.sync(name)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _local_bytes(image: GeneratedImage) -> bytes | None:
-    try:
-        # Without a type, the bytes are what a gateway sent in place of an image; the image's warnings say so.
-        return image.local_bytes() if image.mime_type else None
-    except CogViewError:
-        return None
-
-
-def recovered_record(recovered: RecoveredImage, price: Decimal | None, *, sandbox: bool) -> dict[str, Any]:
-    """Return the record of an image that was found in the folder; `price` is its list price."""
-    image = GeneratedImage(
-        id=recovered.attempt.request_id[:8],
-        mime_type=recovered.info.mime_type,
-        width=recovered.info.width,
-        height=recovered.info.height,
-        size_bytes=recovered.size_bytes,
-        sha256=recovered.sha256,
-        request_id=recovered.attempt.request_id,
-        model=recovered.attempt.model,
-        prompt=recovered.attempt.prompt,
-        cost=Decimal(0) if sandbox else price,
-        sandbox=sandbox,
-    )
-    return image_record(image, recovered.path)
+    return {"file": file, **values, **({"warnings": warnings} if warnings else {})}
 
 
 def undownloaded_record(image: GeneratedImage) -> dict[str, Any]:
@@ -433,31 +344,3 @@ def manifest_record(
         "currency": currency,
         "sandbox": sandbox or any(image["sandbox"] for image in images),
     }
-
-
-def write_image(folder: JobFolder, image: GeneratedImage, content: bytes) -> dict[str, Any]:
-    """Return the record of an image after writing it into the folder, under the name that it has in every folder.
-
-    Raises:
-        CogViewStorageError: The file cannot be written.
-    """
-    info = inspect(io.BytesIO(content))
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        path = folder.path / folder.add(image_names(image.request_id[:8], sha256, info.extension), content)
-    except OSError as error:
-        raise write_error(folder.path, error) from None
-    facts = {"mime_type": info.mime_type, "width": info.width, "height": info.height}
-    return image_record(image.model_copy(update={**facts, "sha256": sha256, "size_bytes": len(content)}), path)
-
-
-def _save_elsewhere(image: GeneratedImage, content: bytes) -> Path | None:
-    """Return the path in the temporary directory to which the bytes were written, or None if that fails too."""
-    try:
-        extension = inspect(io.BytesIO(content)).extension
-        names = image_names(image.request_id[:8], hashlib.sha256(content).hexdigest(), extension)
-        elsewhere = Path(tempfile.gettempdir(), next(names))
-        write_whole(elsewhere, content)
-    except (OSError, ImageFormatError):
-        return None
-    return elsewhere

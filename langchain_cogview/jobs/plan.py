@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,10 +16,9 @@ from langchain_cogview.budget import Budget
 from langchain_cogview.catalog import currency_of
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, Outcome, error_class, printable
-from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageFormatError, ImageInfo, inspect
-from langchain_cogview.images.store import IMAGE_NAME
+from langchain_cogview.jobs.files import recovered_images
 from langchain_cogview.jobs.folder import JobFolder, write_error
-from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, RecoveredImage, kind_of, manifest_of
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, kind_of, manifest_of
 from langchain_cogview.jobs.prompts import MAX_LISTED, bullet_list, cost_text, count_text
 from langchain_cogview.text import visible
 
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.budget import Reservation
     from langchain_cogview.generator import CogViewImageGenerator
+    from langchain_cogview.jobs.files import RecoveredImage
     from langchain_cogview.jobs.history import Attempt, Finished, History
     from langchain_cogview.jobs.items import Problem, PromptItem, PromptList
 
@@ -492,37 +490,6 @@ def job_budget(generator: CogViewImageGenerator, amount: Any, models: Iterable[s
             hint="Pass prices={model: price}, or leave the budget out.",
         )
     return budget
-
-
-def recovered_images(folder: JobFolder, history: History) -> dict[str, RecoveredImage]:
-    """Return complete images in the folder whose requests have no end in the manifest, by request id."""
-    wanted = {attempt.request_id[:8]: attempt for attempt in history.attempts()}
-    found: dict[str, tuple[Attempt, str]] = {}
-    for name in folder.names() if wanted else ():
-        match = IMAGE_NAME.fullmatch(name)
-        attempt = wanted.get(match["label"]) if match else None
-        if match and attempt:
-            found[name] = attempt, match["start_of_hash"]
-    recovered: dict[str, RecoveredImage] = {}
-    for name in sorted(found.keys() - history.known(found)):
-        attempt, start_of_hash = found[name]
-        image = _whole(folder, name, start_of_hash)
-        if image:
-            recovered[attempt.request_id] = RecoveredImage(attempt, folder.path / name, *image)
-    return recovered
-
-
-def _whole(folder: JobFolder, name: str, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
-    try:
-        with os.fdopen(folder.open(name), "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size > MAX_IMAGE_BYTES:
-                return None
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return (inspect(file), sha256, size) if sha256.startswith(start_of_hash) else None
-    except (OSError, ImageFormatError, CogViewConfigurationError):
-        return None
 
 
 # --- the job's settings

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.batches import ImageTask
@@ -28,16 +28,9 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.events import JOURNAL
 from langchain_cogview.images.remote import ImageAccess
+from langchain_cogview.jobs.files import ImageFolders, recovered_record, save_image, write_image
 from langchain_cogview.jobs.folder import spare_descriptors, write_error
-from langchain_cogview.jobs.manifest import (
-    failure_record,
-    image_with_link,
-    manifest_record,
-    now,
-    recovered_record,
-    save_image,
-    write_image,
-)
+from langchain_cogview.jobs.manifest import failure_record, image_with_link, manifest_record, now
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.pools import aor_error, or_error
 from langchain_cogview.request import ImageRequest
@@ -85,6 +78,7 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self.folder = folder
+        self.folders = ImageFolders(folder)
         self.manifest = manifest
         self.generator = generator
         self.backlog = backlog
@@ -102,6 +96,7 @@ class JobRun:
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
         self._base_url = generator.resolved_base_url
         self._attempts = attempts
+        self._current = "", generator  # the folder of the last call, and its generator
 
     def close(self) -> None:
         """End the run: requests still in flight send and write nothing more."""
@@ -179,7 +174,7 @@ class JobRun:
             self._release(call, 0)
             return
         with call.journal():
-            outcome = or_error(self.generator.invoke, call.arguments, config, budget=work_item.reservation)
+            outcome = or_error(self._generator(call).invoke, call.arguments, config, budget=work_item.reservation)
         self._finish(call, outcome)
 
     async def agenerate(self, work_item: WorkItem, config: RunnableConfig) -> None:
@@ -189,7 +184,9 @@ class JobRun:
             self._release(call, 0)
             return
         with call.journal():
-            outcome = await aor_error(self.generator.ainvoke, call.arguments, config, budget=work_item.reservation)
+            outcome = await aor_error(
+                self._generator(call).ainvoke, call.arguments, config, budget=work_item.reservation
+            )
         await in_thread(self._finish, call, outcome)
 
     def collect(self, work_item: WorkItem, config: RunnableConfig) -> None:
@@ -210,7 +207,7 @@ class JobRun:
 
     # --- before a request
 
-    def claim(self, item: PromptItem, request_id: str, model: str) -> None:
+    def claim(self, item: PromptItem, request_id: str, model: str, subfolder: str) -> None:
         """Record that a paid request is about to be sent.
 
         Raises:
@@ -223,6 +220,7 @@ class JobRun:
         values = {"key": item.key, "line": item.number, "request_id": request_id, "model": model, "prompt": prompt}
         try:
             self.folder.check()
+            self.folders.ensure(subfolder)
             self.manifest.check()
             if spare_descriptors() in range(FILES_PER_IMAGE):
                 raise CogViewStorageError(  # noqa: TRY301
@@ -249,11 +247,12 @@ class JobRun:
 
     def _tasks(self, work_item: WorkItem) -> Iterator[tuple[PromptCall, ImageTask]]:
         for attempt in work_item.running:
+            call = PromptCall(self, work_item, sent={attempt.request_id: attempt.model})
             request = self._request(work_item.prompt).model_copy(update={"n": 1, "model": attempt.model})
             task = ImageTask(
-                attempt.task_id or "", generator=self.generator, request=request, request_id=attempt.request_id
+                attempt.task_id or "", generator=self._generator(call), request=request, request_id=attempt.request_id
             )
-            yield PromptCall(self, work_item, sent={attempt.request_id: attempt.model}), task
+            yield call, task
 
     def _links(self, work_item: WorkItem) -> Iterator[tuple[PromptCall, int, GeneratedImage]]:
         finished = self._work_item(work_item.prompt).finished
@@ -266,6 +265,14 @@ class JobRun:
             if image:
                 with_content(image, None, ImageAccess(self._base_url, self.generator.allowed_image_hosts))
                 yield PromptCall(self, work_item), number, image
+
+    def _generator(self, call: PromptCall) -> CogViewImageGenerator:
+        """Return the generator that saves in the folder of a call; most calls in a row share one."""
+        with self._lock:
+            if call.subfolder != self._current[0]:
+                path = self.folder.path / call.subfolder
+                self._current = call.subfolder, self.generator._saving_in(path)  # noqa: SLF001  of this package
+            return self._current[1]
 
     def _request(self, item: PromptItem) -> ImageRequest:
         return ImageRequest.model_validate({**self._defaults, **item.arguments})
@@ -284,7 +291,8 @@ class JobRun:
         sandbox = self.backlog.uses_sandbox(self.generator)
         records = []
         for recovered in call.work_item.recovered:
-            self.folder.sync(recovered.path.name)
+            with self.folder.place_of(recovered.file) as (place, name):
+                place.sync(name)
             price = self.generator.price(recovered.attempt.model)
             records.append(recovered_record(recovered, price[0] if price else None, sandbox=sandbox))
         self.finish(call, records, [], {*call.sent})
@@ -354,14 +362,14 @@ class JobRun:
     def _record_download(self, call: PromptCall, number: int, image: GeneratedImage, content: Any) -> None:
         """Add an image to the manifest that could be downloaded from its URL after all."""
         if isinstance(content, bytes):
-            record = partial(write_image, self.folder, image, content)
+            record = partial(write_image, self.folder, call.subfolder, image, content)
             self._guarded(call, lambda: self.finish(call, [record()], [], set(), without=number))
 
     def _save_images(self, call: PromptCall, images: list[GeneratedImage]) -> tuple[list[dict[str, Any]], set[str]]:
         """Return the records of saved images, and the request ids of images whose bytes are not in the folder."""
         records, elsewhere = [], set()
         for image in images:  # one that cannot be written does not affect the others
-            saved = save_image(self.folder, image)
+            saved = save_image(self.folder, call.subfolder, image)
             if saved.problem:
                 self._stop_unwritten(call, saved.problem)
             if saved.record:
@@ -479,10 +487,15 @@ class PromptCall:
                 raise CogViewStoppedError
             if not self.sent:
                 self.started = time.monotonic()
-            self._run.claim(self.work_item.prompt, request_id, model)
+            self._run.claim(self.work_item.prompt, request_id, model, self.subfolder)
             if self.sent.get(request_id) == model:
                 self.repeated.append({"request_id": request_id, "model": model})
             self.sent[request_id] = model
+
+    @cached_property
+    def subfolder(self) -> str:
+        """Where its images are saved: a sub-folder of the job's folder, or the folder itself if the text is empty."""
+        return self._run.folders.next(max(1, self.reserved))
 
     async def asending(self, request_id: str, model: str) -> None:
         """Async version of `sending`: a thread writes the record."""

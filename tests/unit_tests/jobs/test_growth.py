@@ -1,0 +1,181 @@
+"""What a user of a large job relies on: folders and pages stay small, and nothing is paid twice in any of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from langchain_cogview import arun_job, plan_job, run_job
+from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
+from langchain_cogview.jobs import files
+
+SMALL = {"size": "640x512"}
+MOST = 3
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(params=["sync", "async"])
+def run(request, sandbox, out):
+    def work(prompts, **options):
+        options = {"base_url": sandbox.base_url, "progress": False, **SMALL, **options}
+        if request.param == "sync":
+            return run_job(prompts, out, **options)
+        return asyncio.run(arun_job(prompts, out, **options))
+
+    return work
+
+
+@pytest.fixture
+def small_folders(monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILES", MOST)
+
+
+def prompts(count: int) -> list[str]:
+    return [f"prompt {number}" for number in range(count)]
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_records(out: Path, values: list[dict]) -> None:
+    (out / "manifest.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def images(out: Path) -> dict[str, int]:
+    """The number of images in the job's folder and in each sub-folder."""
+    found = sorted(out.rglob("*.png"))
+    return {
+        str(folder.relative_to(out)): sum(path.parent == folder for path in found)
+        for folder in {p.parent for p in found}
+    }
+
+
+def check_files(out: Path) -> None:
+    """Each file of the manifest is there with its bytes, and no other image is."""
+    named = {image["file"]: image["sha256"] for record in records(out) for image in record["images"]}
+    assert {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in named} == named
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == named.keys()
+
+
+# --- sub-folders
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_no_folder_gets_more_images_than_a_file_manager_shows_well(run, out, sandbox):
+    assert run(prompts(8)).made == 8
+    assert images(out) == {".": 3, "images-0002": 3, "images-0003": 2}
+    check_files(out)
+    assert len(sandbox.ledger) == 8
+
+
+def test_a_small_job_has_its_images_beside_the_page(run, out):
+    run(prompts(5))
+    assert images(out) == {".": 5}
+    assert [path for path in out.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_a_job_that_goes_on_fills_the_last_folder_first(run, out, sandbox):
+    for limit in (4, 1, 2, None):
+        run(prompts(8), limit=limit)
+    assert images(out) == {".": 3, "images-0002": 3, "images-0003": 2}
+    check_files(out)
+    assert len(sandbox.ledger) == 8
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_the_images_of_one_prompt_are_in_one_folder(run, out):
+    assert run([{"prompt": "a cat", "n": 2}, {"prompt": "a dog", "n": 2}, "a fox"]).images == 5
+    assert sum(images(out).values()) == 5
+    assert max(images(out).values()) <= MOST
+    assert [len({Path(image["file"]).parent for image in record["images"]}) for record in records(out)] == [1, 1, 1]
+    check_files(out)
+
+
+def test_a_folder_of_an_earlier_version_with_all_its_images_goes_on(run, out, sandbox, monkeypatch):
+    run(prompts(6))
+    before = records(out)
+    monkeypatch.setattr(files, "MAX_FILES", MOST)
+    report = run(prompts(8))
+    assert (report.skipped, report.made) == (6, 2)
+    assert records(out)[:6] == before
+    assert images(out) == {".": 6, "images-0002": 2}
+    check_files(out)
+    assert len(sandbox.ledger) == 8
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_an_image_in_a_sub_folder_whose_record_is_missing_is_recovered_and_not_paid_again(run, out, sandbox):
+    run(prompts(8))
+    lost = [record for record in records(out) if not record["images"][0]["file"].startswith("images-0002")]
+    write_records(out, lost)
+    plan = plan_job(prompts(8), out, base_url=sandbox.base_url, **SMALL)
+    assert (plan.done, plan.recovered, plan.images) == (5, 3, 0)
+    report = run(prompts(8))
+    assert (report.made, report.images, report.unknown) == (3, 3, ())
+    check_files(out)
+    assert len(sandbox.ledger) == 8
+
+
+@pytest.mark.usefixtures("small_folders")
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_nothing_is_written_through_a_link_in_place_of_a_sub_folder(run, out, tmp_path, kind):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(prompts(1))
+    if kind == "link":
+        (out / "images-0002").symlink_to(elsewhere)
+    else:
+        (out / "images-0002").write_text("mine")
+    assert run(prompts(6)).made == 5
+    assert images(out) == {".": 1, "images-0003": 3, "images-0004": 2}
+    assert list(elsewhere.iterdir()) == []
+    check_files(out)
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_a_link_that_takes_the_place_of_a_sub_folder_stops_the_job_before_it_pays(run, out, sandbox, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(prompts(4))
+    paid = len(sandbox.ledger)
+
+    def replace():
+        shutil.rmtree(out / "images-0002")
+        (out / "images-0002").symlink_to(elsewhere)
+
+    def replace_in_thread(plan):  # an async job calls it in the event loop
+        thread = threading.Thread(target=replace)
+        thread.start()
+        thread.join()
+
+    report = run(prompts(6), on_plan=replace_in_thread)
+    assert isinstance(report.stopped, CogViewStorageError)
+    assert "is not a folder" in str(report.stopped)
+    assert len(sandbox.ledger) == paid
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../x.png", "/x.png", "images-0002/../x.png", "images-0002/../../x.png", "other/x.png", "images-0002/", "a\\b"],
+)
+def test_a_manifest_that_names_a_file_outside_of_the_folder_is_refused(run, out, sandbox, file):
+    run(prompts(1))
+    (record,) = records(out)
+    record["images"][0]["file"] = file
+    write_records(out, [record])
+    with pytest.raises(CogViewConfigurationError, match="Line 1 of .*manifest.jsonl is damaged"):
+        run(prompts(2))
+    assert len(sandbox.ledger) == 1
