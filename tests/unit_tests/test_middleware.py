@@ -24,6 +24,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.tools import tool as as_tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command
 from PIL import Image
 from pydantic import PrivateAttr
@@ -701,6 +702,17 @@ def test_a_sub_agent_without_a_thread_spends_from_the_run_that_called_it(sandbox
     tool = paint if how == "async" else paint_now
     model = model_of(*[wants(prompt, name=tool.name) for prompt in "xyz"])
     run(create_agent(model, tools=[tool], middleware=[middleware]), how)
+    assert sandbox.images_made == 2
+
+
+def test_an_agent_in_another_graph_goes_on_after_a_restart_with_what_it_has_spent(sandbox, tmp_path):
+    saver = InMemorySaver()
+    for prompt in "abc":
+        middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, max_images=2)
+        graph = StateGraph(MessagesState)
+        graph.add_node("painter", create_agent(model_of(wants(prompt)), middleware=[middleware], checkpointer=True))
+        graph.add_edge(START, "painter")
+        graph.compile(checkpointer=saver).invoke({"messages": "x"}, THREAD)
     assert sandbox.images_made == 2
 
 
