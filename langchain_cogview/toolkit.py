@@ -21,6 +21,7 @@ from langchain_cogview.batches import ImageTask
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import Deadline, in_thread
 from langchain_cogview.errors import (
+    MAX_MODEL_TEXT,
     CogViewInvalidRequestError,
     CogViewNotFoundError,
     CogViewTaskUnfinishedError,
@@ -307,7 +308,16 @@ def _collecting(image: PendingImage) -> Iterator[None]:
         image.collecting.release()
 
 
-def unknown_id(image_id: str) -> CogViewInvalidRequestError:
+class UnknownImageError(CogViewInvalidRequestError):
+    """No image that was started has this id."""
+
+    @property
+    def text_for_model(self) -> str:
+        """The text that an agent's model reads. It does not say that no image was made: one may have been paid for."""
+        return printable(f"{self.message} {self.hint}", MAX_MODEL_TEXT)
+
+
+def unknown_id(image_id: str) -> UnknownImageError:
     """Make the error of an id that no image has.
 
     Args:
@@ -316,9 +326,10 @@ def unknown_id(image_id: str) -> CogViewInvalidRequestError:
     Returns:
         The error.
     """
-    return CogViewInvalidRequestError(
+    return UnknownImageError(
         f"No image with the id {printable(image_id, 40)!r} was started here.",
-        hint=f"Use an id that {START_NAME} returned. What a program that has ended started cannot be collected.",
+        hint=f"Use an id as {START_NAME} returned it. What a program that has ended started cannot be collected: it may have "
+        "been made and paid for, so do not start it again unless the user asks.",
     )
 
 
