@@ -219,7 +219,8 @@ class Endpoint:
             response = self.send(self._request(call, deadline, progress.trace))
             with contextlib.closing(response):
                 reading = _Reading.of(response)
-                for chunk in response.iter_raw():
+                chunks: Any = response.stream
+                for chunk in chunks:
                     if not reading.body.add(chunk):
                         break
                     if deadline.passed:
@@ -242,7 +243,7 @@ class Endpoint:
             async with asyncio.timeout(deadline.remaining()):
                 response = await self.asend(self._request(call, deadline, progress.atrace))
                 reading = _Reading.of(response)
-                chunks: Any = response.aiter_raw()
+                chunks: Any = aiter(response.stream)  # type: ignore[arg-type]
                 async with contextlib.aclosing(response), contextlib.aclosing(chunks):
                     async for chunk in chunks:
                         if not reading.body.add(chunk):
@@ -258,26 +259,33 @@ class Endpoint:
 
     def _request(self, call: Call, deadline: Deadline, trace: Callable[..., Any]) -> httpx.Request:
         left = deadline.remaining()
-        return httpx.Request(
+        url = _url(f"{self.base_url}{call.route}")
+        content = b"" if call.body is None else json.dumps(call.body, ensure_ascii=False).encode()
+        request = httpx.Request(
             call.method,
-            _url(f"{self.base_url}{call.route}"),
-            headers=self._headers(),
-            content=None if call.body is None else json.dumps(call.body, ensure_ascii=False).encode(),
+            url,
+            headers=self._headers(url, content),
+            stream=httpx.ByteStream(content),
             extensions={
                 "timeout": {"connect": left, "read": left, "write": left, "pool": left},
                 "trace": trace,
                 DEADLINE: deadline,
             },
         )
+        request.read()
+        return request
 
-    def _headers(self) -> dict[str, str]:
-        return {
+    def _headers(self, url: httpx.URL, content: bytes) -> dict[str, str]:
+        """Return all headers: httpx takes as long to add the missing ones as for the rest of a request."""
+        headers = {
+            "Host": url.netloc.decode("ascii"),
             "Authorization": f"Bearer {self.api_key.get_secret_value()}",
             "Content-Type": "application/json",
             "Accept": "application/json",
             "Accept-Encoding": "identity",
             "User-Agent": "langchain-cogview",
         }
+        return {**headers, "Content-Length": str(len(content))} if content else headers
 
     def _received(self, reading: _Reading, call: Call) -> _Received | CogViewError:
         response, body = reading.response, reading.body.json()
