@@ -9,28 +9,18 @@ No image is paid for twice, however often the job is killed and run again.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.concurrency import entered_in_thread, in_thread
-from langchain_cogview.cost import Charges, Money
-from langchain_cogview.errors import (
-    CogViewConfigurationError,
-    CogViewError,
-    CogViewStorageError,
-    Scope,
-    error_class,
-    printable,
-)
+from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.jobs.folder import JobFolder, spare_descriptors
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
@@ -49,9 +39,9 @@ from langchain_cogview.jobs.plan import (
     refuse_foreign_folder,
     write_settings,
 )
-from langchain_cogview.jobs.prompts import cost_text, count_text
+from langchain_cogview.jobs.prompts import count_text
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
-from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
+from langchain_cogview.jobs.sheet import NAMES
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
@@ -68,8 +58,6 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 
 __all__ = ["JobPlan", "JobReport", "Problem", "UnknownAttempt", "arun_job", "plan_job", "run_job"]
-CONTACT_SHEETS: Final = ("index.html", "contact-sheet.html", *(f"contact-sheet-{n}.html" for n in range(2, 100)))
-"""Names for the page with all images; the first one that is free, or that a job wrote, is used."""
 
 
 def run_job(
@@ -97,6 +85,9 @@ def run_job(
     is run again, it continues: prompts in the manifest are skipped, images that were saved or are in progress at the service
     are added without paying, and requests whose outcome is unknown are listed. Lines are identified by their arguments, so the
     file may grow or be sorted differently.
+
+    The first 1,000 images are saved in the folder, and all others in sub-folders of at most 1,000, `images-0002` and so on. The
+    contact sheet, `index.html`, has a page for each 1,000 images; each page is written as soon as it is full.
 
     Args:
         prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or strings and dicts of arguments.
@@ -451,22 +442,14 @@ def _report(run: JobRun, started: float) -> JobReport:
     )
 
 
-def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[str, ...]]:
+def _finish_folder(run: JobRun) -> tuple[Mapping[str, Decimal], Path | None, tuple[str, ...]]:
     history, folder = run.backlog.history, run.folder
-    total = Charges()
-    for outcome, count in history.finished.outcomes().items():
-        total.add(Money.of({"cost": outcome.cost, "currency": outcome.currency}), count)
+    total = run.backlog.total_cost()
     try:
         folder.check()
         if history.superseded:
             _compact(run.manifest, history)
-        name = _sheet_name(folder)
-        order = history.finished.by_line()
-        tiles = (tile for item in order for tile in _tiles(run.manifest.read(item.start, item.size)))
-        sandbox = run.backlog.uses_sandbox(run.generator)
-        cost = cost_text({} if sandbox else total.amounts, sandbox=sandbox)
-        facts = (f"{count_text(len(order), 'prompt')}, {cost}.",)
-        folder.replace(name, contact_sheet(tiles, title=f"CogView: {folder.path.name}", facts=facts))
+        name = run.sheet.finish(*run.for_sheet())
     except (OSError, CogViewError) as error:
         reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
         run.stop(
@@ -475,37 +458,13 @@ def _finish_folder(run: JobRun) -> tuple[dict[str, Decimal], Path | None, tuple[
                 hint="The manifest is complete; run the job again to write the page.",
             )
         )
-        return total.amounts, None, ()
-    first = CONTACT_SHEETS[0]
+        return total, None, ()
+    first = NAMES[0]
     other = f"The folder has another {first}, which is not overwritten; the contact sheet is {name}."
-    return total.amounts, folder.path / name, (other,) if name != first else ()
+    return total, folder.path / name, (other,) if name != first else ()
 
 
 def _compact(manifest: RecordFile, history: History) -> None:
     manifest.compact(history.finished.by_start())
     history.finished.moved()
     history.superseded = 0
-
-
-def _sheet_name(folder: JobFolder) -> str:
-    # The first name that is free, or that a job used before.
-    for name in CONTACT_SHEETS:
-        try:
-            head = folder.read(name, 1000)
-        except CogViewConfigurationError:  # a symbolic link, a folder, a pipe
-            continue
-        if head is None or is_contact_sheet(head):
-            return name
-    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-
-
-def _tiles(record: dict[str, Any]) -> Iterator[Tile]:
-    """Yield the tiles of one prompt on the contact sheet."""
-    prompt, label = record["arguments"]["prompt"], f"{record['line']}"
-    for image in record["images"]:
-        shape = (image["width"], image["height"]) if image["width"] and image["height"] else None
-        yield Tile(prompt, label, file=image["file"], shape=shape)
-    for failure in record["failures"]:
-        kind = error_class(failure["error"])
-        blocked = kind is not None and kind.scope is Scope.PROMPT
-        yield Tile(prompt, label, kind="blocked" if blocked else "failed", reason=failure["message"])

@@ -161,7 +161,7 @@ class JobFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # --- files
@@ -242,7 +242,7 @@ class JobFolder:
         try:
             os.replace(*self._at(part), *self._at(name), **self._relative("src_dir_fd", "dst_dir_fd"))
         except OSError:
-            self._unlink(part)
+            self.remove(part)
             raise
         self.sync()
 
@@ -263,7 +263,7 @@ class JobFolder:
                     self.sync()
                     return name
         finally:
-            self._unlink(part)
+            self.remove(part)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def sync(self, name: str | None = None) -> None:
@@ -287,7 +287,7 @@ class JobFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
-            self._unlink(name)
+            self.remove(name)
             raise
         return name
 
@@ -299,7 +299,8 @@ class JobFolder:
         except OSError:  # the file system has no hard links; which error says so differs between file systems
             rename_new(*self._at(part), *self._at(name), folder=self._descriptor)
 
-    def _unlink(self, name: str) -> None:
+    def remove(self, name: str) -> None:
+        """Remove a file, if the system allows it."""
         with contextlib.suppress(OSError):
             os.unlink(*self._at(name), **self._relative())
 
@@ -367,6 +368,11 @@ class RecordFile:
                 raise write_error(self.path, error) from None
         except OSError as error:
             raise (write_error if writable else read_error)(self.path, error) from None
+
+    @property
+    def end(self) -> int:
+        """Number of bytes of all lines, once `records` has read them."""
+        return self._end
 
     def records(self) -> Iterator[StoredRecord]:
         """Read and check all lines. An incomplete last line is ignored, and the next line is appended in its place.

@@ -90,10 +90,9 @@ class FinishedPrompts:
         """Return position and length of each line, in the order of the file."""
         return sorted(zip(self._starts, self._sizes, strict=True))
 
-    def by_line(self) -> list[Finished]:
-        """Return the records in the order of the prompts."""
-        order = sorted(range(len(self)), key=lambda index: (self._lines[index], self._starts[index]))
-        return [self._at(index) for index in order]
+    def by_line(self) -> Iterator[Finished]:
+        """Return the records in the order of the prompts, as they are now; later changes do not affect the iterator."""
+        return _by_line(self._starts[:], self._sizes[:], self._lines[:], self._outcomes[:])
 
     def moved(self) -> None:
         """Take note that the lines of the file follow each other without gaps now, in the order of `by_start`."""
@@ -107,6 +106,15 @@ class FinishedPrompts:
 
     def __len__(self) -> int:
         return len(self._outcomes)
+
+
+def _by_line(
+    starts: array[int], sizes: array[int], lines: array[int], outcomes: list[PromptOutcome]
+) -> Iterator[Finished]:
+    order = sorted(range(len(starts)), key=starts.__getitem__)
+    order.sort(key=lines.__getitem__)  # stable
+    for index in order:
+        yield Finished(starts[index], sizes[index], lines[index], outcomes[index])
 
 
 @dataclass(slots=True)

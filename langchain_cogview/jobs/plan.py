@@ -188,7 +188,8 @@ class JobReport:
         errors: Number of errors by class name, for all prompts that are not made.
         folder: The folder with the images.
         manifest: The manifest, with one line of JSON for each finished prompt.
-        contact_sheet: A page with all images, for a browser. Its name is `index.html` unless another file has that name.
+        contact_sheet: The first page with the images, for a browser; it links to the others. Its name is `index.html` unless
+            another file has that name.
         notes: Remarks for the user.
     """
 
@@ -365,6 +366,13 @@ class Backlog:
         for attempt in self.history.attempts():
             images[attempt.model] += attempt.posts
         return images
+
+    def total_cost(self) -> Mapping[str, Decimal]:
+        """Return the cost of all images in the manifest, by currency."""
+        total = Charges()
+        for outcome, count in self.history.finished.outcomes().items():
+            total.add(Money.of({"cost": outcome.cost, "currency": outcome.currency}), count)
+        return total.amounts
 
     def work_items(self) -> Iterator[WorkItem]:
         """Return the state of the prompts in `pending`."""

@@ -32,6 +32,8 @@ from langchain_cogview.jobs.files import ImageFolders, recovered_record, save_im
 from langchain_cogview.jobs.folder import spare_descriptors, write_error
 from langchain_cogview.jobs.manifest import failure_record, image_with_link, manifest_record, now
 from langchain_cogview.jobs.plan import price_of
+from langchain_cogview.jobs.prompts import cost_text, count_text
+from langchain_cogview.jobs.sheet import ContactSheet
 from langchain_cogview.pools import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageFailure, ImageResult, with_content
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from langchain_cogview.budget import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.folder import JobFolder, RecordFile
+    from langchain_cogview.jobs.history import Finished
     from langchain_cogview.jobs.items import PromptItem
     from langchain_cogview.jobs.plan import Backlog, WorkItem
     from langchain_cogview.result import GeneratedImage
@@ -96,6 +99,7 @@ class JobRun:
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
         self._base_url = generator.resolved_base_url
         self._attempts = attempts
+        self.sheet = ContactSheet(folder, manifest)
         self._current = "", generator  # the folder of the last call, and its generator
 
     def close(self) -> None:
@@ -449,10 +453,21 @@ class JobRun:
         position = self.manifest.append(values)
         with self._lock:
             self.backlog.history.take(*position, values)
+            is_page_full = self.sheet.count(len(images) + len(failures))
             self.made += len(images)
             for image in images:
                 self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))
                 self.list_prices.add(price_of(self.generator, image["model"]))
+        if is_page_full:
+            self.sheet.update(*self.for_sheet())
+
+    def for_sheet(self) -> tuple[Iterator[Finished], str]:
+        """Return the records for the contact sheet, and a sentence about the job."""
+        with self._lock:
+            sandbox = self.backlog.uses_sandbox(self.generator)
+            cost = cost_text({} if sandbox else self.backlog.total_cost(), sandbox=sandbox)
+            finished = self.backlog.history.finished
+            return finished.by_line(), f"{count_text(len(finished), 'prompt')}, {cost}."
 
 
 # --- one call

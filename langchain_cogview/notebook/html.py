@@ -321,24 +321,30 @@ def page(body: str, *, title: str) -> bytes:
     return f"{_head(_START, title, _EMBEDDED_ONLY)}{body}{_END}".encode("utf-8", "replace")
 
 
-def contact_sheet(tiles: Iterable[Tile], *, title: str, facts: Iterable[str] = ()) -> Iterator[bytes]:
-    """Render a page that shows image files, for any number of them. Browsers load each file when it comes into view.
+def contact_sheet(
+    tiles: Iterable[Tile], *, title: str, facts: Iterable[str] = (), links: Iterable[tuple[str, str]] = ()
+) -> Iterator[bytes]:
+    """Render a page that shows image files. Browsers load each file when it comes into view.
 
     Args:
         tiles: The tiles, with files relative to the folder of the page.
         title: Title of the page, which is also its heading.
         facts: Paragraphs above the tiles.
+        links: Text and file of each other page, relative to the folder of this page; they are above and below the tiles.
 
     Yields:
         HTML in UTF-8, piece by piece.
     """
+    anchors = " · ".join(f'<a href="{_relative_url(file)}">{_text(text, 40)}</a>' for text, file in links)
+    pages = f"<p>{anchors}</p>\n" if anchors else ""
 
     def parts() -> Iterator[str]:
         yield _head(_SHEET_START, title, _NO_SCRIPT)
         yield f"{_ROOT}<h1>{_text(title, 200)}</h1>\n"
         yield from (f"<p>{_text(fact, 1_000)}</p>\n" for fact in facts)
+        yield pages
         yield from (f"{_figure(tile, _SHEET_LAYOUT)}\n" for tile in tiles)
-        yield f"</div>{_END}"
+        yield f"{pages}</div>{_END}"
 
     yield from (part.encode("utf-8", "replace") for part in parts())
 

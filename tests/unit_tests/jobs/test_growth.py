@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 
 from langchain_cogview import arun_job, plan_job, run_job
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.jobs import files
+from langchain_cogview.jobs import files, sheet
 
 SMALL = {"size": "640x512"}
 MOST = 3
@@ -179,3 +181,100 @@ def test_a_manifest_that_names_a_file_outside_of_the_folder_is_refused(run, out,
     with pytest.raises(CogViewConfigurationError, match="Line 1 of .*manifest.jsonl is damaged"):
         run(prompts(2))
     assert len(sandbox.ledger) == 1
+
+
+# --- pages of the contact sheet
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    monkeypatch.setattr(sheet, "PAGE_TILES", MOST)
+
+
+def shown(page: Path) -> list[int]:
+    """The lines of the prompts on a page."""
+    return [int(line) for line in re.findall(r"<figcaption><b>(\d+)</b>", page.read_text(encoding="utf-8"))]
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """The links to other pages; they are above and below the tiles."""
+    found = re.findall(r'<a href="([^"]+html)">([^<]+)</a>', page.read_text(encoding="utf-8"))
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
+    return [(text, file) for file, text in found[: len(found) // 2]]
+
+
+@pytest.mark.usefixtures("small_pages", "small_folders")
+def test_the_contact_sheet_has_pages_in_the_order_of_the_prompts_that_link_to_each_other(run, out):
+    report = run([*prompts(6), "a [[content-filter]]", "a [[bad-request]]"])
+    assert (report.contact_sheet, report.stopped) == (out / "index.html", None)
+    pages = [out / "index.html", out / "index-page-2.html", out / "index-page-3.html"]
+    assert sorted(out.glob("*.html")) == sorted(pages)
+    assert [shown(page) for page in pages] == [[1, 2, 3], [4, 5, 6], [7, 8]]
+    assert links(pages[0]) == [("1", "index.html"), ("2", "index-page-2.html"), ("3", "index-page-3.html")]
+    first = ("First page", "index.html")
+    assert links(pages[1]) == [first, ("Previous page", "index.html"), ("Next page", "index-page-3.html")]
+    assert links(pages[2]) == [first, ("Previous page", "index-page-2.html")]
+    files = [file for page in pages for file in re.findall(r'<img src="([^"]+)"', page.read_text(encoding="utf-8"))]
+    assert sorted(files) == sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+
+
+def test_the_contact_sheet_of_a_small_job_is_one_page_without_links(run, out):
+    run(prompts(5))
+    assert sorted(out.glob("*.html")) == [out / "index.html"]
+    assert links(out / "index.html") == []
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_page_is_there_as_soon_as_it_is_full(out, sandbox):
+    last = {}
+
+    class Looks(BaseCallbackHandler):
+        def on_chain_start(self, serialized, inputs, **kwargs):
+            last.update({page.name: shown(page) for page in out.glob("*.html")})
+
+    # The last call begins when all but one of the others have ended, and with them the pages that they filled.
+    run_job(
+        prompts(40),
+        out,
+        base_url=sandbox.base_url,
+        progress=False,
+        max_concurrency=2,
+        config={"callbacks": [Looks()]},
+        **SMALL,
+    )
+    assert last["index.html"] == [1, 2, 3]
+    assert last["index-page-2.html"] == [4, 5, 6]
+    assert len(last) < 14
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_pages_follow_what_is_made_later_and_none_is_left_over(run, out, monkeypatch):
+    run(["a [[content-filter]]", *prompts(6)], limit=5)
+    assert [shown(out / name) for name in ("index.html", "index-page-2.html")] == [[1, 2, 3], [4, 5]]
+    run(["a [[content-filter]]", *prompts(6)], retry_failed=True)
+    assert [shown(out / f"index{page}.html") for page in ("", "-page-2", "-page-3")] == [[1, 2, 3], [4, 5, 6], [7]]
+    monkeypatch.setattr(sheet, "PAGE_TILES", 1000)
+    run(["a [[content-filter]]", *prompts(6)])
+    assert sorted(out.glob("*.html")) == [out / "index.html"]
+    assert shown(out / "index.html") == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_page_of_the_users_is_not_overwritten_and_everything_is_made(run, out, sandbox, tmp_path, kind):
+    mine = tmp_path / "mine.html"
+    mine.write_text("<h1>Mine</h1>")
+    run(prompts(1))
+    page = out / "index-page-2.html"
+    if kind == "link":
+        page.symlink_to(mine)
+    else:
+        page.write_text("<h1>Mine</h1>")
+    report = run(prompts(8))
+    assert (page.read_text(), mine.read_text()) == ("<h1>Mine</h1>", "<h1>Mine</h1>")
+    assert isinstance(report.stopped, CogViewStorageError)
+    assert "index-page-2.html" in str(report.stopped)
+    assert (report.made, len(sandbox.ledger)) == (7, 8)
+    page.unlink()
+    assert run(prompts(8)).stopped is None
+    assert shown(page) == [4, 5, 6]
