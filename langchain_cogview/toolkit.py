@@ -45,7 +45,9 @@ ESTIMATE_NAME: Final = "cogview_estimate"
 MAX_WAIT: Final = 600.0
 """The longest time, in seconds, that one call of `cogview_get_image` may wait."""
 MAX_REMEMBERED: Final = 1000
-"""How many images a toolkit remembers; of those that have ended, the oldest are forgotten first."""
+"""How many ids a toolkit remembers; the oldest images that have ended are forgotten first."""
+MAX_HELD_BYTES: Final = 64 << 20
+"""How many bytes of images that were collected, and are in no folder, a toolkit remembers."""
 PENDING_TYPE: Final = "cogview.image_task"
 _STATE_ACCESS: Final = frozenset({"__pregel_read", "__pregel_send"})
 _START_SECONDS: Final = 0.6
@@ -87,6 +89,7 @@ class PendingImage:
         task: The task of the service; None until it is known, and for requests that run in this process.
         result: Ends with the result or the exception of a request that runs in this process, and with that of a failed start.
         announced: Ends when the paid request is on its way.
+        is_collected: Whether the chat model has been answered with the result.
     """
 
     def __init__(self, prompt: str, *, task: ImageTask | None = None) -> None:
@@ -98,6 +101,7 @@ class PendingImage:
         for future in (self.result, self.announced):
             future.set_running_or_notify_cancel()  # a caller that is cancelled cannot cancel them
         self.fetches = 0
+        self.is_collected = False
         self.collecting = threading.Lock()  # held by the call that collects the task
         self._started = None if task else time.monotonic()
         if task:
@@ -107,6 +111,14 @@ class PendingImage:
     def elapsed(self) -> float | None:
         """Seconds since the start; None for a task that another process started."""
         return None if self._started is None else round(time.monotonic() - self._started, 1)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory of images that were collected and are in no folder: a backend, for example, has a copy of them."""
+        if not self.is_collected:
+            return 0
+        images = self.result.result().images
+        return sum(image.size_bytes or 0 for image in images if image.path is None and image.uri is None)
 
     def announce(self) -> None:
         """Tell the waiting start that the paid request is on its way."""
@@ -206,10 +218,28 @@ class PendingImages:
         with self._lock:
             for each in (image_id, *others):
                 self._images[each] = image
-            ended = [key for key, found in self._images.items() if found.result.done()]
-            for key in ended[: max(0, len(self._images) - MAX_REMEMBERED)]:
-                del self._images[key]
+            self._forget()
         return image_id
+
+    def collected(self, image: PendingImage, result: ImageResult) -> None:
+        """Remember an image that the chat model is answered with, under the ids that the answer has too.
+
+        Args:
+            image: The image.
+            result: Its result.
+        """
+        image.is_collected = True
+        self.remember(image, *(made.id for made in result.images))
+
+    def _forget(self) -> None:
+        images = list(dict.fromkeys(self._images.values()))
+        held = sum(each.held_bytes for each in images)
+        for image in images:
+            is_one_too_many = len(self._images) > MAX_REMEMBERED and image.result.done()
+            if is_one_too_many or (held > MAX_HELD_BYTES and image.held_bytes):
+                held -= image.held_bytes
+                for key in [key for key, found in self._images.items() if found is image]:
+                    del self._images[key]
 
     def find(self, image_id: str) -> PendingImage:
         """Find an image by the id that the chat model has.
@@ -471,7 +501,7 @@ class GetImageTool(_ToolkitTool):
                 result = uploaded(result, folder)
         if result is None:
             return self._unfinished(image)
-        self.images.remember(image, *(made.id for made in result.images))
+        self.images.collected(image, result)
         return self.tool.answer(result)
 
     async def _arun(self, id: str, wait: float | None = None) -> tuple[Any, Any]:  # noqa: A002
@@ -483,7 +513,7 @@ class GetImageTool(_ToolkitTool):
                 result = await in_thread(uploaded, result, folder)
         if result is None:
             return self._unfinished(image)
-        self.images.remember(image, *(made.id for made in result.images))
+        self.images.collected(image, result)
         return await self.tool.aanswer(result)
 
     def _backend(self) -> BackendFolder | None:
