@@ -469,7 +469,7 @@ def _look_tool(messages: Sequence[Any], access: ImageAccess) -> StructuredTool:
             return f"Image {sight.plain_id(id)}{size}.", {"type": LOOK_TYPE, "id": id}
         latest = (sight.plain_id(found.id) for _, found in sight.images_in(messages, access))
         ids = list(dict.fromkeys(name for name, _ in zip(latest, range(_NAMED_IDS), strict=False)))
-        known = f"The latest images are: {', '.join(ids)}." if ids else "No image was made yet."
+        known = f"The latest images are: {', '.join(ids)}." if ids else "Its messages have no image."
         return f"There is no image with this id in this conversation. {known}", {}
 
     async def alook(id: str) -> tuple[str, dict[str, str]]:  # noqa: A002

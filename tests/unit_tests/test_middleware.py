@@ -235,6 +235,13 @@ def test_a_looked_up_image_is_found_when_the_request_was_trimmed(middleware):
     assert len(blocks(model.requests[-1])) == 1
 
 
+def test_a_model_that_finds_no_image_is_not_told_that_none_was_made(middleware):
+    # A summary may have taken the place of the messages with images: another one would be paid for.
+    model = model_of(looks("3f2a9c1b"), profile=IN_TOOLS)
+    output = run(create_agent(model, middleware=[middleware]), "sync")
+    assert output["messages"][-2].text.endswith("Its messages have no image.")
+
+
 @both
 def test_a_deleted_image_becomes_a_text(middleware, tmp_path, how):
     saver = InMemorySaver()
