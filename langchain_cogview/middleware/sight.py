@@ -111,7 +111,9 @@ def placement_of(model: Any, see: Literal["auto", "always", "never"]) -> Placeme
         if hasattr(part, "use_responses_api"):
             responses = part.use_responses_api or getattr(part, "output_version", None) == "responses/v1"
             speaks_chat_completions = not responses
-    if profile.get("image_tool_message") is True and not speaks_chat_completions:
+    # Packages say of all models of a provider that tool messages take images, also of those that take none.
+    takes_none = profile.get("image_inputs") is False
+    if profile.get("image_tool_message") is True and not takes_none and not speaks_chat_completions:
         return Placement.TOOL
     if see == "always" or profile.get("image_inputs") is True:
         return Placement.HUMAN

@@ -180,6 +180,15 @@ def test_openais_chat_completions_get_no_image_in_a_tool_message(middleware, opt
 
 
 @both
+def test_a_model_whose_profile_says_that_it_takes_no_images_gets_none(middleware, how):
+    # The profile of o3-mini, and of other models without sight: the package says it of the provider's API.
+    model = model_of(wants("a kitten"), profile={"image_inputs": False, "image_tool_message": True})
+    run(create_agent(model, middleware=[middleware]), how)
+    assert not blocks(model.requests[-1])
+    assert "You cannot see the images" in model.requests[-1][0].text
+
+
+@both
 def test_only_the_latest_images_of_many_turns_are_shown(middleware, how):
     script = [each for turn in range(4) for each in (wants(f"{turn}a", f"{turn}b", f"{turn}c"), AIMessage("Done."))]
     model = model_of(*script, profile=IN_INPUTS)
