@@ -32,6 +32,7 @@ from langchain_cogview.result import ImageResult
 
 if TYPE_CHECKING:
     from langchain_cogview.api.tasks import TaskReply
+    from langchain_cogview.budget import Charge
     from langchain_cogview.generator import CogViewImageGenerator
 
 logger = logging.getLogger(__name__)
@@ -439,12 +440,14 @@ class ImageTask:
         request: ImageRequest,
         request_id: str,
         warnings: tuple[str, ...] = (),
+        charge: Charge | None = None,
     ) -> None:
         self.id = task_id
         self.generator = generator
         self.request = request
         self.request_id = request_id
         self.warnings = warnings
+        self._charge = charge
 
     @classmethod
     def resume(
@@ -548,6 +551,18 @@ class ImageTask:
             The result, with one image.
         """
         return await self.generator.acollect(self, config, seconds=_seconds(timeout))
+
+    def settle(self, outcome: object) -> None:
+        """Take a task that ended without an image out of the budget that it was submitted with.
+
+        Args:
+            outcome: What the task ended with.
+        """
+        if self._charge is not None and isinstance(outcome, CogViewTaskFailedError | CogViewContentFilterError):
+            self._charge.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_charge": None}  # the budget stays in its process
 
     def __repr__(self) -> str:
         return f"ImageTask({printable(self.id, 64)!r}, model={self.request.model!r})"

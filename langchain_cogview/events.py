@@ -345,7 +345,8 @@ class ImageEvents:
     """Whether a POST was sent."""
     uncertain: int = 0
     """Number of POSTs that may have been charged without an image."""
-    _charge: Charge | None = None
+    charge: Charge | None = None
+    """What the last POST was counted as; None without a budget."""
     _pending: bool = False
     _recorded: tuple[str, int] | None = None
     _begun: bool = False
@@ -376,7 +377,7 @@ class ImageEvents:
     def _commit(self) -> Journal | None:
         """Return the journal, unless it holds this POST already, after counting the attempt as spent."""
         if self.reservation is not None:
-            self._charge = self.reservation.commit(self.price(self.model))
+            self.charge = self.reservation.commit(self.price(self.model))
         self._pending = True
         before, self._recorded = self._recorded, (self.model, self.uncertain)
         return None if before == self._recorded else JOURNAL.get()
@@ -405,8 +406,8 @@ class ImageEvents:
         pending, self._pending = self._pending, False
         is_free = not was_sent or (isinstance(error, CogViewError) and error.outcome is not Outcome.UNKNOWN)
         if pending and is_free:
-            if self._charge is not None:
-                self._charge.release()
+            if self.charge is not None:
+                self.charge.release()
         elif pending:
             self.uncertain += 1
         # An error of this package reaches the journal's owner; a coroutine that is closed cannot wait for a record.

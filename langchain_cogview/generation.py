@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.api.client import ImagesClient
     from langchain_cogview.api.settings import Service
-    from langchain_cogview.budget import Reservation
+    from langchain_cogview.budget import Charge, Reservation
     from langchain_cogview.cache import Entries
     from langchain_cogview.errors import ContentFilter
     from langchain_cogview.images.folders import Folder
@@ -260,21 +260,21 @@ class ImageCall:
             return as_outcome(error)
         return await self._afinish(paid, events)
 
-    def submit(self) -> tuple[str, str]:
+    def submit(self) -> tuple[str, str, Charge | None]:
         """Submit a task.
 
         Returns:
-            The id of the task and the request id.
+            The id of the task, the request id, and what it was counted as; None without a budget.
         """
         events = self._events(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, events.request_id)
-        return self.tasks().submit(body, events.deadline, events), events.request_id
+        return self.tasks().submit(body, events.deadline, events), events.request_id, events.charge
 
-    async def asubmit(self) -> tuple[str, str]:
+    async def asubmit(self) -> tuple[str, str, Charge | None]:
         """Async version of `submit`."""
         events = self._events(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, events.request_id)
-        return await self.tasks().asubmit(body, events.deadline, events), events.request_id
+        return await self.tasks().asubmit(body, events.deadline, events), events.request_id, events.charge
 
     def collect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
         """Wait for the image of a task.

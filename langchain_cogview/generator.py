@@ -428,8 +428,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         request, notes = self._request(input, kwargs)
         self._folder_check.run()
         with self._reserved(budget, checked_task(request)) as reservation:
-            task_id, request_id = self._call(request, NO_DISPATCHER, (), reservation).submit()
-        return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
+            task_id, request_id, charge = self._call(request, NO_DISPATCHER, (), reservation).submit()
+        return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes, charge=charge)
 
     async def asubmit(self, input: ImageInput, *, budget: Budget | None = None, **kwargs: Any) -> ImageTask:  # noqa: A002
         """Async version of `submit`.
@@ -441,8 +441,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         request, notes = await self._arequest(input, kwargs)
         await self._folder_check.arun()
         with self._reserved(budget, checked_task(request)) as reservation:
-            task_id, request_id = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
-        return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes)
+            task_id, request_id, charge = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
+        return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes, charge=charge)
 
     def collect(self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None) -> ImageResult:
         """Wait for the image of a task, fetch it and save it, within a number of seconds.
@@ -554,13 +554,17 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         self, value: Any, dispatcher: EventDispatcher, *, task: ImageTask, seconds: float | None
     ) -> ImageResult:
         call = self._call(checked_task(task.request), dispatcher)
-        return call.result([call.collect(task.id, task.request_id, seconds)], task.warnings)
+        outcome = call.collect(task.id, task.request_id, seconds)
+        task.settle(outcome)
+        return call.result([outcome], task.warnings)
 
     async def _acollect(
         self, value: Any, dispatcher: EventDispatcher, *, task: ImageTask, seconds: float | None
     ) -> ImageResult:
         call = self._call(checked_task(task.request), dispatcher)
-        return call.result([await call.acollect(task.id, task.request_id, seconds)], task.warnings)
+        outcome = await call.acollect(task.id, task.request_id, seconds)
+        task.settle(outcome)
+        return call.result([outcome], task.warnings)
 
     # --- pure decisions
 

@@ -143,6 +143,20 @@ def test_images_that_are_in_no_folder_do_not_fill_the_memory(sandbox, monkeypatc
 
 
 @both
+def test_a_task_that_fails_costs_the_budget_nothing(sandbox, tmp_path, how):
+    toolkit = toolkit_of(sandbox, tmp_path, model="glm-image", max_images=1)
+    start, get, *_ = toolkit.get_tools()
+    failed = called(start, how, prompt="[[task-fail]] a kitten").artifact["id"]
+    assert called(start, how, prompt="a puppy").status == "error"  # until it is known, the image counts
+    for _ in range(2):
+        assert "failed without an image" in called(get, how, id=failed).content
+    assert toolkit.tool.limits().images == 0
+    made = called(start, how, prompt="a puppy").artifact["id"]
+    assert "Made 1 image" in called(get, how, id=made).content
+    assert toolkit.tool.limits().images == sandbox.images_made == 1
+
+
+@both
 def test_a_wait_is_never_longer_than_that_of_the_toolkit(sandbox, tmp_path, how):
     start, get, *_ = toolkit_of(sandbox, tmp_path, wait=0).get_tools()
     image_id = called(start, how, prompt=SLOW).artifact["id"]
