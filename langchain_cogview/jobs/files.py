@@ -10,6 +10,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -45,7 +46,8 @@ class ImageFolders:
         self._number = max(_numbers(names), default=1)
         self._count = MAX_FILES
         if self._number == 1:
-            self._count = sum(IMAGE_NAME.fullmatch(name) is not None for name in names)
+            images = filter(IMAGE_NAME.fullmatch, names)
+            self._count = sum(1 for _ in islice(images, MAX_FILES))  # a folder of an earlier version has many more
             return
         with contextlib.suppress(CogViewConfigurationError), folder.subfolder(_name(self._number)) as last:
             self._count = len(last.names())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 from pydantic import ValidationError
+from pydantic_core import from_json, to_json
 
 from langchain_cogview.catalog import model_info
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
@@ -59,14 +60,18 @@ class PromptItems(Sequence[PromptItem]):
     """The valid prompts of a job in their order, held as text: a third of the memory of the objects."""
 
     def __init__(self) -> None:
-        self._rows: list[bytes] = []  # key, number of images, and the rest as JSON
+        self._rows: list[
+            bytes
+        ] = []  # key, number of images, and the rest as JSON; `extra` is on a second line, if there is any
 
     def append(self, item: PromptItem) -> None:
         """Add a prompt at the end."""
         number, key, arguments, extra, model, n = item
-        row = f"{key} {n} {_to_json((number, arguments, extra, model))}"
-        # An unpaired surrogate, which UTF-8 cannot encode, becomes a JSON escape.
-        self._rows.append(row.encode("utf-8", "backslashreplace"))
+        row = b"%b %d %b" % (key.encode(), n, to_json((number, arguments, model)))
+        if extra:
+            # An unpaired surrogate, which UTF-8 cannot encode, becomes a JSON escape.
+            row += b"\n" + json.dumps(extra, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self._rows.append(row)
 
     def keys(self) -> Iterator[tuple[str, int]]:
         """Yield key and number of images of each prompt, which is faster than the prompts themselves."""
@@ -90,13 +95,11 @@ class PromptItems(Sequence[PromptItem]):
         return len(self._rows)
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def _item(row: bytes) -> PromptItem:
     key, n, rest = row.split(b" ", 2)
-    number, arguments, extra, model = json.loads(rest)
-    return PromptItem(number, key.decode(), arguments, extra, model, int(n))
+    first, _, extra = rest.partition(b"\n")
+    number, arguments, model = from_json(first)
+    return PromptItem(number, key.decode(), arguments, json.loads(extra) if extra else None, model, int(n))
 
 
 @dataclass
@@ -273,9 +276,10 @@ class _Check:
 
 def _others(arguments: Mapping[str, Any]) -> str:
     """Return all arguments but the prompt as a text; an empty text if a value is one that no file can have."""
-    others = {name: value for name, value in arguments.items() if name != "prompt"}
+    if len(arguments) == 1:  # a line of a text file
+        return "{}" if "prompt" in arguments else ""
     try:
-        return json.dumps(others, sort_keys=True) if others else "{}"
+        return json.dumps({name: value for name, value in arguments.items() if name != "prompt"}, sort_keys=True)
     except (TypeError, ValueError, RecursionError):
         return ""
 
