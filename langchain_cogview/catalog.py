@@ -388,6 +388,8 @@ def parse_quality(text: str) -> Quality | None:
     Returns:
         The quality; None if no word is known, or if the words differ, as in `standard or hd`.
     """
+    if text in QUALITY_WORDS:
+        return QUALITY_WORDS[text]
     words = (_OF_A_QUALITY.sub("", word) for word in re.split(r"[\W_]+", _plain(text)))
     found = {QUALITY_WORDS[word] for word in words if word in QUALITY_WORDS}
     return found.pop() if len(found) == 1 else None
@@ -408,6 +410,8 @@ def legal_size(model: ModelInfo, text: str) -> str:
     Raises:
         ValueError: The size is illegal. The text has the rule and the nearest legal size.
     """
+    if text in model.sizes:
+        return text
     pixels = parse_size(text)
     if pixels:
         size = f"{pixels[0]}x{pixels[1]}"

@@ -217,10 +217,10 @@ class Endpoint:
         progress.begun = True
         try:
             response = self.send(self._request(call, deadline, progress.trace))
-            with contextlib.closing(response):
+            stream: Any = response.stream
+            with contextlib.closing(stream):
                 reading = _Reading.of(response)
-                chunks: Any = response.stream
-                for chunk in chunks:
+                for chunk in stream:
                     if not reading.body.add(chunk):
                         break
                     if deadline.passed:
@@ -243,8 +243,9 @@ class Endpoint:
             async with asyncio.timeout(deadline.remaining()):
                 response = await self.asend(self._request(call, deadline, progress.atrace))
                 reading = _Reading.of(response)
-                chunks: Any = aiter(response.stream)  # type: ignore[arg-type]
-                async with contextlib.aclosing(response), contextlib.aclosing(chunks):
+                stream: Any = response.stream
+                chunks: Any = aiter(stream)
+                async with contextlib.aclosing(stream), contextlib.aclosing(chunks):
                     async for chunk in chunks:
                         if not reading.body.add(chunk):
                             break
