@@ -163,6 +163,8 @@ def read_entries(value: Any) -> tuple[ContentFilter, ...]:
     return tuple(found[:_MAX_ENTRIES])
 
 
+ACCOUNT_LIMIT: Final = "1302"
+"""The code of a request that was refused because the account has too many in flight."""
 _MAX_MODEL_HINT: Final = 300
 _FINAL_ADVICE: Final = "This is final: do not call this tool again."
 _ADVICE: Final = {
@@ -397,7 +399,10 @@ class CogViewRateLimitError(CogViewError, ModelRateLimitError):
     scope = Scope.SERVICE
     outcome = Outcome.NOT_RUN
     default_message = "More requests are in flight than the account is allowed for this model."
-    default_hint = "Lower max_concurrency, raise max_retries, or try again later; the console shows the limit."
+    default_hint = (
+        "Other processes may use the same key: lower max_concurrency in each, raise timeout and max_retries, or try again "
+        "later; the console shows the limit."
+    )
 
 
 class CogViewBusyError(CogViewRateLimitError):

@@ -7,7 +7,7 @@ import logging
 import uuid
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from operator import itemgetter
@@ -404,7 +404,11 @@ class ImageCall:
 
     def _client(self, model: str) -> ImagesClient | TasksClient:
         wanted = model_info(model).tasks if self.settings.use_tasks == "auto" else self.settings.use_tasks
-        return self.tasks() if wanted else self.settings.client
+        client = self.settings.client
+        if model != self.requests[-1][0].model:
+            # The next model is asked instead of waiting until this one has a slot.
+            client = replace(client, policy=replace(client.policy, waits_for_account=False))
+        return replace(self.tasks(), images=client) if wanted else client
 
     def tasks(self) -> TasksClient:
         """Make the client of the task endpoint.

@@ -98,7 +98,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             saving. Waiting for a slot, for the `rate_limiter` and for an equal request with the same `cache` does not count.
             Default: 120. None: no limit.
         max_retries: Further attempts, 0 to 100, of a request that certainly did not run, while a tenth of `timeout` (at most
-            30 s) is left for the answer. Default: 2.
+            30 s) is left for the answer. Default: 2. A request that was refused because the account has too many in flight (code
+            1302) is sent again within `timeout` without counting here; with `timeout=None`, for at most 10 minutes.
         retry_unknown: Also send a request again that may have been charged, which can pay twice.
         max_concurrency: Requests in flight, of all generators, threads and event loops of this process with the same key, model
             and service together. None: the catalog's figure for the model. It is lowered automatically while the service

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -16,6 +18,7 @@ from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import CANCEL_TOKEN, Deadline
 from langchain_cogview.errors import (
+    ACCOUNT_LIMIT,
     CogViewBudgetError,
     CogViewBusyError,
     CogViewConfigurationError,
@@ -32,9 +35,17 @@ if TYPE_CHECKING:
 
     from langchain_cogview.concurrency import CancelToken
 
+logger = logging.getLogger(__name__)
+
 ROUTE: Final = "/images/generations"
 MAX_RETRY_AFTER: Final = 3600.0
 """Seconds; a service that asks for a longer wait is not waited for."""
+MAX_REFUSED_SECONDS: Final = 600.0
+"""Seconds that a call without a time limit waits while the service refuses it as one request too many in flight."""
+_MAX_REFUSED_WAIT: Final = 8.0
+"""The longest wait in seconds before such a call is sent again, unless the service asks for a longer one."""
+_WARN_AFTER: Final = 3
+"""After this many such refusals of one call, a warning names other processes as the likely cause."""
 _NEVER_AGAIN: Final = (CogViewBudgetError, CogViewConfigurationError, CogViewStoppedError, CogViewTimeoutError)
 _BLOCKED_LOOP_SECONDS = 120.0
 _LIMITER_POLL_SECONDS = 0.05
@@ -93,10 +104,13 @@ class RetryPolicy:
     Attributes:
         max_retries: Further attempts after the first.
         retry_unknown: Whether to send requests again that may have been charged. This can pay twice.
+        waits_for_account: Whether a request that was refused because the account has too many in flight (code 1302) is sent
+            again until the deadline, without counting as a retry. Other processes with the same key may hold the account's slots.
     """
 
     max_retries: int = 2
     retry_unknown: bool = False
+    waits_for_account: bool = True
 
     def sends_again(self, error: BaseException) -> bool:
         """Whether an error allows another attempt, regardless of their number."""
@@ -119,24 +133,43 @@ class RetryPolicy:
         first = 5.0 if isinstance(error, CogViewBusyError) else 2.0 if isinstance(error, CogViewRateLimitError) else 1.0
         return random.uniform(0.0, min(first * 2 ** (attempt - 1), 60.0))
 
+    def wait_for_account(self, error: CogViewError, refusals: int) -> float:
+        """Seconds to wait after refusal number `refusals` of a call because too many requests of the account are in flight.
+
+        The wait is what the service asked for, else full jitter up to 2 s, then 4 s and 8 s. A service that asks for no wait at
+        all is taken at its word for the first `max_retries` refusals.
+        """
+        asked = self.wait(error, 1) if error.retry_after is not None else 0.0
+        if error.retry_after is not None and refusals <= self.max_retries:
+            return asked
+        return max(asked, random.uniform(0.0, min(2.0 ** min(refusals, 10), _MAX_REFUSED_WAIT)))
+
 
 @dataclass(slots=True)
 class _Attempts:
     """The attempts of one logical call.
 
     Attributes:
+        model: The model of the request.
         begun: The number of attempts, including those that got no slot.
         made: The number of requests that were sent.
         waited_for: The errors after which the request was sent again.
         ticket: The call's position in the queue of the limiter.
         queue_is_wait: Whether queueing for a slot replaces the wait before the next attempt.
+        refusals: How often the request was refused because the account has too many in flight; these are no retries.
+        first_refusal: When the first of them came, on the monotonic clock.
+        hold: Seconds to wait with the next slot before sending, so that no other call of this process is sent meanwhile.
     """
 
+    model: str
     begun: int = 0
     made: int = 0
     waited_for: list[CogViewError] = field(default_factory=list)
     ticket: int | None = None
     queue_is_wait: bool = False
+    refusals: int = 0
+    first_refusal: float = 0.0
+    hold: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +218,7 @@ class ImagesClient:
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Slot]:
         """Send a request that costs money. Returns the reply and its slot, which the caller has to end."""
-        attempts = _Attempts()
+        attempts = _Attempts(body["model"])
         call = Call("POST", route, body)
         while True:
             attempts.begun += 1
@@ -205,13 +238,14 @@ class ImagesClient:
                 if wait is None:
                     raise _with_facts(error, body, attempts) from None
                 events.retrying(error, wait, attempts.made)
-            CANCEL_TOKEN.get().wait(wait)
+            if not attempts.hold:
+                CANCEL_TOKEN.get().wait(wait)
 
     async def apaid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Slot]:
         """Async version of `paid`."""
-        attempts = _Attempts()
+        attempts = _Attempts(body["model"])
         call = Call("POST", route, body)
         while True:
             attempts.begun += 1
@@ -231,7 +265,8 @@ class ImagesClient:
                 if wait is None:
                     raise _with_facts(error, body, attempts) from None
                 await events.aretrying(error, wait, attempts.made)
-            await CANCEL_TOKEN.get().await_seconds(wait)
+            if not attempts.hold:
+                await CANCEL_TOKEN.get().await_seconds(wait)
 
     # --- acquire a slot, then the rate limiter. The time limit of the call starts after both.
 
@@ -248,6 +283,8 @@ class ImagesClient:
         if slot is None:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
+            if attempts.hold:
+                cancelled.wait(attempts.hold)
             self._acquire_rate_limiter(deadline)
             return _started(slot, deadline, attempts, cancelled)
         except BaseException:
@@ -264,6 +301,8 @@ class ImagesClient:
         if slot is None:
             raise _no_slot(deadline, cancelled=cancelled.is_set())
         try:
+            if attempts.hold:
+                await cancelled.await_seconds(attempts.hold)
             await self._aacquire_rate_limiter(deadline)
             return _started(slot, deadline, attempts, cancelled)
         except BaseException:
@@ -297,13 +336,41 @@ class ImagesClient:
 
     def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
         """Seconds to wait before the next attempt; None if the error is final."""
-        if attempts.begun > self.policy.max_retries or not self.policy.sends_again(error):
+        attempts.hold = 0.0
+        if not self.policy.sends_again(error):
             return None
-        wait = 0.0 if attempts.queue_is_wait else self.policy.wait(error, attempts.begun)
+        waits_for_account = self.policy.waits_for_account and is_account_limit(error)
+        if waits_for_account:
+            attempts.refusals += 1
+            attempts.first_refusal = attempts.first_refusal or time.monotonic()
+            if deadline.seconds is None and time.monotonic() - attempts.first_refusal > MAX_REFUSED_SECONDS:
+                return None
+            wait = 0.0 if attempts.queue_is_wait else self.policy.wait_for_account(error, attempts.refusals)
+        elif attempts.begun - attempts.refusals > self.policy.max_retries:
+            return None
+        else:
+            wait = 0.0 if attempts.queue_is_wait else self.policy.wait(error, attempts.begun - attempts.refusals)
         if wait > MAX_RETRY_AFTER or not deadline.is_worth_sending(wait):
             return None
+        if waits_for_account:
+            attempts.hold = wait if error.retry_after is None else 0.0
+            self._warn_of_others(error, attempts)
+            if attempts.waited_for and is_account_limit(attempts.waited_for[-1]):
+                attempts.waited_for.pop()  # there may be many, and one says the same as all
         attempts.waited_for.append(error)
         return wait
+
+    def _warn_of_others(self, error: CogViewError, attempts: _Attempts) -> None:
+        """Log, once a minute for each account and model, that a call is refused again and again."""
+        model = attempts.model
+        if attempts.refusals >= _WARN_AFTER and self._limiter(model)[0].is_time_to_warn():
+            logger.warning(
+                "A request for %s was refused %s times as one too many in flight (code %s); it waits and is sent again. "
+                "Other processes may use the same key.",
+                model,
+                attempts.refusals,
+                error.code,
+            )
 
 
 def client_of(
@@ -327,6 +394,11 @@ def client_of(
     )
     policy = RetryPolicy(max_retries=max_retries, retry_unknown=retry_unknown)
     return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter)
+
+
+def is_account_limit(error: BaseException) -> bool:
+    """Whether the service refused a request because too many of the account are in flight (code 1302)."""
+    return isinstance(error, CogViewRateLimitError) and error.code == ACCOUNT_LIMIT
 
 
 def _end_slot(slot: Slot, error: BaseException, attempts: _Attempts) -> None:

@@ -36,6 +36,7 @@ PROBE: Final = 10
 MIN_PROBE_SUCCESSES: Final = 30
 """The fewest successes before the limit rises to that level. Without this minimum, an account that accepts one request at a time
 would have one request in eleven refused."""
+_WARN_SECONDS: Final = 60.0
 _COMPACT_AT: Final = 64
 _LOOK_SECONDS: Final = 0.5
 """Seconds after which a waiting task checks for slots that are held beyond their time limit."""
@@ -182,6 +183,7 @@ class Limiter:
         self._timed: weakref.WeakKeyDictionary[Slot, asyncio.AbstractEventLoop | None] = weakref.WeakKeyDictionary()
         self._abandoned: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._look_at: float = math.inf
+        self._warned_at: float = -math.inf
 
     @property
     def in_flight(self) -> int:
@@ -200,6 +202,17 @@ class Limiter:
 
     def __repr__(self) -> str:
         return f"<Limiter: {self._in_flight} in flight, limit {self.limit}, {self._waiting} waiting>"
+
+    def is_time_to_warn(self) -> bool:
+        """Whether the last warning about this account and model is more than a minute old. If so, the caller logs the next."""
+        with self._lock:
+            now = time.monotonic()
+            is_time = now - self._warned_at > _WARN_SECONDS
+            if is_time:
+                self._warned_at = now
+        if self._mail:
+            self._settle()
+        return is_time
 
     def acquire(
         self,

@@ -14,6 +14,7 @@ from langchain_cogview.batches import ImageTask
 from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
+    ACCOUNT_LIMIT,
     CogViewBudgetError,
     CogViewContentFilterError,
     CogViewError,
@@ -386,8 +387,10 @@ class JobRun:
         if not failures and isinstance(outcome, CogViewStoppedError):
             return
         none_ran = isinstance(outcome, Exception) and all(item.outcome is Outcome.NOT_RUN for item in failures)
+        # A full account answers, and has room again once other processes with the same key have finished.
+        is_full = none_ran and bool(failures) and all(item.code == ACCOUNT_LIMIT for item in failures)
         with self._lock:
-            self._not_run = self._not_run + 1 if none_ran else 0
+            self._not_run = self._not_run + (not is_full) if none_ran else 0
             stops = self._not_run >= MAX_NOT_RUN
         fatal = [item for item in failures if affects_every_prompt(item, call.work_item.prompt)]
         if isinstance(outcome, OSError):  # no file can be opened, not even for a connection

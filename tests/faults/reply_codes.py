@@ -29,6 +29,7 @@ from tests.faults.reply_table import (
     TOO_LONG,
     UNKNOWN,
     UNSURE,
+    WAITED_FOR,
     add,
     error,
     in_turn,
@@ -116,8 +117,7 @@ for _status, _class in ((429, RATE), (503, SERVER)):
         f"{_status} without Retry-After",
         says(error("1302"), 429) if _status == 429 else sends(b"", 503),
         _class,
-        posts=(1, 3),
-        timeout=SHORT,
+        **(WAITED_FOR if _status == 429 else {"posts": (1, 3), "timeout": SHORT}),
     )
     add(f"{_status} once, then good", in_turn(says({}, _status, AT_ONCE), success), RESULT, posts=2)
     add(
@@ -187,14 +187,16 @@ _CODES: Final[dict[str, tuple[int, str, int]]] = {
     **{str(code): (429, BALANCE, 1) for code in (1308, 1309, 1310, 1311, *range(1313, 1322))},
 }
 for _code, (_status, _class, _times) in _CODES.items():
-    add(f"code {_code} with {_status}", says(error(_code), _status, AT_ONCE), _class, posts=_times)
+    _more = WAITED_FOR if _code == "1302" else {"posts": _times}
+    add(f"code {_code} with {_status}", says(error(_code), _status, AT_ONCE), _class, **_more)
 for _code in ("1000", "1113", "1211", "1214", "1220", "1261", "1301", "1302", "1305", "1200", "1234"):
     _, _class, _times = _CODES[_code]
     for _status in (200, 400, 429, 500, 503):
         if _CODES[_code][0] != _status:
-            add(f"code {_code} against {_status}", says(error(_code), _status, AT_ONCE), _class, posts=_times)
+            _more = WAITED_FOR if _code == "1302" else {"posts": _times}
+            add(f"code {_code} against {_status}", says(error(_code), _status, AT_ONCE), _class, **_more)
 add("code 401 inside a 200", says(error("401")), AUTHENTICATION)
-add("code 1302 as an integer", says(error(1302), 429, AT_ONCE), RATE, posts=3)
+add("code 1302 as an integer", says(error(1302), 429, AT_ONCE), RATE, **WAITED_FOR)
 add("code 1113 as an integer", says(error(1113), 429, AT_ONCE), BALANCE)
 add("code 1301 as an integer inside a 200", says(error(1301)), FILTER)
 add("unknown code with 400", says(error("1999"), 400), INVALID)
@@ -258,7 +260,12 @@ for _what, _form in (
 add("a picture and a message", says({**GOOD, "message": "ok"}), RESULT)
 add("wrong route, as recorded", says({"code": 500, "msg": "404 NOT_FOUND", "success": False}), NOT_FOUND)
 add("another failure in the wrong route's form", says({"code": 500, "msg": SERVER_WORDS, "success": False}), *UNSURE)
-add("code 1302 outside of an error object, 429", says({"code": "1302", "message": "x"}, 429, AT_ONCE), RATE, posts=3)
+add(
+    "code 1302 outside of an error object, 429",
+    says({"code": "1302", "message": "x"}, 429, AT_ONCE),
+    RATE,
+    **WAITED_FOR,
+)
 add("a picture and an error object", says({**GOOD, **error("1302")}), RESULT, *UNSURE)
 add("a picture and an error that is null", says({**GOOD, "error": None}), RESULT)
 add("a picture and a code that is 200", says({**GOOD, "code": 200, "success": True}), RESULT)
@@ -287,6 +294,8 @@ for _what, _value, _times, _within in (
     ("as a date in a zone that is none", "Sun, 06 Nov 2094 08:49:37 +9999", (1, 3), None),
 ):
     _limit = AMPLE if _within else SHORT
+    if _times == (1, 3):
+        _times = WAITED_FOR["posts"]
     add(
         f"Retry-After {_what}",
         says(error("1302"), 429, f"Retry-After: {_value}"),
@@ -295,7 +304,7 @@ for _what, _value, _times, _within in (
         within=_within,
         timeout=_limit,
     )
-add("Retry-After of 0 in seconds", says(error("1302"), 429, AT_ONCE), RATE, posts=3, within=0.5)
+add("Retry-After of 0 in seconds", says(error("1302"), 429, AT_ONCE), RATE, within=0.5, **WAITED_FOR)
 add("Retry-After of 0 with 503", sends(b"", 503, AT_ONCE), SERVER, posts=3, within=0.5)
 add("Retry-After that fits no deadline, with 503", sends(b"", 503, "Retry-After: 500"), SERVER, within=0.3)
 add("Retry-After of 0 with 500", says({}, 500, AT_ONCE), UNKNOWN)
@@ -306,8 +315,7 @@ add(
     "Retry-After twice, 0 and 3600",
     says(error("1302"), 429, AT_ONCE, "Retry-After: 3600"),
     RATE,
-    posts=(1, 3),
-    timeout=SHORT,
+    **WAITED_FOR,
 )
 add(
     "Retry-After of one second, then good",

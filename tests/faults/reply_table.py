@@ -36,6 +36,9 @@ UNKNOWN: Final = "CogViewOutcomeUnknownError"
 UNSURE: Final = (UNKNOWN, MALFORMED)
 ANY_FINAL: Final = (INVALID, NOT_FOUND, PERMISSION, BALANCE, AUTHENTICATION, FILTER, TOO_LONG, "CogViewError")
 
+WAITED_FOR: Final[dict[str, Any]] = {"posts": (1, 30), "timeout": SHORT}
+"""Code 1302 means that the account has too many requests in flight: the call is sent again until its time limit."""
+
 Resolver = Callable[[str], list[str]]
 """A host name in, its addresses out; raises socket.gaierror, or blocks."""
 

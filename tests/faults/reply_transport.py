@@ -24,6 +24,7 @@ from tests.faults.reply_table import (
     TIMEOUT,
     UNKNOWN,
     UNSURE,
+    WAITED_FOR,
     add,
     error,
     raw,
@@ -238,7 +239,7 @@ for _what, _where in (
     ("to 50,000 letters", lambda server: "http://x.invalid/" + "x" * 50_000),
 ):
     add(f"307 {_what}", redirects(_where, 307), CONFIGURATION)
-add("307 with an error of known code", says(error("1302"), 307, AT_ONCE), RATE, CONFIGURATION, posts=(1, 3))
+add("307 with an error of known code", says(error("1302"), 307, AT_ONCE), RATE, CONFIGURATION, **WAITED_FOR)
 
 # No way to the service at all.
 

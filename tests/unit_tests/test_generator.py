@@ -36,6 +36,7 @@ from langchain_cogview import (
     ImageResult,
     Sandbox,
 )
+from langchain_cogview.api import client as client_module
 from tests.conftest import FAKE_KEY
 from tests.host import Host, http
 
@@ -206,11 +207,47 @@ def test_a_limit_is_waited_for_and_sent_again_under_the_same_id(generator, sandb
     generator.invoke("x")
     assert len(sandbox.requests) == 3
     assert len({request.request_id for request in sandbox.requests}) == 1
-    sandbox.fail_next("rate-limit", times=3, retry_after=0)
+    sandbox.fail_next("busy", times=3, retry_after=0)
     with pytest.raises(CogViewRateLimitError) as caught:
         generator.invoke("y")
     assert caught.value.attempts == 3
     assert caught.value.request_id == sandbox.requests[-1].request_id
+
+
+@pytest.mark.parametrize("timeout", [120, None])
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_a_full_account_uses_up_no_retry_and_a_warning_names_other_processes(
+    sandbox, how, timeout, monkeypatch, caplog
+):
+    monkeypatch.setattr(client_module, "_MAX_REFUSED_WAIT", 0.01)
+    patient = CogViewImageGenerator(
+        base_url=sandbox.base_url, api_key=f"{how}.{timeout}", max_retries=0, timeout=timeout
+    )
+    sandbox.fail_next("rate-limit", times=12)
+    assert (patient.invoke("x") if how == "sync" else asyncio.run(patient.ainvoke("x"))).images
+    assert (len(sandbox.requests), sandbox.images_made) == (13, 1)
+    (record,) = [record for record in caplog.records if record.name == "langchain_cogview.api.client"]
+    assert "Other processes may use the same key." in record.getMessage()
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_without_a_time_limit_a_full_account_is_not_waited_for_for_ever(sandbox, how, monkeypatch):
+    monkeypatch.setattr(client_module, "_MAX_REFUSED_WAIT", 0.01)
+    monkeypatch.setattr(client_module, "MAX_REFUSED_SECONDS", 0.02)
+    patient = CogViewImageGenerator(base_url=sandbox.base_url, timeout=None)
+    sandbox.fail_next("rate-limit", times=100_000)
+    with pytest.raises(CogViewRateLimitError, match="Other processes may use the same key"):
+        patient.invoke("x") if how == "sync" else asyncio.run(patient.ainvoke("x"))
+    assert sandbox.images_made == 0
+
+
+def test_a_fallback_model_is_asked_instead_of_waiting_for_a_full_account(sandbox):
+    sandbox.fail_next("rate-limit")
+    generator = CogViewImageGenerator(
+        base_url=sandbox.base_url, model="cogview-4", fallback_models=["cogview-3-flash"], max_retries=0
+    )
+    assert generator.invoke("x").model == "cogview-3-flash"
+    assert len(sandbox.requests) == 2
 
 
 def test_a_balance_error_is_not_sent_again(generator, sandbox):

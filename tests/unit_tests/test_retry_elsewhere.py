@@ -79,7 +79,7 @@ def test_a_node_that_fails_for_good_sends_its_request_once(sandbox, prompt, how)
 
 
 def test_a_node_that_did_not_run_may_be_repeated_by_langgraph(sandbox):
-    sandbox.fail_next("rate-limit")
+    sandbox.fail_next("busy")
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
     graph_of(lambda state: generator.invoke(state["prompt"]) and None).invoke({"prompt": "a kitten"})
     assert len(sandbox.requests) == 2
@@ -108,7 +108,7 @@ def test_a_policy_of_langgraph_takes_the_predicate_and_the_types(sandbox, retry_
 
 
 @pytest.mark.parametrize("how", ["batch", "abatch", "batch_as_completed", "abatch_as_completed"])
-@pytest.mark.parametrize("prompt", ["[[busy]]", "[[unavailable]]", "[[rate-limit:9]]"])
+@pytest.mark.parametrize("prompt", ["[[busy]]", "[[unavailable]]"])
 def test_a_batch_of_which_a_part_was_paid_is_repeated_by_nobody(sandbox, how, prompt):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
     inputs = ["a kitten", prompt, "a foal"]

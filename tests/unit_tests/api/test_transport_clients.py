@@ -11,10 +11,10 @@ import pytest
 from langchain_cogview import CogViewImageGenerator, Sandbox
 from langchain_cogview.errors import (
     CogViewAuthenticationError,
+    CogViewBusyError,
     CogViewConnectionError,
     CogViewMalformedReplyError,
     CogViewOutcomeUnknownError,
-    CogViewRateLimitError,
 )
 from langchain_cogview.sandbox.server import SandboxServer
 from tests.conftest import FAKE_KEY
@@ -65,8 +65,8 @@ def test_the_served_sandbox_is_reached_by_any_client(library, how):
     with SandboxServer(Sandbox()) as server:
         result = outcome(server.base_url, library, how)
         assert len(result.images) == 1
-        refused = outcome(server.base_url, library, how, "[[rate-limit]]")
-        assert isinstance(refused, CogViewRateLimitError)
+        refused = outcome(server.base_url, library, how, "[[busy]]")
+        assert isinstance(refused, CogViewBusyError)
 
 
 def closes(connection, request):

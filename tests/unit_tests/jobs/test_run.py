@@ -565,7 +565,7 @@ def test_retry_failed_draws_them_again_and_one_line_stays(run, out, sandbox):
     assert len(sandbox.requests) == 5
 
 
-@pytest.mark.parametrize("fault", ["busy", "rate-limit", "unavailable"])
+@pytest.mark.parametrize("fault", ["busy", "unavailable"])
 def test_what_did_not_run_is_left_for_the_next_run(run, out, sandbox, fault):
     sandbox.fail_next(fault)
     report = run(["a cat", "a dog"], max_retries=0)
@@ -595,6 +595,14 @@ def test_several_prompts_in_a_row_that_did_not_run_stop_the_job(run, out, sandbo
     assert (report.left, report.failed) == (12, 0)
     assert 5 <= len(sandbox.requests) == report.errors["CogViewServerError"] < 10
     assert lines(out) == []
+
+
+def test_a_full_account_uses_up_no_allowance_of_errors_in_a_row(run, out, sandbox):
+    prompts = [f"prompt {number}" for number in range(8)]
+    sandbox.fail_next("rate-limit", times=8, retry_after=600)  # longer than the time limit
+    report = run(prompts, max_retries=0, max_concurrency=1)
+    assert (report.stopped, report.left, report.errors) == (None, 8, {"CogViewRateLimitError": 8})
+    assert run(prompts).made == sandbox.images_made == 8
 
 
 def test_of_several_pictures_none_of_which_was_made_each_has_its_own_end(run, out, sandbox):
