@@ -158,6 +158,7 @@ class CallSettings:
             "max_retries",
             "retry_unknown",
             "rate_limiter",
+            "shared_limit",
             "http_client",
             "http_async_client",
         )

@@ -22,6 +22,7 @@ from langchain_cogview.api.settings import (
     SANDBOX_KEY,
     Service,
     find_service,
+    find_shared_limit,
     is_sandbox,
     preload,
     resolve_key,
@@ -104,6 +105,9 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         max_concurrency: Requests in flight, of all generators, threads and event loops of this process with the same key, model
             and service together. None: the catalog's figure for the model. It is lowered automatically while the service
             refuses (code 1302), and raised again. A task holds its slot until it ends, but a submitted task does not.
+        shared_limit: Where that limit is shared with other processes: `"machine"` for all processes of this user on this
+            machine, `"redis://host:6379/0"` for all machines (extra `redis`), or a `SharedLimit`. `max_concurrency` is then the
+            limit of the account. None: `COGVIEW_SHARED_LIMIT`, else the limit holds for this process. See docs/processes.md.
         rate_limiter: A LangChain rate limiter that is acquired before every attempt.
         http_client: An `httpx.Client` or `httpx2.Client`, used for sync API requests as it is, and never closed; `timeout` is
             then checked between its socket operations. It does not fetch images.
@@ -162,6 +166,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Whether a request that may have been charged is sent again."""
     max_concurrency: int | None = Field(default=None, ge=1)
     """The number of requests in flight; None for the catalog's figure."""
+    shared_limit: Any = Field(default=None, exclude=True, repr=False)
+    """Where the limit of requests in flight is shared with other processes; None for `COGVIEW_SHARED_LIMIT`."""
     rate_limiter: BaseRateLimiter | None = Field(default=None, exclude=True, repr=False)
     """A LangChain rate limiter that is acquired before every attempt."""
     http_client: Any = Field(default=None, exclude=True, repr=False)
@@ -277,6 +283,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             from langchain_cogview.cache import image_cache  # noqa: PLC0415  it brings the HTTP stack
 
             self._cache = image_cache(self.cache)
+        find_shared_limit(self.shared_limit)
         if self.enhance is not None:
             from langchain_cogview.enhance import PromptEnhancer  # noqa: PLC0415  on use
 
@@ -637,5 +644,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
             self._key = self._resolve_key()
             service = Service(self._key, self._region, self._base_url)
-            self._call_settings = CallSettings.of(service, self._folder, self._cache, dict(self))
+            shared = find_shared_limit(self.shared_limit)
+            self._call_settings = CallSettings.of(
+                service, self._folder, self._cache, {**dict(self), "shared_limit": shared}
+            )
         return cast("CallSettings", self._call_settings)

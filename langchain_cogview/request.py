@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.images.backend import BackendFolder
     from langchain_cogview.images.folders import Backend
+    from langchain_cogview.limits import SharedLimit
 
 MAX_IMAGES: Final = 100
 """The largest number of images of one request."""
@@ -432,6 +433,7 @@ class GeneratorSettings(TypedDict, total=False):
     max_retries: int
     retry_unknown: bool
     max_concurrency: int | None
+    shared_limit: SharedLimit | str | None
     rate_limiter: BaseRateLimiter | None
     http_client: httpx.Client | Any
     http_async_client: httpx.AsyncClient | Any

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from langchain_cogview.concurrency import CancelToken
+    from langchain_cogview.limits import SharedLimit
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ class ImagesClient:
         max_concurrency: The most requests in flight; None for the catalog's number for the model.
         policy: Which requests are sent again, and when.
         rate_limiter: Acquired before every attempt.
+        shared_limit: Where the limit of requests in flight is shared with other processes; None: it holds in this process.
     """
 
     endpoint: Endpoint
@@ -189,6 +191,7 @@ class ImagesClient:
     max_concurrency: int | None = None
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     rate_limiter: RateLimiter | None = None
+    shared_limit: SharedLimit | None = None
 
     def generate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Send one request, and send it again only if it did not run.
@@ -332,7 +335,8 @@ class ImagesClient:
 
     def _limiter(self, model: str) -> tuple[Limiter, int]:
         key = self.endpoint.api_key.get_secret_value()
-        return limiter_for(self.account, model, key), self.max_concurrency or model_info(model).in_flight
+        limiter = limiter_for(self.account, model, key, self.shared_limit)
+        return limiter, self.max_concurrency or model_info(model).in_flight
 
     def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
         """Seconds to wait before the next attempt; None if the error is final."""
@@ -381,6 +385,7 @@ def client_of(
     max_retries: int,
     retry_unknown: bool,
     rate_limiter: RateLimiter | None,
+    shared_limit: SharedLimit | None,
     http_client: httpx.Client | None,
     http_async_client: httpx.AsyncClient | None,
 ) -> ImagesClient:
@@ -393,7 +398,9 @@ def client_of(
         asend=asender(base_url, http_async_client),
     )
     policy = RetryPolicy(max_retries=max_retries, retry_unknown=retry_unknown)
-    return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter)
+    # Each process has a sandbox of its own, and shares nothing with others.
+    shared = None if is_sandbox(base_url) else shared_limit
+    return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter, shared)
 
 
 def is_account_limit(error: BaseException) -> bool:

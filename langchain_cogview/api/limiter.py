@@ -11,6 +11,7 @@ This module knows nothing of HTTP or of what is sent.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import heapq
 import math
@@ -24,18 +25,17 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from langchain_cogview.limits.adaptive import AdaptiveLimit
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from langchain_cogview.concurrency import Deadline
+    from langchain_cogview.errors import CogViewConfigurationError
+    from langchain_cogview.limits import SharedLimit
 
 MAX_LIMITERS: Final = 1000
 """How many unused limiters are kept; the least recently used one is forgotten first."""
-PROBE: Final = 10
-"""The limit rises this many times slower to the level that was last refused than to any other level."""
-MIN_PROBE_SUCCESSES: Final = 30
-"""The fewest successes before the limit rises to that level. Without this minimum, an account that accepts one request at a time
-would have one request in eleven refused."""
 _WARN_SECONDS: Final = 60.0
 _COMPACT_AT: Final = 64
 _LOOK_SECONDS: Final = 0.5
@@ -55,13 +55,14 @@ class Slot:
         ticket: The position in the queue. A call that passes it to `acquire` after a refusal keeps that position.
     """
 
-    __slots__ = ("__weakref__", "_cap", "_ends_at", "_epoch", "_limiter", "_over", "ticket")
+    __slots__ = ("__weakref__", "_cap", "_ends_at", "_epoch", "_generation", "_limiter", "_over", "ticket")
 
-    def __init__(self, limiter: Limiter, cap: int, ticket: int, epoch: int) -> None:
+    def __init__(self, limiter: Limiter, cap: int, ticket: int) -> None:
         self._over = True  # until the limiter counts it
         self._limiter = limiter
         self._cap = cap
-        self._epoch = epoch
+        self._generation = limiter._generation
+        self._epoch = limiter._adaptive.epoch
         self._ends_at = math.inf
         self.ticket: Final = ticket
 
@@ -95,81 +96,41 @@ class Slot:
             self.release()
 
 
-class AdaptiveLimit:
-    """How many requests may be in flight, as successes and refusals show it. It knows no queue and takes no lock.
-
-    The number is infinite at first, so that only the caps count. The first refusal of a burst halves it, at most to the number of
-    requests that are still in flight. Each further refusal of the same burst lowers it to the number that is in flight then, but
-    never below 1. It rises by 1 after as many successes as its value, counting only requests that were sent after the last
-    refusal while all slots were in use. The step to the level that was last refused needs ten times as many, and at least 30.
-
-    Args:
-        epoch: The number of the first epoch. Each burst of refusals starts the next one.
-    """
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.value: float = math.inf
-        self._refused_at: float = math.inf
-        self._successes = 0
-
-    def admits(self, in_flight: int, cap: int) -> bool:
-        """Whether a caller with this cap may send one more request."""
-        return in_flight < cap and in_flight < self.value
-
-    def record_success(self, epoch: int, cap: int, in_flight: int) -> None:
-        """Record an answer.
-
-        Args:
-            epoch: When the request was sent.
-            cap: The cap of its caller.
-            in_flight: The number of other requests in flight.
-        """
-        # A request from before the last refusal, or one sent while slots were free, does not show that more are accepted.
-        if epoch < self.epoch or not in_flight + 1 >= self.value < cap:
-            return
-        self._successes += 1
-        probes = self.value + 1 == self._refused_at
-        if self._successes >= (max(PROBE * self.value, MIN_PROBE_SUCCESSES) if probes else self.value):
-            self.value += 1
-            self._successes = 0
-
-    def record_refusal(self, epoch: int, cap: int, in_flight: int) -> None:
-        """Record a refusal for too many requests in flight; the arguments are those of `record_success`."""
-        if epoch == self.epoch:
-            self.epoch += 1
-            self.value = min(self.value, cap) // 2
-            self._refused_at = math.inf
-        self.value = max(1, min(self.value, in_flight))
-        self._refused_at = min(self._refused_at, in_flight + 1)
-        self._successes = 0
-
-
 class Limiter:
     """A queue for slots, whose number adapts to what the service accepts.
 
     The waiter with the lowest ticket is served first, as soon as fewer requests are in flight than `limit` and than its own cap.
     Waiters behind it wait even if their caps are higher. After a refusal with other requests in flight, no slot is granted until
-    one of those has ended, because the next request would be refused as well. `AdaptiveLimit` decides how many those are.
+    one of those has ended, because the next request would be refused as well. `AdaptiveLimit` decides how many those are, or
+    `SharedAllowance` with a shared limit.
 
     All methods are thread-safe. `limiter_for` returns the limiter that callers share.
 
     Args:
         check_seconds: Seconds after which a waiter checks whether it was cancelled or interrupted. A signal that arrives just
             before the wait for a lock does not end that wait; on Windows none does.
+        adaptive: Makes the limit of a limiter. None: `AdaptiveLimit`.
     """
 
-    def __init__(self, *, check_seconds: float = 0.1) -> None:
+    def __init__(
+        self, *, check_seconds: float = 0.1, adaptive: Callable[[Limiter], AdaptiveLimit] | None = None
+    ) -> None:
         self._check_seconds = check_seconds
         self._arrivals = 0
-        self._adaptive = AdaptiveLimit(0)
+        self._generation = 0
+        self._adaptive = adaptive(self) if adaptive else AdaptiveLimit(0)
         self._heap: list[tuple[int, int, Any]] = []  # ticket, arrival, waiter
-        self._start_over()
+        self._empty()
 
     def _start_over(self) -> None:
-        """Reset everything. Slots that were granted before belong to the parent process."""
+        """Reset everything in a child process. Slots that were granted before belong to the parent process."""
         for _, _, waiter in self._heap:
             waiter.gone = True
+        self._generation += 1
+        self._adaptive = self._adaptive.renewed()
+        self._empty()
+
+    def _empty(self) -> None:
         self._lock = threading.Lock()
         # Ended slots and withdrawn waiters, handled by the holder of the lock. The garbage collector can end a slot in a thread
         # that holds the lock at that moment, so that ending a slot must not wait for the lock.
@@ -177,8 +138,6 @@ class Limiter:
         self._heap = []
         self._in_flight = 0
         self._waiting = 0
-        self._first_epoch = self._adaptive.epoch + 1
-        self._adaptive = AdaptiveLimit(self._first_epoch)
         # Slots with a time limit, each with the event loop of its task while that task has not received it yet.
         self._timed: weakref.WeakKeyDictionary[Slot, asyncio.AbstractEventLoop | None] = weakref.WeakKeyDictionary()
         self._abandoned: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
@@ -192,7 +151,10 @@ class Limiter:
 
     @property
     def limit(self) -> float:
-        """The number of slots allowed, besides each caller's cap: a whole number, or infinity before the first refusal."""
+        """The number of slots allowed, besides each caller's cap: a whole number, or infinity before the first refusal.
+
+        With a shared limit it is what this process is allowed.
+        """
         return self._adaptive.value
 
     @property
@@ -235,6 +197,7 @@ class Limiter:
 
         Raises:
             ValueError: When `cap` is below 1.
+            CogViewConfigurationError: The store of a shared limit cannot be used.
         """
         slot = self._slot_at_once(cap, ticket)
         if slot is not None:
@@ -246,6 +209,8 @@ class Limiter:
         finally:
             if not granted:
                 self._post(waiter)
+        if waiter.error is not None:
+            raise waiter.error
         return waiter.slot if granted else None
 
     async def aacquire(
@@ -267,6 +232,8 @@ class Limiter:
         finally:
             if not granted:
                 self._post(waiter)
+        if waiter.error is not None:
+            raise waiter.error
         if granted and waiter.slot is not None:
             waiter.slot.end_after(None)  # the task has received it
         return waiter.slot if granted else None
@@ -297,6 +264,36 @@ class Limiter:
             if self._mail:
                 self._settle()
 
+    # --- called by a shared limit
+
+    def adjust(self, change: Callable[[], None]) -> None:
+        """Call a function with the lock held, then grant the slots that the limit allows."""
+        try:
+            with self._lock:
+                self._read_mail()
+                change()
+                self._grant()
+        finally:
+            if self._mail:
+                self._settle()
+
+    def refuse(self, error: CogViewConfigurationError) -> None:
+        """End the waits of all calls in the queue with an error."""
+        try:
+            with self._lock:
+                self._read_mail()
+                for _, _, waiter in self._heap:
+                    if not waiter.gone:
+                        waiter.gone = True
+                        self._waiting -= 1
+                        waiter.error = copy.copy(error)
+                        waiter.wake()
+                self._heap = []
+                self._grant()
+        finally:
+            if self._mail:
+                self._settle()
+
     # --- acquire the lock
 
     def _limit_time(self, slot: Slot, seconds: float | None) -> None:
@@ -322,7 +319,11 @@ class Limiter:
                     self._read_mail()
                 if self._waiting and (ticket is None or ticket > self._heap[0][0]):
                     return None
-                return self._new_slot(cap, ticket or self._next_ticket()) if self._admits(cap) else None
+                if not self._admits(cap):
+                    return None
+                slot = self._new_slot(cap, ticket or self._next_ticket())
+                self._adaptive.changed(self._in_flight, self._waiting, cap)
+                return slot
         finally:
             if self._mail:
                 self._settle()
@@ -395,7 +396,7 @@ class Limiter:
 
     def _closed(self, slot: Slot) -> bool:
         """Stop counting a slot. Returns False if it has ended already or belongs to the parent process."""
-        fresh = not slot._over and slot._epoch >= self._first_epoch
+        fresh = not slot._over and slot._generation == self._generation
         slot._over = True
         self._in_flight -= fresh
         self._timed.pop(slot, None)
@@ -418,13 +419,17 @@ class Limiter:
         return self._adaptive.admits(self._in_flight, cap)
 
     def _new_slot(self, cap: int, ticket: int) -> Slot:
-        slot = Slot(self, cap, ticket, self._adaptive.epoch)
+        slot = Slot(self, cap, ticket)
         # An interrupt cannot come between these two.
         self._in_flight += 1
         slot._over = False
         return slot
 
     def _grant(self) -> None:
+        self._grant_slots()
+        self._adaptive.changed(self._in_flight, self._waiting, self._heap[0][2].cap if self._heap else math.inf)
+
+    def _grant_slots(self) -> None:
         while self._heap:
             ticket, _, waiter = self._heap[0]
             if not waiter.gone and not self._admits(waiter.cap):
@@ -456,6 +461,7 @@ class _Waiter(ABC):
         self.gone = True
         self.was_skipped = False
         self.slot: Slot | None = None
+        self.error: CogViewConfigurationError | None = None
 
     @abstractmethod
     def wake(self) -> bool:
@@ -540,13 +546,13 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-_LimiterName = tuple[str, str, bytes]
+_LimiterName = tuple[str, str, bytes, int]
 _registry_lock = threading.Lock()
 _alive: weakref.WeakValueDictionary[_LimiterName, Limiter] = weakref.WeakValueDictionary()
 _recent: OrderedDict[_LimiterName, Limiter] = OrderedDict()
 
 
-def limiter_for(base_url: str, model: str, key: str) -> Limiter:
+def limiter_for(base_url: str, model: str, key: str, shared: SharedLimit | None = None) -> Limiter:
     """Return the limiter that all calls of one account and model share in this process.
 
     A limiter with waiters or slots in use is never forgotten. An unused one is forgotten once a thousand others were asked for
@@ -556,20 +562,31 @@ def limiter_for(base_url: str, model: str, key: str) -> Limiter:
         base_url: Only its host and port count; for a sandbox, all of it.
         model: The model's name; upper and lower case are the same.
         key: The API key, of which only a hash is kept.
+        shared: Where the limit is shared with other processes; None: it is not.
 
     Returns:
         The shared limiter.
     """
-    name = (_host(base_url), model.lower(), hashlib.sha256(key.encode()).digest())
+    name = (_host(base_url), model.lower(), hashlib.sha256(key.encode()).digest(), id(shared))
     with _registry_lock:
         limiter = _alive.get(name)
         if limiter is None:
-            limiter = _alive[name] = Limiter()
+            limiter = _alive[name] = _new_limiter(name, shared)
         _recent[name] = limiter
         _recent.move_to_end(name)
         if len(_recent) > MAX_LIMITERS:
             _recent.popitem(last=False)
     return limiter
+
+
+def _new_limiter(name: _LimiterName, shared: SharedLimit | None) -> Limiter:
+    if shared is None:
+        return Limiter()
+    from langchain_cogview.limits.reporter import SharedAllowance  # noqa: PLC0415  on use
+
+    # Other processes and machines make the same name of the same account.
+    account = hashlib.sha256("\n".join((name[0], name[1], name[2].hex())).encode()).hexdigest()[:32]
+    return Limiter(adaptive=partial(SharedAllowance, shared, account))
 
 
 @lru_cache(maxsize=256)

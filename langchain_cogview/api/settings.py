@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import httpx
 
     from langchain_cogview.catalog import Region
+    from langchain_cogview.limits import SharedLimit
 
 BASE_URLS: Final[dict[Region, str]] = {
     "china": "https://open.bigmodel.cn/api/paas/v4",
@@ -35,6 +36,7 @@ BASE_URLS: Final[dict[Region, str]] = {
 }
 KEY_VARIABLES: Final[dict[Region, str]] = {"china": "ZHIPUAI_API_KEY", "international": "ZAI_API_KEY"}
 BASE_URL_VARIABLE: Final = "COGVIEW_BASE_URL"
+SHARED_LIMIT_VARIABLE: Final = "COGVIEW_SHARED_LIMIT"
 SANDBOX_SCHEME: Final = "sandbox:"
 SANDBOX_KEY: Final = SecretStr("sandbox")
 """Stands for a key at the sandbox in this process; not a secret."""
@@ -55,6 +57,23 @@ _DOMAINS: Final = (".bigmodel.cn", ".z.ai")
 def environment(name: str) -> str | None:
     """Return an environment variable, or None if it is not set or empty."""
     return os.environ.get(name, "").strip() or None
+
+
+def find_shared_limit(setting: SharedLimit | str | None) -> SharedLimit | None:
+    """Find the store of a shared limit: from a setting, else from `COGVIEW_SHARED_LIMIT`.
+
+    Returns:
+        The store; None if neither names one.
+
+    Raises:
+        CogViewConfigurationError: It is not usable.
+    """
+    named = setting or environment(SHARED_LIMIT_VARIABLE)
+    if not named:
+        return None
+    from langchain_cogview.limits import shared_limit  # noqa: PLC0415  on use
+
+    return shared_limit(named)
 
 
 def is_sandbox(base_url: str | None) -> bool:

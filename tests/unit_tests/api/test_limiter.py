@@ -301,7 +301,7 @@ def taught(limiter: Limiter, accepts: int, sent: int) -> None:
         slot.release()
 
 
-def test_successes_raise_it_by_one_for_each_limit_of_them(limiter):
+def test_successes_raise_it_faster_and_faster_up_to_the_refused_level(limiter):
     taught(limiter, 7, 8)
     assert limiter.limit == 4
     succeed(limiter, 3, 8)
@@ -309,9 +309,17 @@ def test_successes_raise_it_by_one_for_each_limit_of_them(limiter):
     succeed(limiter, 1, 8)
     assert limiter.limit == 5
     succeed(limiter, 5, 8)
-    assert limiter.limit == 6
-    succeed(limiter, 6, 8)
     assert limiter.limit == 7
+
+
+def test_the_climb_after_a_refusal_doubles_while_refusals_stay_away(limiter):
+    taught(limiter, 1, 40)
+    levels = [limiter.limit]
+    for _ in range(300):
+        succeed(limiter, 1, 40)
+        if limiter.limit != levels[-1]:
+            levels.append(limiter.limit)
+    assert levels == [1, 2, 3, 5, 9, 17, 33, 40]
 
 
 def test_the_step_to_the_refused_level_takes_ten_times_as_many_and_those_above_do_not(limiter):
