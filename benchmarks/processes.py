@@ -105,7 +105,7 @@ def burst(processes: int, limit: int, latency: float, prompts: int, shared: str)
     early = []
 
     def count_early() -> None:
-        early.append(len(sandbox.requests) - sandbox.images_made - sandbox.in_flight)
+        early.append(len(sandbox.requests) - sandbox.images_made)
 
     with SandboxServer(sandbox) as server:
         each = prompts // processes

@@ -400,7 +400,7 @@ class CogViewRateLimitError(CogViewError, ModelRateLimitError):
     outcome = Outcome.NOT_RUN
     default_message = "More requests are in flight than the account is allowed for this model."
     default_hint = (
-        "Other processes may use the same key: lower max_concurrency in each, raise timeout and max_retries, or try again "
+        "Other processes may use the same key: set shared_limit in each (docs/processes.md), raise timeout, or try again "
         "later; the console shows the limit."
     )
 

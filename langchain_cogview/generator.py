@@ -324,6 +324,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         # What is left out of a dump is an object of this process, or a secret; a backend can be an output folder.
         fields = [name for name, field in type(self).model_fields.items() if field.exclude or name == "output_dir"]
         held = [name for name in fields if not isinstance(getattr(self, name), str | Path | None)]
+        if "shared_limit" not in held and "@" in (self.shared_limit or ""):  # it may hold a password
+            held.append("shared_limit")
         if held:
             raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
         state = super().__getstate__()

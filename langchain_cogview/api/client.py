@@ -370,7 +370,7 @@ class ImagesClient:
         if attempts.refusals >= _WARN_AFTER and self._limiter(model)[0].is_time_to_warn():
             logger.warning(
                 "A request for %s was refused %s times as one too many in flight (code %s); it waits and is sent again. "
-                "Other processes may use the same key.",
+                "Other processes may use the same key: set shared_limit in each, and they divide the limit.",
                 model,
                 attempts.refusals,
                 error.code,

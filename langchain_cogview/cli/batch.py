@@ -79,6 +79,12 @@ def batch(
     max_concurrency: Annotated[
         int | None, typer.Option(help="Requests in flight at once. Default: the model's usual limit.")
     ] = None,
+    shared_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Share that limit with other processes: machine, or redis://host. Default: COGVIEW_SHARED_LIMIT."
+        ),
+    ] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Generate placeholders offline: no key, no cost.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the summary, or the plan, as JSON.")] = False,
@@ -92,7 +98,8 @@ def batch(
     if Path(output).is_file():
         raise typer.BadParameter(f"--output must be the folder of the job; {printable(output)} is a file.")
     overrides: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
-    overrides |= {"max_concurrency": max_concurrency, "base_url": "sandbox:" if sandbox else base_url}
+    overrides |= {"max_concurrency": max_concurrency, "shared_limit": shared_limit}
+    overrides |= {"base_url": "sandbox:" if sandbox else base_url}
     settings = {name: value for name, value in overrides.items() if value is not None}
     settings |= {"model": model, "n": n, "timeout": timeout}
     job: dict[str, Any] = {"limit": limit, "budget": budget}

@@ -39,7 +39,15 @@ class AdaptiveLimit:
         self.step = step
 
     def admits(self, in_flight: int, cap: int) -> bool:
-        """Whether a caller with this cap may send one more request."""
+        """Decide about one more request.
+
+        Args:
+            in_flight: The number of requests in flight.
+            cap: The cap of the caller.
+
+        Returns:
+            Whether it may be sent.
+        """
         return in_flight < cap and in_flight < self.value
 
     def record_success(self, epoch: int, cap: int, in_flight: int) -> None:
@@ -86,5 +94,9 @@ class AdaptiveLimit:
         """
 
     def renewed(self) -> AdaptiveLimit:
-        """Return the limit to start with in a child process."""
+        """Make the limit to start with in a child process.
+
+        Returns:
+            A limit without experience.
+        """
         return AdaptiveLimit(self.epoch + 1)

@@ -100,7 +100,8 @@ def allocate(
 
     The limit is the lowest cap, or what refusals and successes of all processes have shown (`AdaptiveLimit`). It is divided by
     max-min fairness in whole slots: nobody gets more than it asks for, what one leaves goes to the others, and slots that cannot
-    be divided go to the processes that were served least. A process is never told to use slots that others still hold.
+    be divided go to the processes that were served least. A process is never told to use slots that others still hold, nor more
+    than twice as many as before.
 
     Args:
         page: The page as it was returned last, or read from JSON; anything else counts as an empty page.
@@ -119,23 +120,23 @@ def allocate(
         if now - each.seen > LEASE_SECONDS:
             del members[name]
     me = _entered(members, usage, now)
-    cap = min(each.cap for each in members.values())
+    cap = min((each.cap for each in members.values() if each.demand), default=me.cap)
     _learn(limit, members, me, usage, cap)
     total = int(min(limit.value, cap))
     fair = _fair_share(members, usage.member, total)
     free = total - sum(each.held for name, each in members.items() if name != usage.member)
-    me.allowance = max(0, min(fair, free))
-    if now - born < settle:
-        me.allowance = min(me.allowance, max(me.in_flight, 1))
+    target = max(0, min(fair, free))
+    # At most twice as many as before, so that processes that begin together find each other.
+    me.allowance = min(target, max(1, me.in_flight if now - born < settle else 2 * me.held))
     wanting = sum(each.demand > each.allowance for each in members.values())
     # Who gets less than its share waits for a slot of another process, and asks more often.
-    seconds = min(max(0.002 * wanting, 0.01), 0.5) if me.allowance < fair else min(max(0.006 * wanting, 0.05), 1.0)
+    seconds = min(max(0.002 * wanting, 0.01), 0.5) if target < fair else min(max(0.006 * wanting, 0.05), 1.0)
     share = LimitShare(me.allowance, total, cap, limit.epoch, seconds)
     return _written(born, limit, members), share
 
 
 def _entered(members: dict[str, _Member], usage: LimitUsage, now: float) -> _Member:
-    """The reporter's entry, made or brought up to date."""
+    # The reporter's entry, made or brought up to date.
     me = members.get(usage.member)
     if me is None:
         me = _Member(0, 0, 0, usage.cap, now, usage.served, 0, 0, usage.refusals)
@@ -168,7 +169,7 @@ def _learn(limit: AdaptiveLimit, members: dict[str, _Member], me: _Member, usage
 
 
 def _fair_share(members: dict[str, _Member], member: str, total: int) -> int:
-    """The slots that a process would have if nobody held more than its share."""
+    # The slots that a process would have if nobody held more than its share.
     demands = [each.demand for each in members.values()]
     level, above = 0, total + 1  # the highest level at which all fit, found by halving
     while above - level > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES: Final = 1 << 20
 _LOCK_SECONDS: Final = 1.0
+_NEVER: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+"""What a folder that cannot be written or locked answers, such as one on a network file system."""
 _PAUSE_SECONDS: Final = 0.0005
 
 
@@ -40,9 +43,13 @@ class MachineLimit:
     def exchange(self, account: str, usage: LimitUsage) -> LimitShare:
         """Enter one report; see `SharedLimit.exchange`.
 
+        Returns:
+            The share of the process.
+
         Raises:
-            CogViewConfigurationError: The folder cannot be written, or belongs to another user.
-            OSError: The file cannot be read or written.
+            CogViewConfigurationError: The folder cannot be written or locked, or belongs to another user.
+            FileNotFoundError: The folder was deleted. The next report makes it again.
+            OSError: The file cannot be read or written now.
         """
         if self._checked is None:
             self._checked = _private_folder(self._folder or _default_folder())
@@ -56,7 +63,11 @@ class MachineLimit:
                 os.write(file, data)
                 os.ftruncate(file, len(data))
         except FileNotFoundError:
-            self._checked = None  # the folder was deleted; the next report makes it again
+            self._checked = None
+            raise
+        except OSError as error:
+            if error.errno in _NEVER:
+                raise _unusable(self._checked, error.strerror) from None
             raise
         return share
 
@@ -85,7 +96,7 @@ def _private_folder(folder: Path) -> Path:
     return folder
 
 
-def _unusable(folder: Path, why: str) -> CogViewConfigurationError:
+def _unusable(folder: Path, why: str | None) -> CogViewConfigurationError:
     return CogViewConfigurationError(
         f"shared_limit='machine' needs the folder {folder}: {why}. Nothing was sent.",
         hint="Set XDG_RUNTIME_DIR (on Windows LOCALAPPDATA) to a folder of this user, or share the limit by Redis.",

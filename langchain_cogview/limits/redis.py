@@ -71,10 +71,12 @@ members[me] = mine
 
 local cap, all_in_flight, all_demand = INFINITY, 0, 0
 for _, row in pairs(members) do
-  cap = math.min(cap, row[4])
+  if row[2] > 0 then cap = math.min(cap, row[4]) end
   all_in_flight = all_in_flight + row[1]
   all_demand = all_demand + row[2]
 end
+
+if cap == INFINITY then cap = mine[4] end
 
 -- Learn from refusals and successes, as AdaptiveLimit does.
 if refusals > mine[9] then
@@ -132,13 +134,14 @@ if demand > level then
 end
 local free = total
 for name, row in pairs(members) do if name ~= me then free = free - math.max(row[1], row[3]) end end
-local allowance = math.max(0, math.min(fair, free))
-if now - born < settle then allowance = math.min(allowance, math.max(in_flight, 1)) end
+local target = math.max(0, math.min(fair, free))
+local most = now - born < settle and in_flight or 2 * math.max(in_flight, mine[3])
+local allowance = math.min(target, math.max(1, most))
 mine[3] = allowance
 local wanting = 0
 for _, row in pairs(members) do if row[2] > row[3] then wanting = wanting + 1 end end
 local seconds
-if allowance < fair then
+if target < fair then
   seconds = math.min(math.max(0.002 * wanting, 0.01), 0.5)
 else
   seconds = math.min(math.max(0.006 * wanting, 0.05), 1)
@@ -196,6 +199,9 @@ class RedisLimit:
 
     def exchange(self, account: str, usage: LimitUsage) -> LimitShare:
         """Enter one report; see `SharedLimit.exchange`.
+
+        Returns:
+            The share of the process.
 
         Raises:
             CogViewConfigurationError: The server refuses the password, the user or the script.

@@ -91,7 +91,11 @@ class SharedAllowance(AdaptiveLimit):
     # --- called by the limiter, with its lock held
 
     def admits(self, in_flight: int, cap: int) -> bool:
-        """Whether one more request may be sent."""
+        """Decide about one more request.
+
+        Returns:
+            Whether it may be sent: within the allowance, which is valid for some seconds only.
+        """
         return super().admits(in_flight, cap) and time.monotonic() < self._valid_until
 
     def record_success(self, epoch: int, cap: int, in_flight: int) -> None:
@@ -123,7 +127,11 @@ class SharedAllowance(AdaptiveLimit):
             self._reporter.wake(self)
 
     def renewed(self) -> SharedAllowance:
-        """Return the limit to start with in a child process, which reports for itself."""
+        """Make the limit to start with in a child process, which reports for itself.
+
+        Returns:
+            A limit that reports under a new name.
+        """
         limiter = self._limiter()
         assert limiter is not None  # noqa: S101  it is the caller
         return SharedAllowance(self._store, self._account, limiter)
@@ -167,7 +175,7 @@ class SharedAllowance(AdaptiveLimit):
 
     def _note_usage(self) -> None:
         self._is_dirty = False
-        cap = 1 if math.isinf(self._cap) else int(self._cap)
+        cap = self._told.cap if math.isinf(self._cap) else int(self._cap)
         self._told = LimitUsage(
             self._member,
             self._in_flight,
