@@ -227,7 +227,7 @@ def test_a_full_account_uses_up_no_retry_and_a_warning_names_other_processes(
     assert (patient.invoke("x") if how == "sync" else asyncio.run(patient.ainvoke("x"))).images
     assert (len(sandbox.requests), sandbox.images_made) == (13, 1)
     (record,) = [record for record in caplog.records if record.name == "langchain_cogview.api.client"]
-    assert "Other processes may use the same key." in record.getMessage()
+    assert "Other processes may use the same key: set shared_limit in each" in record.getMessage()
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
