@@ -16,7 +16,7 @@ from langchain_core.runnables.config import get_config_list, merge_configs
 
 from langchain_cogview.api.settings import preload
 from langchain_cogview.catalog import DEFAULT_MODEL, model_info
-from langchain_cogview.concurrency import Deadline, raised_by_signal
+from langchain_cogview.concurrency import Deadline, batch_work, raised_by_signal
 from langchain_cogview.errors import (
     CogViewBatchError,
     CogViewContentFilterError,
@@ -240,7 +240,9 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
         check_many(inputs)
         with progress_bar(self._count(inputs), config, progress) as (shared, count):
             config_of = _configs(shared)
-            tasks = (partial(self.invoke, item, config_of(number), **kwargs) for number, item in enumerate(inputs))
+            tasks = (
+                partial(self._invoke_in_batch, item, config_of(number), **kwargs) for number, item in enumerate(inputs)
+            )
             with closing(stream_in_threads(tasks, self._workers(shared))) as finished:
                 for number, result in finished:
                     count(result)
@@ -265,7 +267,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
             config_of = _configs(shared)
 
             def call(number: int, item: ImageInput) -> Callable[[], Any]:
-                return partial(self.ainvoke, item, config_of(number), **kwargs)
+                return partial(self._ainvoke_in_batch, item, config_of(number), **kwargs)
 
             async with AsyncExitStack() as open_:
                 if isinstance(inputs, AsyncIterable):
@@ -304,7 +306,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
             CogViewError: After all requests have ended, one of the errors. Its `batch_results` has every result and exception.
                 It is retryable only if no image was made; else a `CogViewBatchError` replaces retryable and foreign errors.
         """
-        tasks, workers = self._tasks(self.invoke, inputs, config, kwargs)
+        tasks, workers = self._tasks(self._invoke_in_batch, inputs, config, kwargs)
         results = in_threads(tasks, workers)
         return results if return_exceptions else all_or_first_error(results)
 
@@ -321,7 +323,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
         Returns:
             As `batch`.
         """
-        tasks, workers = self._tasks(self.ainvoke, inputs, config, kwargs)
+        tasks, workers = self._tasks(self._ainvoke_in_batch, inputs, config, kwargs)
         results = await in_tasks(tasks, workers)
         return results if return_exceptions else all_or_first_error(results)
 
@@ -347,7 +349,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
         Raises:
             CogViewError: As `batch`.
         """
-        tasks, workers = self._tasks(self.invoke, inputs, config, kwargs)
+        tasks, workers = self._tasks(self._invoke_in_batch, inputs, config, kwargs)
         results: list[Any] = [None] * len(tasks)
         with closing(stream_in_threads(tasks, workers)) as finished:
             for number, result in finished:
@@ -370,7 +372,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
         Yields:
             As `batch_as_completed`.
         """
-        tasks, workers = self._tasks(self.ainvoke, inputs, config, kwargs)
+        tasks, workers = self._tasks(self._ainvoke_in_batch, inputs, config, kwargs)
         results: list[Any] = [None] * len(tasks)
         async with aclosing(astream_tasks(tasks, workers)) as finished:
             async for number, result in finished:
@@ -379,6 +381,14 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
                     yield number, result
         if not return_exceptions:
             all_or_first_error(results)
+
+    def _invoke_in_batch(self, *args: Any, **kwargs: Any) -> ImageResult:
+        with batch_work():
+            return self.invoke(*args, **kwargs)
+
+    async def _ainvoke_in_batch(self, *args: Any, **kwargs: Any) -> ImageResult:
+        with batch_work():
+            return await self.ainvoke(*args, **kwargs)
 
     def _count(self, inputs: Any) -> int | None:
         return len(inputs) * self.n if isinstance(inputs, Sized) else None

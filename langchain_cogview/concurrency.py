@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from contextvars import ContextVar, copy_context
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Iterator
@@ -186,6 +186,23 @@ class CancelToken(threading.Event):
 
 
 NEVER: Final = CancelToken()
+Priority = Literal["interactive", "batch"]
+"""Which of the waiting calls of a process are sent first: the interactive ones, then those of batches and jobs."""
+
+PRIORITY: Final[ContextVar[Priority]] = ContextVar("cogview_priority", default="interactive")
+"""The priority of the calls that the current context makes."""
+
+
+@contextlib.contextmanager
+def batch_work() -> Iterator[None]:
+    """Within this block, calls are those of a batch."""
+    token = PRIORITY.set("batch")
+    try:
+        yield
+    finally:
+        PRIORITY.reset(token)
+
+
 CANCEL_TOKEN: Final[ContextVar[CancelToken]] = ContextVar("cogview_cancel_token", default=NEVER)
 
 

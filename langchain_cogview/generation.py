@@ -155,6 +155,8 @@ class CallSettings:
         """
         for_client = (
             "max_concurrency",
+            "max_concurrency_per_user",
+            "priority",
             "max_retries",
             "retry_unknown",
             "rate_limiter",

@@ -31,6 +31,7 @@ from langchain_cogview.api.settings import (
 from langchain_cogview.batches import BatchRunnable, ImageTask, checked_task, logged_handler_errors, traced_config
 from langchain_cogview.budget import Budget, Reservation, reserved
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
+from langchain_cogview.concurrency import Priority
 from langchain_cogview.cost import Money, checked_amount
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.images.backend import BackendFolder
@@ -105,6 +106,10 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         max_concurrency: Requests in flight, of all generators, threads and event loops of this process with the same key, model
             and service together. None: the catalog's figure for the model. It is lowered automatically while the service
             refuses (code 1302), and raised again. A task holds its slot until it ends, but a submitted task does not.
+        max_concurrency_per_user: Requests in flight of one `user_id` in this process, so that the batch of one user does not hold
+            all slots. None: no limit but `max_concurrency`.
+        priority: Which waiting calls of this process are sent first: `interactive`, then `batch`. None: jobs and calls of
+            `batch`, `stream_many` and their like are `batch`, all others `interactive`.
         shared_limit: Where that limit is shared with other processes: `"machine"` for all processes of this user on this
             machine, `"redis://host:6379/0"` for all machines (extra `redis`), or a `SharedLimit`. `max_concurrency` is then the
             limit of the account. None: `COGVIEW_SHARED_LIMIT`, else the limit holds for this process. See docs/processes.md.
@@ -166,6 +171,10 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Whether a request that may have been charged is sent again."""
     max_concurrency: int | None = Field(default=None, ge=1)
     """The number of requests in flight; None for the catalog's figure."""
+    max_concurrency_per_user: int | None = Field(default=None, ge=1)
+    """The number of requests in flight of one `user_id`; None for no limit of its own."""
+    priority: Priority | None = None
+    """Whether calls go before or after others of this process that wait; None for what fits the method."""
     shared_limit: Any = Field(default=None, exclude=True, repr=False)
     """Where the limit of requests in flight is shared with other processes; None for `COGVIEW_SHARED_LIMIT`."""
     rate_limiter: BaseRateLimiter | None = Field(default=None, exclude=True, repr=False)

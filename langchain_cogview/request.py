@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from langchain_core.caches import BaseCache
     from langchain_core.rate_limiters import BaseRateLimiter
 
+    from langchain_cogview.concurrency import Priority
     from langchain_cogview.images.backend import BackendFolder
     from langchain_cogview.images.folders import Backend
     from langchain_cogview.limits import SharedLimit
@@ -433,6 +434,8 @@ class GeneratorSettings(TypedDict, total=False):
     max_retries: int
     retry_unknown: bool
     max_concurrency: int | None
+    max_concurrency_per_user: int | None
+    priority: Priority | None
     shared_limit: SharedLimit | str | None
     rate_limiter: BaseRateLimiter | None
     http_client: httpx.Client | Any

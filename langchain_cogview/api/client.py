@@ -30,10 +30,12 @@ from langchain_cogview.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import httpx
     from pydantic import SecretStr
 
-    from langchain_cogview.concurrency import CancelToken
+    from langchain_cogview.concurrency import CancelToken, Priority
     from langchain_cogview.limits import SharedLimit
 
 logger = logging.getLogger(__name__)
@@ -184,6 +186,8 @@ class ImagesClient:
         policy: Which requests are sent again, and when.
         rate_limiter: Acquired before every attempt.
         shared_limit: Where the limit of requests in flight is shared with other processes; None: it holds in this process.
+        max_concurrency_per_user: The most requests in flight of one `user_id` in this process; None: no limit but the others.
+        priority: The priority of all calls; None: what the context says.
     """
 
     endpoint: Endpoint
@@ -192,6 +196,8 @@ class ImagesClient:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     rate_limiter: RateLimiter | None = None
     shared_limit: SharedLimit | None = None
+    max_concurrency_per_user: int | None = None
+    priority: Priority | None = None
 
     def generate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
         """Send one request, and send it again only if it did not run.
@@ -275,41 +281,39 @@ class ImagesClient:
 
     def _acquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
         cancelled = CANCEL_TOKEN.get()
-        limiter, cap = self._limiter(body["model"])
         again = deadline if deadline.started else _queue_limit(deadline)
-        slot = limiter.acquire(cap, deadline=again, cancelled=cancelled, ticket=attempts.ticket)
-        if slot is None and not cancelled.is_set() and not deadline.started:
-            raise CogViewTimeoutError(
-                "No other call finished while this one blocked its event loop; nothing was sent.",
-                hint="Inside a running event loop, await ainvoke or abatch.",
-            )
-        if slot is None:
-            raise _no_slot(deadline, cancelled=cancelled.is_set())
+        held: Slot | None = None
         try:
+            for limiter, cap, ticket in self._queues(body, attempts):
+                slot = limiter.acquire(cap, deadline=again, cancelled=cancelled, ticket=ticket, priority=self.priority)
+                held = _inside(slot, held, deadline, cancelled)
             if attempts.hold:
                 cancelled.wait(attempts.hold)
             self._acquire_rate_limiter(deadline)
-            return _started(slot, deadline, attempts, cancelled)
+            return _started(held, deadline, attempts, cancelled)
         except BaseException:
-            slot.release()
+            if held is not None:
+                held.release()
             raise
 
     async def _aacquire_slot(self, body: dict[str, Any], deadline: Deadline, attempts: _Attempts) -> Slot:
-        limiter, cap = self._limiter(body["model"])
-        again = deadline if deadline.started else None
         cancelled = CANCEL_TOKEN.get()
-        slot = await limiter.aacquire(
-            cap, deadline=again, cancelled=cancelled if cancelled.has_conditions else None, ticket=attempts.ticket
-        )
-        if slot is None:
-            raise _no_slot(deadline, cancelled=cancelled.is_set())
+        again = deadline if deadline.started else None
+        token = cancelled if cancelled.has_conditions else None
+        held: Slot | None = None
         try:
+            for limiter, cap, ticket in self._queues(body, attempts):
+                slot = await limiter.aacquire(
+                    cap, deadline=again, cancelled=token, ticket=ticket, priority=self.priority
+                )
+                held = _inside(slot, held, deadline, cancelled)
             if attempts.hold:
                 await cancelled.await_seconds(attempts.hold)
             await self._aacquire_rate_limiter(deadline)
-            return _started(slot, deadline, attempts, cancelled)
+            return _started(held, deadline, attempts, cancelled)
         except BaseException:
-            slot.release()
+            if held is not None:
+                held.release()
             raise
 
     def _acquire_rate_limiter(self, deadline: Deadline) -> None:
@@ -333,10 +337,16 @@ class ImagesClient:
 
     # --- decisions without I/O
 
-    def _limiter(self, model: str) -> tuple[Limiter, int]:
+    def _limiter(self, model: str, user: str | None = None) -> Limiter:
         key = self.endpoint.api_key.get_secret_value()
-        limiter = limiter_for(self.account, model, key, self.shared_limit)
-        return limiter, self.max_concurrency or model_info(model).in_flight
+        return limiter_for(self.account, model, key, None if user else self.shared_limit, user=user)
+
+    def _queues(self, body: dict[str, Any], attempts: _Attempts) -> Iterator[tuple[Limiter, int, int | None]]:
+        """The limiters that a request needs a slot of, in order, each with its cap and the position to keep."""
+        model, user = body["model"], body.get("user_id")
+        if user and self.max_concurrency_per_user:
+            yield self._limiter(model, user), self.max_concurrency_per_user, None
+        yield self._limiter(model), self.max_concurrency or model_info(model).in_flight, attempts.ticket
 
     def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
         """Seconds to wait before the next attempt; None if the error is final."""
@@ -367,7 +377,7 @@ class ImagesClient:
     def _warn_of_others(self, error: CogViewError, attempts: _Attempts) -> None:
         """Log, once a minute for each account and model, that a call is refused again and again."""
         model = attempts.model
-        if attempts.refusals >= _WARN_AFTER and self._limiter(model)[0].is_time_to_warn():
+        if attempts.refusals >= _WARN_AFTER and self._limiter(model).is_time_to_warn():
             logger.warning(
                 "A request for %s was refused %s times as one too many in flight (code %s); it waits and is sent again. "
                 "Other processes may use the same key: set shared_limit in each, and they divide the limit.",
@@ -382,6 +392,8 @@ def client_of(
     key: SecretStr,
     *,
     max_concurrency: int | None,
+    max_concurrency_per_user: int | None,
+    priority: Priority | None,
     max_retries: int,
     retry_unknown: bool,
     rate_limiter: RateLimiter | None,
@@ -400,7 +412,9 @@ def client_of(
     policy = RetryPolicy(max_retries=max_retries, retry_unknown=retry_unknown)
     # Each process has a sandbox of its own, and shares nothing with others.
     shared = None if is_sandbox(base_url) else shared_limit
-    return ImagesClient(endpoint, base_url, max_concurrency, policy, rate_limiter, shared)
+    return ImagesClient(
+        endpoint, base_url, max_concurrency, policy, rate_limiter, shared, max_concurrency_per_user, priority
+    )
 
 
 def is_account_limit(error: BaseException) -> bool:
@@ -425,11 +439,20 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
     return Deadline(deadline.seconds or _BLOCKED_LOOP_SECONDS)
 
 
-def _started(slot: Slot, deadline: Deadline, attempts: _Attempts, cancelled: CancelToken) -> Slot:
+def _inside(slot: Slot | None, outer: Slot | None, deadline: Deadline, cancelled: CancelToken) -> Slot:
+    """Bind a slot to the one that was acquired before it."""
+    if slot is None:
+        raise _no_slot(deadline, cancelled=cancelled.is_set())
+    slot.outer = outer
+    return slot
+
+
+def _started(slot: Slot | None, deadline: Deadline, attempts: _Attempts, cancelled: CancelToken) -> Slot:
     """Start the time limit of the call, if there is still reason to send the request."""
     if cancelled.is_set():
         raise CogViewStoppedError
     _check_time(deadline)
+    assert slot is not None  # noqa: S101  there is always a limiter
     deadline.start()
     slot.end_after(deadline.remaining())
     attempts.ticket = slot.ticket
@@ -446,6 +469,11 @@ def _check_time(deadline: Deadline) -> None:
 def _no_slot(deadline: Deadline, *, cancelled: bool = False) -> CogViewError:
     if cancelled:
         return CogViewStoppedError()
+    if not deadline.started:
+        return CogViewTimeoutError(
+            "No other call finished while this one blocked its event loop; nothing was sent.",
+            hint="Inside a running event loop, await ainvoke or abatch.",
+        )
     return transport_error(Fault.TIMEOUT, Phase.CONNECTING, limit=deadline.seconds)
 
 

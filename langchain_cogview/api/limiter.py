@@ -25,12 +25,13 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from langchain_cogview.concurrency import PRIORITY
 from langchain_cogview.limits.adaptive import AdaptiveLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from langchain_cogview.concurrency import Deadline
+    from langchain_cogview.concurrency import Deadline, Priority
     from langchain_cogview.errors import CogViewConfigurationError
     from langchain_cogview.limits import SharedLimit
 
@@ -48,14 +49,17 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 class Slot:
     """Permission for one request in flight. The first of `done`, `dropped` and `release` ends it; later ones have no effect.
 
+    The slot of a user (`outer`), if there is one, ends with it.
+
     A slot that is garbage collected before it has ended (after an interrupted thread, or a coroutine that is never resumed) is
     released. A slot that is held beyond its call's time limit (by an abandoned event loop) is given to others.
 
     Attributes:
         ticket: The position in the queue. A call that passes it to `acquire` after a refusal keeps that position.
+        outer: The slot in the limiter of the request's user; None if users are not limited.
     """
 
-    __slots__ = ("__weakref__", "_cap", "_ends_at", "_epoch", "_generation", "_limiter", "_over", "ticket")
+    __slots__ = ("__weakref__", "_cap", "_ends_at", "_epoch", "_generation", "_limiter", "_over", "outer", "ticket")
 
     def __init__(self, limiter: Limiter, cap: int, ticket: int) -> None:
         self._over = True  # until the limiter counts it
@@ -65,6 +69,7 @@ class Slot:
         self._epoch = limiter._adaptive.epoch
         self._ends_at = math.inf
         self.ticket: Final = ticket
+        self.outer: Slot | None = None
 
     def end_after(self, seconds: float | None) -> None:
         """Set a time limit, after which the slot is given to others.
@@ -73,14 +78,18 @@ class Slot:
             seconds: Seconds from now; None for no limit.
         """
         self._limiter._limit_time(self, seconds)
+        if self.outer is not None:
+            self.outer.end_after(seconds)
 
     def done(self) -> None:
         """End the slot after an answer of the service. Enough of these raise the limit."""
         self._limiter._post(self, success=True)
+        self._end_outer()
 
     def release(self) -> None:
         """End the slot after anything else (an error, a cancelled call, a busy model). The limit stays as it is."""
         self._limiter._post(self, success=False)
+        self._end_outer()
 
     def dropped(self) -> bool:
         """End the slot after a refusal for too many requests in flight. Halves the limit, once for a burst of refusals.
@@ -89,7 +98,12 @@ class Slot:
             Whether other requests are in flight. If so, the queue is the wait, and the caller can call `acquire` at once. If not,
             the caller has to wait before its next attempt.
         """
+        self._end_outer()
         return self._limiter._drop(self)
+
+    def _end_outer(self) -> None:
+        if self.outer is not None:
+            self.outer.release()
 
     def __del__(self) -> None:
         if not getattr(self, "_over", True):
@@ -99,7 +113,8 @@ class Slot:
 class Limiter:
     """A queue for slots, whose number adapts to what the service accepts.
 
-    The waiter with the lowest ticket is served first, as soon as fewer requests are in flight than `limit` and than its own cap.
+    Interactive calls are served before those of batches. Among equal ones the waiter with the lowest ticket is served first, as
+    soon as fewer requests are in flight than `limit` and than its own cap.
     Waiters behind it wait even if their caps are higher. After a refusal with other requests in flight, no slot is granted until
     one of those has ended, because the next request would be refused as well. `AdaptiveLimit` decides how many those are, or
     `SharedAllowance` with a shared limit.
@@ -119,12 +134,12 @@ class Limiter:
         self._arrivals = 0
         self._generation = 0
         self._adaptive = adaptive(self) if adaptive else AdaptiveLimit(0)
-        self._heap: list[tuple[int, int, Any]] = []  # ticket, arrival, waiter
+        self._heap: list[tuple[bool, int, int, Any]] = []  # of a batch, ticket, arrival, waiter
         self._empty()
 
     def _start_over(self) -> None:
         """Reset everything in a child process. Slots that were granted before belong to the parent process."""
-        for _, _, waiter in self._heap:
+        for *_, waiter in self._heap:
             waiter.gone = True
         self._generation += 1
         self._adaptive = self._adaptive.renewed()
@@ -183,6 +198,7 @@ class Limiter:
         deadline: Deadline | None = None,
         cancelled: threading.Event | None = None,
         ticket: int | None = None,
+        priority: Priority | None = None,
     ) -> Slot | None:
         """Wait for a slot.
 
@@ -191,6 +207,7 @@ class Limiter:
             deadline: Ends the wait; a deadline that has not started never passes.
             cancelled: Ends the wait when it is set; checked every `check_seconds`.
             ticket: The ticket of a dropped slot, to keep its position in the queue.
+            priority: Interactive calls go before those of batches. None: what the context says.
 
         Returns:
             The slot, or None if the deadline passed or `cancelled` was set first. Neither is checked if a slot is free.
@@ -199,10 +216,11 @@ class Limiter:
             ValueError: When `cap` is below 1.
             CogViewConfigurationError: The store of a shared limit cannot be used.
         """
-        slot = self._slot_at_once(cap, ticket)
+        is_batch = (priority or PRIORITY.get()) == "batch"
+        slot = self._slot_at_once(cap, ticket, is_batch=is_batch)
         if slot is not None:
             return slot
-        waiter, granted = _ThreadWaiter(cap, self._check_seconds), False
+        waiter, granted = _ThreadWaiter(cap, self._check_seconds, is_batch=is_batch), False
         try:
             self._queue(waiter, ticket)
             granted = waiter.wait(deadline, cancelled, self.reclaim)
@@ -220,12 +238,14 @@ class Limiter:
         deadline: Deadline | None = None,
         cancelled: threading.Event | None = None,
         ticket: int | None = None,
+        priority: Priority | None = None,
     ) -> Slot | None:
         """Async version of `acquire`. A task that is cancelled leaves the queue."""
-        slot = self._slot_at_once(cap, ticket)
+        is_batch = (priority or PRIORITY.get()) == "batch"
+        slot = self._slot_at_once(cap, ticket, is_batch=is_batch)
         if slot is not None:
             return slot
-        waiter, granted = _TaskWaiter(cap, self._check_seconds), False
+        waiter, granted = _TaskWaiter(cap, self._check_seconds, is_batch=is_batch), False
         try:
             self._queue(waiter, ticket)
             granted = await waiter.wait(deadline, partial(self._look, waiter, ticket), cancelled)
@@ -282,7 +302,7 @@ class Limiter:
         try:
             with self._lock:
                 self._read_mail()
-                for _, _, waiter in self._heap:
+                for *_, waiter in self._heap:
                     if not waiter.gone:
                         waiter.gone = True
                         self._waiting -= 1
@@ -310,14 +330,14 @@ class Limiter:
         if again:
             self._queue(waiter, ticket)
 
-    def _slot_at_once(self, cap: int, ticket: int | None) -> Slot | None:
+    def _slot_at_once(self, cap: int, ticket: int | None, *, is_batch: bool) -> Slot | None:
         if cap < 1:
             raise ValueError(f"cap is 1 or more, not {cap}: with no slot at all the call would wait for ever.")
         try:
             with self._lock:
                 if self._mail:
                     self._read_mail()
-                if self._waiting and (ticket is None or ticket > self._heap[0][0]):
+                if self._waiting and (is_batch, ticket or math.inf) > self._heap[0][:2]:
                     return None
                 if not self._admits(cap):
                     return None
@@ -333,7 +353,7 @@ class Limiter:
         try:
             with self._lock:
                 arrival = self._next_ticket()
-                heapq.heappush(self._heap, (ticket or arrival, arrival, waiter))
+                heapq.heappush(self._heap, (waiter.is_batch, ticket or arrival, arrival, waiter))
                 # Only now, so that a waiter that an interrupt leaves behind counts as withdrawn.
                 waiter.gone = False
                 self._waiting += 1
@@ -408,7 +428,7 @@ class Limiter:
         waiter.gone = True
         self._waiting -= 1
         if len(self._heap) > max(_COMPACT_AT, 2 * self._waiting):
-            self._heap = [entry for entry in self._heap if not entry[2].gone]
+            self._heap = [entry for entry in self._heap if not entry[-1].gone]
             heapq.heapify(self._heap)
 
     def _next_ticket(self) -> int:
@@ -427,11 +447,11 @@ class Limiter:
 
     def _grant(self) -> None:
         self._grant_slots()
-        self._adaptive.changed(self._in_flight, self._waiting, self._heap[0][2].cap if self._heap else math.inf)
+        self._adaptive.changed(self._in_flight, self._waiting, self._heap[0][-1].cap if self._heap else math.inf)
 
     def _grant_slots(self) -> None:
         while self._heap:
-            ticket, _, waiter = self._heap[0]
+            _, ticket, _, waiter = self._heap[0]
             if not waiter.gone and not self._admits(waiter.cap):
                 return
             heapq.heappop(self._heap)
@@ -455,9 +475,10 @@ class _Waiter(ABC):
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop of a waiting task; None for a thread."""
 
-    def __init__(self, cap: int, check_seconds: float) -> None:
+    def __init__(self, cap: int, check_seconds: float, *, is_batch: bool) -> None:
         self.cap = cap
         self.check_seconds = check_seconds
+        self.is_batch = is_batch
         self.gone = True
         self.was_skipped = False
         self.slot: Slot | None = None
@@ -469,8 +490,8 @@ class _Waiter(ABC):
 
 
 class _ThreadWaiter(_Waiter):
-    def __init__(self, cap: int, check_seconds: float) -> None:
-        super().__init__(cap, check_seconds)
+    def __init__(self, cap: int, check_seconds: float, *, is_batch: bool) -> None:
+        super().__init__(cap, check_seconds, is_batch=is_batch)
         self._granted = threading.Lock()
         self._granted.acquire()
 
@@ -489,8 +510,8 @@ class _ThreadWaiter(_Waiter):
 
 
 class _TaskWaiter(_Waiter):
-    def __init__(self, cap: int, check_seconds: float) -> None:
-        super().__init__(cap, check_seconds)
+    def __init__(self, cap: int, check_seconds: float, *, is_batch: bool) -> None:
+        super().__init__(cap, check_seconds, is_batch=is_batch)
         self.loop = self._loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[None] = self._loop.create_future()
 
@@ -546,13 +567,15 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-_LimiterName = tuple[str, str, bytes, int]
+_LimiterName = tuple[str, str, bytes, int, str | None]
 _registry_lock = threading.Lock()
 _alive: weakref.WeakValueDictionary[_LimiterName, Limiter] = weakref.WeakValueDictionary()
 _recent: OrderedDict[_LimiterName, Limiter] = OrderedDict()
 
 
-def limiter_for(base_url: str, model: str, key: str, shared: SharedLimit | None = None) -> Limiter:
+def limiter_for(
+    base_url: str, model: str, key: str, shared: SharedLimit | None = None, *, user: str | None = None
+) -> Limiter:
     """Return the limiter that all calls of one account and model share in this process.
 
     A limiter with waiters or slots in use is never forgotten. An unused one is forgotten once a thousand others were asked for
@@ -563,11 +586,12 @@ def limiter_for(base_url: str, model: str, key: str, shared: SharedLimit | None 
         model: The model's name; upper and lower case are the same.
         key: The API key, of which only a hash is kept.
         shared: Where the limit is shared with other processes; None: it is not.
+        user: The end user; None for all users together.
 
     Returns:
         The shared limiter.
     """
-    name = (_host(base_url), model.lower(), hashlib.sha256(key.encode()).digest(), id(shared))
+    name = (_host(base_url), model.lower(), hashlib.sha256(key.encode()).digest(), id(shared), user)
     with _registry_lock:
         limiter = _alive.get(name)
         if limiter is None:

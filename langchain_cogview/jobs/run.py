@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.batches import ImageTask
-from langchain_cogview.concurrency import CANCEL_TOKEN, in_thread
+from langchain_cogview.concurrency import CANCEL_TOKEN, batch_work, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     ACCOUNT_LIMIT,
@@ -119,10 +119,11 @@ class JobRun:
 
     @contextmanager
     def cancel_token(self) -> Iterator[None]:
-        """Within this block, no request is sent once the job halts."""
+        """Within this block, no request is sent once the job halts, and interactive calls of the process go first."""
         token = CANCEL_TOKEN.set(CANCEL_TOKEN.get().child(lambda: self.halts))
         try:
-            yield
+            with batch_work():
+                yield
         finally:
             CANCEL_TOKEN.reset(token)
 

@@ -430,3 +430,53 @@ def test_every_prompt_gets_a_file_of_its_own_that_decodes(sandbox, tmp_path, how
         with Image.open(path) as picture:
             picture.load()
             assert picture.size == (640, 512)
+
+
+# Fairness inside one application.
+
+
+async def _order(sandbox, *calls):
+    """The prompts in the order in which the service saw them, when all waited for one slot."""
+    tasks = []
+    for call in calls:
+        tasks.append(asyncio.create_task(call))
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    return [request.prompt for request in sandbox.requests]
+
+
+async def test_an_interactive_call_goes_before_the_rest_of_several_batches():
+    sandbox = Sandbox(latency=0.05)
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=1, download=False)
+    batches = [generator.abatch([f"batch {number} a", f"batch {number} b"]) for number in range(3)]
+    seen = await _order(sandbox, *batches, generator.ainvoke("a person waits"))
+    assert "a person waits" in seen[:2]
+
+
+async def test_the_priority_of_a_generator_holds_for_all_its_calls():
+    sandbox = Sandbox(latency=0.05)
+    settings = {"base_url": sandbox.base_url, "max_concurrency": 1, "download": False}
+    urgent = CogViewImageGenerator(**settings, priority="interactive")
+    later = CogViewImageGenerator(**settings, priority="batch")
+    seen = await _order(sandbox, later.ainvoke("1"), later.ainvoke("2"), later.ainvoke("3"), urgent.abatch(["now"]))
+    assert seen.index("now") < seen.index("2")
+
+
+async def test_the_batch_of_one_user_leaves_slots_for_others():
+    sandbox = Sandbox(latency=0.05, in_flight_limit=5)
+    generator = CogViewImageGenerator(
+        base_url=sandbox.base_url, max_concurrency=3, max_concurrency_per_user=1, download=False
+    )
+    greedy = generator.abatch([{"prompt": f"greedy {number}", "user_id": "user-one"} for number in range(4)])
+    other = generator.ainvoke({"prompt": "other", "user_id": "user-two"})
+    seen = await _order(sandbox, greedy, other)
+    assert seen.index("other") <= 1
+
+
+def test_a_user_is_limited_by_threads_too():
+    sandbox = Sandbox(latency=0.02, in_flight_limit=1)
+    generator = CogViewImageGenerator(
+        base_url=sandbox.base_url, max_concurrency=5, max_concurrency_per_user=1, download=False, user_id="user-one"
+    )
+    assert len(generator.batch(["a kitten"] * 6)) == 6
+    assert len(sandbox.requests) == 6  # none was refused

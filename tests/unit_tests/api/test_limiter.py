@@ -1176,3 +1176,36 @@ class TestAnythingInAnyOrder(Limiters.TestCase):
 @pytest.mark.heavy
 class TestAnythingInAnyOrderForLong(Limiters.TestCase):
     settings = settings(_common, max_examples=1000)
+
+
+# Priorities.
+
+
+async def test_interactive_calls_go_before_those_of_batches(limiter):
+    busy = acquire(limiter, 1)
+    order: list[str] = []
+
+    async def call(name: str, priority: str) -> None:
+        slot = await limiter.aacquire(1, priority=priority)
+        order.append(name)
+        slot.done()
+
+    tasks = []
+    for name in ("batch 1", "batch 2", "interactive 1", "batch 3", "interactive 2"):
+        tasks.append(asyncio.create_task(call(name, name.split()[0])))
+        await turns()
+    busy.done()
+    await asyncio.gather(*tasks)
+    assert order == ["interactive 1", "interactive 2", "batch 1", "batch 2", "batch 3"]
+
+
+def test_an_interactive_call_does_not_wait_behind_a_batch_call_whose_own_cap_is_reached(limiter):
+    busy = acquire(limiter, 5)
+    stop = threading.Event()
+    waiting = threading.Thread(target=limiter.acquire, args=(1,), kwargs={"priority": "batch", "cancelled": stop})
+    waiting.start()
+    until(lambda: limiter.waiting)
+    acquire(limiter, 5).done()
+    stop.set()
+    waiting.join(PATIENCE)
+    busy.done()
