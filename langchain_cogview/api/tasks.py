@@ -53,6 +53,7 @@ RESULT_ROUTE: Final = "/async-result/"
 BAD_TASK_ID: Final = "A task's id is a text of letters, digits and . _ ~ : = + @ | - with at most 512 characters."
 _FIRST_POLL_SECONDS = 0.25
 _LAST_POLL_SECONDS = 1.0
+"""Seconds that are left for the reply of the last poll; of a short time limit, a quarter."""
 KNOWN_AFTER_SECONDS: Final = 10.0
 """Seconds in which the service may not know a task yet that it has just accepted."""
 
@@ -291,10 +292,13 @@ class _Polls:
         asked = self.last.retry_after if self.last and self.last.retry_after is not None else 0.0
         wait = max(next(self._waits), min(asked, MAX_RETRY_AFTER))
         left = self.deadline.remaining()
-        if left is None or wait + _LAST_POLL_SECONDS < left:
+        if left is None:
+            return wait
+        reserve = min(_LAST_POLL_SECONDS, left / 4)
+        if wait + reserve < left:
             return wait
         self._is_last = True
-        return max(0.0, min(wait, left - _LAST_POLL_SECONDS))
+        return max(0.0, min(wait, left - reserve))
 
     def record_or_raise(self, error: CogViewError) -> None:
         """Store the error of a poll that can be repeated. Raise any other, such as the failure of the task."""

@@ -21,6 +21,8 @@ from langchain_cogview import (
     ImageTask,
     Sandbox,
 )
+from langchain_cogview.api.tasks import _Polls
+from langchain_cogview.concurrency import Deadline
 from langchain_cogview.sandbox import SandboxServer
 
 TASK_ROUTE, PLAIN_ROUTE = "/api/paas/v4/async/images/generations", "/api/paas/v4/images/generations"
@@ -359,3 +361,8 @@ def test_a_resumed_task_is_no_longer_uncertain(generator):
         now = 3600.0
         ImageTask.resume(caught.value.task_id, generator=generator).result()
     assert (costs.images, costs.uncertain.count) == (1, 0)
+
+
+def test_a_short_time_limit_is_spent_waiting_for_the_task():
+    pause = _Polls("task", Deadline(1.0), 3.0).pause()
+    assert 0 < pause < 1
