@@ -150,9 +150,10 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(_common)
     app.command("generate")(generate)
     app.command("schema")(schema)
-    from langchain_cogview.cli.batch import batch  # noqa: PLC0415  which needs typer
+    from langchain_cogview.cli.batch import batch, merge  # noqa: PLC0415  which needs typer
 
     app.command("batch")(batch)
+    app.command("merge")(merge)
     app.command("doctor")(check)
     return app
 
@@ -213,7 +214,7 @@ def generate(
     ] = True,
     open_saved: Annotated[bool, typer.Option("--open", help="Open the saved file in the system's viewer.")] = False,
 ) -> None:
-    """Generate an image. The word generate may be omitted, unless the prompt is generate, schema, batch or doctor."""
+    """Generate an image. The word generate may be omitted, unless the prompt is generate, schema, batch, merge or doctor."""
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if output == "-":

@@ -68,6 +68,13 @@ def batch(
     into_existing: Annotated[
         bool, typer.Option("--into-existing", help="Begin the job in a folder with other files; none is overwritten.")
     ] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="Only the prompts of one shard, such as 3/20, in a sub-folder of its own.")
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Divide the job, and work on the shards that no other process holds."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, count and price; send and write nothing. Needs no key.")
     ] = False,
@@ -97,18 +104,50 @@ def batch(
         raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if Path(output).is_file():
         raise typer.BadParameter(f"--output must be the folder of the job; {printable(output)} is a file.")
+    if shards is not None and (shard is not None or dry_run):
+        raise typer.BadParameter("--shards cannot be combined with --shard or --dry-run.")
     overrides: dict[str, Any] = {"size": size, "quality": quality, "user_id": user_id, "region": region}
     overrides |= {"max_concurrency": max_concurrency, "shared_limit": shared_limit}
     overrides |= {"base_url": "sandbox:" if sandbox else base_url}
     settings = {name: value for name, value in overrides.items() if value is not None}
     settings |= {"model": model, "n": n, "timeout": timeout}
-    job: dict[str, Any] = {"limit": limit, "budget": budget}
+    job: dict[str, Any] = {"limit": limit, "budget": budget, "shard": shard}
     job |= {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
     job |= {"into_existing": into_existing, "unique": unique, "format": form.value if form else None, **settings}
     if dry_run:
         run_command(lambda: _plan(prompts, output, job, as_json=as_json, skip_bad=skip_bad))
     job |= {"skip_bad": skip_bad, "progress": False if no_progress else None}
+    if shards is not None:
+        del job["shard"]
+        run_command(lambda: _run_shards(prompts, output, shards, job))
     run_command(lambda: _run(prompts, output, job, as_json=as_json))
+
+
+def merge(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a job that was divided into shards.")],
+) -> None:
+    """Make one manifest and one contact sheet of a job in shards. Sends nothing."""
+
+    def run() -> int:
+        from langchain_cogview.jobs import merge_shards  # noqa: PLC0415
+
+        merged = merge_shards(folder)
+        print_stderr(str(merged))
+        return print_stdout(str(merged.contact_sheet))
+
+    run_command(run)
+
+
+def _run_shards(prompts: str, output: str, shards: int, job: dict[str, Any]) -> int:
+    from langchain_cogview.jobs import run_shards  # noqa: PLC0415
+
+    stop = threading.Event()
+    with _graceful_signals(stop):
+        reports = run_shards(prompts, output, shards, **job, on_plan=lambda plan: print_stderr(str(plan)), stop=stop)
+    for report in reports:
+        print_stderr(f"{report.folder.name}: {report}")
+    print_stderr("No shard is left to this process; cogview merge makes one contact sheet of all.")
+    return max([0, *(_exit_code(report) for report in reports)])
 
 
 def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip_bad: bool) -> int:
@@ -122,7 +161,6 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
 
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
     from langchain_cogview.callbacks import TQDM_MISSING, ProgressCallbackHandler, interactive  # noqa: PLC0415
-    from langchain_cogview.errors import error_class  # noqa: PLC0415
     from langchain_cogview.jobs import run_job  # noqa: PLC0415
 
     if job["progress"] is None and interactive() and not ProgressCallbackHandler().shown:
@@ -137,13 +175,19 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
         print_stderr(INTERRUPTED, UNDER_WAY)
         return 130
     print_stderr(*_failure_lines(report), str(report))
+    shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
+    return max(_exit_code(report), print_stdout(shown))
+
+
+def _exit_code(report: JobReport) -> int:
+    from langchain_cogview.errors import error_class  # noqa: PLC0415
+
     codes = [exit_code(error_class(name)) for name in report.errors]
     codes += [130] if report.interrupted else []
     codes += [7] if report.unknown else []
     codes += [2] if report.over_budget else []
     codes += [exit_code(type(report.stopped))] if report.stopped else []
-    shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
-    return max([0, *codes, print_stdout(shown)])
+    return max([0, *codes])
 
 
 def _failure_lines(report: JobReport) -> Iterator[str]:

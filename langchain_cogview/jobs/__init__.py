@@ -13,15 +13,14 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
-from langchain_cogview.jobs.folder import JobFolder, spare_descriptors
+from langchain_cogview.jobs.folder import FolderInUseError, JobFolder, spare_descriptors
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
 from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of
@@ -41,6 +40,7 @@ from langchain_cogview.jobs.plan import (
 )
 from langchain_cogview.jobs.prompts import count_text
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
+from langchain_cogview.jobs.shards import MergedJob, Shard, local_folder, merge_shards
 from langchain_cogview.jobs.sheet import NAMES
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Mapping
     from decimal import Decimal
+    from pathlib import Path
 
     from langchain_core.runnables import RunnableConfig
 
@@ -57,7 +58,26 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.history import History
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 
-__all__ = ["JobPlan", "JobReport", "Problem", "UnknownAttempt", "arun_job", "plan_job", "run_job"]
+_JOB_OPTIONS: Final = frozenset(
+    {
+        *("limit", "budget", "retry_failed", "retry_unknown", "unique", "skip_bad", "format", "progress", "config"),
+        *("on_plan", "stop", "into_existing"),
+    }
+)
+
+__all__ = [
+    "FolderInUseError",
+    "JobPlan",
+    "JobReport",
+    "MergedJob",
+    "Problem",
+    "UnknownAttempt",
+    "arun_job",
+    "merge_shards",
+    "plan_job",
+    "run_job",
+    "run_shards",
+]
 
 
 def run_job(
@@ -77,6 +97,7 @@ def run_job(
     on_plan: Callable[[JobPlan], None] | None = None,
     stop: threading.Event | None = None,
     into_existing: bool = False,
+    shard: str | None = None,
     **settings: Any,
 ) -> JobReport:
     """Generate the images of every prompt in a file, each once, over as many runs as it takes.
@@ -108,6 +129,9 @@ def run_job(
         on_plan: Called with the plan before anything is sent; an exception that it raises ends the job.
         stop: Once it is set, nothing more is sent; requests in flight finish, and the report says what is left.
         into_existing: Begin a job in a folder that has other files. The job adds its files and overwrites none.
+        shard: `"3/20"`: only the prompts of the third of twenty shards, as a job in a sub-folder of `output_dir`, with a
+            `budget` of its own. Each prompt belongs to one shard by its hash. `merge_shards` makes one contact sheet of all
+            shards. None: all prompts, in one job.
         **settings: Arguments of `CogViewImageGenerator`.
 
     Returns:
@@ -123,7 +147,7 @@ def run_job(
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
     try:
-        job = _Job.of(prompts, output_dir, generator, settings, format=format, unique=unique)
+        job = _Job.of(prompts, output_dir, generator, settings, format=format, unique=unique, shard=shard)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
     retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
@@ -156,6 +180,7 @@ async def arun_job(
     on_plan: Callable[[JobPlan], None] | None = None,
     stop: threading.Event | None = None,
     into_existing: bool = False,
+    shard: str | None = None,
     **settings: Any,
 ) -> JobReport:
     """Async version of `run_job`, with the same arguments.
@@ -169,7 +194,9 @@ async def arun_job(
         CogViewError: As for `run_job`.
     """
     try:
-        job = await in_thread(_Job.of, prompts, output_dir, generator, settings, format=format, unique=unique)
+        job = await in_thread(
+            _Job.of, prompts, output_dir, generator, settings, format=format, unique=unique, shard=shard
+        )
     finally:
         settings.clear()
     retry = {"retry_failed": retry_failed, "retry_unknown": retry_unknown}
@@ -186,6 +213,57 @@ async def arun_job(
         return await in_thread(_report, run, job.started)
 
 
+def run_shards(
+    prompts: PromptSource,
+    output_dir: str | Path,
+    count: int,
+    *,
+    generator: CogViewImageGenerator | None = None,
+    **arguments: Any,
+) -> list[JobReport]:
+    """Work on the shards of a job that no other process holds, one after the other, until none is left.
+
+    Any number of processes and machines with a common folder can do so at the same time. The same command again continues what
+    was left.
+
+    Args:
+        prompts: As for `run_job`; a file, which is read for every shard.
+        output_dir: As for `run_job`.
+        count: Number of shards, the same in all processes.
+        generator: As for `run_job`.
+        **arguments: All other arguments of `run_job`. A `budget` and a `limit` hold for each shard.
+
+    Returns:
+        The report of each shard that this process worked on. It ends early after one that was stopped or interrupted.
+
+    Raises:
+        CogViewConfigurationError: As for `run_job`.
+        CogViewInvalidRequestError: As for `run_job`.
+        CogViewStorageError: As for `run_job`.
+    """
+    options = {name: arguments.pop(name) for name in _JOB_OPTIONS & set(arguments)}
+    try:
+        generator = _generator(generator, arguments, local_folder(output_dir))
+    finally:
+        arguments.clear()  # as in `run_job`
+    reports: list[JobReport] = []
+    left = [Shard.of(f"{number}/{count}") for number in range(1, max(count, 1) + 1)]
+    held: list[Shard] = []
+    while left:
+        shard = left.pop(0)
+        try:
+            report = run_job(prompts, output_dir, generator=generator, shard=f"{shard.number}/{shard.count}", **options)
+        except FolderInUseError:
+            held.append(shard)
+        else:
+            reports.append(report)
+            if report.stopped or report.interrupted:
+                break
+            if not left:  # another process may have ended meanwhile
+                left, held = held, []
+    return reports
+
+
 def plan_job(
     prompts: PromptSource,
     output_dir: str | Path,
@@ -198,6 +276,7 @@ def plan_job(
     unique: bool = False,
     format: PromptFormat | None = None,  # noqa: A002
     into_existing: bool = False,
+    shard: str | None = None,
     **settings: Any,
 ) -> JobPlan:
     """Determine what `run_job` would do with the same arguments. Sends nothing, and changes no file.
@@ -211,9 +290,11 @@ def plan_job(
         CogViewConfigurationError: As for `run_job`.
     """
     try:
-        job = _Job(output_dir, generator, settings)
+        job = _Job(output_dir, generator, settings, shard)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
+    if job.shard:
+        job.shard.refuse_others(job.parent)
     with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
         job.was_begun(folder, into_existing=into_existing)
         attempts, manifest = (files.enter_context(opened(folder)) for opened in (attempts_of, manifest_of))
@@ -221,7 +302,7 @@ def plan_job(
         found = PromptList(unique=unique)
         backlog = Backlog(found, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
         # The prompts are checked and counted one at a time: a plan holds none of them.
-        items = checked_items(found, prompts, job.defaults, format=format)
+        items = checked_items(found, prompts, job.defaults, format=format, shard=job.shard)
         plan = backlog.plan(job.generator, job.budget(backlog, budget), limit=limit, items=items)
         job_budget(job.generator, budget, found.models)  # refuses a model without a price
         return plan
@@ -237,10 +318,17 @@ class _Job:
     """Images that are not paid for again: those in the folder, and those in progress at the service."""
 
     def __init__(
-        self, output_dir: str | Path, generator: CogViewImageGenerator | None, settings: dict[str, Any]
+        self,
+        output_dir: str | Path,
+        generator: CogViewImageGenerator | None,
+        settings: dict[str, Any],
+        shard: str | None,
     ) -> None:
         self.started = time.monotonic()
-        self.folder = _local(output_dir)
+        self.folder = self.parent = local_folder(output_dir)
+        self.shard = None if shard is None else Shard.of(shard)
+        if self.shard:
+            self.folder = self.parent / self.shard.name
         self.generator = _generator(generator, settings, self.folder)
         self.settings = job_settings(self.generator)
         self.defaults = {name: value for name, value in self.settings.items() if name != "service"}
@@ -255,10 +343,11 @@ class _Job:
         *,
         format: PromptFormat | None,  # noqa: A002
         unique: bool,
+        shard: str | None,
     ) -> Self:
         """Return a job with checked prompts."""
-        job = cls(output_dir, generator, settings)
-        job.prompts = check_prompts(prompts, job.defaults, format=format, unique=unique)
+        job = cls(output_dir, generator, settings, shard)
+        job.prompts = check_prompts(prompts, job.defaults, format=format, unique=unique, shard=job.shard)
         models = job.prompts.models or {job.generator.model}
         job.max_workers = max(job.generator.max_workers(model) for model in models)
         return job
@@ -291,6 +380,8 @@ class _Job:
         if not skip_bad:
             self.prompts.refuse_problems()
         job_budget(self.generator, budget, self.prompts.models)  # before the folder is created
+        if self.shard:
+            self.shard.begin(self.parent)
         with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
             folder.lock()
             begun = self.was_begun(folder, into_existing=into_existing)
@@ -352,21 +443,6 @@ class _Job:
 def _raise_error(result: Any) -> None:
     if isinstance(result, Exception):  # only an error of the job itself
         raise result
-
-
-def _local(output_dir: str | Path) -> Path:
-    text = str(output_dir)
-    if "://" in text or "\0" in text or not text.strip():
-        raise CogViewConfigurationError(
-            f"A job's folder must be a local folder, not {printable(text, 120)!r}.",
-            hint="The manifest is appended to, which other storage cannot do; copy the folder when the job has ended.",
-        )
-    try:
-        return Path(output_dir).expanduser().resolve()
-    except (OSError, RuntimeError) as error:
-        raise CogViewConfigurationError(
-            f"The folder cannot be found: {error}.", hint="Choose another folder."
-        ) from None
 
 
 def _generator(given: CogViewImageGenerator | None, settings: dict[str, Any], folder: Path) -> CogViewImageGenerator:

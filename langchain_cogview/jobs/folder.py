@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LOCK: Final = ".lock"
 SUBFOLDER: Final = re.compile(r"images-(\d{4,9})")
+SHARD_FOLDER: Final = re.compile(r"shard-(\d{1,5})-of-(\d{1,5})", re.ASCII)
 """The names of the sub-folders in which a job saves images."""
 MAX_RECORD: Final = 16 << 20
 """Maximum length of a line, in bytes; a job never writes a longer one."""
@@ -35,6 +36,10 @@ _HAS_DESCRIPTORS: Final = os.open in os.supports_dir_fd and hasattr(os, "O_DIREC
 _FLAGS: Final = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _BUSY: Final = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 _START: Final = b'{"key":"'
+
+
+class FolderInUseError(CogViewConfigurationError):
+    """Another job is writing to the folder. Nothing was sent."""
 
 
 class JobFolder:
@@ -127,7 +132,7 @@ class JobFolder:
                     raise write_error(self.path, OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
         except OSError as error:
             if isinstance(error, PermissionError) or error.errno in _BUSY:
-                raise CogViewConfigurationError(
+                raise FolderInUseError(
                     f"Another job is writing to {printable(str(self.path), 120)}; nothing was sent.",
                     hint="Wait until it ends, or choose another folder.",
                 ) from None

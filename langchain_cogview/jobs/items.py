@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.catalog import ModelInfo
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
+    from langchain_cogview.jobs.shards import Shard
 
 _MAX_FORMS: Final = 1_000
 
@@ -137,6 +138,7 @@ def check_prompts(
     *,
     format: PromptFormat | None,  # noqa: A002
     unique: bool,
+    shard: Shard | None = None,
 ) -> PromptList:
     """Read and check all prompts of a source.
 
@@ -145,6 +147,7 @@ def check_prompts(
         defaults: Arguments for lines that do not set them.
         format: As for `read_prompts`.
         unique: Leave out lines that equal an earlier one.
+        shard: The only shard whose prompts are returned. None: all prompts.
 
     Returns:
         The valid prompts and the problems of the others.
@@ -153,7 +156,7 @@ def check_prompts(
         CogViewConfigurationError: The file cannot be read or has no prompts, its format is unknown, or its header is wrong.
     """
     result = PromptList(unique=unique)
-    for item in checked_items(result, source, defaults, format=format):
+    for item in checked_items(result, source, defaults, format=format, shard=shard):
         result.items.append(item)
     return result
 
@@ -164,6 +167,7 @@ def checked_items(
     defaults: Mapping[str, Any],
     *,
     format: PromptFormat | None,  # noqa: A002
+    shard: Shard | None = None,
 ) -> Iterator[PromptItem]:
     """Read and check all prompts of a source, one at a time.
 
@@ -172,6 +176,7 @@ def checked_items(
         source: As for `read_prompts`.
         defaults: Arguments for lines that do not set them.
         format: As for `read_prompts`.
+        shard: As for `check_prompts`.
 
     Yields:
         The valid prompts.
@@ -181,6 +186,7 @@ def checked_items(
     """
     file = read_prompts(source, format=format)
     check = _Check(defaults)
+    elsewhere = 0
     seen: set[int] = set()
     counts: dict[int, int] = {}  # of the prompts that were seen again
     warned: dict[str, None] = {}
@@ -196,6 +202,9 @@ def checked_items(
             continue
         if form.warnings:
             warned |= dict.fromkeys(form.warnings)
+        if shard and not shard.has(digest.hex()):
+            elsewhere += 1
+            continue
         key, number = digest.hex(), int.from_bytes(digest)  # a number takes less memory than a string
         if number in seen:
             result.duplicates.append(line.number)
@@ -212,6 +221,10 @@ def checked_items(
             f"There is no prompt in {name}; nothing was sent.", hint="A text file has one prompt on each line."
         )
     result.blank, result.notes = file.blank, [*file.notes, *warned]
+    if shard:
+        result.notes.append(
+            f"{count_text(elsewhere, 'line')} are in other shards than {shard.number} of {shard.count}."
+        )
 
 
 class _Form(NamedTuple):

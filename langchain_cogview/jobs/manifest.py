@@ -31,6 +31,7 @@ finished     time of the record, in UTC
 from __future__ import annotations
 
 import json
+import re
 import sys
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -40,7 +41,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from langchain_cogview.errors import CogViewDownloadError, Scope, error_class, printable
-from langchain_cogview.jobs.folder import SUBFOLDER, DamagedRecordError, RecordFile
+from langchain_cogview.jobs.folder import SHARD_FOLDER, SUBFOLDER, DamagedRecordError, RecordFile
 from langchain_cogview.jobs.items import resolved_arguments
 from langchain_cogview.result import GeneratedImage, ImageFailure
 
@@ -61,6 +62,8 @@ ATTEMPTS: Final = "attempts.jsonl"
 MAX_URL: Final = 2_000
 """Maximum length of a URL in a message, in characters."""
 _MAX_AMOUNT: Final = Decimal(10) ** 12
+_SUBFOLDER: Final = re.compile(rf"{SHARD_FOLDER.pattern}|(?:{SHARD_FOLDER.pattern}/)?{SUBFOLDER.pattern}", re.ASCII)
+"""Of the job, or of a shard where the manifest is that of a merged job."""
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _IMAGE: Final = {
     *("sha256", "size_bytes", "width", "height", "mime_type", "content_filter", "model", "cost", "cached"),
@@ -87,7 +90,7 @@ def _amount(text: str) -> str:
 
 def _file(text: str) -> str:
     subfolder, _, name = text.rpartition("/")
-    if subfolder and not SUBFOLDER.fullmatch(subfolder):
+    if subfolder and not _SUBFOLDER.fullmatch(subfolder):
         raise ValueError("not a sub-folder of the job")
     if name in {"", ".", ".."} or text[0] == "/" or "\\" in text or not text.isprintable():
         raise ValueError("not the name of a file in the folder")

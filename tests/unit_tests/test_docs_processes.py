@@ -12,4 +12,4 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, capsys):
     namespace = {}
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE), 1):
         exec(compile(block, f"docs/processes.md block {number}", "exec"), namespace)
-    assert capsys.readouterr().out.splitlines() == ["3 3", "1024x1024"]
+    assert capsys.readouterr().out.splitlines() == ["3 3", "{'made': 3}", "1024x1024"]
