@@ -76,7 +76,7 @@ def test_the_attempts_of_a_prompt_count_from_zero_after_ten_minutes(trigger):
 def test_a_caller_who_retries_the_whole_call_succeeds(generator, sandbox):
     impatient = generator.model_copy(update={"max_retries": 0})
     patient = impatient.with_retry(stop_after_attempt=3, wait_exponential_jitter=False)
-    assert patient.invoke("[[rate-limit:2]] a kitten").images
+    assert patient.invoke("[[busy:2]] a kitten").images
     assert len({request.request_id for request in sandbox.requests}) == 3
 
 
