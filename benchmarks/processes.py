@@ -190,11 +190,62 @@ def gunicorn(workers: int, requests: int, bursts: int, shared: str) -> dict[str,
     return {"failed": failed, "times": [each / ideal for each in seconds]}
 
 
+def members(count: int, limit: int, latency: float, seconds: float, url: str) -> dict[str, Any]:
+    """Let many simulated processes share a limit by Redis; each has a limiter, a thread and a connection of its own."""
+    import asyncio
+
+    import redis
+
+    from langchain_cogview.api.limiter import Limiter
+    from langchain_cogview.limits.redis import RedisLimit
+    from langchain_cogview.limits.reporter import SharedAllowance
+
+    client = redis.Redis.from_url(url)
+    client.flushall()
+    served = [0] * count
+
+    async def call(number: int, limiter: Limiter, until: float) -> None:
+        while time.monotonic() < until:
+            slot = await limiter.aacquire(limit)
+            assert slot is not None
+            await asyncio.sleep(latency)
+            slot.done()
+            served[number] += 1
+
+    def new(number: int) -> Limiter:
+        return Limiter(
+            adaptive=lambda limiter: SharedAllowance(RedisLimit(f"{url}?client_name=m{number}"), "account", limiter)
+        )
+
+    async def run() -> tuple[float, float]:
+        limiters = [new(number) for number in range(count)]
+        end = time.monotonic() + seconds
+        calls = [call(number, limiter, end) for number, limiter in enumerate(limiters) for _ in range(4)]
+        tasks = [asyncio.create_task(each) for each in calls]
+        await asyncio.sleep(2 * latency)
+        before, cpu, begun = sum(served), _cpu(client), time.monotonic()
+        await asyncio.sleep(seconds - 2 * latency)
+        made, spent = sum(served) - before, time.monotonic() - begun
+        used = _cpu(client) - cpu
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return made * latency / limit / spent, used / spent
+
+    share, core = asyncio.run(run())
+    return {"share": share, "core": core, "least": min(served), "most": max(served)}
+
+
+def _cpu(client: Any) -> float:
+    facts = client.info("cpu")
+    return facts["used_cpu_user"] + facts["used_cpu_sys"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--limits", nargs="+", default=["none", "machine", "redis"])
-    parser.add_argument("--only", nargs="+", default=["batch", "gunicorn"])
+    parser.add_argument("--only", nargs="+", default=["batch", "members", "gunicorn"])
     parser.add_argument("--rounds", type=int, default=1)
     chosen = parser.parse_args()
     print(
@@ -222,6 +273,12 @@ def main() -> None:
                         f"{got['later']:.1%} | {got['fair']:.0%} | {got['cpu']:.1f} s |",
                         flush=True,
                     )
+        if "members" in chosen.only and "redis" in stores:
+            got = members(160, 200, 5.0, 40.0, stores["redis"])
+            print("\n160 simulated processes, 200 in flight, calls of 5 s, Redis:")
+            print(
+                f"{got['share']:.1%} of ideal, Redis {got['core']:.1%} of a core, {got['least']}-{got['most']} calls each"
+            )
         if "gunicorn" in chosen.only:
             print(
                 "\ngunicorn, 8 workers, three bursts of 40 requests, account of 5 at 0.5 s\n\n"

@@ -9,7 +9,7 @@ import pytest
 from langchain_cogview import CogViewImageGenerator, Sandbox
 
 VARIABLES = (
-    "ZHIPUAI_API_KEY", "ZAI_API_KEY", "COGVIEW_BASE_URL", "ZAI_BASE_URL", "LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2",
+    "ZHIPUAI_API_KEY", "ZAI_API_KEY", "COGVIEW_BASE_URL", "COGVIEW_SHARED_LIMIT", "ZAI_BASE_URL", "LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2",
     "SSL_CERT_FILE", "SSL_CERT_DIR",
     *(f"{name}{suffix}" for name in ("http", "https", "all", "no") for suffix in ("_proxy",)),
     *(f"{name}{suffix}" for name in ("HTTP", "HTTPS", "ALL", "NO") for suffix in ("_PROXY",)),

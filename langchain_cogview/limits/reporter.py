@@ -153,6 +153,7 @@ class SharedAllowance(AdaptiveLimit):
         usage, now = self._told, time.monotonic()
         try:
             share = self._store.exchange(self._account, usage)
+            limiter.adjust(lambda: self._take(share, now))
         except CogViewConfigurationError as error:
             if self._share is None:
                 self.due = math.inf
@@ -160,11 +161,10 @@ class SharedAllowance(AdaptiveLimit):
                 limiter.refuse(error)
                 return
             self._begin_outage(limiter, error)
-        except Exception as error:  # noqa: BLE001  whatever a store raises: calls go on without it
+        except Exception as error:  # noqa: BLE001  whatever a store raises or returns: calls go on without it
             self._begin_outage(limiter, error)
         else:
-            limiter.adjust(lambda: self._take(share, now))
-            self._say_what_was_learned(share, usage)
+            self._say_what_was_learned(usage)
 
     def leave(self) -> None:
         """Give everything back, at the end of the process."""
@@ -193,7 +193,10 @@ class SharedAllowance(AdaptiveLimit):
     def _forget(self) -> None:
         self._told = LimitUsage(self._member, 0, 0, 1, refusals=self._refusals)
 
-    def _take(self, share: LimitShare, asked_at: float) -> None:
+    def _take(self, answer: LimitShare, asked_at: float) -> None:
+        # Converted first: a store of somebody else's can answer anything.
+        allowance, limit, cap, epoch = map(int, (answer.allowance, answer.limit, answer.cap, answer.epoch))
+        share = LimitShare(allowance, limit, cap, epoch, max(float(answer.seconds), MIN_SECONDS))
         if share.epoch != self.epoch:
             self.epoch, self.successes = share.epoch, 0
         refused = self._refusals > self._told.refusals
@@ -214,7 +217,7 @@ class SharedAllowance(AdaptiveLimit):
         if self._told.demand and now - self._warned_at > _WARN_SECONDS:
             self._warned_at = now
             logger.warning(
-                "%r cannot be reached (%s). Until it can, this process keeps the %s requests in flight that it has, or 1.",
+                "%r is not available (%s). Until it is, this process keeps the %s requests in flight that it has, or 1.",
                 self._store,
                 error,
                 self._in_flight,
@@ -237,9 +240,9 @@ class SharedAllowance(AdaptiveLimit):
             self._try_at = math.inf
             self.value = 1
 
-    def _say_what_was_learned(self, share: LimitShare, usage: LimitUsage) -> None:
-        now = time.monotonic()
-        if share.cap < usage.cap and now - self._warned_at > _WARN_SECONDS:
+    def _say_what_was_learned(self, usage: LimitUsage) -> None:
+        share, now = self._share, time.monotonic()
+        if share is not None and share.cap < usage.cap and now - self._warned_at > _WARN_SECONDS:
             self._warned_at = now
             logger.warning(
                 "max_concurrency is %s here, and %s in another process that shares the limit of this account: "

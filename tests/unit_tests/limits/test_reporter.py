@@ -17,7 +17,7 @@ import pytest
 from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator
 from langchain_cogview.api.limiter import Limiter
 from langchain_cogview.concurrency import Deadline
-from langchain_cogview.limits import LimitUsage, SharedLimit, allocate, reporter, shared_limit
+from langchain_cogview.limits import LimitShare, LimitUsage, SharedLimit, allocate, reporter, shared_limit
 from langchain_cogview.limits.machine import MachineLimit
 from langchain_cogview.limits.reporter import SharedAllowance
 from langchain_cogview.sandbox import Sandbox, SandboxServer
@@ -188,7 +188,7 @@ def test_a_process_keeps_what_it_has_while_the_store_is_away(hurried, caplog):
         slot.done()
         acquire(limiter, 3).done()
     assert limiter.limit <= 3
-    until(lambda: "The store cannot be reached (gone)" in caplog.text)
+    until(lambda: "The store is not available (gone)" in caplog.text)
 
 
 def test_a_process_that_has_nothing_tries_one_while_the_store_is_away(hurried):
@@ -198,6 +198,14 @@ def test_a_process_that_has_nothing_tries_one_while_the_store_is_away(hurried):
     slot = acquire(limiter)
     assert limiter.limit == 1
     slot.done()
+    acquire(limiter).done()
+
+
+@pytest.mark.parametrize("answer", [None, 5, "5", LimitShare("5", 5, 5, 0, 0.05)])
+def test_a_store_that_answers_nonsense_hangs_no_call(hurried, answer):
+    store = Store()
+    store.exchange = lambda account, usage: answer
+    limiter = limiter_of(store)
     acquire(limiter).done()
 
 
