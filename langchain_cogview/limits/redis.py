@@ -48,7 +48,10 @@ for i = 1, #fields, 2 do
     born = math.min(table.remove(row, 1), now)
     limit = row
   else
-    row[5] = math.min(row[5], now)
+    if row[5] > now then -- the clock was set back
+      row[5] = now
+      redis.call('HSET', key, fields[i], text(row))
+    end
     if now - row[5] > lease then redis.call('HDEL', key, fields[i]) else members[fields[i]] = row end
   end
 end

@@ -243,7 +243,7 @@ def test_redis_gives_the_same_answers(server):
         counts: dict[str, list[int]] = {}
         cap = order.choice([1, 3, 5, 20])
         for _ in range(150):
-            now += order.choice([0, 0.25, 1, 3, 6]) if turn % 2 else 0.25
+            now += order.choice([0, 0.25, 1, 3, 6, -4]) if turn % 2 else 0.25
             name = f"m{order.randrange(6)}"
             count = counts.setdefault(name, [0, 0, 0])
             count[0] += order.randrange(3)
