@@ -147,6 +147,22 @@ def local_folder(output_dir: str | Path) -> Path:
         ) from None
 
 
+def begun_count(folder: Path) -> int | None:
+    """Find out into how many shards a job is divided.
+
+    Args:
+        folder: The folder of the job.
+
+    Returns:
+        The number of shards; None if none has begun.
+
+    Raises:
+        CogViewConfigurationError: There are shards of several divisions.
+    """
+    with JobFolder(folder) as parent:
+        return _shards(parent)[0].count if any(map(SHARD_FOLDER.fullmatch, parent.names())) else None
+
+
 @dataclass(frozen=True, slots=True)
 class MergedJob:
     """What the shards of a job have made together. `str(merged)` summarizes it.
