@@ -130,7 +130,7 @@ def allocate(
     me.allowance = min(target, max(1, me.in_flight if now - born < settle else 2 * me.held))
     wanting = sum(each.demand > each.allowance for each in members.values())
     # Who gets less than its share waits for a slot of another process, and asks more often.
-    seconds = min(max(0.002 * wanting, 0.01), 0.5) if target < fair else min(max(0.006 * wanting, 0.05), 1.0)
+    seconds = min(max(0.002 * wanting, 0.01), 0.5) if target < fair else min(max(0.0125 * wanting, 0.05), 2.0)
     share = LimitShare(me.allowance, total, cap, limit.epoch, seconds)
     return _written(born, limit, members), share
 

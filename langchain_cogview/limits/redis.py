@@ -147,7 +147,7 @@ local seconds
 if target < fair then
   seconds = math.min(math.max(0.002 * wanting, 0.01), 0.5)
 else
-  seconds = math.min(math.max(0.006 * wanting, 0.05), 1)
+  seconds = math.min(math.max(0.0125 * wanting, 0.05), 2)
 end
 
 redis.call('HSET', key, me, text(mine), 'limit',
