@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from heapq import nsmallest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
@@ -18,10 +18,11 @@ from langchain_cogview.cli.output import exit_code, json_text, print_stderr, pri
 from langchain_cogview.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from langchain_cogview.jobs import JobReport
 
+_ReportT = TypeVar("_ReportT")
 _SHOWN: Final = 20
 _PROMPT_CHARACTERS: Final = 60
 
@@ -119,7 +120,7 @@ def batch(
     job |= {"skip_bad": skip_bad, "progress": False if no_progress else None}
     if shards is not None:
         del job["shard"]
-        run_command(lambda: _run_shards(prompts, output, shards, job))
+        run_command(lambda: _run_shards(prompts, output, shards, job, as_json=as_json))
     run_command(lambda: _run(prompts, output, job, as_json=as_json))
 
 
@@ -138,16 +139,17 @@ def merge(
     run_command(run)
 
 
-def _run_shards(prompts: str, output: str, shards: int, job: dict[str, Any]) -> int:
+def _run_shards(prompts: str, output: str, shards: int, job: dict[str, Any], *, as_json: bool) -> int:
     from langchain_cogview.jobs import run_shards  # noqa: PLC0415
 
-    stop = threading.Event()
-    with _graceful_signals(stop):
-        reports = run_shards(prompts, output, shards, **job, on_plan=lambda plan: print_stderr(str(plan)), stop=stop)
+    reports = _until_interrupted(lambda settings: run_shards(prompts, output, shards, **settings), job)
+    if reports is None:
+        return 130
     for report in reports:
-        print_stderr(f"{report.folder.name}: {report}")
-    print_stderr("No shard is left to this process; cogview merge makes one contact sheet of all.")
-    return max([0, *(_exit_code(report) for report in reports)])
+        print_stderr(*_failure_lines(report), f"{report.folder.name}: {report}")
+    print_stderr("No other shard is left for this process; cogview merge makes one contact sheet of all.")
+    codes = [0, *map(_exit_code, reports)]
+    return max(*codes, print_stdout(json_text([report.to_dict() for report in reports]) if as_json else ""))
 
 
 def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip_bad: bool) -> int:
@@ -160,23 +162,31 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
 
 
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:
-    from langchain_cogview.callbacks import TQDM_MISSING, ProgressCallbackHandler, interactive  # noqa: PLC0415
     from langchain_cogview.jobs import run_job  # noqa: PLC0415
+
+    report = _until_interrupted(lambda settings: run_job(prompts, output, **settings), job)
+    if report is None:
+        return 130
+    print_stderr(*_failure_lines(report), str(report))
+    shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
+    return max(_exit_code(report), print_stdout(shown))
+
+
+def _until_interrupted(run: Callable[[dict[str, Any]], _ReportT], job: dict[str, Any]) -> _ReportT | None:
+    # What the run returns; None after a second Ctrl-C.
+    from langchain_cogview.callbacks import TQDM_MISSING, ProgressCallbackHandler, interactive  # noqa: PLC0415
 
     if job["progress"] is None and interactive() and not ProgressCallbackHandler().shown:
         print_stderr(TQDM_MISSING)
     stop = threading.Event()
     try:
         with _graceful_signals(stop):
-            report = run_job(prompts, output, **job, on_plan=lambda plan: print_stderr(str(plan)), stop=stop)
+            return run({**job, "on_plan": lambda plan: print_stderr(str(plan)), "stop": stop})
     except KeyboardInterrupt:
         from langchain_cogview.jobs.plan import INTERRUPTED, UNDER_WAY  # noqa: PLC0415
 
         print_stderr(INTERRUPTED, UNDER_WAY)
-        return 130
-    print_stderr(*_failure_lines(report), str(report))
-    shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
-    return max(_exit_code(report), print_stdout(shown))
+        return None
 
 
 def _exit_code(report: JobReport) -> int:

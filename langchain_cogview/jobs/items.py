@@ -222,9 +222,7 @@ def checked_items(
         )
     result.blank, result.notes = file.blank, [*file.notes, *warned]
     if shard:
-        result.notes.append(
-            f"{count_text(elsewhere, 'line')} are in other shards than {shard.number} of {shard.count}."
-        )
+        result.notes.append(f"Shard {shard.number} of {shard.count}; in other shards: {count_text(elsewhere, 'line')}.")
 
 
 class _Form(NamedTuple):

@@ -21,7 +21,7 @@ _SERVERS: Final = ("redis", "rediss", "valkey", "valkeys", "unix")
 
 @runtime_checkable
 class SharedLimit(Protocol):
-    """A store where processes report their use of an account, and are told how much they may use."""
+    """A store that divides the limit of an account among the processes that report their use of it."""
 
     def exchange(self, account: str, usage: LimitUsage) -> LimitShare:
         """Enter one report, and return the share of the process. It is called from one thread of each process.

@@ -1,8 +1,8 @@
 """How the requests that an account may have in flight are divided among processes: a pure function.
 
-Every process reports what it uses (`LimitUsage`) and is told how many it may use (`LimitShare`). Reports are states, so that a
-lost or repeated one does no harm, and a store that was emptied is filled again by the next reports. What a store keeps for an
-account is one JSON value, a *page*, which `allocate` takes and returns.
+Every process reports what it uses (`LimitUsage`), and the answer is how many it may use (`LimitShare`). Reports are states, so
+that a lost or repeated one does no harm, and a store that was emptied is filled again by the next reports. What a store keeps for
+an account is one JSON value, a *page*, which `allocate` takes and returns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LimitUsage:
         waiting: Calls that wait for a slot.
         cap: The lowest `max_concurrency` of the callers.
         served: Requests answered since the process began to report.
-        epoch: The last epoch that the process was told.
+        epoch: The epoch of the last answer.
         successes: How many of the answers count towards a rise of the limit in that epoch.
         refusals: Requests that were refused because too many were in flight, since the process began to report.
         refused_epoch: The epoch in which the last of those was sent.
@@ -56,7 +56,7 @@ class LimitUsage:
 
 @dataclass(frozen=True, slots=True)
 class LimitShare:
-    """What one process is told.
+    """The answer to one report.
 
     Attributes:
         allowance: How many requests it may have in flight.
@@ -100,7 +100,7 @@ def allocate(
 
     The limit is the lowest cap, or what refusals and successes of all processes have shown (`AdaptiveLimit`). It is divided by
     max-min fairness in whole slots: nobody gets more than it asks for, what one leaves goes to the others, and slots that cannot
-    be divided go to the processes that were served least. A process is never told to use slots that others still hold, nor more
+    be divided go to the processes that were served least. A process never gets slots that others still hold, nor more
     than twice as many as before.
 
     Args:
@@ -110,7 +110,7 @@ def allocate(
         settle: Seconds in which an empty page is filled; 0 where a page is never lost.
 
     Returns:
-        The new page, and what to tell the process.
+        The new page, and the answer.
     """
     born, limit, members = _read(page, now)
     if born is None:

@@ -1,4 +1,4 @@
-"""The part of a shared limit that runs in each process: it reports what the process uses, and hears how much it may use.
+"""The part of a shared limit that runs in each process: it reports what the process uses, and takes over how much it may use.
 
 One thread for each store reports for all limiters of the process. Callers never wait for the store: they queue in the limiter of
 their process, and a slot is granted when the allowance is raised.
@@ -78,7 +78,7 @@ class SharedAllowance(AdaptiveLimit):
         self._in_flight = self._waiting = self._served = self._refusals = 0
         self._cap: float = math.inf
         self._refused_epoch = -1
-        self._told = LimitUsage(self._member, 0, 0, 1)
+        self._reported = LimitUsage(self._member, 0, 0, 1)
         self._share: LimitShare | None = None
         self._is_dirty = False
         self._valid_until: float = -math.inf
@@ -115,12 +115,12 @@ class SharedAllowance(AdaptiveLimit):
         """Wake the reporter if what has changed matters to the store."""
         self._in_flight, self._waiting = in_flight, waiting
         self._cap = min(self._cap, cap)
-        told, demand = self._told, in_flight + waiting
+        reported, demand = self._reported, in_flight + waiting
         matters = (
-            (demand > told.in_flight + told.waiting and demand > self.value)
+            (demand > reported.in_flight + reported.waiting and demand > self.value)
             or (demand < self.value)
-            or (in_flight < told.in_flight and told.in_flight > self.value)
-            or self._refusals > told.refusals
+            or (in_flight < reported.in_flight and reported.in_flight > self.value)
+            or self._refusals > reported.refusals
         )
         if matters and not self._is_dirty:
             self._is_dirty = True
@@ -150,7 +150,7 @@ class SharedAllowance(AdaptiveLimit):
             self.due = math.inf
             return
         limiter.adjust(self._note_usage)
-        usage, now = self._told, time.monotonic()
+        usage, now = self._reported, time.monotonic()
         try:
             share = self._store.exchange(self._account, usage)
             limiter.adjust(lambda: self._take(share, now))
@@ -168,15 +168,15 @@ class SharedAllowance(AdaptiveLimit):
 
     def leave(self) -> None:
         """Give everything back, at the end of the process."""
-        if self._share is not None and self._told.in_flight + self._told.waiting + self._share.allowance:
+        if self._share is not None and self._reported.in_flight + self._reported.waiting + self._share.allowance:
             self._store.exchange(
-                self._account, LimitUsage(self._member, 0, 0, self._told.cap, self._served, self.epoch)
+                self._account, LimitUsage(self._member, 0, 0, self._reported.cap, self._served, self.epoch)
             )
 
     def _note_usage(self) -> None:
         self._is_dirty = False
-        cap = self._told.cap if math.isinf(self._cap) else int(self._cap)
-        self._told = LimitUsage(
+        cap = self._reported.cap if math.isinf(self._cap) else int(self._cap)
+        self._reported = LimitUsage(
             self._member,
             self._in_flight,
             self._waiting,
@@ -191,7 +191,7 @@ class SharedAllowance(AdaptiveLimit):
             self._cap = math.inf
 
     def _forget(self) -> None:
-        self._told = LimitUsage(self._member, 0, 0, 1, refusals=self._refusals)
+        self._reported = LimitUsage(self._member, 0, 0, 1, refusals=self._refusals)
 
     def _take(self, answer: LimitShare, asked_at: float) -> None:
         # Converted first: a store of somebody else's can answer anything.
@@ -199,22 +199,22 @@ class SharedAllowance(AdaptiveLimit):
         share = LimitShare(allowance, limit, cap, epoch, max(float(answer.seconds), MIN_SECONDS))
         if share.epoch != self.epoch:
             self.epoch, self.successes = share.epoch, 0
-        refused = self._refusals > self._told.refusals
+        refused = self._refusals > self._reported.refusals
         self.value = min(share.allowance, self._in_flight) if refused else share.allowance
         self._share, self._valid_until = share, asked_at + ALLOWANCE_SECONDS
         self._reported_at = time.monotonic()
         self._outage, self._try_at = 0, math.inf
-        if self._told.demand > share.allowance or self._is_dirty:
+        if self._reported.demand > share.allowance or self._is_dirty:
             self.due = self._reported_at + (MIN_SECONDS if self._is_dirty else share.seconds)
         else:
-            self.due = self._reported_at + HEARTBEAT_SECONDS if self._told.demand or share.allowance else math.inf
+            self.due = self._reported_at + HEARTBEAT_SECONDS if self._reported.demand or share.allowance else math.inf
 
     def _begin_outage(self, limiter: LimiterView, error: Exception) -> None:
         now = time.monotonic()
         limiter.adjust(lambda: self._go_on_alone(now))
         pause = min(_FIRST_PAUSE * 2 ** min(self._outage - 1, 10), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-        self.due = min(now + pause, self._try_at) if self._told.demand else math.inf
-        if self._told.demand and now - self._warned_at > _WARN_SECONDS:
+        self.due = min(now + pause, self._try_at) if self._reported.demand else math.inf
+        if self._reported.demand and now - self._warned_at > _WARN_SECONDS:
             self._warned_at = now
             logger.warning(
                 "%r is not available (%s). Until it is, this process keeps the %s requests in flight that it has, or 1.",

@@ -52,7 +52,7 @@ def test_equal_prompts_are_in_one_shard_and_all_made(sandbox, tmp_path):
 def test_a_plan_of_a_shard_says_what_is_in_others(sandbox, tmp_path):
     plan = plan_job(PROMPTS, tmp_path, shard="1/2", base_url=sandbox.base_url)
     assert isinstance(plan, JobPlan)
-    assert f"{len(PROMPTS) - plan.prompts} lines are in other shards than 1 of 2." in str(plan)
+    assert f"Shard 1 of 2; in other shards: {len(PROMPTS) - plan.prompts} lines." in str(plan)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,6 +166,15 @@ def test_a_shard_that_is_a_link_is_not_followed(sandbox, tmp_path):
     (job / "shard-1-of-1").symlink_to(tmp_path / "elsewhere" / "shard-1-of-1")
     with pytest.raises(CogViewConfigurationError):
         merge_shards(job)
+
+
+def test_the_command_says_what_came_of_each_shard_as_json_too(sandbox, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("\n".join([*PROMPTS, "x [[content-filter]]"]))
+    done = cogview("batch", "p.txt", "-o", "out", "--base-url", sandbox.base_url, "--shards", "2", "--json")
+    assert done.exit_code == 3  # one was blocked
+    assert sum(report["made"] for report in json.loads(done.stdout)) == len(PROMPTS)
+    assert "Line 41 was not generated: 'x [[content-filter]]'" in done.stderr
 
 
 def test_the_command_makes_one_shard_and_merges_all(sandbox, tmp_path, monkeypatch):

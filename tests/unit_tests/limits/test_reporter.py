@@ -89,7 +89,7 @@ def full(limiter: Limiter, cap: int = 5) -> bool:
     thread.start()
     until(lambda: limiter.waiting or found)
     allowance = limiter._adaptive
-    until(lambda: found or allowance._told.waiting)
+    until(lambda: found or allowance._reported.waiting)
     asked = len(allowance._store.reports)
     until(lambda: found or len(allowance._store.reports) > asked + 1)
     thread_ended.set()
@@ -137,7 +137,7 @@ def test_a_call_that_is_allowed_does_not_wait_for_the_store():
     store = Store()
     limiter = limiter_of(store)
     first, second = acquire(limiter), acquire(limiter)
-    until(lambda: limiter._adaptive._told.in_flight == 2)
+    until(lambda: limiter._adaptive._reported.in_flight == 2)
     store.open.clear()
     second.done()
     slot = limiter.acquire(5, deadline=Deadline(PATIENCE))  # the store hangs meanwhile
@@ -241,7 +241,7 @@ def test_a_process_that_was_stopped_asks_before_it_goes_on(monkeypatch):
     store = Store()
     limiter = limiter_of(store)
     slots = [acquire(limiter) for _ in range(2)]
-    until(lambda: limiter._adaptive._told.in_flight == 2)
+    until(lambda: limiter._adaptive._reported.in_flight == 2)
     store.open.clear()
     monkeypatch.setattr(limiter._adaptive, "_valid_until", time.monotonic() - 1)
     slots.pop().done()
