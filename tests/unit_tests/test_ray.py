@@ -76,10 +76,11 @@ def test_what_dies_costs_nothing_twice(cluster, server, tmp_path, victim):
     killer.start()
     merged = job(server, tmp_path)
     killer.join()
-    posts = Counter(request.prompt for request in server.sandbox.requests if request.prompt)
+    paid = Counter(entry.prompt for entry in server.sandbox.ledger)
     assert merged.prompts["made"] + merged.unknown == len(PROMPTS)
-    assert server.sandbox.images_made == len(PROMPTS)
-    assert set(posts) == set(PROMPTS)
+    assert max(paid.values()) == 1
+    # What is listed as unknown may have been cut off before the service made it.
+    assert merged.prompts["made"] <= len(paid) <= len(PROMPTS)
 
 
 def test_the_key_is_not_sent_as_an_argument(tmp_path):
