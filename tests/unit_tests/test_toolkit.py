@@ -135,7 +135,7 @@ def test_a_task_is_collected_by_another_process_that_has_only_its_id(sandbox, tm
 
 
 def test_images_that_are_in_no_folder_do_not_fill_the_memory(sandbox, monkeypatch):
-    monkeypatch.setattr("langchain_cogview.toolkit.MAX_HELD_BYTES", 20_000)  # an image of the sandbox has 15 kB
+    monkeypatch.setattr("langchain_cogview.pending.MAX_HELD_BYTES", 20_000)  # an image of the sandbox has 15 kB
     start, get, *_ = toolkit_of(sandbox, None).get_tools()
     ids = [called(start, "sync", prompt=prompt).artifact["id"] for prompt in "abcd"]
     assert all("Made 1 image" in called(get, "sync", id=each).content for each in ids)  # none is lost before that
