@@ -278,7 +278,7 @@ class CogViewError(ModelError):
             f"HTTP {self.status}" if self.status else "",
             f"request id {self.request_id}" if self.request_id else "",
             f"task id {self.task_id}" if self.task_id else "",
-            f"sent {self.attempts} times" if self.attempts > 1 else "",
+            f"tried {self.attempts} times" if self.attempts > 1 else "",
             f"detail: {self.detail!r}" if self.detail else "",
         ]
         known = ", ".join(fact for fact in facts if fact)

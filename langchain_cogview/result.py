@@ -166,8 +166,9 @@ class GeneratedImage(BaseModel):
 
         Args:
             path: A file, which is replaced, or an existing folder, where the file gets the image's id as its name; characters
-                other than letters, digits, `_` and `-` become `_`. A name without an ending gets the right one; with one, the
-                bytes are still written as the service made them.
+                other than letters, digits, `_` and `-` become `_`. A name without an ending gets the right one. If `.png`,
+                `.jpg` or `.webp` asks for another format than the service made, the image is converted, which needs Pillow;
+                without it the bytes are written as they are, with a warning.
 
         Returns:
             Path of the file.
@@ -177,8 +178,9 @@ class GeneratedImage(BaseModel):
             CogViewDownloadError: The bytes are not on this machine, and the URL no longer returns them.
         """
         from langchain_cogview.images.store import save_as  # noqa: PLC0415
+        from langchain_cogview.notebook.previews import as_named  # noqa: PLC0415
 
-        return save_as(Path(path), self.read(), name=self.id)
+        return save_as(Path(path), as_named(Path(path), self.read()), name=self.id)
 
     def to_pil(self) -> Any:
         """Decode the image with Pillow.
@@ -492,6 +494,7 @@ class ImageResult(BaseModel):
             CogViewDownloadError: An image could not be saved because its bytes could not be fetched.
         """
         from langchain_cogview.images.store import safe_name, save_as  # noqa: PLC0415
+        from langchain_cogview.notebook.previews import as_named  # noqa: PLC0415
 
         target = Path(path)
         folder = os.path.isdir(os.path.expanduser(target))  # noqa: PTH111, PTH112  which raise for no name
@@ -502,7 +505,7 @@ class ImageResult(BaseModel):
             suffix = next(text for text in chain([""], (f"-{copy}" for copy in count(2))) if name + text not in taken)
             taken.add(name + suffix)
             try:
-                saved.append(save_as(target, image.read(), name=image.id, suffix=suffix))
+                saved.append(save_as(target, as_named(target, image.read()), name=image.id, suffix=suffix))
             except CogViewError as error:  # the others are saved all the same
                 error.add_note(f"This is image {number} of {len(self.images)}, id {printable(image.id, 64)}.")
                 errors.append(error)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import hashlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -26,19 +28,23 @@ from langchain_cogview.cli.output import (
     path_link,
     print_stderr,
     print_stdout,
+    print_warning,
     run_command,
     shows_on_terminal,
     with_cli_options,
     write_stdout,
 )
+from langchain_cogview.cli.style import columns_of, dimmed, is_terminal, spinner, terminal_width
 from langchain_cogview.text import moment_text, visible
 
 try:
     import typer
-    from typer.core import TyperGroup
+    from typer.core import TyperCommand, TyperGroup
+
+    from langchain_cogview.cli.completion import complete_model, complete_quality, complete_region, complete_size
 except ImportError:
     typer = None  # type: ignore[assignment]
-    TyperGroup = object  # type: ignore[assignment,misc]
+    TyperCommand = TyperGroup = object  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +58,49 @@ _CLOSE: Final = 0.75
 """Similarity from 0 to 1 above which a word is taken for a mistyped command."""
 
 
-class GenerateByDefault(TyperGroup):
+class PlainFlags:
+    """A command whose help shows no type beside an option that is only given or left out."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """List the parameters, as typer does.
+
+        Returns:
+            The parameters, with the option for help.
+        """
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Command(PlainFlags, TyperCommand):
+    """One command."""
+
+
+class GenerateCommand(Command):
+    """The command `generate`, which takes one prompt."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; say how to quote a prompt of several words.
+
+        Returns:
+            The remaining arguments, of which there are none.
+        """
+        ctx.allow_extra_args = True
+        others: list[str] = super().parse_args(ctx, args)
+        if others and not ctx.resilient_parsing:
+            words = visible(" ".join((str(ctx.params["prompt"]), *others)))
+            ctx.fail(f"The prompt is one argument. Put it in quotes: cogview {_quoted(words)}")
+        return others
+
+
+def _quoted(text: str) -> str:
+    # Double quotes work in every shell, single ones do not in that of Windows.
+    return shlex.quote(text) if any(character in text for character in '"$`!\\%') else f'"{text}"'
+
+
+class GenerateByDefault(PlainFlags, TyperGroup):
     """The group of commands; arguments that name no command belong to `generate`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -63,6 +111,10 @@ class GenerateByDefault(TyperGroup):
         """
         if not args:
             args = ["--help"]
+        elif args[0] == "help":
+            args = [*(word for word in args[1:2] if word in self.commands), "--help"]
+        elif args == ["version"]:
+            args = ["--version"]
         elif args[0] not in {
             *self.commands,
             *ctx.help_option_names,
@@ -77,21 +129,21 @@ class GenerateByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Parse the arguments; usage errors are cleaned of control characters.
+        """Parse the arguments; a usage error looks like every other error.
 
         Returns:
             The context.
         """
-        with _clean_usage_errors():
+        with _usage_errors_as_ours():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; its usage errors are cleaned as well.
+        """Run the command; its usage errors look like every other error too.
 
         Returns:
             The command's result.
         """
-        with _clean_usage_errors():
+        with _usage_errors_as_ours():
             return super().invoke(ctx)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
@@ -122,14 +174,19 @@ class GenerateByDefault(TyperGroup):
 
 
 @contextlib.contextmanager
-def _clean_usage_errors() -> Iterator[None]:
+def _usage_errors_as_ours() -> Iterator[None]:
     try:
         yield
     except Exception as error:
         message = getattr(error, "message", None)
-        if hasattr(error, "format_message") and isinstance(message, str):
-            error.message = visible(message)  # type: ignore[attr-defined]
-        raise
+        if not hasattr(error, "format_message") or not isinstance(message, str):
+            raise
+        context = getattr(error, "ctx", None)
+        text = visible(error.format_message()).removeprefix("Invalid value: ").rstrip()
+        text = text if text.endswith((".", "?", "!", '"', "'")) else f"{text}."
+        command = context.command_path if context else "cogview"
+        print_stderr(f"Error: {text}", f"To see the options: {command} --help")
+        raise typer.Exit(2) from None
 
 
 def application() -> typer.Typer:
@@ -148,13 +205,13 @@ def application() -> typer.Typer:
         epilog=("" if terminal else "\b\n") + f"Exit codes, of several images the highest:\n{codes}",
     )
     app.callback(invoke_without_command=True)(_common)
-    app.command("generate")(generate)
-    app.command("schema")(schema)
+    app.command("generate", cls=GenerateCommand)(generate)
+    app.command("schema", cls=Command)(schema)
     from langchain_cogview.cli.batch import batch, merge  # noqa: PLC0415  which needs typer
 
-    app.command("batch")(batch)
-    app.command("merge")(merge)
-    app.command("doctor")(check)
+    app.command("batch", cls=Command)(batch)
+    app.command("merge", cls=Command)(merge)
+    app.command("doctor", cls=Command)(check)
     return app
 
 
@@ -192,14 +249,20 @@ def generate(
         typer.Option("-o", "--output", help="File (replaced if it exists), folder, or - for the standard output."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="For example 1024x1024, 16:9, square, portrait or landscape.")
+        str | None,
+        typer.Option(help="For example 1024x1024, 16:9, square, portrait or landscape.", autocompletion=complete_size),
     ] = None,
-    quality: Annotated[str | None, typer.Option(help="standard or hd.")] = None,
-    model: Annotated[str, typer.Option(help="One of the provider's image models.")] = DEFAULT_MODEL,
+    quality: Annotated[str | None, typer.Option(help="standard or hd.", autocompletion=complete_quality)] = None,
+    model: Annotated[
+        str, typer.Option(help="One of the provider's image models.", autocompletion=complete_model)
+    ] = DEFAULT_MODEL,
     n: Annotated[int, typer.Option("--n", help="Number of images (a.png, a-2.png, ...), each at full price.")] = 1,
     user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
     region: Annotated[
-        str | None, typer.Option(help="china or international. Default: the region of the key that is set.")
+        str | None,
+        typer.Option(
+            help="china or international. Default: the region of the key that is set.", autocompletion=complete_region
+        ),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
     timeout: Annotated[float, typer.Option(help="Total time limit for one image, in seconds.")] = 120.0,
@@ -214,7 +277,7 @@ def generate(
     ] = True,
     open_saved: Annotated[bool, typer.Option("--open", help="Open the saved file in the system's viewer.")] = False,
 ) -> None:
-    """Generate an image. The word generate may be omitted, unless the prompt is generate, schema, batch, merge or doctor."""
+    """Generate an image. The word generate may be omitted, unless the prompt is help or the name of a command."""
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if output == "-":
@@ -231,7 +294,11 @@ def generate(
     run_command(lambda: _generate(text, output, settings, display))
 
 
-def schema(model: Annotated[str, typer.Option(help="The model that the tool uses.")] = DEFAULT_MODEL) -> None:
+def schema(
+    model: Annotated[
+        str, typer.Option(help="The model that the tool uses.", autocompletion=complete_model)
+    ] = DEFAULT_MODEL,
+) -> None:
     """Write the tool's JSON schema, as a chat model receives it. Needs no key."""
     run_command(lambda: _schema(model))
 
@@ -247,7 +314,10 @@ def _schema(model: str) -> int:
 def check(
     *,
     region: Annotated[
-        str | None, typer.Option(help="china or international. Default: the region of the key that is set.")
+        str | None,
+        typer.Option(
+            help="china or international. Default: the region of the key that is set.", autocompletion=complete_region
+        ),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Check the sandbox instead: no key, no network.")] = False,
@@ -294,29 +364,31 @@ def _check_bytes_can_be_written(*, alone: bool) -> None:
 
 
 def _generate(prompt: str, output: str | None, settings: dict[str, Any], display: _Display) -> int:
-    from langchain_cogview.catalog import model_warning  # noqa: PLC0415
     from langchain_cogview.errors import error_class  # noqa: PLC0415
     from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
     generator = CogViewImageGenerator(**settings)
     target = None if output == "-" else _target(output)
-    result = generator.invoke(prompt)
+    with spinner("Making the image" if generator.n == 1 else f"Making {generator.n} images"):
+        result = generator.invoke(prompt)
     codes, images = [0], []
     for number, image in enumerate(result.images, 1):
         written = output == "-" and _write_bytes(image)
         path = None if written else _save(image, number, target, codes)
-        images.append(image.model_copy(update={"path": path}))
+        image = _as_saved(image, path)  # noqa: PLW2901
+        images.append(image)
         if path and output == "-":
             print_stderr("" if any(codes) else f"The image was generated and saved as {path}")
             codes.append(6)
         elif path and not display.as_json:
             codes.append(_show_path(image, path, show=display.show))
         if path and display.open_saved and (problem := open_file(path)):
-            print_stderr(f"Warning: {path} could not be opened: {problem}.")
+            print_warning(f"{path} could not be opened: {problem}.")
         print_stderr(*(f"Content filter: {entry}" for entry in image.content_filter))
-    known = model_warning(result.model)  # already reported when the generator was created
-    print_stderr(*(f"Warning: {item}" for item in result.warnings if item != known))
-    print_stderr("Sandbox: this is a placeholder, not a real image." if result.sandbox else "")
+    for item in result.warnings:
+        print_warning(item)
+    said = shows_on_terminal() and output != "-" and not display.as_json  # in the line of the image
+    print_stderr("Sandbox: this is a placeholder, not a real image." if result.sandbox and not said else "")
     for failure in result.failures:
         which, kind = f"Image {failure.index + 1} of {generator.n}", error_class(failure.error)
         hint = hint_of(kind, failure.hint)
@@ -327,20 +399,51 @@ def _generate(prompt: str, output: str | None, settings: dict[str, Any], display
     return max(codes)
 
 
+def _as_saved(image: GeneratedImage, path: Path | None) -> GeneratedImage:
+    """Return the image with its file, which may be in another format than the service made."""
+    from langchain_cogview.images.formats import EXTENSIONS, sniff  # noqa: PLC0415
+
+    facts: dict[str, Any] = {"path": path}
+    if path and path.suffix.lower().replace(".jpeg", ".jpg") != EXTENSIONS.get(image.mime_type or ""):
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            facts |= {"sha256": digest, "size_bytes": len(content), "mime_type": sniff(content[:32])}
+    return image.model_copy(update=facts)
+
+
 def _write_bytes(image: GeneratedImage) -> bool:
     content = image.local_bytes()
     return content is not None and write_stdout(content)
 
 
 def _show_path(image: GeneratedImage, path: Path, *, show: bool) -> int:
-    """Return the exit code of writing the path, after the image if the terminal can show it."""
-    terminal = detect_terminal(os.environ, is_terminal=shows_on_terminal())
+    """Return the exit code of writing the path: alone for a program; with facts for people, below the image if possible."""
+    if not shows_on_terminal():
+        code = print_stdout(str(path))
+        print_stderr(f"{path}  {_facts(image)}" if is_terminal(sys.stderr) and not code else "")
+        return code
+    terminal = detect_terminal(os.environ, is_terminal=True)
     content = image.local_bytes() if show and image.width and image.height else None
     sequence = ""
     if content is not None:
         size = (image.width or 1, image.height or 1)
         sequence = inline_image(terminal, content, size, shutil.get_terminal_size())
-    return print_stdout(sequence + path_link(terminal, path), sequences=terminal is not Terminal.PLAIN)
+    facts = _facts(image)
+    fits = columns_of(f"{path}  {facts}") <= terminal_width(sys.stdout)
+    link = visible(str(path)) if terminal is Terminal.PLAIN else path_link(terminal, path)
+    between = "  " if fits else "\n  "
+    return print_stdout(f"{sequence}{link}{between}{dimmed(facts, sys.stdout)}", sequences=True)
+
+
+def _facts(image: GeneratedImage) -> str:
+    from langchain_cogview.notebook.display import cost_text  # noqa: PLC0415
+
+    facts = [f"{image.width}x{image.height}" if image.width and image.height else image.size or ""]
+    facts.append(f"{image.size_bytes / 1000:,.0f} kB" if image.size_bytes else "")
+    facts.append(f"{image.seconds:.1f} s" if image.seconds is not None else "")
+    facts.append("sandbox placeholder, no cost" if image.sandbox and not image.cached else cost_text(image))
+    return ", ".join(filter(None, facts))
 
 
 def _target(output: str | None) -> Path | None:
@@ -379,7 +482,6 @@ def _target(output: str | None) -> Path | None:
 def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[int]) -> Path | None:
     """Return the file with the image: the target, else in the current folder, else in the temporary directory, else None."""
     from langchain_cogview.errors import CogViewStorageError  # noqa: PLC0415
-    from langchain_cogview.images.formats import EXTENSIONS  # noqa: PLC0415
 
     name = f"cogview-{image.id}"
     target = target or Path(name)
@@ -394,10 +496,6 @@ def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[i
         if place is not target:
             print_stderr(f"The image was generated and saved as {path}")
             codes.append(6)
-        elif path.suffix.lower().replace(".jpeg", ".jpg") != EXTENSIONS[image.mime_type or ""]:
-            print_stderr(
-                f"Warning: {path} holds an image of type {image.mime_type}, which does not match its extension."
-            )
         return path
     until = f" (until {moment_text(image.expires_at)})" if image.expires_at else ""
     print_stderr(f"The image was generated, but could not be saved. Its URL{until}: {image.url}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 
 from langchain_cogview.catalog import DEFAULT_MODEL
+from langchain_cogview.cli.completion import complete_model, complete_quality, complete_region, complete_size
 from langchain_cogview.cli.output import exit_code, json_text, print_stderr, print_stdout, run_command, with_cli_options
 from langchain_cogview.text import printable
 
@@ -47,10 +48,17 @@ def batch(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for images, manifest and contact sheet.")],
     form: Annotated[Format | None, typer.Option("--format", help="Default: taken from the file's extension.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="For lines without a size: for example 1024x1024, 16:9 or square.")
+        str | None,
+        typer.Option(
+            help="For lines without a size: for example 1024x1024, 16:9 or square.", autocompletion=complete_size
+        ),
     ] = None,
-    quality: Annotated[str | None, typer.Option(help="For lines without a quality: standard or hd.")] = None,
-    model: Annotated[str, typer.Option(help="For lines without a model.")] = DEFAULT_MODEL,
+    quality: Annotated[
+        str | None, typer.Option(help="For lines without a quality: standard or hd.", autocompletion=complete_quality)
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="For lines without a model.", autocompletion=complete_model)
+    ] = DEFAULT_MODEL,
     n: Annotated[int, typer.Option("--n", help="Images per prompt, for lines without a number.")] = 1,
     user_id: Annotated[str | None, typer.Option(help="The end user, for abuse reports; 6 to 128 characters.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="Maximum number of remaining prompts to generate.")] = None,
@@ -80,7 +88,10 @@ def batch(
         bool, typer.Option("--dry-run", help="Check, count and price; send and write nothing. Needs no key.")
     ] = False,
     region: Annotated[
-        str | None, typer.Option(help="china or international. Default: the region of the key that is set.")
+        str | None,
+        typer.Option(
+            help="china or international. Default: the region of the key that is set.", autocompletion=complete_region
+        ),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
     timeout: Annotated[float, typer.Option(help="Total time limit for one image, in seconds.")] = 120.0,
@@ -158,7 +169,9 @@ def _plan(prompts: str, output: str, job: dict[str, Any], *, as_json: bool, skip
     # Nothing is sent, so any key is accepted; the key that is set still determines the region.
     plan = plan_job(prompts, output, **job, api_key="dry-run")
     code = 2 if plan.problems and not skip_bad else 0
-    return max(code, print_stdout(json_text(plan.to_dict()) if as_json else with_cli_options(str(plan))))
+    if as_json:
+        return max(code, print_stdout(json_text(plan.to_dict())))
+    return max(code, print_stdout(with_cli_options(str(plan)), wrap=True))
 
 
 def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import quote
 
+from langchain_cogview.cli.style import message, terminal_width, without_spinner, wrapped
 from langchain_cogview.images.formats import sniff
 from langchain_cogview.text import visible
 
@@ -115,12 +116,27 @@ def _without(text: str, sentences: Iterable[str]) -> str:
     return text.strip()
 
 
+_warnings: Final[dict[str, None]] = {}
+"""The warnings that this command has written."""
+
+
+def print_warning(text: str) -> None:
+    """Write a warning to the error output, unless this command has written it before.
+
+    Args:
+        text: What the user should know; nothing is written if it is empty.
+    """
+    if text and text not in _warnings:
+        _warnings[text] = None
+        print_stderr(f"Warning: {text}")
+
+
 class _LogHandler(logging.Handler):
     """Writes the package's log records to the error output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, without its traceback."""
-        print_stderr(f"Warning: {record.getMessage()}")
+        print_warning(record.getMessage())
 
 
 @contextlib.contextmanager
@@ -151,20 +167,22 @@ def run_command(work: Callable[[], int]) -> NoReturn:
     from langchain_cogview.errors import CogViewError  # noqa: PLC0415
     from langchain_cogview.request import describe_validation  # noqa: PLC0415
 
+    _warnings.clear()
     with warnings.catch_warnings(), _logs_on_stderr():
         warnings.simplefilter("default", UserWarning)
-        shown: list[str] = []
-        warnings.showwarning = lambda message, *_, **__: (
-            shown.append(str(message)) or print_stderr(f"Warning: {message}")  # type: ignore[func-returns-value]
-        )
+        warnings.showwarning = lambda message, *_, **__: print_warning(str(message))
         try:
             code = work()
         except CogViewError as error:
-            print_stderr(f"Error: {error.message}", _without(hint_of(type(error), error.hint), shown))
             facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
             said = ", ".join(fact for fact in facts if fact)
-            about = error.request_id and f"Request id: {error.request_id}"
-            print_stderr(*getattr(error, "__notes__", ()), said and f"Details: {said}", about)
+            print_stderr(
+                f"Error: {error.message}",
+                _without(hint_of(type(error), error.hint), _warnings),
+                *getattr(error, "__notes__", ()),
+                said and f"Details: {said}",
+                error.request_id and f"Request id: {error.request_id}",
+            )
             code = exit_code(type(error))
         except ValidationError as error:
             print_stderr(f"Error: {describe_validation(error)}")
@@ -200,21 +218,28 @@ def json_text(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # undecodable bytes of a path, in JSON's own notation
 
 
-def print_stdout(text: str, *, sequences: bool = False) -> int:
+def print_stdout(text: str, *, sequences: bool = False, wrap: bool = False) -> int:
     """Write a text to the standard output.
 
     Args:
         text: Characters that are not printable are replaced if it goes to a terminal, and unchanged for another program.
         sequences: The text contains escape sequences of ours, and is clean otherwise.
+        wrap: The text is for people: on a terminal its lines are broken between words.
 
     Returns:
         The exit code: 0, or 1 if the output cannot be written.
     """
-    text = text if sequences or not shows_on_terminal() else visible(text)
+    if shows_on_terminal() and not sequences:
+        text = visible(text)
+        text = wrapped(text, terminal_width(sys.stdout)) if wrap else text
+
+    def write() -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
     try:
         if sys.stdout:
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
+            without_spinner(write)
     except OSError as error:
         _drop_output()
         print_stderr(f"Error: The standard output cannot be written ({error.strerror}). The output is:", text)
@@ -248,15 +273,21 @@ def _drop_output() -> None:
 
 
 def print_stderr(*lines: str | None) -> None:
-    """Write lines to the error output, with options of the command in place of Python's arguments.
+    """Write lines that belong together to the error output, with options of the command in place of Python's arguments.
 
     Args:
-        *lines: Empty lines and None are skipped.
+        *lines: Empty lines and None are skipped. On a terminal, the lines after an error or a warning are indented below it.
     """
-    for line in filter(None, lines if sys.stderr else ()):
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{visible(with_cli_options(line))}\n")
-            sys.stderr.flush()
+    texts = [visible(with_cli_options(line)) for line in lines if line]
+    if not texts or not sys.stderr:
+        return
+
+    def write() -> None:
+        sys.stderr.write(f"{message(texts, sys.stderr)}\n")
+        sys.stderr.flush()
+
+    with contextlib.suppress(OSError):
+        without_spinner(write)
 
 
 def with_cli_options(text: str) -> str:

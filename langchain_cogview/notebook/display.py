@@ -33,7 +33,7 @@ from langchain_cogview.errors import (
     printable,
 )
 from langchain_cogview.notebook.html import Layout, Tile, fitted, grid, json_bytes
-from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, in_kernel, in_marimo, preview_of
+from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, decoded, in_kernel, in_marimo, preview_of
 from langchain_cogview.text import moment_text
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def show(image: GeneratedImage) -> None:
 
         display(image_output(image, image.read()), raw=True)  # type: ignore[no-untyped-call,unused-ignore]
     else:
-        image.to_pil().show()
+        decoded(image.read(), "show").show()
 
 
 def open_output(text: str) -> Callable[[str], Any]:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import math
+import os
 import sys
 import threading
 from collections import OrderedDict
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewError, CogViewStorageError, printable
-from langchain_cogview.images.formats import ImageFormatError, inspect
+from langchain_cogview.images.formats import ImageFormatError, inspect, sniff
+from langchain_cogview.text import warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from langchain_cogview.images.formats import ImageInfo
     from langchain_cogview.result import GeneratedImage
@@ -43,6 +46,7 @@ DECODING_MEMORY: Final = 220_000_000
 
 _SIDE: Final = 768
 _FORMATS: Final = ("PNG", "JPEG", "WEBP")
+_ENDINGS: Final = {"image/png": (".png",), "image/jpeg": (".jpg", ".jpeg"), "image/webp": (".webp",)}
 _SMALLEST_SIDE: Final = 24
 _WEBP_BELOW: Final = 12_000  # the tables of a JPEG take 600 bytes; a large WebP takes a hundred times as long to encode
 
@@ -181,11 +185,55 @@ def _shrunk(image: Any, limit: int, side: int, form: str) -> Preview | None:
     return None
 
 
-def decoded(content: bytes) -> Any:
+def as_named(target: Path, content: bytes) -> bytes:
+    """Convert an image to the format that a file name asks for: `.png`, `.jpg`, `.jpeg` or `.webp`.
+
+    Args:
+        target: A file, or an existing folder, for which nothing is converted.
+        content: A whole PNG, JPEG or WebP.
+
+    Returns:
+        The bytes in that format; unchanged, with a warning, if Pillow is missing or the name asks for another format.
+    """
+    ending, found = target.suffix.lower(), sniff(content[:32])
+    if not ending or found is None or ending in _ENDINGS[found] or os.path.isdir(os.path.expanduser(target)):  # noqa: PTH111, PTH112
+        return content
+    wanted = next((kind for kind, endings in _ENDINGS.items() if ending in endings), None)
+    name = printable(target.name, 120)
+    problem = f"{name} holds a {found.removeprefix('image/').upper()} image, which its ending does not say."
+    if wanted is None:
+        warn_caller(f"{problem} The endings .png, .jpg and .webp are converted.")
+        return content
+    try:
+        image = decoded(content, "Converting an image")
+        out = io.BytesIO()
+        if wanted == "image/jpeg" and image.mode not in {
+            "RGB",
+            "L",
+            "CMYK",
+        }:  # JPEG has no transparency: it becomes white
+            from PIL import Image  # noqa: PLC0415
+
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image)
+            image = white.convert("RGB")
+        image.save(out, wanted.removeprefix("image/"), quality=95)
+    except ImportError as error:
+        warn_caller(f"{problem} {error}")
+        return content
+    except Exception as error:  # noqa: BLE001  a paid image is saved in any case
+        warn_caller(f"{problem} It could not be converted: {getattr(error, 'message', type(error).__name__)}")
+        return content
+    return out.getvalue()
+
+
+def decoded(content: bytes, method: str = "to_pil") -> Any:
     """Decode an image in at most 220 MB of memory.
 
     Args:
         content: A whole PNG, JPEG or WebP.
+        method: The method that the caller used, for the message about a missing Pillow.
 
     Returns:
         A `PIL.Image.Image`.
@@ -197,7 +245,7 @@ def decoded(content: bytes) -> Any:
     try:
         from PIL import Image  # noqa: PLC0415
     except ImportError:
-        raise ImportError('to_pil needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
+        raise ImportError(f'{method} needs Pillow. Install it with: pip install "langchain-cogview[images]"') from None
 
     try:
         _check_memory(inspect(io.BytesIO(content)))

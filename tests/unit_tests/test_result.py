@@ -1,14 +1,17 @@
 """What a result gives, and what survives of it."""
 
 import asyncio
+import io
 import json
 import os
 import pickle
 import sys
+import warnings
 from datetime import UTC, datetime
 
 import pytest
 from langchain_core.messages import AIMessage, ToolMessage
+from PIL import Image
 
 from langchain_cogview import (
     CogViewDownloadError,
@@ -20,6 +23,7 @@ from langchain_cogview import (
     images_from_messages,
 )
 from langchain_cogview.images.download import expires_at
+from langchain_cogview.result import with_content
 
 
 @pytest.fixture
@@ -159,8 +163,46 @@ def test_images_are_found_in_an_agents_messages(result):
 
 def test_without_pillow_a_text_names_the_extra(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r'pip install "langchain-cogview\[images\]"'):
+    with pytest.raises(
+        ImportError, match=r'to_pil needs Pillow. Install it with: pip install "langchain-cogview\[images\]"'
+    ):
         result.to_pil()
+    with pytest.raises(ImportError, match=r"^show needs Pillow\."):
+        result.show()
+
+
+@pytest.mark.parametrize(("name", "form"), [("x.jpg", "JPEG"), ("x.JPG", "JPEG"), ("x.webp", "WEBP"), ("x.png", "PNG")])
+def test_save_writes_the_format_that_the_ending_names(result, tmp_path, name, form):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = [result.save(tmp_path / name), result.image.save(tmp_path / f"image-{name}")]
+    for path in paths:
+        with Image.open(path) as saved:
+            saved.load()
+            assert (saved.format, saved.size) == (form, (result.width, result.height))
+
+
+def test_a_transparent_image_becomes_a_jpeg_on_white(tmp_path):
+    out = io.BytesIO()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(out, "PNG")
+    image = with_content(GeneratedImage(id="a", request_id="a", model="m", prompt="p"), out.getvalue())
+    with Image.open(image.save(tmp_path / "x.jpg")) as saved:
+        assert saved.convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_without_pillow_the_bytes_are_saved_as_they_are_and_a_warning_says_so(result, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.warns(UserWarning, match=r"x\.jpg holds a PNG image.* needs Pillow\. Install it") as caught:
+        path = result.save(tmp_path / "x.jpg")
+    assert path.read_bytes() == result.image.read()
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"x\.gif holds a PNG image"):
+        result.save(tmp_path / "x.gif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert result.save(tmp_path / "x").name == "x.png"
+        (tmp_path / "folder.jpg").mkdir()
+        assert result.save(tmp_path / "folder.jpg").suffix == ".png"
 
 
 def test_a_link_tells_when_it_ends():

@@ -98,12 +98,59 @@ def link(path: Path) -> str:
 def test_on_a_terminal_the_path_is_a_link(tmp_path, environment, more):
     arguments = (str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", *more)
     seen, code = on_a_terminal(*arguments, folder=tmp_path, **environment)
-    assert (code, seen) == (0, f"{link(tmp_path / 'kitten.png')}\n{SANDBOX_NOTE}")
+    assert (code, without_spinner(seen).startswith(f"{link(tmp_path / 'kitten.png')}  \x1b[2m1024x1024, ")) == (0, True)
+    assert without_spinner(seen).count("\n") == 1
 
 
-def test_on_a_dumb_terminal_a_picture_is_one_plain_line(tmp_path):
-    seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, TERM="dumb")
-    assert (code, seen) == (0, f"kitten.png\n{SANDBOX_NOTE}")
+FACTS = r"1024x1024, \d+ kB, \d+\.\d s, sandbox placeholder, no cost"
+
+
+def without_spinner(seen: str) -> str:
+    return re.sub(r"\r[^\r\n]*\x1b\[K", "", seen)
+
+
+@pytest.mark.parametrize("plain", [{"TERM": "dumb"}, {"TERM": "dumb", "NO_COLOR": "1"}])
+def test_on_a_dumb_terminal_a_picture_is_one_plain_line_with_its_size_time_and_cost(tmp_path, plain):
+    seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, **plain)
+    assert code == 0
+    assert re.fullmatch(rf"kitten\.png  {FACTS}\n", seen)
+
+
+def test_without_colours_the_line_of_a_picture_has_only_the_link(tmp_path):
+    arguments = (str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox")
+    seen, _ = on_a_terminal(*arguments, folder=tmp_path, NO_COLOR="1")
+    assert re.fullmatch(rf"{re.escape(link(tmp_path / 'kitten.png'))}  {FACTS}\n", without_spinner(seen))
+
+
+def test_while_a_picture_is_made_the_terminal_shows_the_seconds(tmp_path):
+    arguments = (*MODULE, "a kitten [[slow:2]]", "-o", "kitten.png", "--sandbox")
+    seen, code = on_a_terminal(*arguments, folder=tmp_path, NO_COLOR="1")
+    assert code == 0
+    assert re.search(r"\r\S Making the image 1 s\x1b\[K", seen)
+    assert re.search(r"\r\x1b\[K[^\r]*kitten\.png", seen)  # its line is empty before the result is written
+    plain, _ = on_a_terminal(*arguments, folder=tmp_path, TERM="dumb")
+    assert "Making" not in plain
+
+
+ERRORS = [("a cat", "--size", "1000x1000", "--sandbox"), ("a cat", "--no-such-option", "--sandbox")]
+
+
+@pytest.mark.parametrize("arguments", ERRORS)
+def test_an_error_and_a_usage_error_have_the_same_mark_and_colour_on_a_terminal(tmp_path, arguments):
+    coloured, code = on_a_terminal(*MODULE, *arguments, folder=tmp_path, COLUMNS="60")
+    plain, _ = on_a_terminal(*MODULE, *arguments, folder=tmp_path, COLUMNS="60", NO_COLOR="1")
+    assert code == 2
+    assert coloured.startswith("\x1b[1;31m✗ Error:\x1b[0m ")
+    assert plain == re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    first, *others = plain.splitlines()
+    assert first.startswith("✗ Error: ")
+    assert others
+    assert all(line.startswith("  ") and len(line) <= 60 for line in others)
+
+
+def test_a_terminal_without_these_characters_gets_an_ascii_mark(tmp_path):
+    seen, _ = on_a_terminal(*MODULE, *ERRORS[0], folder=tmp_path, PYTHONIOENCODING="ascii", NO_COLOR="1")
+    assert seen.startswith("x Error: ")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +166,9 @@ def test_a_terminal_that_can_shows_each_picture_above_its_link(tmp_path, environ
     seen, code = on_a_terminal(*arguments, folder=tmp_path, **environment)
     first, second = (re.escape(link(tmp_path / name)) for name in ("kitten.png", "kitten-2.png"))
     assert code == 0
-    assert re.fullmatch(f"{form}{first}\n{form}{second}\n{re.escape(SANDBOX_NOTE)}", seen)
+    facts = rf"  \x1b\[2m{FACTS}\x1b\[0m\n"
+    seen = without_spinner(seen)
+    assert re.fullmatch(f"{form}{first}{facts}{form}{second}{facts}", seen)
     assert "hostile" not in seen
     encoded = "".join(re.findall(r"[;:]([A-Za-z0-9+/=]{100,})", seen.split("\n")[0]))
     assert base64.b64decode(encoded) == (tmp_path / "kitten.png").read_bytes()
@@ -156,6 +205,7 @@ def test_every_command_says_the_same_piped_and_on_a_terminal(tmp_path, arguments
 
 
 def normal(text: str) -> str:
+    text = re.sub(r"\x1b\[[\d;]*m|\r[^\r\n]*\x1b\[K|[✗!] (?=Error:|Warning:)", "", text)
     return re.sub(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{32}\b|Expires=\d*|\d+\.\d+ s\b|created\W+\d+", "", text)
 
 
@@ -272,6 +322,24 @@ def test_a_file_name_that_is_no_text_is_written_and_told(tmp_path):
 # --- which command is meant
 
 
+def test_help_is_a_word_that_shows_help_and_is_never_painted(folder):
+    for arguments in (("help",), ("help", "batch")):
+        result = cogview(*arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == cogview(*arguments[1:], "--help").stdout
+    assert cogview("version").stdout == cogview("--version").stdout
+    assert cogview("help", "--sandbox").stdout == cogview("--help").stdout
+    assert [*folder.iterdir()] == []
+
+
+def test_help_shows_no_type_beside_an_option_that_takes_no_value(folder):
+    for name in ("generate", "batch", "doctor"):
+        page = cogview(name, "--help").stdout
+        assert "--sandbox" in page
+        assert "<bool>" not in page
+    assert "<bool>" not in cogview("--help").stdout
+
+
 def test_alone_it_prints_help(folder):
     alone, asked = cogview(), cogview("--help")
     assert alone.exit_code == 0
@@ -346,10 +414,23 @@ def test_a_folder_is_made_and_filled(folder):
     assert drawn("a cat", "-o", "deep/er/cat.png").stdout == "deep/er/cat.png\n"
 
 
-def test_an_ending_of_another_format_is_told(folder):
-    result = drawn("a cat", "-o", "cat.jpg")
-    assert (result.exit_code, result.stdout) == (0, "cat.jpg\n")
-    assert "Warning: cat.jpg holds an image of type image/png" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "form"), [("cat.jpg", "JPEG"), ("cat.JPEG", "JPEG"), ("cat.webp", "WEBP"), ("c.png", "PNG")]
+)
+def test_the_ending_of_the_file_chooses_the_format(folder, name, form):
+    result = drawn("a cat", "-o", name, "--json")
+    assert (result.exit_code, result.stderr) == (0, SANDBOX_NOTE)
+    with Image.open(name) as picture:
+        assert (picture.format, picture.size) == (form, (1024, 1024))
+    image = ImageResult.from_artifact(json.loads(result.stdout)).image
+    assert image.mime_type == f"image/{form.lower()}"
+    assert image.read() == Path(name).read_bytes()
+
+
+def test_an_ending_of_an_unknown_format_is_told(folder):
+    result = drawn("a cat", "-o", "cat.gif")
+    assert (result.exit_code, result.stdout) == (0, "cat.gif\n")
+    assert "Warning: cat.gif holds a PNG image, which its ending does not say." in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -521,6 +602,11 @@ def test_a_viewer_that_fails_is_a_warning(tmp_path):
         ("cogview generate 'a cat' --no-sh", 3, ["--no-show"]),
         ("cogview doctor --off", 2, ["--offline"]),
         ("cogview batch prompts.txt --dry", 3, ["--dry-run"]),
+        ("cogview 'a cat' --model cogview-4", 3, ["cogview-4-250304", "cogview-4"]),
+        ("cogview generate 'a cat' --model glm-image --size 15", 6, ["1568x1056"]),
+        ("cogview 'a cat' --size p", 3, ["portrait"]),
+        ("cogview batch p.txt --model glm-image --quality ", 6, ["hd"]),
+        ("cogview doctor --region ", 3, ["china", "international"]),
     ],
 )
 def test_the_shell_completes_commands_and_options_with_and_without_draw(tmp_path, words, number, expected):
@@ -661,7 +747,7 @@ def test_every_error_has_its_exit_code():
         (("--region", "mars"), "region must be 'china' or 'international'"),
         (("--timeout", "0"), "timeout: A time limit is a number of seconds"),
         (("--seed", "1"), "No such option: --seed"),
-        (("kitten",), "Got unexpected extra argument"),
+        (("kitten",), 'The prompt is one argument. Put it in quotes: cogview "a cat kitten"'),
         (("--base-url", "http://127.0.0.1:9"), "--base-url needs a URL and cannot be combined with --sandbox."),
     ],
 )

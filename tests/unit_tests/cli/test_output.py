@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -183,8 +184,35 @@ def test_what_is_logged_is_a_clean_line_of_the_command(tmp_path):
 
     with contextlib.redirect_stderr(err), pytest.raises(cli.typer.Exit):
         run_command(work)
-    assert err.getvalue().startswith("Warning: It is ")
-    assert odd(err.getvalue()) == []
+    text = err.getvalue().replace("\x1b[33m", "").replace("\x1b[0m", "")
+    assert text.startswith("! Warning: It is ")
+    assert odd(text) == []
+
+
+def test_a_warning_is_written_once_whoever_gives_it(capsys):
+    from langchain_cogview.cli.output import print_warning, run_command
+
+    def work() -> int:
+        for _ in range(2):
+            logging.getLogger("langchain_cogview.jobs.run").warning("The disk is full.")
+            warnings.warn("The disk is full.", stacklevel=1)
+            print_warning("The disk is full.")
+        return 0
+
+    for _ in range(2):  # and again in the next command
+        with pytest.raises(cli.typer.Exit):
+            run_command(work)
+    assert capsys.readouterr().err == "Warning: The disk is full.\n" * 2
+
+
+def test_text_is_broken_between_words_and_a_url_is_left_whole():
+    from langchain_cogview.cli.style import columns_of, wrapped
+
+    url = "https://open.bigmodel.cn/api/paas/v4/images/generations/of/a/long/path"
+    text = wrapped(f"- [ok] API: the base URL is {url} and it answers.\nA second line", 40)
+    assert text.splitlines() == ["- [ok] API: the base URL is", f"  {url}", "  and it answers.", "A second line"]
+    for line in wrapped("一只可爱的小猫坐在窗台上看着外面的雨" * 5, 30).splitlines():
+        assert columns_of(line) <= 30
 
 
 def test_on_a_real_terminal_only_our_own_sequences_are_written(tmp_path):
