@@ -178,7 +178,7 @@ def test_json_on_a_terminal_is_json(tmp_path):
     arguments = (*MODULE, "a kitten", "-o", "kitten.png", "--sandbox", "--json")
     seen, code = on_a_terminal(*arguments, folder=tmp_path, TERM="xterm-kitty")
     assert code == 0
-    assert json.loads(seen.replace(SANDBOX_NOTE, ""))["images"][0]["path"] == "kitten.png"
+    assert json.loads(without_spinner(seen).replace(SANDBOX_NOTE, ""))["images"][0]["path"] == "kitten.png"
 
 
 @pytest.mark.parametrize(
