@@ -1,4 +1,4 @@
-"""Renew the images of the README: `python docs/images.py`. The gallery needs Chromium.
+"""Renew the images of the README and the site: `python docs/images.py`. The gallery needs Chromium.
 
 The sandbox generates all of them.
 """
@@ -29,7 +29,7 @@ QUIET = (
 
 def main() -> int:
     generator = CogViewImageGenerator(base_url="sandbox:")
-    generator.invoke("A cute little kitten").save(DOCS / "kitten.png")
+    generator.invoke("A lighthouse at dusk").save(DOCS / "placeholder.png")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         print("There is no Chromium; docs/gallery.png stays as it is. Debian has it as the package chromium.")

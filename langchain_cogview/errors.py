@@ -400,8 +400,8 @@ class CogViewRateLimitError(CogViewError, ModelRateLimitError):
     outcome = Outcome.NOT_RUN
     default_message = "More requests are in flight than the account is allowed for this model."
     default_hint = (
-        "Other processes may use the same key: set shared_limit in each (docs/processes.md), raise timeout, or try again "
-        "later; the console shows the limit."
+        "Other processes may use the same key: set shared_limit='machine' in each (on several machines: a Redis URL), raise "
+        "timeout, or try again later; the console shows the limit."
     )
 
 

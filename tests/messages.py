@@ -1,4 +1,4 @@
-"""What goes wrong for real, provoked one by one, and what the user is told: the README's table "When something goes wrong".
+"""What goes wrong for real, provoked one by one, and what the user is told: the table of docs/errors.md.
 
     python -m tests.messages      prints the table
 

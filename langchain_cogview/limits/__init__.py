@@ -2,7 +2,8 @@
 
 `"machine"` serves all processes of this user on this machine, and `"redis://host:6379/0"` all machines. Any object with the
 methods of `SharedLimit` serves as well. For a store of your own, keep one JSON value for each account and let `allocate` make the
-next one from it and a report, under a lock or in a transaction; docs/processes.md has one for Ray and one for PostgreSQL.
+next one from it and a report, under a lock or in a transaction; the page "Several processes" of the documentation has
+an example, and `langchain_cogview.ray` is one for a Ray cluster.
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def test_a_folder_of_the_users_choice_is_routed_by_its_path(tmp_path, how):
 
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "agents.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    mark = r"^<!-- run by tests/unit_tests/test_deep_agents\.py -->\n"
+    (block,) = re.findall(mark + r"```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     deep.create_deep_agent  # noqa: B018  skips the test without deepagents
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COGVIEW_BASE_URL", "sandbox:")

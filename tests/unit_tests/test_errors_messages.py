@@ -1,4 +1,4 @@
-"""Whatever goes wrong: what happened in one sentence, what to do in another, and the README says the same."""
+"""Whatever goes wrong: what happened in one sentence, what to do in another, and the page about errors says the same."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from langchain_cogview import errors
 from tests import messages
 from tests.conftest import FAKE_KEY
 
-README = Path(__file__).parents[2] / "README.md"
+PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("errors.md", "zh/errors.md")]
 NOT_SENT = {  # what is found out before a request has an id, or after the result with the id was handed over
     *("no key", "both keys are set", "only the other platform's key is set", "a key with a blank or quotation marks"),
     *(
@@ -73,7 +73,11 @@ def test_different_troubles_have_different_classes(told):
     }
 
 
-def test_the_readme_has_the_table_as_it_is_provoked():
-    section = re.search(r"<!-- messages -->\n(.*?)\n<!-- /messages -->", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert section, "The README has no <!-- messages --> section; python -m tests.messages prints it."
-    assert section[1] == messages.table()
+def test_the_page_has_the_table_as_it_is_provoked():
+    table = messages.table()
+    for page in PAGES:
+        section = re.search(
+            r"<!-- messages -->\n(.*?)\n<!-- /messages -->", page.read_text(encoding="utf-8"), re.DOTALL
+        )
+        assert section, f"{page} has no <!-- messages --> section; python -m tests.messages prints it."
+        assert section[1] == table

@@ -1,5 +1,6 @@
-"""README.zh.md says in Chinese what README.md says: the same parts in the same places, whatever their wording."""
+"""The Chinese README and pages say what the English ones say: the same parts in the same places, whatever their wording."""
 
+import posixpath
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,6 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAIRS = {
+    "README.md": "README.zh.md",
+    **{
+        path.relative_to(ROOT).as_posix().replace("/zh/", "/"): path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "docs" / "zh").glob("*.md"))
+    },
+}
+"""The Chinese page for each English one that has one."""
 VERBATIM = ("messages",)  # between these markers stands the code's own English; between others the facts are compared
 
 
@@ -49,8 +58,10 @@ class Section:
 
     def targets(self, *, images):
         text = re.sub(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", "", "\n".join(self.prose), flags=re.DOTALL)
-        found = re.findall(r"(!?)\[[^\[\]]*\]\(([^()\s]+)\)", text)
-        return [target for mark, target in found if bool(mark) is images]
+        image = r"!\[[^\[\]]*\]\(([^()\s]+)\)"
+        if images:
+            return re.findall(image, text)
+        return re.findall(r"\[[^\[\]]*\]\(([^()\s]+)\)", re.sub(image, "", text))  # an image may be within a link
 
 
 @dataclass
@@ -103,6 +114,8 @@ def read(name, text):
             sections.append(Section(len(heading[1]), heading[2].strip(), number))
         elif marker := re.fullmatch(r"<!-- (/?\w+) -->", line.strip()):
             section.parts.append(Part(f"the marker {marker[1]}", number))
+        elif comment := re.fullmatch(r"<!-- (.+) -->", line.strip()):
+            section.parts.append(Part(f"the comment {comment[1]!r}", number))
         else:
             section.prose.append(line)
             kind = "a table" if line.startswith("|") else "a list" if re.match(r"[-*] |\d+\. ", line) else "a paragraph"
@@ -165,20 +178,41 @@ def in_a_section(english, chinese):
             number, one, other = first_difference(left.text.splitlines(), right.text.splitlines())
             lines = f"line {left.line + number} and {right.line + number}"
             yield f"{where} {left.kind} differs at {lines}: {one!r} in English, {other!r} in Chinese"
-    if english.targets(images=True) != chinese.targets(images=True):
-        images = f"{english.targets(images=True)} in English, {chinese.targets(images=True)} in Chinese"
-        yield f"{where} the images differ: {images}"
+
+
+def from_the_root(page, target):
+    """The path of a link's target in the repository, whichever page has the link."""
+    if re.match(r"[a-z]+:|#", target):
+        return target
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+
+
+def translated(target, english, chinese):
+    """Where the Chinese page links to, for a target of the English one: the Chinese page with the heading, if there is one."""
+    path, hash_mark, anchor = target.partition("#")
+    path = path or english.name
+    if path == chinese.name:  # each links the other
+        return english.name + hash_mark + anchor
+    if path not in PAIRS and path != english.name:
+        return target
+    pair = (english, chinese) if path == english.name else [page_of(name) for name in (path, PAIRS[path])]
+    headings = dict(zip(pair[0].anchors, pair[1].anchors, strict=False))
+    other = pair[1].name if target.partition("#")[0] else ""
+    return other + hash_mark + headings.get(anchor, anchor)
 
 
 def in_links(english, chinese):
-    anchors = dict(zip(english.anchors, chinese.anchors, strict=True))
     for left, right in zip(english.sections, chinese.sections, strict=True):
-        expected, found = Counter(), Counter(right.targets(images=False))
-        for target in left.targets(images=False):
-            if target.startswith("#"):
-                expected["#" + anchors.get(target[1:], target[1:])] += 1
-            else:
-                expected[english.name if target == chinese.name else target] += 1
+        images = [
+            [from_the_root(page.name, target) for target in section.targets(images=True) if "shields.io" not in target]
+            for page, section in ((english, left), (chinese, right))
+        ]
+        if images[0] != images[1]:
+            yield f"under {right.title!r} the images differ: {images[0]} in English, {images[1]} in Chinese"
+        found = Counter(from_the_root(chinese.name, target) for target in right.targets(images=False))
+        expected = Counter(
+            translated(from_the_root(english.name, target), english, chinese) for target in left.targets(images=False)
+        )
         where = f"under {right.title!r} (line {right.line})"
         if missing := expected - found:
             yield f"{where} {chinese.name} lacks a link to {', '.join(missing.elements())}"
@@ -206,29 +240,38 @@ def in_marked_tables(english, chinese):
                     yield f"{where}: names or figures differ in {cell!r} and {other!r}"
 
 
-@pytest.fixture(scope="module")
-def english():
-    return read("README.md", (ROOT / "README.md").read_text(encoding="utf-8"))
+def page_of(name):
+    return read(name, (ROOT / name).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def chinese():
-    return read("README.zh.md", (ROOT / "README.zh.md").read_text(encoding="utf-8"))
+@pytest.fixture(params=PAIRS)
+def english(request):
+    return page_of(request.param)
 
 
-def test_the_chinese_readme_has_the_structure_of_the_english_one(english, chinese):
+@pytest.fixture
+def chinese(english):
+    return page_of(PAIRS[english.name])
+
+
+def test_the_chinese_page_has_the_structure_of_the_english_one(english, chinese):
     found = differences(english, chinese)
-    assert not found, "README.md and README.zh.md differ:\n" + "\n".join(found)
+    assert not found, f"{english.name} and {chinese.name} differ:\n" + "\n".join(found)
 
 
-def test_the_last_line_of_each_leads_to_the_other(english, chinese):
-    for readme, other in ((english, chinese), (chinese, english)):
+def test_the_main_pages_are_there():
+    assert set(PAIRS) >= {f"docs/{name}.md" for name in ("agents", "chains", "errors", "sandbox")}
+
+
+def test_the_last_line_of_each_readme_leads_to_the_other():
+    readmes = page_of("README.md"), page_of("README.zh.md")
+    for readme, other in (readmes, readmes[::-1]):
         last = (ROOT / readme.name).read_text(encoding="utf-8").rstrip().splitlines()[-1]
         assert f"]({other.name})" in last, f"the last line of {readme.name} has no link to {other.name}"
 
 
-def test_the_comparison_sees_all_of_the_readme(english):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_comparison_sees_all_of_the_page(english):
+    text = (ROOT / english.name).read_text(encoding="utf-8")
     parts = [part for section in english.sections for part in section.parts]
     assert (
         sum(part.kind.startswith("a code block") for part in parts) == len(re.findall("^```", text, re.MULTILINE)) // 2
