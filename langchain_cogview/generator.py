@@ -112,7 +112,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             `batch`, `stream_many` and their like are `batch`, all others `interactive`.
         shared_limit: Where that limit is shared with other processes: `"machine"` for all processes of this user on this
             machine, `"redis://host:6379/0"` for all machines (extra `redis`), or a `SharedLimit`. `max_concurrency` is then the
-            limit of the account. None: `COGVIEW_SHARED_LIMIT`, else the limit holds for this process. The page "Several processes" of the documentation has the details.
+            limit of the account. None: `COGVIEW_SHARED_LIMIT`, else the limit holds for this process. The page "Several
+            processes" of the documentation has the details.
         rate_limiter: A LangChain rate limiter that is acquired before every attempt.
         http_client: An `httpx.Client` or `httpx2.Client`, used for sync API requests as it is, and never closed; `timeout` is
             then checked between its socket operations. It does not fetch images.
