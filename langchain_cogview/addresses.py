@@ -165,7 +165,7 @@ def _low(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
 
 
 def _wrapped(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses at which a packet to this IPv6 address arrives."""
+    """Return the IPv4 addresses at which a packet to this IPv6 address arrives."""
     if (
         address.ipv4_mapped
         or address in _NAT64
@@ -293,6 +293,7 @@ class LinkRules:
 
         Raises:
             CogViewDownloadError: The link may not be opened.
+            CogViewUnsafeURLError: The link is refused.
         """
         link = _Origin.of(url)
         if link is None:
@@ -499,7 +500,11 @@ def resolve(host: str, port: int, check: AddressCheck | None, deadline: Deadline
 
 
 async def aresolve(host: str, port: int, check: AddressCheck | None) -> list[str]:
-    """Async version of `resolve`. The caller's `asyncio.timeout` limits its time."""
+    """Async version of `resolve`. The caller's `asyncio.timeout` limits its time.
+
+    Returns:
+        As `resolve`.
+    """
     if literal := literal_address(host):
         return _allowed(host, [literal], check, literal=True)
     loop = asyncio.get_running_loop()

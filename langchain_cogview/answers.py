@@ -68,7 +68,11 @@ def answer(result: ImageResult, content_format: ContentFormat, *, shown_to_user:
 
 
 async def aanswer(result: ImageResult, content_format: ContentFormat, *, shown_to_user: bool) -> Answer:
-    """Async version of `answer`."""
+    """Async version of `answer`.
+
+    Returns:
+        As `answer`.
+    """
     if any(map(_is_unsaved, result.images)):
         result = await in_thread(_with_files, result)
     outcomes = []
@@ -107,7 +111,14 @@ async def _ablock_or_note(image: GeneratedImage, content_format: ContentFormat) 
 
 
 def _source(image: GeneratedImage, content_format: ContentFormat) -> BlockSource:
-    """Choose the source of a block: the link of an image whose bytes the user does not want to fetch."""
+    """Choose the source of a block: the link of an image whose bytes the user does not want to fetch.
+
+    Returns:
+        The link, if one is wanted, else the image bytes.
+
+    Raises:
+        CogViewStorageError: The image is neither at its link nor in memory.
+    """
     if image.mime_type is not None:
         return "thumbnail" if content_format == "thumbnail" else "base64"
     if content_format == "thumbnail":

@@ -33,7 +33,11 @@ _INSTALL: Final = 'Install it with: pip install "langchain-cogview[images]"'
 
 
 def content_block(image: GeneratedImage, source: BlockSource = "base64") -> ImageContentBlock:
-    """Make the content block of an image, as `GeneratedImage.content_block` describes it."""
+    """Make the content block of an image, as `GeneratedImage.content_block` describes it.
+
+    Returns:
+        The block.
+    """
     _check_source(source)
     if source == "url":
         return url_block(image)
@@ -44,7 +48,11 @@ def content_block(image: GeneratedImage, source: BlockSource = "base64") -> Imag
 
 
 async def acontent_block(image: GeneratedImage, source: BlockSource = "base64") -> ImageContentBlock:
-    """Async version of `content_block`."""
+    """Async version of `content_block`.
+
+    Returns:
+        The block.
+    """
     _check_source(source)
     if source == "url":
         return url_block(image)
@@ -66,6 +74,7 @@ def url_block(image: GeneratedImage) -> ImageContentBlock:
 
     Raises:
         CogViewDownloadError: There is no link, it may not be opened, or its time is over.
+        CogViewExpiredURLError: The link has expired.
     """
     if image.url is None:
         raise CogViewDownloadError(

@@ -73,7 +73,7 @@ def quoted_texts(prompt: str) -> list[str]:
 
 
 def _style_of(prompt: str) -> str:
-    """What a style has appended to a prompt."""
+    """Return what a style has appended to a prompt."""
     return next((text for text in map(style_text, STYLES) if prompt.endswith(text)), "")
 
 

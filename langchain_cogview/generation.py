@@ -229,7 +229,11 @@ class ImageCall:
         return [hit]
 
     async def agenerate(self, index: int = 0) -> ImageOutcome:
-        """Async version of `generate`."""
+        """Async version of `generate`.
+
+        Returns:
+            As `generate`.
+        """
         if self.cache is None:
             return await self._agenerate_new()
         async with SINGLE_FLIGHT.aflight(self.cache.flight_key(index), self.settings.timeout or _FLIGHT_SECONDS):
@@ -274,7 +278,11 @@ class ImageCall:
         return self.tasks().submit(body, events.deadline, events), events.request_id, events.charge
 
     async def asubmit(self) -> tuple[str, str, Charge | None]:
-        """Async version of `submit`."""
+        """Async version of `submit`.
+
+        Returns:
+            As `submit`.
+        """
         events = self._events(Deadline(self.settings.timeout, started=False))
         body = images_body(self.request, events.request_id)
         return await self.tasks().asubmit(body, events.deadline, events), events.request_id, events.charge
@@ -299,7 +307,11 @@ class ImageCall:
         return self._finish(PaidReply(self.request, reply), events)
 
     async def acollect(self, task_id: str, request_id: str, seconds: float | None) -> ImageOutcome:
-        """Async version of `collect`."""
+        """Async version of `collect`.
+
+        Returns:
+            As `collect`.
+        """
         events = self._events(Deadline(seconds), request_id)
         try:
             reply = await self.tasks().aresult(task_id, events.deadline, events)
@@ -468,7 +480,11 @@ class ImageCall:
         return [image]
 
     def _saved(self, content: bytes, events: ImageEvents) -> DownloadedImage | CogViewError:
-        """Save image bytes that were part of the reply."""
+        """Save image bytes that were part of the reply.
+
+        Returns:
+            The image with its file, or the error.
+        """
         try:
             return save_content(content, deadline=events.deadline, folder=self.settings.folder, label=events.label)
         except CogViewError as error:
@@ -591,7 +607,7 @@ def _log_unasked(request_id: str, reply: ImagesReply) -> None:
 
 
 def _runs_in(task: weakref.ref[asyncio.Task[Any]] | None) -> bool:
-    """Whether a task is the running one: a coroutine of an abandoned event loop is closed outside of its task."""
+    """Return whether a task is the running one: a coroutine of an abandoned event loop is closed outside of its task."""
     running = _running_task()
     return running is not None and task is not None and running is task()
 

@@ -232,7 +232,7 @@ class PendingImages:
             The image; for an id that is not known here, a task of the service that another process may have started.
 
         Raises:
-            CogViewInvalidRequestError: No image has this id.
+            UnknownImageError: No image has this id.
         """
         image_id = image_id.strip()
         with self._lock:
@@ -295,7 +295,7 @@ class PendingImages:
         return image.result.result() if done else None
 
     def _collected(self, image: PendingImage, result: ImageResult) -> ImageResult | None:
-        """Keep the result of a task, unless the wait ended in the middle of the download: then it is fetched again."""
+        """Return the result of a task, and keep it; None if the wait ended in the middle of the download: it is fetched again."""
         image.fetches += 1
         is_whole = all(item.mime_type or not item.url for item in result.images)
         if not is_whole and self._tool.generator.download and image.fetches < _DOWNLOAD_ATTEMPTS:
@@ -308,7 +308,11 @@ class PendingImages:
 
 @contextmanager
 def _collecting(image: PendingImage) -> Iterator[None]:
-    """Let others collect a task again in the end; one that is not made yet is no error."""
+    """Let others collect a task again in the end; one that is not made yet is no error.
+
+    Raises:
+        UnknownImageError: The service does not know the task.
+    """
     try:
         yield
     except CogViewTaskUnfinishedError:
@@ -345,7 +349,7 @@ def unknown_id(image_id: str) -> UnknownImageError:
 
 
 def _without_state(config: RunnableConfig) -> RunnableConfig:
-    """Drop a graph's access to its state: what is written after the tool call has ended would be lost without an error."""
+    """Return the config without a graph's access to its state: what is written after the tool call has ended would be lost."""
     configurable = {name: value for name, value in config.get("configurable", {}).items() if name not in _STATE_ACCESS}
     return {**config, "configurable": configurable}
 

@@ -84,6 +84,12 @@ def _resolved(generator: Any, bound: dict[str, Any]) -> Iterator[tuple[CogViewIm
 
     Other wrappers are refused: one that does not pass its arguments on would lose the budget, and one that retries would pay
     again.
+
+    Yields:
+        Each generator with its arguments.
+
+    Raises:
+        CogViewConfigurationError: The object is no generator, or no wrapper of one that the tool can count.
     """
     if isinstance(generator, CogViewImageGenerator):
         yield generator, bound
@@ -322,6 +328,7 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
 
         Raises:
             ToolException: The text, with the error as its cause.
+            CogViewError: The error, with the text that `on_failure` asks for.
         """
         try:
             yield

@@ -192,7 +192,7 @@ class GetImageTool(_ToolkitTool):
         return await self.tool.aanswer(result)
 
     def _backend(self) -> BackendFolder | None:
-        """The folder in the agent's files: a request that ran in the background could not write there."""
+        """Return the folder in the agent's files: a request that ran in the background could not write there."""
         return next((folder for folder in self.tool.image_access().storage if isinstance(folder, BackendFolder)), None)
 
     def _seconds(self, wait: float | None) -> float:

@@ -116,7 +116,7 @@ class RetryPolicy:
     waits_for_account: bool = True
 
     def sends_again(self, error: BaseException) -> bool:
-        """Whether an error allows another attempt, regardless of their number."""
+        """Return whether an error allows another attempt, regardless of their number."""
         if not isinstance(error, CogViewError) or isinstance(error, _NEVER_AGAIN):
             return False
         return error.outcome is Outcome.NOT_RUN or (self.retry_unknown and error.outcome is Outcome.UNKNOWN)
@@ -141,6 +141,9 @@ class RetryPolicy:
 
         The wait is what the service asked for, else full jitter up to 2 s, then 4 s and 8 s. A service that asks for no wait at
         all is taken at its word for the first `max_retries` refusals.
+
+        Returns:
+            The wait in seconds.
         """
         asked = self.wait(error, 1) if error.retry_after is not None else 0.0
         if error.retry_after is not None and refusals <= self.max_retries:
@@ -218,7 +221,11 @@ class ImagesClient:
         return reply
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """Async version of `generate`."""
+        """Async version of `generate`.
+
+        Returns:
+            As `generate`.
+        """
         reply, slot = await self.apaid(ROUTE, body, read_reply, deadline, events)
         slot.done()
         return reply
@@ -226,7 +233,14 @@ class ImagesClient:
     def paid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Slot]:
-        """Send a request that costs money. Returns the reply and its slot, which the caller has to end."""
+        """Send a request that costs money.
+
+        Returns:
+            The reply and its slot, which the caller has to end.
+
+        Raises:
+            CogViewError: The request was refused, or its outcome is unknown.
+        """
         attempts = _Attempts(body["model"])
         call = Call("POST", route, body)
         while True:
@@ -253,7 +267,14 @@ class ImagesClient:
     async def apaid(
         self, route: str, body: dict[str, Any], read: Reader[ReplyT], deadline: Deadline, events: CallEvents
     ) -> tuple[ReplyT, Slot]:
-        """Async version of `paid`."""
+        """Async version of `paid`.
+
+        Returns:
+            As `paid`.
+
+        Raises:
+            CogViewError: As `paid`.
+        """
         attempts = _Attempts(body["model"])
         call = Call("POST", route, body)
         while True:
@@ -342,14 +363,18 @@ class ImagesClient:
         return limiter_for(self.account, model, key, None if user else self.shared_limit, user=user)
 
     def _queues(self, body: dict[str, Any], attempts: _Attempts) -> Iterator[tuple[Limiter, int, int | None]]:
-        """The limiters that a request needs a slot of, in order, each with its cap and the position to keep."""
+        """Yield the limiters that a request needs a slot of, in order.
+
+        Yields:
+            Each limiter with its cap and the position to keep.
+        """
         model, user = body["model"], body.get("user_id")
         if user and self.max_concurrency_per_user:
             yield self._limiter(model, user), self.max_concurrency_per_user, None
         yield self._limiter(model), self.max_concurrency or model_info(model).in_flight, attempts.ticket
 
     def _wait_before_next(self, error: CogViewError, deadline: Deadline, attempts: _Attempts) -> float | None:
-        """Seconds to wait before the next attempt; None if the error is final."""
+        """Return the seconds to wait before the next attempt; None if the error is final."""
         attempts.hold = 0.0
         if not self.policy.sends_again(error):
             return None
@@ -401,7 +426,11 @@ def client_of(
     http_client: httpx.Client | None,
     http_async_client: httpx.AsyncClient | None,
 ) -> ImagesClient:
-    """Create a client that uses this package's connections, a sandbox of this process, or injected HTTP clients."""
+    """Create a client that uses this package's connections, a sandbox of this process, or injected HTTP clients.
+
+    Returns:
+        The client.
+    """
     endpoint = Endpoint(
         base_url=SANDBOX_ENDPOINT if is_sandbox(base_url) else base_url,
         api_key=key,
@@ -418,7 +447,7 @@ def client_of(
 
 
 def is_account_limit(error: BaseException) -> bool:
-    """Whether the service refused a request because too many of the account are in flight (code 1302)."""
+    """Return whether the service refused a request because too many of the account are in flight (code 1302)."""
     return isinstance(error, CogViewRateLimitError) and error.code == ACCOUNT_LIMIT
 
 
@@ -431,7 +460,10 @@ def _end_slot(slot: Slot, error: BaseException, attempts: _Attempts) -> None:
 
 
 def _queue_limit(deadline: Deadline) -> Deadline | None:
-    """The time limit of a sync call in the queue. It has one only if it blocks an event loop whose tasks may hold the slots."""
+    """Return the time limit of a sync call in the queue.
+
+    It has one only if it blocks an event loop whose tasks may hold the slots.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -440,7 +472,14 @@ def _queue_limit(deadline: Deadline) -> Deadline | None:
 
 
 def _inside(slot: Slot | None, outer: Slot | None, deadline: Deadline, cancelled: CancelToken) -> Slot:
-    """Bind a slot to the one that was acquired before it."""
+    """Bind a slot to the one that was acquired before it.
+
+    Returns:
+        The slot.
+
+    Raises:
+        CogViewError: There is no slot: the wait for it has ended.
+    """
     if slot is None:
         raise _no_slot(deadline, cancelled=cancelled.is_set())
     slot.outer = outer
@@ -448,7 +487,14 @@ def _inside(slot: Slot | None, outer: Slot | None, deadline: Deadline, cancelled
 
 
 def _started(slot: Slot | None, deadline: Deadline, attempts: _Attempts, cancelled: CancelToken) -> Slot:
-    """Start the time limit of the call, if there is still reason to send the request."""
+    """Start the time limit of the call, if there is still reason to send the request.
+
+    Returns:
+        The slot.
+
+    Raises:
+        CogViewStoppedError: The call was cancelled in the queue. Nothing was sent.
+    """
     if cancelled.is_set():
         raise CogViewStoppedError
     _check_time(deadline)
@@ -478,7 +524,7 @@ def _no_slot(deadline: Deadline, *, cancelled: bool = False) -> CogViewError:
 
 
 def _with_facts(error: CogViewError, body: dict[str, Any], attempts: _Attempts) -> CogViewError:
-    """The error to raise after all attempts, with the facts about the call."""
+    """Return the error to raise after all attempts, with the facts about the call."""
     unknown = [each for each in attempts.waited_for if each.outcome is Outcome.UNKNOWN]
     if unknown and error.outcome is not Outcome.UNKNOWN:
         # An earlier attempt may have been charged, whatever a later refusal says.

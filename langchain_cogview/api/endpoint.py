@@ -205,7 +205,11 @@ class Endpoint:
     async def aexchange(
         self, call: Call, deadline: Deadline, read: Reader[ReplyT], progress: Progress | None = None
     ) -> ReplyT:
-        """Async version of `exchange`."""
+        """Async version of `exchange`.
+
+        Returns:
+            As `exchange`.
+        """
         return _read_or_raise(await self._aexchanged(call, deadline, read, progress or Progress()), read)
 
     def _exchanged(
@@ -380,7 +384,7 @@ class _Received(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _url(url: str) -> httpx.URL:
-    """Parse a URL; cached, because all calls of a service use the same one."""
+    # Cached, because all calls of a service use the same one.
     return httpx.URL(url)
 
 
@@ -395,7 +399,7 @@ def _read_or_raise(received: _Received | BaseException, read: Reader[ReplyT]) ->
 
 
 def _answers_another(call: Call, body: bytes) -> bool:
-    """Whether a reply has another request id than the one that was sent, so that it answers another request."""
+    """Return whether a reply has another request id than the one that was sent, so that it answers another request."""
     sent = (call.body or {}).get("request_id")
     if not sent or b"request_id" not in body:
         return False
@@ -410,7 +414,7 @@ def _answers_another(call: Call, body: bytes) -> bool:
 
 
 def _bare_id(request_id: str) -> str:
-    """A UUID in the one form, however a gateway writes it."""
+    """Return a UUID in the one form, however a gateway writes it."""
     return request_id.strip().lower().replace("-", "")
 
 
@@ -441,7 +445,11 @@ class ReplyBody:
         self._is_broken = self._inflater is None and name not in {"", "identity"}
 
     def add(self, chunk: bytes) -> bool:
-        """Add a part of the body. Returns False if the body is larger than allowed or cannot be decompressed."""
+        """Add a part of the body.
+
+        Returns:
+            False if the body is larger than allowed or cannot be decompressed.
+        """
         self.has_content = self.has_content or bool(chunk)
         try:
             for part in [chunk] if self._inflater is None else self._inflater.parts(chunk):

@@ -181,7 +181,10 @@ class Limiter:
         return f"<Limiter: {self._in_flight} in flight, limit {self.limit}, {self._waiting} waiting>"
 
     def is_time_to_warn(self) -> bool:
-        """Whether the last warning about this account and model is more than a minute old. If so, the caller logs the next."""
+        """Return whether the last warning about this account and model is more than a minute old.
+
+        If so, the caller logs the next.
+        """
         with self._lock:
             now = time.monotonic()
             is_time = now - self._warned_at > _WARN_SECONDS
@@ -240,7 +243,11 @@ class Limiter:
         ticket: int | None = None,
         priority: Priority | None = None,
     ) -> Slot | None:
-        """Async version of `acquire`. A task that is cancelled leaves the queue."""
+        """Async version of `acquire`. A task that is cancelled leaves the queue.
+
+        Returns:
+            As `acquire`.
+        """
         is_batch = (priority or PRIORITY.get()) == "batch"
         slot = self._slot_at_once(cap, ticket, is_batch=is_batch)
         if slot is not None:
@@ -415,7 +422,11 @@ class Limiter:
             self._adaptive.record_success(slot._epoch, slot._cap, self._in_flight)
 
     def _closed(self, slot: Slot) -> bool:
-        """Stop counting a slot. Returns False if it has ended already or belongs to the parent process."""
+        """Stop counting a slot.
+
+        Returns:
+            False if it has ended already or belongs to the parent process.
+        """
         fresh = not slot._over and slot._generation == self._generation
         slot._over = True
         self._in_flight -= fresh
@@ -500,7 +511,11 @@ class _ThreadWaiter(_Waiter):
         return True
 
     def wait(self, deadline: Deadline | None, cancelled: threading.Event | None, look: Callable[[], None]) -> bool:
-        """Whether a slot was granted before the deadline passed or `cancelled` was set. Calls `look` regularly."""
+        """Wait until a slot is granted, the deadline passes or `cancelled` is set. Calls `look` regularly.
+
+        Returns:
+            Whether a slot was granted.
+        """
         while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
             left = deadline.remaining() if deadline else None
             if self._granted.acquire(timeout=self.check_seconds if left is None else min(left, self.check_seconds)):
@@ -532,7 +547,11 @@ class _TaskWaiter(_Waiter):
     async def wait(
         self, deadline: Deadline | None, look: Callable[[], None], cancelled: threading.Event | None
     ) -> bool:
-        """Async version of `_ThreadWaiter.wait`."""
+        """Async version of `_ThreadWaiter.wait`.
+
+        Returns:
+            As `_ThreadWaiter.wait`.
+        """
         timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
         try:
             if (

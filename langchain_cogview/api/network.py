@@ -40,7 +40,7 @@ class UnexpectedDataError(httpcore.ConnectError, httpx.ConnectError):
 
 
 def _connect_share(timeout: float | None, *, last: bool) -> float | None:
-    """Seconds for one of several addresses, so that the first one cannot use up the time of the others."""
+    """Return the seconds for one of several addresses, so that the first one cannot use up the time of the others."""
     if last:
         return timeout
     return _FIRST_ADDRESSES_SECONDS if timeout is None else min(_FIRST_ADDRESSES_SECONDS, timeout / 2)
@@ -170,7 +170,7 @@ class ReplyGuard:
 
 
 def _is_unusable(came: bytes | None, *, was_used: bool) -> bool:
-    """Whether a connection is unusable, by what was received before the request.
+    """Return whether a connection is unusable, by what was received before the request.
 
     A new connection that is closed at once cannot be distinguished from one that is closed while the request is under way.
     """
@@ -227,7 +227,11 @@ class SyncStream(httpcore.NetworkStream):
         self.guard.request_was_sent()
 
     def _wait_until_writable(self, timeout: float | None) -> bytes | None:
-        """Wait until more of the request can be written, or something is received; returns what was received."""
+        """Wait until more of the request can be written, or something is received.
+
+        Returns:
+            What was received; None if more can be written.
+        """
         sock = self._stream.get_extra_info("socket")
         while True:
             left = self._backend.time_left(timeout, httpcore.WriteTimeout)
@@ -237,7 +241,11 @@ class SyncStream(httpcore.NetworkStream):
                 return received
 
     def _receive_now(self) -> bytes | None:
-        """Receive without waiting. Returns None when nothing is there, and no bytes at the end."""
+        """Receive without waiting.
+
+        Returns:
+            What was received; None when nothing is there, and no bytes at the end.
+        """
         try:
             # With TLS, what can be read from the socket itself may be a session ticket.
             if not self._is_encrypted and not self._stream.get_extra_info("is_readable"):
@@ -256,7 +264,14 @@ class SyncStream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        """Start TLS. A handshake that fails or is interrupted closes the connection."""
+        """Start TLS. A handshake that fails or is interrupted closes the connection.
+
+        Returns:
+            The stream over TLS.
+
+        Raises:
+            httpcore.ConnectError: The handshake failed.
+        """
         try:
             if not self.guard.is_empty:
                 raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
@@ -297,7 +312,15 @@ class SyncBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: _SocketOptions = None,
     ) -> httpcore.NetworkStream:
-        """Connect to the first address that answers."""
+        """Connect to the first address that answers.
+
+        Returns:
+            The stream.
+
+        Raises:
+            httpcore.ConnectError: No address can be connected to, or none is allowed.
+            httpcore.ConnectTimeout: The time was over before.
+        """
         addresses = resolve(host, port, self._check, self.deadline)
         for number, address in enumerate(addresses, 1):
             last = number == len(addresses)
@@ -326,7 +349,11 @@ class _SocketChannel:
         await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
     def receive_now(self) -> bytes | None:
-        """Receive without waiting. Returns None when nothing is there, and no bytes at the end."""
+        """Receive without waiting.
+
+        Returns:
+            What was received; None when nothing is there, and no bytes at the end.
+        """
         try:
             return self._socket.recv(_READ_BYTES)
         except BlockingIOError:
@@ -414,7 +441,11 @@ class _TLSChannel:
 
 
 def _wait_until_ready(sock: socket.socket, timeout: float | None) -> bool:
-    """Wait until a socket can be read from or written to; returns whether it can be written to."""
+    """Wait until a socket can be read from or written to.
+
+    Returns:
+        Whether it can be written to.
+    """
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([sock], [sock], [], timeout)[1])
     poll = select.poll()
@@ -446,7 +477,11 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         backend.stream = self
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's interface
-        """Return the next bytes; no bytes at the end."""
+        """Return the next bytes; no bytes at the end.
+
+        Raises:
+            httpcore.ReadError: The connection was lost.
+        """
         await self._send_outgoing()
         if self.guard.is_empty:
             try:
@@ -479,7 +514,11 @@ class AsyncStream(httpcore.AsyncNetworkStream):
             self.guard.request_was_sent()
 
     async def _send_parts(self, buffer: bytes) -> bool:
-        """Send a request; returns False when the server answers before it is sent."""
+        """Send a request.
+
+        Returns:
+            False when the server answers before it is sent.
+        """
         if len(buffer) <= _WRITE_BYTES:
             await self._channel.send(buffer)
             return True
@@ -511,7 +550,14 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> httpcore.AsyncNetworkStream:
-        """Async version of `SyncStream.start_tls`."""
+        """Async version of `SyncStream.start_tls`.
+
+        Returns:
+            The stream over TLS.
+
+        Raises:
+            httpcore.ConnectError: The handshake failed.
+        """
         try:
             if not self.guard.is_empty:
                 raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
@@ -552,7 +598,15 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: _SocketOptions = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first address that answers."""
+        """Connect to the first address that answers.
+
+        Returns:
+            The stream.
+
+        Raises:
+            httpcore.ConnectError: No address can be connected to, or none is allowed.
+            httpcore.ConnectTimeout: The time was over before.
+        """
         addresses = await aresolve(host, port, self._check)
         for number, address in enumerate(addresses, 1):
             last = number == len(addresses)

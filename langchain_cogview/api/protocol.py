@@ -156,6 +156,7 @@ def read_reply(status: int, body: bytes, context: ReplyContext = NO_CONTEXT) -> 
 
     Raises:
         CogViewError: The class says what became of the request.
+        CogViewError: The reply is an error, or holds no image.
     """
     fields, entries, failure = parse_reply(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
@@ -219,7 +220,11 @@ def images_reply(
 
 
 def _about_unasked(count: int, urls: tuple[str, ...]) -> str:
-    """Name the images that nobody asked for in one bounded line; the log holds all of their addresses."""
+    """Name the images that nobody asked for in one bounded line; the log holds all of their addresses.
+
+    Returns:
+        One line, without the addresses.
+    """
     named: list[str] = []
     for url in urls:
         if len(url) + sum(map(len, named)) > _MAX_NAMED_CHARACTERS:
@@ -331,7 +336,7 @@ class _Image(NamedTuple):
 
 
 def _images(data: Any, context: ReplyContext) -> tuple[list[_Image], int]:
-    """The images of a reply, each once, and how many entries hold none."""
+    """Return the images of a reply, each once, and how many entries hold none."""
     items = data if isinstance(data, list) else [data]
     read = [_image(item, context) if isinstance(item, dict) else None for item in items[:64]]
     found = dict.fromkeys(image for image in read if image)

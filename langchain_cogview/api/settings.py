@@ -77,7 +77,7 @@ def find_shared_limit(setting: SharedLimit | str | None) -> SharedLimit | None:
 
 
 def is_sandbox(base_url: str | None) -> bool:
-    """Whether a base URL is that of a sandbox in this process."""
+    """Return whether a base URL is that of a sandbox in this process."""
     return bool(base_url) and str(base_url).startswith(SANDBOX_SCHEME)
 
 
@@ -133,7 +133,11 @@ def _parts(url: str) -> SplitResult | None:
 
 
 def _known_path(parts: SplitResult, path: str) -> str:
-    """The path at one of the provider's own hosts."""
+    """Return the path at one of the provider's own hosts.
+
+    Raises:
+        CogViewConfigurationError: The path is that of the coding plan, which does not cover images.
+    """
     if "/coding/" in f"{path}/":
         raise CogViewConfigurationError(
             "The base URL is the coding plan's, which does not cover images.",
@@ -161,12 +165,19 @@ def _is_loopback(host: str) -> bool:
 
 
 def both_keys_are_set() -> bool:
-    """Whether the environment has the keys of both regions."""
+    """Return whether the environment has the keys of both regions."""
     return all(environment(variable) for variable in KEY_VARIABLES.values())
 
 
 def region_of(base_url: str | None, region: Region | None) -> Region:
-    """The region: the argument, else the one of the base URL's host, else the one whose key is set, else China."""
+    """Find the region: the argument, else the one of the base URL's host, else the one whose key is set, else China.
+
+    Returns:
+        The region.
+
+    Raises:
+        CogViewConfigurationError: The argument is no region, or not the one of the base URL's host.
+    """
     host = _host(urlsplit(base_url)) if base_url and not is_sandbox(base_url) else ""
     known = _HOSTS.get(host)
     if region and known and region != known:
@@ -233,7 +244,7 @@ def _missing_after_pickle(region: Region) -> tuple[str, str]:
 
 
 def _missing(region: Region) -> tuple[str, str]:
-    """The message and the hint for a missing key."""
+    """Return the message and the hint for a missing key."""
     other: Region = "international" if region == "china" else "china"
     ways = ", or ".join(f"{KEY_VARIABLES[each]} to a key from {_CONSOLES[each]}" for each in (region, other))
     hint = f"Set {ways}; or pass api_key=...; or try it without a key: base_url='sandbox:'."
@@ -326,7 +337,14 @@ def _proxy_variable(scheme: str) -> str:
 
 
 def httpcore_proxy(proxy: str, scheme: str) -> httpcore.Proxy:
-    """Convert the URL of a proxy for httpcore. `scheme` is that of the request, to name the variable in an error."""
+    """Convert the URL of a proxy for httpcore. `scheme` is that of the request, to name the variable in an error.
+
+    Returns:
+        The proxy.
+
+    Raises:
+        CogViewConfigurationError: The proxy cannot be used.
+    """
     import httpcore  # noqa: PLC0415  the HTTP stack
     import httpx  # noqa: PLC0415
 
@@ -354,7 +372,11 @@ _tls_contexts: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
 
 
 def tls_context() -> ssl.SSLContext:
-    """Return the TLS context for the environment's certificates. It is cached, because making one takes 15 ms."""
+    """Return the TLS context for the environment's certificates. It is cached, because making one takes 15 ms.
+
+    Raises:
+        CogViewConfigurationError: The certificates cannot be read.
+    """
     import httpx  # noqa: PLC0415  the HTTP stack
 
     setting = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))

@@ -83,6 +83,9 @@ def read_task(status: int, body: bytes, context: ReplyContext = NO_CONTEXT) -> T
 
     Raises:
         CogViewError: The class says what became of the request; `CogViewTaskFailedError` where the task itself failed.
+        CogViewContentFilterError: The content filter blocked the task.
+        CogViewTaskFailedError: The task ended without an image.
+        CogViewError: The reply is another error.
     """
     fields, entries, failure = parse_reply(status, body)
     if 200 <= status < 300:  # noqa: PLR2004
@@ -125,7 +128,7 @@ def read_submitted(status: int, body: bytes, context: ReplyContext = NO_CONTEXT)
 
 
 def _task_id(value: Any) -> str | None:
-    """An id in full: cut, it would be another one."""
+    """Return an id in full: cut, it would be another one."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
     text = value.strip() if isinstance(value, str) else str(value) if abs(value) < 10**MAX_ID_CHARACTERS else ""
@@ -133,7 +136,10 @@ def _task_id(value: Any) -> str | None:
 
 
 def is_task_id(text: str) -> bool:
-    """Whether a text can be a task's id: a part of a URL's path that leads to no other route, however often it is decoded."""
+    """Return whether a text can be a task's id.
+
+    That is a part of a URL's path that leads to no other route, however often it is decoded.
+    """
     return len(text) <= MAX_ID_CHARACTERS and _TASK_ID.fullmatch(text) is not None
 
 
@@ -162,6 +168,7 @@ class TasksClient:
         Raises:
             CogViewTaskUnfinishedError: The task runs on; its id is on the error.
             CogViewError: As for `ImagesClient.generate`.
+            CogViewNotFoundError: The service has no task endpoint.
         """
         try:
             task, slot = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
@@ -174,7 +181,14 @@ class TasksClient:
             return _warned(reply, task)
 
     async def agenerate(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """Async version of `generate`."""
+        """Async version of `generate`.
+
+        Returns:
+            As `generate`.
+
+        Raises:
+            CogViewNotFoundError: As `generate`.
+        """
         try:
             task, slot = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         except CogViewNotFoundError as error:
@@ -186,13 +200,21 @@ class TasksClient:
             return _warned(reply, task)
 
     def submit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
-        """Submit a task and return its id."""
+        """Submit a task.
+
+        Returns:
+            Its id.
+        """
         task, slot = self.images.paid(TASK_ROUTE, body, read_submitted, deadline, events)
         with _paid_for(body, task.task_id, slot):
             return _accepted(task, events)
 
     async def asubmit(self, body: dict[str, Any], deadline: Deadline, events: CallEvents) -> str:
-        """Async version of `submit`."""
+        """Async version of `submit`.
+
+        Returns:
+            As `submit`.
+        """
         task, slot = await self.images.apaid(TASK_ROUTE, body, read_submitted, deadline, events)
         with _paid_for(body, task.task_id, slot):
             return await _aaccepted(task, events)
@@ -209,7 +231,11 @@ class TasksClient:
         return self.images.endpoint.exchange(_poll(task_id), deadline, read_task)
 
     async def astatus(self, task_id: str, deadline: Deadline) -> TaskReply:
-        """Async version of `status`."""
+        """Async version of `status`.
+
+        Returns:
+            As `status`.
+        """
         return await self.images.endpoint.aexchange(_poll(task_id), deadline, read_task)
 
     def result(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
@@ -225,11 +251,15 @@ class TasksClient:
         return self._polled(_Polls(task_id, deadline, self.poll_interval), events)
 
     async def aresult(self, task_id: str, deadline: Deadline, events: CallEvents) -> ImagesReply:
-        """Async version of `result`."""
+        """Async version of `result`.
+
+        Returns:
+            As `result`.
+        """
         return await self._apolled(_Polls(task_id, deadline, self.poll_interval), events)
 
     def _polls(self, task_id: str, deadline: Deadline) -> _Polls:
-        """The polls of a task that was accepted just now."""
+        """Return the polls of a task that was accepted just now."""
         return _Polls(task_id, deadline, self.poll_interval, known_after=KNOWN_AFTER_SECONDS)
 
     def _polled(self, polls: _Polls, events: CallEvents) -> ImagesReply:
@@ -310,7 +340,11 @@ class _Polls:
             self.last = error
 
     def unfinished(self) -> CogViewTaskUnfinishedError:
-        """The error for a task whose end was not seen."""
+        """Make the error for a task whose end was not seen.
+
+        Returns:
+            The error.
+        """
         return _unfinished(self.task_id, self.last)
 
 
@@ -346,7 +380,11 @@ def _unfinished(task_id: str, last: CogViewError | None) -> CogViewTaskUnfinishe
 
 @contextmanager
 def _paid_for(body: dict[str, Any], task_id: str | None, slot: Slot) -> Iterator[None]:
-    """Whatever ends the wait for a running task says that the task may be paid for and can be resumed."""
+    """Whatever ends the wait for a running task says that the task may be paid for and can be resumed.
+
+    Raises:
+        CogViewError: The error, with what is known of the task.
+    """
     try:
         yield
     except CogViewError as error:

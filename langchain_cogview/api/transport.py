@@ -63,7 +63,14 @@ class _Route(NamedTuple):
 
     @classmethod
     def of(cls, request: httpx.Request) -> _Route:
-        """Return the route of a request; refuse what is not HTTP, and an address in its URL that a proxy would connect to."""
+        """Find the route of a request; refuse what is not HTTP, and an address in its URL that a proxy would connect to.
+
+        Returns:
+            The route.
+
+        Raises:
+            httpx.UnsupportedProtocol: The request is not http or https.
+        """
         url = request.url
         if url.scheme not in {"http", "https"}:
             raise httpx.UnsupportedProtocol(f"The URL is not of http or https, but of {url.scheme[:20]!r}.")
@@ -154,7 +161,7 @@ class _Connection(ABC):
         self.idle_since = 0.0
 
     def is_usable(self) -> bool:
-        """Whether another request can be sent, as far as this side can see."""
+        """Return whether another request can be sent, as far as this side can see."""
         stream = self.backend.stream
         whole = stream is not None and not stream.is_closed and stream.guard.is_reusable
         return whole and self._http.is_idle() and not self._http.has_expired()
@@ -471,7 +478,11 @@ def sender(base_url: str | None, client: httpx.Client | None = None) -> Callable
 def asender(
     base_url: str | None, client: httpx.AsyncClient | None = None
 ) -> Callable[[httpx.Request], Awaitable[httpx.Response]]:
-    """Async version of `sender`."""
+    """Async version of `sender`.
+
+    Returns:
+        As `sender`.
+    """
     if client is not None:
         return lambda request: _asent_by(client, request)
     if is_sandbox(base_url):
@@ -496,7 +507,7 @@ def _sandbox(base_url: str | None) -> SandboxTransport:
 
 
 def is_client(value: object, *, is_async: bool) -> bool:
-    """Whether an object is an HTTP client of the form of httpx."""
+    """Return whether an object is an HTTP client of the form of httpx."""
     kind = type(value)
     send = getattr(kind, "send", None)
     return (
@@ -526,7 +537,11 @@ def checked_client(value: Any, *, sync: bool) -> Any:
 
 
 def _rebuilt(client: Any, request: httpx.Request) -> Any:
-    """Build the request with the client: of its own library's class, with its headers and parameters added."""
+    """Build the request with the client: of its own library's class, with its headers and parameters added.
+
+    Returns:
+        The request.
+    """
     return client.build_request(
         request.method,
         str(request.url),

@@ -364,11 +364,11 @@ class _ModelCall:
         """The images of which thumbnails are needed."""
 
     def request(self, thumbnails: Mapping[str, Preview]) -> ModelRequest[Any]:
-        """The request with these thumbnails."""
+        """Return the request with these thumbnails."""
         return self._made(self._placement, thumbnails)
 
     def blind_request(self) -> ModelRequest[Any]:
-        """The request without images, which says so."""
+        """Return the request without images, which says so."""
         return self._made(Placement.NONE, {})
 
     def _made(self, placement: Placement, thumbnails: Mapping[str, Preview]) -> ModelRequest[Any]:
@@ -394,7 +394,11 @@ class _ToolCall:
         self._news = news
 
     def finish(self, reply: ToolReply) -> ToolReply:
-        """Add the news to the reply of the tool. An update that goes elsewhere is left alone: the next call brings them."""
+        """Add the news to the reply of the tool. An update that goes elsewhere is left alone: the next call brings them.
+
+        Returns:
+            The reply with the news.
+        """
         news = self._news()
         if not news:
             return reply
@@ -416,19 +420,19 @@ def _checked_count(count: Any) -> int | None:
 
 
 def _counting(tool: Any, budget: Budget) -> Any:
-    """The tool, or a copy of it whose images the budget must cover."""
+    """Return the tool, or a copy of it whose images the budget must cover."""
     with_budget = getattr(tool, "with_budget", None)
     return with_budget(budget) if callable(with_budget) else tool
 
 
 def _access(tools: Sequence[BaseTool]) -> ImageAccess:
-    """What the images of the tools may be read from; without an image tool: nothing but the temporary folder."""
+    """Return what the images of the tools may be read from; without an image tool: nothing but the temporary folder."""
     found = next(filter(None, map(_image_tool, tools)), None)
     return found.image_access() if found else ImageAccess()
 
 
 def _image_tool(tool: BaseTool) -> CogViewImageTool | None:
-    """The image tool that a tool is, or that a tool of a toolkit uses."""
+    """Return the image tool that a tool is, or that a tool of a toolkit uses."""
     inner = tool if isinstance(tool, CogViewImageTool) else getattr(tool, "tool", None)
     return inner if isinstance(inner, CogViewImageTool) else None
 
@@ -443,7 +447,7 @@ def _messages(state: Any) -> Sequence[Any]:
 
 
 def _thread(request: ToolCallRequest) -> str | None:
-    """The id of the thread, which sub-agents share."""
+    """Return the id of the thread, which sub-agents share."""
     config = getattr(request.runtime, "config", None) or {}
     thread = (config.get("configurable") or {}).get("thread_id")
     return None if thread is None else str(thread)
@@ -460,7 +464,7 @@ def _refused(request: ToolCallRequest, error: CogViewBudgetError) -> ToolMessage
 
 
 def _look_tool(messages: Sequence[Any], access: ImageAccess) -> StructuredTool:
-    """The tool that notes that the model asks for an image; the next request brings it."""
+    """Return the tool that notes that the model asks for an image; the next request brings it."""
 
     def look(id: str) -> tuple[str, dict[str, str]]:  # noqa: A002  the model's word for it
         image = sight.find_image(messages, id, access)

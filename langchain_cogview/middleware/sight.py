@@ -147,7 +147,7 @@ def refuses_images(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of a provider's package has."""
+    """Return the HTTP status that an error of a provider's package has."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):  # of botocore
         found = response.get("ResponseMetadata")
@@ -239,7 +239,7 @@ def find_image(messages: Sequence[Any], image_id: str, access: ImageAccess) -> G
 
 
 def _look(message: BaseMessage) -> str | None:
-    """The id of the image that the model asked for with this message's tool call."""
+    """Return the id of the image that the model asked for with this message's tool call."""
     artifact = message.artifact if isinstance(message, ToolMessage) else None
     if not isinstance(artifact, Mapping) or artifact.get("type") != LOOK_TYPE:
         return None
@@ -401,7 +401,7 @@ def with_images(
 
 
 def _end_of_answers(messages: Sequence[BaseMessage], index: int) -> int:
-    """The place of the last tool message of a step: providers take nothing else between the answers to parallel calls."""
+    """Return the place of the last tool message of a step: providers take nothing else between parallel answers."""
     while index + 1 < len(messages) and isinstance(messages[index + 1], ToolMessage):
         index += 1
     return index

@@ -304,7 +304,7 @@ def cost_text(image: GeneratedImage) -> str:
 
 
 def _reason(image: GeneratedImage, content: bytes | None) -> str:
-    """Say why an image is not shown, and where it is."""
+    """Return why an image is not shown, and where it is."""
     if content is not None and len(content) > PREVIEW_BYTES:
         return f"{PILLOW_MISSING} The image is in memory: image.save(path) writes it."
     if image.path:
@@ -512,7 +512,7 @@ def _line_of_cell() -> StatusLine:
 
 
 def _running_cell() -> object:
-    """Identify the execution of a cell that this thread or task belongs to: by the message that requested it."""
+    """Return what identifies the execution of a cell: the message that requested it."""
     shell = sys.modules["IPython"].get_ipython()
     header = getattr(getattr(shell, "display_pub", None), "parent_header", None)
     return header.get("msg_id") if isinstance(header, dict) else getattr(shell, "execution_count", None)

@@ -308,7 +308,11 @@ def _is_pair(item: Any) -> bool:
 
 
 def _read(item: Any, access: ImageAccess) -> Any:
-    """Turn an artifact into its result, or a damaged one into the images that can be read; other items are unchanged."""
+    """Turn an artifact into its result, or a damaged one into the images that can be read; other items are unchanged.
+
+    Returns:
+        The result, or what the item was.
+    """
     if not isinstance(item, Mapping):
         return item
     try:

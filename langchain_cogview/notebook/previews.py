@@ -158,7 +158,11 @@ def make_thumbnail(content: bytes, *, side: int = THUMBNAIL_SIDE, limit: int = T
 
 
 def _opaque(pillow: Any, content: bytes, side: int) -> Any:
-    """Decode an image at about the size of its preview, before anything copies all of its pixels."""
+    """Decode an image at about the size of its preview, before anything copies all of its pixels.
+
+    Returns:
+        The decoded image.
+    """
     image = pillow.open(io.BytesIO(content), formats=_FORMATS)
     image.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at a lower resolution
     if "transparency" in image.info and image.mode != "RGBA":
@@ -241,6 +245,7 @@ def decoded(content: bytes, method: str = "to_pil") -> Any:
     Raises:
         ImportError: Pillow is not installed; the message names the extra.
         CogViewStorageError: The image would take more memory, or it cannot be decoded.
+        CogViewError: The image cannot be decoded in that memory.
     """
     try:
         from PIL import Image  # noqa: PLC0415
