@@ -18,8 +18,8 @@ from pydantic import SecretStr
 from langchain_cogview.addresses import LinkRules
 from langchain_cogview.api.client import client_of
 from langchain_cogview.api.protocol import ImagesReply, images_body
+from langchain_cogview.api.sending import asender, sender
 from langchain_cogview.api.tasks import TasksClient
-from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.cache import CachedRequest
 from langchain_cogview.catalog import model_info, price_of
 from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, as_outcome, in_thread, raised_by_signal

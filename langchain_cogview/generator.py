@@ -240,7 +240,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     def _check_client(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None:
             return None
-        from langchain_cogview.api.transport import checked_client  # noqa: PLC0415  the HTTP stack
+        from langchain_cogview.api.sending import checked_client  # noqa: PLC0415  the HTTP stack
 
         return checked_client(value, sync=info.field_name == "http_client")
 

@@ -133,7 +133,7 @@ class GeneratedImage(BaseModel):
         if content is None and self.uri:
             content = self._content = self._reading().read_uri(self.uri, **self._recorded())
         if content is None:
-            from langchain_cogview.api.transport import sender  # noqa: PLC0415
+            from langchain_cogview.api.sending import sender  # noqa: PLC0415
             from langchain_cogview.images.download import fetch  # noqa: PLC0415
 
             url, rules = self._link()
@@ -153,7 +153,7 @@ class GeneratedImage(BaseModel):
         if content is None and self.uri:
             content = self._content = await self._reading().aread_uri(self.uri, **self._recorded())
         if content is None:
-            from langchain_cogview.api.transport import asender  # noqa: PLC0415
+            from langchain_cogview.api.sending import asender  # noqa: PLC0415
             from langchain_cogview.images.download import afetch  # noqa: PLC0415
 
             url, rules = self._link()

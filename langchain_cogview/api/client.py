@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from langchain_cogview.api.endpoint import Call, Endpoint, Progress, Reader, ReplyT
 from langchain_cogview.api.limiter import Limiter, Slot, limiter_for
 from langchain_cogview.api.protocol import Fault, ImagesReply, Phase, read_reply, transport_error
+from langchain_cogview.api.sending import asender, sender
 from langchain_cogview.api.settings import SANDBOX_ENDPOINT, is_sandbox
-from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import CANCEL_TOKEN, Deadline
 from langchain_cogview.errors import (

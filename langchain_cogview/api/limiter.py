@@ -10,7 +10,6 @@ This module knows nothing of HTTP or of what is sent.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import hashlib
 import heapq
@@ -19,16 +18,17 @@ import os
 import threading
 import time
 import weakref
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from langchain_cogview.api.waiters import TaskWaiter, ThreadWaiter, Waiter
 from langchain_cogview.concurrency import PRIORITY
 from langchain_cogview.limits.adaptive import AdaptiveLimit
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from langchain_cogview.concurrency import Deadline, Priority
@@ -39,8 +39,6 @@ MAX_LIMITERS: Final = 1000
 """How many unused limiters are kept; the least recently used one is forgotten first."""
 _WARN_SECONDS: Final = 60.0
 _COMPACT_AT: Final = 64
-_LOOK_SECONDS: Final = 0.5
-"""Seconds after which a waiting task checks for slots that are held beyond their time limit."""
 _PICK_UP_SECONDS: Final = 5.0
 """Seconds that a granted slot is reserved for a task whose event loop does not run it."""
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
@@ -149,7 +147,7 @@ class Limiter:
         self._lock = threading.Lock()
         # Ended slots and withdrawn waiters, handled by the holder of the lock. The garbage collector can end a slot in a thread
         # that holds the lock at that moment, so that ending a slot must not wait for the lock.
-        self._mail: deque[tuple[Slot | _Waiter, bool]] = deque()
+        self._mail: deque[tuple[Slot | Waiter, bool]] = deque()
         self._heap = []
         self._in_flight = 0
         self._waiting = 0
@@ -223,7 +221,7 @@ class Limiter:
         slot = self._slot_at_once(cap, ticket, is_batch=is_batch)
         if slot is not None:
             return slot
-        waiter, granted = _ThreadWaiter(cap, self._check_seconds, is_batch=is_batch), False
+        waiter, granted = ThreadWaiter(cap, self._check_seconds, is_batch=is_batch), False
         try:
             self._queue(waiter, ticket)
             granted = waiter.wait(deadline, cancelled, self.reclaim)
@@ -252,7 +250,7 @@ class Limiter:
         slot = self._slot_at_once(cap, ticket, is_batch=is_batch)
         if slot is not None:
             return slot
-        waiter, granted = _TaskWaiter(cap, self._check_seconds, is_batch=is_batch), False
+        waiter, granted = TaskWaiter(cap, self._check_seconds, is_batch=is_batch), False
         try:
             self._queue(waiter, ticket)
             granted = await waiter.wait(deadline, partial(self._look, waiter, ticket), cancelled)
@@ -265,7 +263,7 @@ class Limiter:
             waiter.slot.end_after(None)  # the task has received it
         return waiter.slot if granted else None
 
-    def _look(self, waiter: _Waiter, ticket: int | None) -> None:
+    def _look(self, waiter: Waiter, ticket: int | None) -> None:
         self.reclaim()
         if waiter.was_skipped:
             self._queue_again(waiter, ticket)
@@ -329,7 +327,7 @@ class Limiter:
         if self._mail:
             self._settle()
 
-    def _queue_again(self, waiter: _Waiter, ticket: int | None) -> None:
+    def _queue_again(self, waiter: Waiter, ticket: int | None) -> None:
         """Put a waiter back into the queue that was skipped because its event loop seemed abandoned."""
         with self._lock:
             again = waiter.was_skipped and waiter.slot is None
@@ -355,7 +353,7 @@ class Limiter:
             if self._mail:
                 self._settle()
 
-    def _queue(self, waiter: _Waiter, ticket: int | None) -> None:
+    def _queue(self, waiter: Waiter, ticket: int | None) -> None:
         """Put a waiter into the queue. It can be granted a slot before this returns."""
         try:
             with self._lock:
@@ -384,7 +382,7 @@ class Limiter:
             if self._mail:
                 self._settle()
 
-    def _post(self, ended: Slot | _Waiter, *, success: bool = False) -> None:
+    def _post(self, ended: Slot | Waiter, *, success: bool = False) -> None:
         self._mail.append((ended, success))
         self._settle()
 
@@ -433,7 +431,7 @@ class Limiter:
         self._timed.pop(slot, None)
         return fresh
 
-    def _withdraw(self, waiter: _Waiter) -> None:
+    def _withdraw(self, waiter: Waiter) -> None:
         if waiter.gone:
             return
         waiter.gone = True
@@ -478,112 +476,6 @@ class Limiter:
                         self._set_limit(waiter.slot, _PICK_UP_SECONDS, waiter.loop)
                 else:
                     self._closed(waiter.slot)
-
-
-class _Waiter(ABC):
-    """A thread or task that waits. `gone` means that it is not in the queue: not yet, granted, or withdrawn."""
-
-    loop: asyncio.AbstractEventLoop | None = None
-    """The event loop of a waiting task; None for a thread."""
-
-    def __init__(self, cap: int, check_seconds: float, *, is_batch: bool) -> None:
-        self.cap = cap
-        self.check_seconds = check_seconds
-        self.is_batch = is_batch
-        self.gone = True
-        self.was_skipped = False
-        self.slot: Slot | None = None
-        self.error: CogViewConfigurationError | None = None
-
-    @abstractmethod
-    def wake(self) -> bool:
-        """Resume the waiter. Returns False if it can never resume."""
-
-
-class _ThreadWaiter(_Waiter):
-    def __init__(self, cap: int, check_seconds: float, *, is_batch: bool) -> None:
-        super().__init__(cap, check_seconds, is_batch=is_batch)
-        self._granted = threading.Lock()
-        self._granted.acquire()
-
-    def wake(self) -> bool:
-        self._granted.release()
-        return True
-
-    def wait(self, deadline: Deadline | None, cancelled: threading.Event | None, look: Callable[[], None]) -> bool:
-        """Wait until a slot is granted, the deadline passes or `cancelled` is set. Calls `look` regularly.
-
-        Returns:
-            Whether a slot was granted.
-        """
-        while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
-            left = deadline.remaining() if deadline else None
-            if self._granted.acquire(timeout=self.check_seconds if left is None else min(left, self.check_seconds)):
-                return True
-            look()
-        return False
-
-
-class _TaskWaiter(_Waiter):
-    def __init__(self, cap: int, check_seconds: float, *, is_batch: bool) -> None:
-        super().__init__(cap, check_seconds, is_batch=is_batch)
-        self.loop = self._loop = asyncio.get_running_loop()
-        self._granted: asyncio.Future[None] = self._loop.create_future()
-
-    def wake(self) -> bool:
-        try:
-            if _running_loop() is self._loop:
-                self._go()
-            else:
-                self._loop.call_soon_threadsafe(self._go)
-        except RuntimeError:  # the loop is closed
-            return False
-        return True
-
-    def _go(self) -> None:
-        if not self._granted.done():
-            self._granted.set_result(None)
-
-    async def wait(
-        self, deadline: Deadline | None, look: Callable[[], None], cancelled: threading.Event | None
-    ) -> bool:
-        """Async version of `_ThreadWaiter.wait`.
-
-        Returns:
-            As `_ThreadWaiter.wait`.
-        """
-        timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
-        try:
-            if (
-                deadline is None and cancelled is None
-            ):  # the usual case: a wait with a time limit costs four times as much
-                await self._granted
-                return True
-            while not (cancelled and cancelled.is_set()) and not (deadline and deadline.passed):
-                left = [] if deadline is None or (rest := deadline.remaining()) is None else [rest]
-                # Not `wait_for`, which would cancel the future while another thread is about to grant the slot.
-                await asyncio.wait(
-                    [self._granted], timeout=min([*left, self.check_seconds] if cancelled else left, default=None)
-                )
-                if self._granted.done():
-                    return True
-            return False
-        finally:
-            (self._timer or timer).cancel()
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def _look(self, look: Callable[[], None]) -> None:
-        look()
-        if not self._granted.done():
-            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look, look)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 _LimiterName = tuple[str, str, bytes, int, str | None]

@@ -7,25 +7,23 @@ reply can do before httpcore has parsed it. `ReplyGuard` has these bounds once, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-import select
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import httpcore
 import httpx
 
 from langchain_cogview.addresses import aresolve, resolve
+from langchain_cogview.api.sockets import READ_BYTES, Channel, SocketChannel, TLSChannel, wait_until_ready
 from langchain_cogview.concurrency import Deadline, raised_by_signal
 
 if TYPE_CHECKING:
     from langchain_cogview.addresses import AddressCheck
 
 _FIRST_ADDRESSES_SECONDS: Final = 5.0
-_READ_BYTES: Final = 2**18
 _WRITE_BYTES: Final = 2**14
 """The size of one write. A socket that is writable takes this much at once."""
 _EARLY_CHECK_SECONDS: Final = 0.05
@@ -196,7 +194,7 @@ class SyncStream(httpcore.NetworkStream):
         self._send_outgoing(timeout)
         left = self._backend.time_left(timeout, httpcore.ReadTimeout)
         if self.guard.is_empty:
-            self.guard.put(self._stream.read(_READ_BYTES, left))
+            self.guard.put(self._stream.read(READ_BYTES, left))
         return self.guard.take(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -235,7 +233,7 @@ class SyncStream(httpcore.NetworkStream):
         sock = self._stream.get_extra_info("socket")
         while True:
             left = self._backend.time_left(timeout, httpcore.WriteTimeout)
-            is_writable = _wait_until_ready(sock, left)
+            is_writable = wait_until_ready(sock, left)
             received = self._receive_now()
             if is_writable or received is not None:
                 return received
@@ -250,7 +248,7 @@ class SyncStream(httpcore.NetworkStream):
             # With TLS, what can be read from the socket itself may be a session ticket.
             if not self._is_encrypted and not self._stream.get_extra_info("is_readable"):
                 return None
-            return self._stream.read(_READ_BYTES, timeout=0)
+            return self._stream.read(READ_BYTES, timeout=0)
         except httpcore.ReadTimeout:
             return None
         except httpcore.ReadError as error:
@@ -333,143 +331,13 @@ class SyncBackend(httpcore.NetworkBackend):
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
 
 
-# --- async connections. Their time limit is the caller's `asyncio.timeout` around the whole exchange. They are plain sockets and
-# not asyncio's transports: these hold their event loop, warn when they outlive it, and cannot be closed without it.
-
-
-class _SocketChannel:
-    def __init__(self, sock: socket.socket, open_sockets: set[socket.socket]) -> None:
-        self._socket, self._open = sock, open_sockets
-        open_sockets.add(sock)
-
-    async def receive(self) -> bytes:
-        return await asyncio.get_running_loop().sock_recv(self._socket, _READ_BYTES)
-
-    async def send(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self._socket, data)
-
-    def receive_now(self) -> bytes | None:
-        """Receive without waiting.
-
-        Returns:
-            What was received; None when nothing is there, and no bytes at the end.
-        """
-        try:
-            return self._socket.recv(_READ_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-
-    def close(self) -> None:
-        self._open.discard(self._socket)
-        self._socket.close()
-
-    def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":
-            return _is_readable(self._socket)
-        return self._socket if info == "socket" else None
-
-
-class _TLSChannel:
-    """TLS over another channel, with `ssl.MemoryBIO`."""
-
-    def __init__(self, channel: _Channel, context: ssl.SSLContext, host: str | None) -> None:
-        self._channel = channel
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-
-    async def shake_hands(self) -> None:
-        try:
-            await self._run(self._tls.do_handshake)
-        except ssl.SSLError:
-            with contextlib.suppress(OSError):
-                await self._flush()  # the alert
-            raise
-
-    async def receive(self) -> bytes:
-        try:
-            return bytes(await self._run(lambda: self._tls.read(_READ_BYTES)))
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            return b""
-
-    async def send(self, data: bytes) -> None:
-        await self._run(lambda: self._tls.write(data))
-
-    def receive_now(self) -> bytes | None:
-        while True:
-            try:
-                return self._tls.read(_READ_BYTES)
-            except ssl.SSLWantReadError:
-                data = self._channel.receive_now()
-                if data is None:
-                    return None
-                self._feed(data)
-            except ssl.SSLError:
-                return b""
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def get_extra_info(self, info: str) -> Any:
-        if info == "ssl_object":
-            return self._tls
-        if info == "is_readable" and (self._incoming.pending or self._tls.pending()):
-            return True
-        return self._channel.get_extra_info(info)
-
-    async def _run(self, step: Callable[[], Any]) -> Any:
-        while True:
-            try:
-                result = step()
-            except ssl.SSLWantReadError:
-                await self._flush()
-                self._feed(await self._channel.receive())
-            else:
-                await self._flush()
-                return result
-
-    async def _flush(self) -> None:
-        if self._outgoing.pending:
-            await self._channel.send(self._outgoing.read())
-
-    def _feed(self, data: bytes) -> None:
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
-
-
-def _wait_until_ready(sock: socket.socket, timeout: float | None) -> bool:
-    """Wait until a socket can be read from or written to.
-
-    Returns:
-        Whether it can be written to.
-    """
-    if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([sock], [sock], [], timeout)[1])
-    poll = select.poll()
-    poll.register(sock, select.POLLIN | select.POLLOUT)
-    return any(event & select.POLLOUT for _, event in poll.poll(None if timeout is None else timeout * 1000))
-
-
-def _is_readable(sock: socket.socket) -> bool:
-    if sock.fileno() < 0:
-        return True
-    if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-_Channel = _SocketChannel | _TLSChannel
+# --- async connections. Their time limit is the caller's `asyncio.timeout` around the whole exchange.
 
 
 class AsyncStream(httpcore.AsyncNetworkStream):
     """Async version of `SyncStream`."""
 
-    def __init__(self, channel: _Channel, backend: AsyncBackend) -> None:
+    def __init__(self, channel: Channel, backend: AsyncBackend) -> None:
         self._channel, self._backend = channel, backend
         self._outgoing: list[bytes] = []
         self.guard = ReplyGuard()
@@ -561,7 +429,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
         try:
             if not self.guard.is_empty:
                 raise httpcore.ConnectError("The server sent something before the TLS handshake.")  # noqa: TRY301
-            channel = _TLSChannel(self._channel, ssl_context, server_hostname)
+            channel = TLSChannel(self._channel, ssl_context, server_hostname)
             await channel.shake_hands()
         except (OSError, ValueError) as error:
             self.close()
@@ -621,9 +489,9 @@ class AsyncBackend(httpcore.AsyncNetworkBackend):
                     raise httpcore.ConnectError(str(error)) from error
         raise httpcore.ConnectError(f"The name {host[:100]!r} has no address.")
 
-    async def _connected(self, address: str, port: int) -> _SocketChannel:
+    async def _connected(self, address: str, port: int) -> SocketChannel:
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-        channel = _SocketChannel(sock, self._open)
+        channel = SocketChannel(sock, self._open)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

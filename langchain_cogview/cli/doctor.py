@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from langchain_cogview.addresses import resolve
 from langchain_cogview.api.endpoint import Call, Endpoint
 from langchain_cogview.api.protocol import read_reply
+from langchain_cogview.api.sending import asender, sender
 from langchain_cogview.api.settings import (
     BASE_URL_VARIABLE,
     BASE_URLS,
@@ -43,7 +44,6 @@ from langchain_cogview.api.settings import (
     resolve_key,
     tls_context,
 )
-from langchain_cogview.api.transport import asender, sender
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import (
     CogViewAuthenticationError,

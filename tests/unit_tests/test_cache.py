@@ -19,7 +19,7 @@ from langchain_core.caches import BaseCache, InMemoryCache
 from langchain_core.outputs import Generation
 
 from langchain_cogview import CogViewConfigurationError, CogViewImageGenerator, ImageRequest
-from langchain_cogview.api.transport import sender
+from langchain_cogview.api.sending import sender
 from langchain_cogview.cache import UNDATED_URL_LIFETIME, CachedRequest, CacheKey, image_cache
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewError

@@ -16,7 +16,8 @@ from langchain_cogview import CogViewImageGenerator, CogViewOutcomeUnknownError
 from langchain_cogview.api.endpoint import Call, Endpoint
 from langchain_cogview.api.network import ReplyGuard
 from langchain_cogview.api.protocol import read_reply
-from langchain_cogview.api.transport import AsyncTransport, SyncTransport, asender, sender
+from langchain_cogview.api.sending import asender, sender
+from langchain_cogview.api.transport import AsyncTransport, SyncTransport
 from langchain_cogview.concurrency import Deadline
 from tests.conftest import FAKE_KEY
 from tests.faults.server import FaultServer, at

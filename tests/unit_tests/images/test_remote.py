@@ -24,7 +24,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from langchain_cogview.addresses import LinkRules
-from langchain_cogview.api.transport import asender, sender
+from langchain_cogview.api.sending import asender, sender
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
 from langchain_cogview.images.download import afetch, fetch
