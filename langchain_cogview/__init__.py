@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_cogview.artifact import ImageArtifact
-    from langchain_cogview.batches import ImageTask
     from langchain_cogview.budget import Budget
     from langchain_cogview.callbacks import (
         AsyncContentFilterCallbackHandler,
@@ -63,12 +62,13 @@ if TYPE_CHECKING:
     from langchain_cogview.request import ImageRequest
     from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
     from langchain_cogview.sandbox import Sandbox
+    from langchain_cogview.tasks import ImageTask
     from langchain_cogview.tool import CogViewImageTool
     from langchain_cogview.toolkit import CogViewToolkit
 
 _NAMES = {
     "artifact": ("ImageArtifact",),
-    "batches": ("ImageTask",),
+    "tasks": ("ImageTask",),
     "callbacks": (
         "AsyncContentFilterCallbackHandler",
         "ContentFilterCallbackHandler",

@@ -1,11 +1,15 @@
-"""Limits of images and of money. An image is reserved before its request, and counts once a POST is sent that may be charged."""
+"""Limits of images and of money, and the journal of what is about to be charged.
+
+An image is reserved before its request, and counts once a POST is sent that may be charged.
+"""
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 from langchain_cogview.cost import MAX_AMOUNT, Money, checked_amount
 from langchain_cogview.errors import CogViewBudgetError, CogViewConfigurationError, printable
@@ -283,3 +287,35 @@ def reserved(budget: Budget | Reservation | None, price: Money, count: int) -> I
     finally:
         if reservation is not None:
             reservation.release()
+
+
+class Journal(Protocol):
+    """Records what is about to be charged, so that a process that dies leaves a trace.
+
+    Each record has the request id that this client generated and the model that is asked, which may be a fallback model.
+    """
+
+    def sending(self, request_id: str, model: str) -> None:
+        """Record the first POST to a model, or a POST after one that may have been charged, right before it is sent.
+
+        An exception ends the call, and nothing is sent.
+        """
+
+    async def asending(self, request_id: str, model: str) -> None:
+        """Async version of `sending`."""
+
+    def not_sent(self, request_id: str, model: str) -> None:
+        """Record that the caller left, by a cancelled task or an interrupt, before anything of the POST was sent."""
+
+    async def anot_sent(self, request_id: str, model: str) -> None:
+        """Async version of `not_sent`."""
+
+    def submitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Record a task that was accepted, by whose id its image is found again."""
+
+    async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
+        """Async version of `submitted`."""
+
+
+JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", default=None)
+"""The journal of the calls made in this context."""

@@ -440,3 +440,17 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def runs_in(task: weakref.ref[asyncio.Task[Any]] | None) -> bool:
+    """Return whether a task is the running one: a coroutine of an abandoned event loop is closed outside of its task."""
+    running = running_task()
+    return running is not None and task is not None and running is task()
+
+
+def running_task() -> asyncio.Task[Any] | None:
+    """Return the task that runs this code; None outside of an event loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop is running
+        return None

@@ -14,13 +14,13 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
 from langchain_core.callbacks import BaseCallbackHandler, adispatch_custom_event, dispatch_custom_event
 
 from langchain_cogview.artifact import ContentFilterArtifact, GeneratedImageArtifact
+from langchain_cogview.budget import JOURNAL
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.errors import (
     CogViewContentFilterError,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from langchain_core.runnables import RunnableConfig
 
-    from langchain_cogview.budget import Charge, Reservation
+    from langchain_cogview.budget import Charge, Journal, Reservation
     from langchain_cogview.concurrency import Deadline
     from langchain_cogview.cost import Money
     from langchain_cogview.result import GeneratedImage
@@ -289,38 +289,6 @@ NO_DISPATCHER: Final = EventDispatcher(config={}, tool_call_id=None, sandbox=Fal
 
 
 # --- one paid call
-
-
-class Journal(Protocol):
-    """Records what is about to be charged, so that a process that dies leaves a trace.
-
-    Each record has the request id that this client generated and the model that is asked, which may be a fallback model.
-    """
-
-    def sending(self, request_id: str, model: str) -> None:
-        """Record the first POST to a model, or a POST after one that may have been charged, right before it is sent.
-
-        An exception ends the call, and nothing is sent.
-        """
-
-    async def asending(self, request_id: str, model: str) -> None:
-        """Async version of `sending`."""
-
-    def not_sent(self, request_id: str, model: str) -> None:
-        """Record that the caller left, by a cancelled task or an interrupt, before anything of the POST was sent."""
-
-    async def anot_sent(self, request_id: str, model: str) -> None:
-        """Async version of `not_sent`."""
-
-    def submitted(self, request_id: str, task_id: str, model: str) -> None:
-        """Record a task that was accepted, by whose id its image is found again."""
-
-    async def asubmitted(self, request_id: str, task_id: str, model: str) -> None:
-        """Async version of `submitted`."""
-
-
-JOURNAL: Final[ContextVar[Journal | None]] = ContextVar("cogview_journal", default=None)
-"""The journal of the calls made in this context."""
 
 
 @dataclass(slots=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import uuid
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
@@ -22,7 +20,15 @@ from langchain_cogview.api.sending import asender, sender
 from langchain_cogview.api.tasks import TasksClient
 from langchain_cogview.cache import CachedRequest
 from langchain_cogview.catalog import model_info, price_of
-from langchain_cogview.concurrency import SINGLE_FLIGHT, Deadline, as_outcome, in_thread, raised_by_signal
+from langchain_cogview.concurrency import (
+    SINGLE_FLIGHT,
+    Deadline,
+    as_outcome,
+    in_thread,
+    raised_by_signal,
+    running_task,
+    runs_in,
+)
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
     CogViewContentFilterError,
@@ -38,10 +44,10 @@ from langchain_cogview.events import EventDispatcher, ImageEvents
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, with_content
-from langchain_cogview.text import unsaved_note
+from langchain_cogview.text import log_unasked, noting_lost_image, unsaved_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from langchain_cogview.api.client import ImagesClient
@@ -61,7 +67,6 @@ _FLIGHT_SECONDS = 600.0
 _REFETCH_SECONDS = 10.0
 _REFETCH_RETRIES = 1  # the URL of a cached image is usually old: what is not there any more will not appear
 _CACHE_SECONDS = 60.0
-_MOST_LOGGED_CHARACTERS = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +227,7 @@ class ImageCall:
             if hit is None:
                 outcome = self._generate_new()
                 if not isinstance(outcome, Exception):
-                    with _noting_lost_image(outcome[0].request_id, outcome[0].url):
+                    with noting_lost_image(outcome[0].request_id, outcome[0].url):
                         self.cache.store(index, outcome[0])
                 return outcome
         self.dispatcher.dispatch(*self._events(Deadline(None), hit.request_id).made([hit]))
@@ -241,7 +246,7 @@ class ImageCall:
             if hit is None:
                 outcome = await self._agenerate_new()
                 if not isinstance(outcome, Exception):
-                    with _noting_lost_image(outcome[0].request_id, outcome[0].url):
+                    with noting_lost_image(outcome[0].request_id, outcome[0].url):
                         await self.cache.astore(index, outcome[0])
                 return outcome
         await self.dispatcher.adispatch(*self._events(Deadline(None), hit.request_id).made([hit]))
@@ -450,8 +455,8 @@ class ImageCall:
 
     def _finish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
         reply = paid.reply
-        _log_unasked(events.request_id, reply)
-        with _noting_lost_image(events.request_id, *reply.urls):
+        log_unasked(events.request_id, reply.unasked_urls)
+        with noting_lost_image(events.request_id, *reply.urls):
             try:
                 outcome = None if reply.content is None else self._saved(reply.content, events)
                 if reply.urls and not isinstance(outcome, DownloadedImage):
@@ -465,8 +470,8 @@ class ImageCall:
 
     async def _afinish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
         reply = paid.reply
-        _log_unasked(events.request_id, reply)
-        with _noting_lost_image(events.request_id, *reply.urls):
+        log_unasked(events.request_id, reply.unasked_urls)
+        with noting_lost_image(events.request_id, *reply.urls):
             try:
                 # The thread saves the bytes even when the caller is cancelled: they cannot be downloaded again.
                 outcome = None if reply.content is None else await in_thread(self._saved, reply.content, events)
@@ -501,7 +506,7 @@ class ImageCall:
     async def _afetched(self, url: str, deadline: Deadline, label: str, retries: int | None = None) -> Download:
         if not self.settings.download:
             return None
-        running = _running_task()
+        running = running_task()
         task = None if running is None else weakref.ref(running)  # a strong one would keep an abandoned loop alive
         del running
         try:
@@ -511,7 +516,7 @@ class ImageCall:
         except CogViewError as error:
             return error
         except Exception as error:
-            if raised_by_signal(error) or not _runs_in(task):
+            if raised_by_signal(error) or not runs_in(task):
                 raise
             # For example a server that refuses blocking calls on its event loop: a thread may block, and downloads are free.
             reason = f"{type(error).__name__}: {printable(str(error), 100)}"
@@ -579,44 +584,6 @@ def _fallen_back(request: ImageRequest, refused: list[CogViewError]) -> tuple[st
         return ()
     why = f"code {refused[-1].code}" if refused[-1].code else type(refused[-1]).__name__
     return (f"The model that was asked for did not run ({why}); {request.model} made the image.",)
-
-
-@contextmanager
-def _noting_lost_image(request_id: str, *urls: str | None) -> Iterator[None]:
-    """Add a note about the paid image to the exception of a caller that is cancelled or interrupted after the payment."""
-    try:
-        yield
-    except BaseException as error:
-        where = (
-            " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in urls if url) or "its bytes were in the reply"
-        )
-        note = f"An image was made and paid for (request id {printable(request_id)}): {where}"
-        logger.warning("The caller left before it received an image. %s", note)
-        error.add_note(note)
-        raise
-
-
-def _log_unasked(request_id: str, reply: ImagesReply) -> None:
-    """Log the links of images that were not asked for, so that they can be found."""
-    if reply.unasked_urls:
-        logger.warning(
-            "The reply to request %s held more images than the one that was asked for: %s",
-            printable(request_id),
-            " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in reply.unasked_urls),
-        )
-
-
-def _runs_in(task: weakref.ref[asyncio.Task[Any]] | None) -> bool:
-    """Return whether a task is the running one: a coroutine of an abandoned event loop is closed outside of its task."""
-    running = _running_task()
-    return running is not None and task is not None and running is task()
-
-
-def _running_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop is running
-        return None
 
 
 def _usage(cost: Decimal | None, currency: str | None, usd_per_cny: Decimal | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from langchain_cogview.api.settings import (
     resolve_key,
     service_warnings,
 )
-from langchain_cogview.batches import BatchRunnable, ImageTask, checked_task, logged_handler_errors, traced_config
+from langchain_cogview.batches import BatchRunnable, logged_handler_errors, traced_config
 from langchain_cogview.budget import Budget, Reservation, reserved
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import Priority
@@ -51,6 +51,7 @@ from langchain_cogview.request import (
     specified,
 )
 from langchain_cogview.result import ImageResult
+from langchain_cogview.tasks import ImageTask, checked_task
 from langchain_cogview.text import warn_caller
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.batches import ImageTask
+from langchain_cogview.tasks import ImageTask
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import (

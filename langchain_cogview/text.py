@@ -1,22 +1,30 @@
-"""Text for people: untrusted text made safe to show, moments, and warnings with the line of the caller."""
+"""Text for people: untrusted text made safe to show, moments, warnings with the line of the caller, and notes about paid images."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import warnings
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 MAX_SERVER_TEXT: Final = 200
 """Maximum length of the service's text in an error, in characters."""
 IN_MEMORY: Final = "Its bytes are in memory: call save(path)."
 """The end of the warning about an image that could not be saved in `output_dir`."""
+_MOST_LOGGED_CHARACTERS: Final = 1000
 _CALLEES: Final = {__name__.partition(".")[0], "pydantic", "langchain_core"}
 _USUAL_KEY = re.compile(r"\b[0-9A-Fa-f]{32}\.[0-9A-Za-z]{16}\b")
 _SPACES: Final = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _JOINERS: Final = {0x200C: None, 0x200D: None}
 """Joiners between the parts of an emoji; without them the parts stand side by side."""
+
+logger = logging.getLogger(__name__)
 
 
 def visible(text: str, *, instead: str = "?") -> str:
@@ -84,3 +92,41 @@ def unsaved_note(folder: object, why: str) -> str:
         The text of the warning.
     """
     return f"The image could not be saved in output_dir ({printable(str(folder), 120)}): {why}. {IN_MEMORY}"
+
+
+@contextmanager
+def noting_lost_image(request_id: str, *urls: str | None) -> Iterator[None]:
+    """Add a note about the paid image to the exception of a caller that is cancelled or interrupted after the payment.
+
+    Args:
+        request_id: The request id.
+        *urls: The links of the image, as far as there are any.
+
+    Yields:
+        Once, for the work after the payment.
+    """
+    try:
+        yield
+    except BaseException as error:
+        where = (
+            " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in urls if url) or "its bytes were in the reply"
+        )
+        note = f"An image was made and paid for (request id {printable(request_id)}): {where}"
+        logger.warning("The caller left before it received an image. %s", note)
+        error.add_note(note)
+        raise
+
+
+def log_unasked(request_id: str, urls: Sequence[str]) -> None:
+    """Log the links of images that were not asked for, so that they can be found.
+
+    Args:
+        request_id: The request id.
+        urls: The links.
+    """
+    if urls:
+        logger.warning(
+            "The reply to request %s held more images than the one that was asked for: %s",
+            printable(request_id),
+            " ".join(printable(url, _MOST_LOGGED_CHARACTERS) for url in urls),
+        )

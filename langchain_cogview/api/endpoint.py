@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import re
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
-from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
 from langchain_cogview.api.network import UnexpectedDataError
 from langchain_cogview.api.protocol import (
     DATA_FIELDS,
@@ -31,7 +28,7 @@ from langchain_cogview.api.protocol import (
     transport_error,
 )
 from langchain_cogview.api.redaction import redactor
-from langchain_cogview.api.settings import SANDBOX_KEY, is_sandbox
+from langchain_cogview.api.settings import is_free
 from langchain_cogview.concurrency import DEADLINE, raised_by_signal
 from langchain_cogview.errors import CogViewError, CogViewMalformedReplyError, CogViewOutcomeUnknownError
 
@@ -136,29 +133,6 @@ class Call:
     method: str
     route: str
     body: dict[str, Any] | None = None
-
-
-def is_free(base_url: str, key: SecretStr) -> bool:
-    """Whether images can be placeholders of the sandbox, which cost nothing. A header of the reply is not enough for that.
-
-    Args:
-        base_url: The base URL as the user wrote it.
-        key: The API key.
-
-    Returns:
-        True for the sandbox in this process, for a sandbox that this process serves, and for a service of this machine that the
-        user marks as a sandbox by the key "sandbox".
-    """
-    if is_sandbox(base_url):
-        return True
-    parts = urlsplit(base_url)
-    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
-    try:
-        if not is_loopback(ipaddress.ip_address(host)):
-            return False
-    except ValueError:
-        return False
-    return (host, parts.port) in SANDBOX_SERVERS or key.get_secret_value() == SANDBOX_KEY.get_secret_value()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
+from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
 from langchain_cogview.catalog import find_model
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewConfigurationError
@@ -79,6 +80,29 @@ def find_shared_limit(setting: SharedLimit | str | None) -> SharedLimit | None:
 def is_sandbox(base_url: str | None) -> bool:
     """Return whether a base URL is that of a sandbox in this process."""
     return bool(base_url) and str(base_url).startswith(SANDBOX_SCHEME)
+
+
+def is_free(base_url: str, key: SecretStr) -> bool:
+    """Return whether images can be placeholders of the sandbox, which cost nothing. A header of the reply is not enough for that.
+
+    Args:
+        base_url: The base URL as the user wrote it.
+        key: The API key.
+
+    Returns:
+        True for the sandbox in this process, for a sandbox that this process serves, and for a service of this machine that the
+        user marks as a sandbox by the key "sandbox".
+    """
+    if is_sandbox(base_url):
+        return True
+    parts = urlsplit(base_url)
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
+    try:
+        if not is_loopback(ipaddress.ip_address(host)):
+            return False
+    except ValueError:
+        return False
+    return (host, parts.port) in SANDBOX_SERVERS or key.get_secret_value() == SANDBOX_KEY.get_secret_value()
 
 
 def normal_base_url(text: str) -> str:

@@ -20,7 +20,8 @@ from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
-from langchain_cogview.jobs.folder import FolderInUseError, JobFolder, spare_descriptors
+from langchain_cogview.jobs.files import spare_descriptors
+from langchain_cogview.jobs.folder import FolderInUseError, JobFolder
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
 from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -252,3 +253,15 @@ def recovered_record(recovered: RecoveredImage, price: Decimal | None, *, sandbo
         sandbox=sandbox,
     )
     return image_record(image, recovered.file)
+
+
+def spare_descriptors() -> int | None:
+    """Return how many more files this process may open; None if there is no limit or it is unknown."""
+    try:
+        import resource  # noqa: PLC0415  not on Windows
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        taken = len(list(Path("/dev/fd").iterdir()))
+    except (ImportError, OSError) as error:
+        return 0 if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} else None
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - taken)

@@ -554,18 +554,6 @@ def damaged_record(path: Path, number: int, why: str) -> CogViewConfigurationErr
 # --- what the system says
 
 
-def spare_descriptors() -> int | None:
-    """Return how many more files this process may open; None if there is no limit or it is unknown."""
-    try:
-        import resource  # noqa: PLC0415  not on Windows
-
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        taken = len(os.listdir("/dev/fd"))
-    except (ImportError, OSError) as error:
-        return 0 if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} else None
-    return None if limit == resource.RLIM_INFINITY else max(0, limit - taken)
-
-
 def read_error(path: Path, error: OSError) -> CogViewStorageError:
     """Return the error for a file of the job's folder that cannot be read."""
     return CogViewStorageError(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.batches import ImageTask
+from langchain_cogview.budget import JOURNAL
 from langchain_cogview.concurrency import CANCEL_TOKEN, batch_work, in_thread
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import (
@@ -27,10 +27,9 @@ from langchain_cogview.errors import (
     Scope,
     error_class,
 )
-from langchain_cogview.events import JOURNAL
 from langchain_cogview.images.remote import ImageAccess
-from langchain_cogview.jobs.files import ImageFolders, recovered_record, save_image, write_image
-from langchain_cogview.jobs.folder import spare_descriptors, write_error
+from langchain_cogview.jobs.files import ImageFolders, recovered_record, save_image, spare_descriptors, write_image
+from langchain_cogview.jobs.folder import write_error
 from langchain_cogview.jobs.manifest import failure_record, image_with_link, manifest_record, now
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.jobs.prompts import cost_text, count_text
@@ -38,6 +37,7 @@ from langchain_cogview.jobs.sheet import ContactSheet
 from langchain_cogview.pools import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageFailure, ImageResult, with_content
+from langchain_cogview.tasks import ImageTask
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
