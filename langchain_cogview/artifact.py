@@ -18,6 +18,10 @@ from langchain_cogview.errors import CogViewInvalidRequestError, ContentFilter, 
 
 ARTIFACT_TYPE: Final = "cogview.image_result"
 ARTIFACT_VERSION: Final = 1
+CONTENT_FILTER_EVENT: Final = "cogview.content_filter"
+GENERATED_EVENT: Final = "cogview.generated"
+PROGRESS_EVENT: Final = "cogview.progress"
+RETRY_EVENT: Final = "cogview.retry"
 MAX_INTEGER: Final = 2**53
 _MAX_DIGITS: Final = 100
 _DUMPED: Final = frozenset({"images", "failures", "prompt", "model", "sandbox", "warnings"})

@@ -15,19 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
-from langchain_cogview.artifact import validated
+from langchain_cogview.artifact import CONTENT_FILTER_EVENT, GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT, validated
 from langchain_cogview.cost import NO_COST, ImageCosts
 from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, printable
-from langchain_cogview.events import (
-    CONTENT_FILTER_EVENT,
-    GENERATED_EVENT,
-    PROGRESS_EVENT,
-    RETRY_EVENT,
-    ContentFilterEvent,
-    Deliveries,
-    EventHandler,
-    GeneratedPayload,
-)
+from langchain_cogview.events import ContentFilterEvent, Deliveries, EventHandler, GeneratedPayload
 from langchain_cogview.notebook.display import CellOutput
 from langchain_cogview.notebook.previews import in_kernel
 from langchain_cogview.result import GeneratedImage

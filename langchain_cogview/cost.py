@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final
 
+from langchain_cogview.artifact import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 from langchain_cogview.catalog import PRICES_AS_OF, money_text
 from langchain_cogview.errors import Outcome
-from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NotRequired, TypedDict
 
 from langchain_core.callbacks import BaseCallbackHandler, adispatch_custom_event, dispatch_custom_event
 
-from langchain_cogview.artifact import ContentFilterArtifact, GeneratedImageArtifact
+from langchain_cogview.artifact import (
+    CONTENT_FILTER_EVENT,
+    GENERATED_EVENT,
+    PROGRESS_EVENT,
+    RETRY_EVENT,
+    ContentFilterArtifact,
+    GeneratedImageArtifact,
+)
 from langchain_cogview.budget import JOURNAL
 from langchain_cogview.concurrency import raised_by_signal
 from langchain_cogview.errors import (
@@ -44,10 +51,6 @@ if TYPE_CHECKING:
     from langchain_cogview.cost import Money
     from langchain_cogview.result import GeneratedImage
 
-CONTENT_FILTER_EVENT: Final = "cogview.content_filter"
-GENERATED_EVENT: Final = "cogview.generated"
-PROGRESS_EVENT: Final = "cogview.progress"
-RETRY_EVENT: Final = "cogview.retry"
 EVENT_VERSION: Final = 1
 """Version of the payloads. A change that existing handlers would misread increments it."""
 

@@ -22,7 +22,8 @@ from langchain_cogview.errors import (
     CogViewTaskUnfinishedError,
     printable,
 )
-from langchain_cogview.events import PROGRESS_EVENT, EventHandler
+from langchain_cogview.artifact import PROGRESS_EVENT
+from langchain_cogview.events import EventHandler
 from langchain_cogview.generator import CogViewImageGenerator
 
 if TYPE_CHECKING:

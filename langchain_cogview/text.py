@@ -1,4 +1,4 @@
-"""Text for people: untrusted text made safe to show, moments, warnings with the line of the caller, and notes about paid images."""
+"""Text for people: untrusted text made safe to show, moments, warnings, and notes about paid images."""
 
 from __future__ import annotations
 

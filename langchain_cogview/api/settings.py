@@ -17,7 +17,6 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
-from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback
 from langchain_cogview.catalog import find_model
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import CogViewConfigurationError
@@ -95,6 +94,8 @@ def is_free(base_url: str, key: SecretStr) -> bool:
     """
     if is_sandbox(base_url):
         return True
+    from langchain_cogview.addresses import SANDBOX_SERVERS, is_loopback  # noqa: PLC0415  the HTTP stack
+
     parts = urlsplit(base_url)
     host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
     try:

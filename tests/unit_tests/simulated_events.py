@@ -5,8 +5,8 @@ import uuid
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.runnables import RunnableLambda
 
+from langchain_cogview.artifact import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 from langchain_cogview.errors import error_class
-from langchain_cogview.events import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 
 MODEL = "cogview-4-250304"
 
