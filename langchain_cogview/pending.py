@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.tasks import ImageTask
+from langchain_cogview.artifact import PROGRESS_EVENT
 from langchain_cogview.catalog import model_info
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import (
@@ -22,9 +22,9 @@ from langchain_cogview.errors import (
     CogViewTaskUnfinishedError,
     printable,
 )
-from langchain_cogview.artifact import PROGRESS_EVENT
 from langchain_cogview.events import EventHandler
 from langchain_cogview.generator import CogViewImageGenerator
+from langchain_cogview.tasks import ImageTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
