@@ -83,7 +83,7 @@ class Waiting:
         before = limiter.waiting
         self.thread = threading.Thread(target=self._wait, args=(limiter, cap), kwargs=options, daemon=True)
         self.thread.start()
-        until(lambda: limiter.waiting > before)
+        until(lambda: limiter.waiting > before or not self.thread.is_alive())
 
     def _wait(self, limiter: Limiter, cap: int, **options: Any) -> None:
         self.slot = limiter.acquire(cap, **options)
