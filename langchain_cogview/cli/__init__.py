@@ -34,7 +34,7 @@ from langchain_cogview.cli.output import (
     with_cli_options,
     write_stdout,
 )
-from langchain_cogview.cli.style import columns_of, dimmed, is_terminal, spinner, terminal_width
+from langchain_cogview.cli.style import columns_of, dimmed, is_terminal, spinner, terminal_width, wrapped
 from langchain_cogview.text import moment_text, visible
 
 try:
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 TYPER_MISSING: Final = 'The cogview command needs typer. Install it with: pip install "langchain-cogview[cli]"'
 
 
+_PASTED_COLUMNS: Final = 80
 _CLOSE: Final = 0.75
 """Similarity from 0 to 1 above which a word is taken for a mistyped command."""
 
@@ -341,7 +342,9 @@ def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: 
     from langchain_cogview.errors import error_class  # noqa: PLC0415
 
     diagnosis = diagnose(base_url=base_url, region=region, offline=offline)  # type: ignore[arg-type]
-    written = print_stdout(json_text(diagnosis.to_dict()) if as_json else with_cli_options(str(diagnosis)))
+    # Also in a pipe: the text is made to be pasted.
+    text = json_text(diagnosis.to_dict()) if as_json else wrapped(with_cli_options(str(diagnosis)), _PASTED_COLUMNS)
+    written = print_stdout(text, wrap=not as_json)
     failed = diagnosis.first_failed
     return exit_code(error_class(failed.error)) if failed else written
 

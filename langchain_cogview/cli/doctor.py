@@ -13,7 +13,7 @@ import platform
 import ssl
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -65,16 +65,20 @@ if TYPE_CHECKING:
 
 PACKAGES: Final = ("langchain-core", "httpx", "httpcore", "pydantic")
 EXTRAS: Final = {
+    "agents": ("langchain", "pillow"),
     "cli": ("typer",),
     "images": ("pillow",),
     "notebook": ("ipython", "pillow"),
     "progress": ("tqdm",),
+    "ray": ("ray",),
+    "redis": ("redis",),
     "socks": ("socksio",),
     "storage": ("fsspec", "s3fs"),
 }
 PROBE: Final = {"model": "cogview-doctor-probe"}
 """Body of the probe: a model that does not exist, and no prompt."""
 STEP_SECONDS: Final = 5.0
+_ABSENT: Final = "not installed"
 _KEY_SHOWN_FROM: Final = 16  # characters; four characters of a shorter key would reveal too much
 _UNUSED_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "ZAI_BASE_URL", "ZHIPUAI_API_BASE")
 _SKEW_SECONDS: Final = 60
@@ -84,6 +88,8 @@ _STEPS: Final = (  # suffix of httpcore's event name, and the name of the findin
     ("start_tls", "TLS"),
     ("receive_response_headers", "HTTP answer"),
 )
+_NETWORK: Final = frozenset({"look-up", "connect", "TLS", "HTTP answer", "API"})
+"""Findings that the verdict calls "network"."""
 State = Literal["ok", "note", "failed", "skipped"]
 
 
@@ -129,16 +135,31 @@ class Diagnosis:
         """The finding to fix first; None if nothing failed."""
         return next((item for item in self.findings if item.state == "failed"), None)
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Names of what failed, each once; every step of the network is `network`."""
+        failed = (item.name for item in self.findings if item.state == "failed")
+        return tuple(dict.fromkeys("network" if name in _NETWORK else name for name in failed))
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: how many problems there are, and where."""
+        problems = self.problems
+        if not problems:
+            return "No problem was found."
+        return f"{len(problems)} problem{'' if len(problems) == 1 else 's'}: {', '.join(problems)}."
+
     def to_dict(self) -> dict[str, Any]:
         """Convert the diagnosis to plain JSON.
 
         Returns:
-            `ok` and the list of findings.
+            `ok`, the names of the problems, and the list of findings.
         """
-        return {"ok": self.first_failed is None, "findings": [asdict(item) for item in self.findings]}
+        findings = [asdict(item) for item in self.findings]
+        return {"ok": self.first_failed is None, "problems": [*self.problems], "findings": findings}
 
     def __str__(self) -> str:
-        return "\n".join(("### cogview doctor", "", *map(str, self.findings)))
+        return "\n".join(("### cogview doctor", "", *map(str, self.findings), "", self.verdict))
 
 
 def diagnose(*, base_url: str | None = None, region: Region | None = None, offline: bool = False) -> Diagnosis:
@@ -169,17 +190,19 @@ def _findings(base_url: str | None, region: Region | None, *, offline: bool) -> 
     yield from _versions()
     service, found = _service(base_url, region)
     yield from found
-    yield from (item for item in (_unused_variables(), _folder()) if item)
+    in_sandbox = service is not None and is_sandbox(service.base_url)
+    if not in_sandbox and (unused := _unused_variables()):
+        yield unused
+    yield _folder()
     if service is None:
         return
-    if is_sandbox(service.base_url):
-        yield Finding("network", "skipped", "The sandbox runs in this process, without a network.")
+    if in_sandbox:
         yield from probe(service, [])
         return
     ready = [*_proxy(service.url), *_certificates(service.url)]
     yield from ready
     if offline:
-        yield Finding("network", "skipped", "Nothing was sent (offline).")
+        yield Finding("network", "skipped", "Nothing was sent, because of --offline.")
     elif not any(item.state == "failed" for item in ready):
         yield from network(service)
 
@@ -190,15 +213,25 @@ def _versions() -> Iterator[Finding]:
         "versions", "ok", f"langchain-cogview {_version('langchain-cogview')}, {system}, {ssl.OPENSSL_VERSION}."
     )
     yield Finding("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + ".")
-    extras = (f"{extra} ({', '.join(f'{name} {_version(name)}' for name in names)})" for extra, names in EXTRAS.items())
-    yield Finding("extras", "ok", ", ".join(extras) + ".")
+    missing = {extra: [name for name in names if _version(name) == _ABSENT] for extra, names in EXTRAS.items()}
+    extras = (
+        f"{extra} ({', '.join(f'{name} {_version(name)}' for name in names)})"
+        for extra, names in EXTRAS.items()
+        if not missing[extra]
+    )
+    yield Finding("extras", "ok", (", ".join(extras) or "none") + ".")
+    absent = [f"{extra} ({', '.join(names)})" for extra, names in missing.items() if names]
+    if absent:
+        first = next(extra for extra, names in missing.items() if names)
+        hint = f'They are optional; for example: pip install "langchain-cogview[{first}]"'
+        yield Finding("extras", "note", f"Not installed: {', '.join(absent)}.", hint)
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return _ABSENT
 
 
 def _failed(name: str, error: CogViewError, **more: Any) -> Finding:
@@ -208,16 +241,19 @@ def _failed(name: str, error: CogViewError, **more: Any) -> Finding:
 def _service(base_url: str | None, region: Region | None) -> tuple[Target | None, list[Finding]]:
     """Return the API and its key, or None if they cannot be determined, with the findings about them."""
     configured = environment(BASE_URL_VARIABLE) if base_url is None else base_url
-    source = "as given" if base_url is not None else f"set by {BASE_URL_VARIABLE}" if configured else "the region's"
+    source = (
+        "from --base-url" if base_url is not None else f"set by {BASE_URL_VARIABLE}" if configured else "the region's"
+    )
     try:
         normal = None if configured is None else normal_base_url(configured)
         found = region_of(normal, region)
         address = normal or BASE_URLS[found]
     except CogViewError as error:
         return None, [_failed("base URL", error, seconds=None)]
-    findings = [Finding("region", "ok", f"{found}."), Finding("base URL", "ok", f"{address} ({source}).")]
     if is_sandbox(address):
-        return Target(address, SANDBOX_KEY), [*findings, Finding("key", "ok", "The sandbox needs no key.")]
+        text = "The offline sandbox, which needs no key and no network."
+        return Target(address, SANDBOX_KEY), [Finding("base URL", "ok", text)]
+    findings = [Finding("region", "ok", f"{found}."), Finding("base URL", "ok", f"{address} ({source}).")]
     key = None
     try:
         key = resolve_key(None, found)
@@ -250,7 +286,7 @@ def _folder() -> Finding:
             return Finding("current folder", "ok", f"{folder} is writable.")
     except OSError as error:
         text = f"The current folder is not writable ({error.strerror})."
-        return Finding("current folder", "note", text, "Choose another folder for images: -o FILE, or output_dir=.")
+        return Finding("current folder", "note", text, "Choose another folder for images with -o.")
 
 
 def _proxy(url: httpx.URL) -> Iterator[Finding]:
@@ -431,7 +467,12 @@ def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
     if refusal is not None and refusal.status is None:
         yield from _unreached(refusal, steps, took)
     else:
-        yield _judge_refusal(refusal, service.key is not None, took)
+        finding = _judge_refusal(refusal, service.key is not None, took)
+        if finding.state == "ok" and is_sandbox(service.base_url):  # which has no key to accept
+            finding = replace(
+                finding, text=finding.text.replace("The key is accepted; the request itself", "The request")
+            )
+        yield finding
 
 
 def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterator[Finding]:

@@ -5,7 +5,9 @@ import re
 import socket
 import ssl
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trustme
@@ -38,7 +40,8 @@ def states(diagnosis):
 def doctor(*arguments, **options):
     result = CliRunner().invoke(cli.application(), ["doctor", *arguments], **options)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+    whole = {name: re.sub(r"\n +(?=\S)", " ", getattr(result, name)) for name in ("stdout", "output", "stderr")}
+    return SimpleNamespace(exit_code=result.exit_code, lines=result.stdout.splitlines(), **whole)
 
 
 # --- all is well
@@ -74,8 +77,41 @@ def test_no_reason_alone_is_relied_on_for_the_refusal(sandbox):
 def test_the_sandbox_needs_nothing():
     result = doctor("--sandbox")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "- [ok] key: The sandbox needs no key." in result.stdout
-    assert "- [ok] probe: The key is accepted" in result.stdout
+    assert "- [ok] base URL: The offline sandbox, which needs no key and no network.\n" in result.stdout
+    assert "- [ok] probe: The request was refused, as expected (code 1211, HTTP 400)." in result.stdout
+    assert not any(word in result.stdout for word in ("key is accepted", "network: ", "region", "does not read"))
+    assert result.stdout.endswith("\n\nNo problem was found.\n")
+
+
+def test_it_fits_80_columns_and_ends_in_a_verdict(monkeypatch):
+    monkeypatch.setenv("COGVIEW_BASE_URL", "http://api.invalid/v4")
+    result = doctor()
+    assert [line for line in result.lines if len(line) > 80] == []
+    assert result.lines[-2:] == ["", "2 problems: key, network."]
+    assert json.loads(doctor("--json").stdout)["problems"] == ["key", "network"]
+    assert doctor("--offline").lines[-1] == "1 problem: key."
+
+
+def test_an_extra_that_is_missing_is_a_note_with_what_to_install(monkeypatch):
+    def version(package):
+        if package in {"tqdm", "s3fs"}:
+            raise PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr("langchain_cogview.cli.doctor.version", version)
+    ok, note = [line for line in doctor("--sandbox").stdout.splitlines() if "] extras: " in line]
+    assert ok.startswith("- [ok] extras: ")
+    assert "tqdm" not in ok
+    assert "not installed" not in ok
+    assert note == (
+        "- [note] extras: Not installed: progress (tqdm), storage (s3fs). They are optional; for example: "
+        'pip install "langchain-cogview[progress]"'
+    )
+
+
+def test_it_speaks_of_no_option_that_was_not_given(key, monkeypatch):
+    assert "--" not in doctor("--sandbox").stdout
+    assert "(from --base-url)" in doctor("--base-url", "http://127.0.0.1:9/v4", "--offline").stdout
 
 
 # --- made to be pasted
@@ -100,8 +136,8 @@ def test_the_report_is_a_list_without_key_password_or_home(server, tmp_path, mon
         assert f"ends in {FAKE_KEY[-4:]}." in result.stdout
         assert "~/work is writable." in result.stdout
     assert "SSL_CERT_FILE=~/ca.pem" in doctor(env=environment).stdout
-    title, blank, *lines = doctor(env=environment).stdout.splitlines()
-    assert (title, blank) == ("### cogview doctor", "")
+    title, blank, *lines, end, verdict = doctor(env=environment).stdout.splitlines()
+    assert (title, blank, end, verdict[-1]) == ("### cogview doctor", "", "", ".")
     assert [line for line in lines if not LINE.fullmatch(line)] == []
 
 
