@@ -157,7 +157,7 @@ def _run_shards(prompts: str, output: str, shards: int, job: dict[str, Any], *, 
     if reports is None:
         return 130
     for report in reports:
-        print_stderr(*_failure_lines(report), f"{report.folder.name}: {report}")
+        print_stderr(*_failure_lines(report, prompts), f"{report.folder.name}: {report}")
     print_stderr("No other shard is left for this process; cogview merge makes one contact sheet of all.")
     codes = [0, *map(_exit_code, reports)]
     return max(*codes, print_stdout(json_text([report.to_dict() for report in reports]) if as_json else ""))
@@ -180,7 +180,7 @@ def _run(prompts: str, output: str, job: dict[str, Any], *, as_json: bool) -> in
     report = _until_interrupted(lambda settings: run_job(prompts, output, **settings), job)
     if report is None:
         return 130
-    print_stderr(*_failure_lines(report), str(report))
+    print_stderr(*_failure_lines(report, prompts), str(report))
     shown = json_text(report.to_dict()) if as_json else str(report.contact_sheet or "")
     return max(_exit_code(report), print_stdout(shown))
 
@@ -213,9 +213,10 @@ def _exit_code(report: JobReport) -> int:
     return max([0, *codes])
 
 
-def _failure_lines(report: JobReport) -> Iterator[str]:
-    """Yield one line for each of the first twenty prompts that were blocked or failed."""
-    lines = (line for line in report.items() if line["failures"])
+def _failure_lines(report: JobReport, prompts: str) -> Iterator[str]:
+    """Yield one line for each of the first twenty prompts that were blocked or failed, without those of another file."""
+    source = printable(Path(prompts).name, 200)
+    lines = (line for line in report.items() if line["failures"] and line.get("source", source) == source)
     for line in nsmallest(_SHOWN, lines, key=lambda line: int(line["line"])):
         prompt = " ".join(line["arguments"]["prompt"].split())
         prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[: _PROMPT_CHARACTERS - 1]}…"

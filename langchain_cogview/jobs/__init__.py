@@ -109,7 +109,7 @@ def run_job(
     file may grow or be sorted differently.
 
     The first 1,000 images are saved in the folder, and all others in sub-folders of at most 1,000, `images-0002` and so on. The
-    contact sheet, `index.html`, has a page for each 1,000 images; each page is written as soon as it is full.
+    contact sheet, `index.html`, has pages of at most 500 tiles; each page is written as soon as it is full.
 
     Args:
         prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or strings and dicts of arguments.
@@ -526,7 +526,7 @@ def _finish_folder(run: JobRun) -> tuple[Mapping[str, Decimal], Path | None, tup
         folder.check()
         if history.superseded:
             _compact(run.manifest, history)
-        name = run.sheet.finish(*run.for_sheet())
+        name = run.finish_sheet()
     except (OSError, CogViewError) as error:
         reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
         run.stop(

@@ -46,6 +46,7 @@ class Finished(NamedTuple):
     size: int  # length of its line, in bytes
     line: int  # line number of the prompt at the time of the request
     outcome: PromptOutcome
+    source: int = 0  # number of its file of prompts, in `FinishedPrompts.sources`
 
 
 class FinishedPrompts:
@@ -53,7 +54,8 @@ class FinishedPrompts:
 
     def __init__(self) -> None:
         self._indices: dict[str, int] = {}
-        self._starts, self._sizes, self._lines = array("Q"), array("Q"), array("Q")
+        self._starts, self._sizes, self._lines, self._sources = array("Q"), array("Q"), array("Q"), array("H")
+        self._names: dict[str, int] = {}
         self._outcomes: list[PromptOutcome] = []
         self._shared: dict[PromptOutcome, PromptOutcome] = {}
 
@@ -63,19 +65,30 @@ class FinishedPrompts:
         Returns:
             Whether it replaces one.
         """
-        start, size, line, outcome = finished
+        start, size, line, outcome, source = finished
         outcome = self._shared.setdefault(outcome, outcome)
         index = self._indices.get(key)
         if index is not None:
             self._starts[index], self._sizes[index], self._lines[index] = start, size, line
+            self._sources[index] = source
             self._outcomes[index] = outcome
             return True
         self._indices[key] = len(self._outcomes)
         self._starts.append(start)
         self._sizes.append(size)
         self._lines.append(line)
+        self._sources.append(source)
         self._outcomes.append(outcome)
         return False
+
+    def number_of(self, source: str) -> int:
+        """Return the number of a file of prompts, by its name; files beyond the first 65,000 share the last number."""
+        return self._names.setdefault(source, min(len(self._names), 0xFFFF))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the files that the prompts are from, in the order in which they were used; empty for a list."""
+        return tuple(self._names)
 
     def get(self, key: str) -> Finished | None:
         """Return the record of a prompt; None if there is none."""
@@ -90,9 +103,17 @@ class FinishedPrompts:
         """Return position and length of each line, in the order of the file."""
         return sorted(zip(self._starts, self._sizes, strict=True))
 
+    def snapshot(self) -> FinishedPrompts:
+        """Return the records as they are now, for reading in another thread while more are added."""
+        copy = FinishedPrompts()
+        copy._starts, copy._sizes = self._starts[:], self._sizes[:]
+        copy._lines, copy._sources = self._lines[:], self._sources[:]
+        copy._outcomes, copy._names = self._outcomes[:], dict(self._names)
+        return copy
+
     def by_line(self) -> Iterator[Finished]:
         """Return the records in the order of the prompts, as they are now; later changes do not affect the iterator."""
-        return _by_line(self._starts[:], self._sizes[:], self._lines[:], self._outcomes[:])
+        return _by_line(self._starts[:], self._sizes[:], self._lines[:], self._sources[:], self._outcomes[:])
 
     def moved(self) -> None:
         """Take note that the lines of the file follow each other without gaps now, in the order of `by_start`."""
@@ -102,19 +123,23 @@ class FinishedPrompts:
             end += self._sizes[index]
 
     def _at(self, index: int) -> Finished:
-        return Finished(self._starts[index], self._sizes[index], self._lines[index], self._outcomes[index])
+        return Finished(
+            self._starts[index], self._sizes[index], self._lines[index], self._outcomes[index], self._sources[index]
+        )
 
     def __len__(self) -> int:
         return len(self._outcomes)
 
 
 def _by_line(
-    starts: array[int], sizes: array[int], lines: array[int], outcomes: list[PromptOutcome]
+    starts: array[int], sizes: array[int], lines: array[int], sources: array[int], outcomes: list[PromptOutcome]
 ) -> Iterator[Finished]:
     order = sorted(range(len(starts)), key=starts.__getitem__)
     order.sort(key=lines.__getitem__)  # stable
+    if any(sources):
+        order.sort(key=sources.__getitem__)
     for index in order:
-        yield Finished(starts[index], sizes[index], lines[index], outcomes[index])
+        yield Finished(starts[index], sizes[index], lines[index], outcomes[index], sources[index])
 
 
 @dataclass(slots=True)
@@ -143,7 +168,8 @@ class History:
             tuple([item["error"] for item in failures]) if failures else (),
             sum(bool(item.get("url")) for item in failures) if failures else 0,
         )
-        self.superseded += self.finished.add(key, Finished(start, size, values["line"], outcome))
+        source = self.finished.number_of(values.get("source", ""))
+        self.superseded += self.finished.add(key, Finished(start, size, values["line"], outcome, source))
         self.sandbox = self.sandbox or values["sandbox"]
         for image in images:
             self.files.append(hash(image["file"]))

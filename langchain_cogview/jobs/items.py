@@ -108,7 +108,9 @@ class PromptList:
     """The checked prompts of a job, and what was noted while they were read."""
 
     items: PromptItems = field(default_factory=PromptItems)  # the valid prompts, in their order
+    source: str | None = None  # name of the file of prompts; None for a list and for the standard input
     lines: int = 0  # number of lines with a prompt, valid or not
+    comments: int = 0
     blank: int = 0  # number of blank lines
     problems: list[Problem] = field(default_factory=list)  # the lines that are not valid
     duplicates: list[int] = field(default_factory=list)  # numbers of the lines that equal an earlier one
@@ -185,6 +187,7 @@ def checked_items(
         CogViewConfigurationError: As for `check_prompts`.
     """
     file = read_prompts(source, format=format)
+    result.source = _name_of(source)
     check = _Check(defaults)
     elsewhere = 0
     seen: set[int] = set()
@@ -220,9 +223,14 @@ def checked_items(
         raise CogViewConfigurationError(
             f"There is no prompt in {name}; nothing was sent.", hint="A text file has one prompt on each line."
         )
-    result.blank, result.notes = file.blank, [*file.notes, *warned]
+    result.blank, result.comments, result.notes = file.blank, file.comments, [*file.notes, *warned]
     if shard:
         result.notes.append(f"Shard {shard.number} of {shard.count}; in other shards: {count_text(elsewhere, 'line')}.")
+
+
+def _name_of(source: PromptSource) -> str | None:
+    """Return the name of a file of prompts, for people; None for a list and for the standard input."""
+    return printable(Path(source).name, 200) if isinstance(source, str | Path) and str(source) != "-" else None
 
 
 class _Form(NamedTuple):

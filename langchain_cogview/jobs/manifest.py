@@ -11,6 +11,7 @@ A manifest record has these keys:
 
 key          identifies the prompt: a hash of its arguments, with a counter for lines that are equal
 line         its line number in the file of prompts at the time of the request
+source       name of the file of prompts; absent for a list and for the standard input
 status       made (all images), blocked, failed, unknown (some images are missing and may have been charged) or left (some images
              are missing because their requests did not run; the next run generates them)
 arguments    prompt, model, size, quality, n, ... as sent
@@ -172,6 +173,7 @@ class _Record(TypedDict):
 
     key: _Name
     line: _Count
+    source: NotRequired[_Name]
     status: _Name
     arguments: _Arguments
     images: list[_Image]
@@ -331,6 +333,7 @@ def manifest_record(
     *,
     unknown: bool,
     sandbox: bool,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Return the record of a prompt, without request ids and times; `unknown`: whether a request has no known end."""
     costs = [image["cost"] for image in images]
@@ -339,6 +342,7 @@ def manifest_record(
     return {
         "key": item.key,
         "line": item.number,
+        **({"source": source} if source else {}),
         "status": "made" if made else "left" if rest == "unknown" and not unknown else rest,
         "arguments": {name: value for name, value in resolved_arguments(request).items() if value is not None},
         **({"extra": item.extra} if item.extra else {}),

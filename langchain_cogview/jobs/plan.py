@@ -69,6 +69,7 @@ class JobPlan:
     Attributes:
         lines: Number of lines with a prompt, valid or not.
         blank: Number of blank lines.
+        comments: Number of comments, which begin with `#` in a text file.
         problems: The lines that are not valid.
         duplicates: Numbers of the lines that equal an earlier one.
         unique: Whether duplicates are left out.
@@ -87,6 +88,7 @@ class JobPlan:
 
     lines: int
     blank: int
+    comments: int
     problems: tuple[Problem, ...]
     duplicates: tuple[int, ...]
     unique: bool
@@ -117,7 +119,9 @@ class JobPlan:
 
     def __str__(self) -> str:
         summary = f"{count_text(self.lines, 'line')} with a prompt"
-        summary += f", {count_text(self.blank, 'blank line')} skipped" if self.blank else ""
+        skipped = [(self.blank, "blank line"), (self.comments, "comment")]
+        names = " and ".join(count_text(count, what) for count, what in skipped if count)
+        summary += f", {names} skipped" if names else ""
         old = [
             f"{count} {word}"
             for count, word in ((self.done, "done"), (self.blocked, "blocked"), (self.failed, "failed"))
@@ -395,8 +399,9 @@ class Backlog:
         cost = Charges()
         unknown: list[UnknownAttempt] = []
         with_attempts: set[str] = set()
-        for item in self._incomplete(items):
+        for item in self._incomplete(items, counts):
             work_item = self.work_item(item)
+            counts["recorded"] += work_item.finished is not None
             self.ready += work_item.finished.outcome.made if work_item.finished else 0
             self.skipped += work_item.made
             if item.key in self.history.open:
@@ -418,14 +423,16 @@ class Backlog:
                 work_item.made or work_item.recovered or work_item.running or work_item.unknown
             ):
                 counts[kind_of(work_item.finished.outcome.errors)] += 1
+        others = len(self.history.finished) - counts["recorded"]
         gone = sum(attempt.key not in with_attempts for attempt in self.history.attempts())
         return JobPlan(
             lines=self.prompts.lines,
             blank=self.prompts.blank,
+            comments=self.prompts.comments,
             problems=tuple(self.prompts.problems),
             duplicates=tuple(self.prompts.duplicates),
             unique=self.prompts.unique,
-            notes=(*self.prompts.notes, *self._notes(counts["over"], gone)),
+            notes=(*self.prompts.notes, *self._notes(counts["over"], gone, others)),
             unknown=tuple(unknown),
             cost=cost.amounts,
             unpriced=cost.unpriced,
@@ -434,12 +441,17 @@ class Backlog:
             **{name: counts[name] for name in ("blocked", "failed", "recovered", "prompts", "images")},
         )
 
-    def _incomplete(self, items: Iterable[PromptItem] | None) -> Iterator[PromptItem]:
-        if items is not None:
-            yield from (item for item in items if not self._is_complete(item.key, item.n))
-            return
-        for position, (key, n) in enumerate(self.prompts.items.keys()):
-            if not self._is_complete(key, n):
+    def _incomplete(self, items: Iterable[PromptItem] | None, counts: Counter[str]) -> Iterator[PromptItem]:
+        # What is complete is counted only.
+        for item in items or ():
+            if self._is_complete(item.key, item.n):
+                counts["recorded"] += 1
+            else:
+                yield item
+        for position, (key, n) in enumerate(self.prompts.items.keys() if items is None else ()):
+            if self._is_complete(key, n):
+                counts["recorded"] += 1
+            else:
                 self.pending.append(position)
                 yield self.prompts.items[position]
 
@@ -455,8 +467,13 @@ class Backlog:
         """Return whether the sandbox answers, or answered before in this folder."""
         return self.history.sandbox or is_sandbox(generator.resolved_base_url)
 
-    def _notes(self, over: int, gone: int) -> Iterator[str]:
+    def _notes(self, over: int, gone: int, others: int) -> Iterator[str]:
         """Yield further remarks of a plan."""
+        if others:
+            yield (
+                f"The folder also has {count_text(others, 'prompt')} that {'is' if others == 1 else 'are'} not among these: "
+                f"what was made of {'it' if others == 1 else 'them'} stays, and the contact sheet shows it too."
+            )
         if over:
             yield f"The budget does not cover {count_text(over, 'further prompt')}."
         if self.running and self._retry["retry_unknown"]:

@@ -62,11 +62,12 @@ class PromptFile:
 
     Attributes:
         blank: Number of blank lines skipped so far.
+        comments: Number of comments skipped so far: lines of a text file that begin with `#`.
         notes: Remarks for the user, such as columns that are not arguments; each appears once.
     """
 
     def __init__(self, source: PromptSource, *, format: PromptFormat | None = None) -> None:  # noqa: A002
-        self.blank = 0
+        self.blank = self.comments = 0
         self.notes: list[str] = []
         self._source = source
         self._format = format
@@ -91,7 +92,11 @@ class PromptFile:
 
     def _txt(self, file: TextIO) -> Iterator[PromptLine]:
         for number, text, problem in self._lines(file):
-            yield PromptLine(number, {"prompt": text}, problem=problem)
+            if text.lstrip().startswith("#"):
+                self.comments += 1
+            else:
+                prompt = text.replace("\\#", "#", 1) if text.lstrip().startswith("\\#") else text
+                yield PromptLine(number, {"prompt": prompt}, problem=problem)
 
     def _jsonl(self, file: TextIO) -> Iterator[PromptLine]:
         for number, text, problem in self._lines(file):
@@ -381,8 +386,9 @@ def read_prompts(source: PromptSource, *, format: PromptFormat | None = None) ->
 
     Args:
         source: A file, or the prompts themselves as strings and dicts of arguments. A `.txt` file holds one prompt per line,
-            `.csv` and `.tsv` a header with the column `prompt` (in any case), `.jsonl` an object or a string on each line. Files
-            are UTF-8, with or without a byte order mark. `-` is the standard input.
+            `.csv` and `.tsv` a header with the column `prompt` (in any case), `.jsonl` an object or a string on each line. In a
+            text file, a line that begins with `#` is a comment; a prompt that begins with it is written with a backslash before.
+            Files are UTF-8, with or without a byte order mark. `-` is the standard input.
         format: `txt`, `csv`, `tsv` or `jsonl`. None: taken from the file's extension; `txt` for the standard input.
 
     Returns:

@@ -32,7 +32,7 @@ from langchain_cogview.jobs.files import ImageFolders, recovered_record, save_im
 from langchain_cogview.jobs.folder import write_error
 from langchain_cogview.jobs.manifest import failure_record, image_with_link, manifest_record, now
 from langchain_cogview.jobs.plan import price_of
-from langchain_cogview.jobs.prompts import cost_text, count_text
+from langchain_cogview.jobs.prompts import cost_text
 from langchain_cogview.jobs.sheet import ContactSheet
 from langchain_cogview.pools import aor_error, or_error
 from langchain_cogview.request import ImageRequest
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from langchain_cogview.budget import Budget
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.jobs.folder import JobFolder, RecordFile
-    from langchain_cogview.jobs.history import Finished
     from langchain_cogview.jobs.items import PromptItem
     from langchain_cogview.jobs.plan import Backlog, WorkItem
     from langchain_cogview.result import GeneratedImage
@@ -448,6 +447,7 @@ class JobRun:
                 price_of(self.generator, work_item.prompt.model).currency,
                 unknown=any(item not in ids for item in requests),
                 sandbox=self.backlog.uses_sandbox(self.generator),
+                source=self.backlog.prompts.source,
             ),
             "given_up": given_up,
             "request_ids": [*ids],
@@ -462,16 +462,19 @@ class JobRun:
             for image in images:
                 self.charges.add(Money.of({"cost": image["cost"], "currency": values["currency"]}))
                 self.list_prices.add(price_of(self.generator, image["model"]))
-        if is_page_full:
-            self.sheet.update(*self.for_sheet())
+            for_sheet = (self.backlog.history.finished.snapshot(), self.total_cost()) if is_page_full else None
+        if for_sheet:
+            self.sheet.update(*for_sheet)
 
-    def for_sheet(self) -> tuple[Iterator[Finished], str]:
-        """Return the records for the contact sheet, and a sentence about the job."""
-        with self._lock:
-            sandbox = self.backlog.uses_sandbox(self.generator)
-            cost = cost_text({} if sandbox else self.backlog.total_cost(), sandbox=sandbox)
-            finished = self.backlog.history.finished
-            return finished.by_line(), f"{count_text(len(finished), 'prompt')}, {cost}."
+    def total_cost(self) -> str:
+        """Return what all images in the folder cost, as text."""
+        sandbox = self.backlog.uses_sandbox(self.generator)
+        return cost_text({} if sandbox else self.backlog.total_cost(), sandbox=sandbox)
+
+    def finish_sheet(self) -> str:
+        """Return the name of the first page of the contact sheet, after writing all pages at the end of the job."""
+        history = self.backlog.history
+        return self.sheet.finish(history.finished, self.total_cost(), list(history.attempts()))
 
 
 # --- one call

@@ -25,6 +25,8 @@ from langchain_cogview.text import visible
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from langchain_cogview.jobs.history import Attempt
+
 MAX_SHARDS: Final = 10_000
 _TEXT: Final = re.compile(r"([0-9]{1,5})/([0-9]{1,5})")
 
@@ -212,14 +214,15 @@ def merge_shards(folder: str | Path) -> MergedJob:
     """
     path = local_folder(folder)
     statuses: Counter[str] = Counter()
-    unknown = images = 0
+    images = 0
+    unfinished: list[Attempt] = []
 
     def lines() -> Iterator[bytes]:
-        nonlocal unknown, images
+        nonlocal images
         for shard in shards:
             with parent.subfolder(shard.name) as part, attempts_of(part) as attempts, manifest_of(part) as manifest:
                 history = read_history(attempts, manifest)
-                unknown += sum(1 for _ in history.attempts())
+                unfinished.extend(history.attempts())
                 for finished in history.finished.by_line():
                     record = manifest.read(finished.start, finished.size)
                     statuses[record["status"]] += 1
@@ -238,8 +241,7 @@ def merge_shards(folder: str | Path) -> MergedJob:
                 for outcome, count in history.finished.outcomes().items():
                     total.add(Money.of({"cost": outcome.cost, "currency": outcome.currency}), count)
                 cost = cost_text({} if history.sandbox else total.amounts, sandbox=history.sandbox)
-                facts = f"{count_text(len(history.finished), 'prompt')}, {cost}."
-                sheet = ContactSheet(parent, manifest).finish(history.finished.by_line(), facts)
+                sheet = ContactSheet(parent, manifest).finish(history.finished, cost, unfinished)
         except OSError as error:
             raise write_error(path / MANIFEST, error) from None
     return MergedJob(
@@ -250,7 +252,7 @@ def merge_shards(folder: str | Path) -> MergedJob:
         count=shards[0].count,
         prompts=dict(statuses),
         images=images,
-        unknown=unknown,
+        unknown=len(unfinished),
         cost=cost,
     )
 

@@ -1,4 +1,4 @@
-"""The contact sheet of a job: pages of at most a thousand tiles in the order of the prompts, written while the job runs."""
+"""The contact sheet of a job: pages of at most 500 tiles in the order of the prompts, written while the job runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,39 @@ import contextlib
 import errno
 import os
 import threading
+from collections import Counter
+from datetime import UTC, datetime
+from decimal import Decimal
+from heapq import merge
+from itertools import chain
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_cogview.errors import CogViewConfigurationError, CogViewError, Scope, error_class, printable
+from langchain_cogview.errors import (
+    CogViewConfigurationError,
+    CogViewError,
+    ContentFilter,
+    Scope,
+    error_class,
+    most_severe,
+    printable,
+)
+from langchain_cogview.jobs.history import Attempt
+from langchain_cogview.jobs.prompts import count_text
+from langchain_cogview.notebook.display import cost_text as image_cost_text
 from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
+from langchain_cogview.text import moment_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from langchain_cogview.jobs.folder import JobFolder, RecordFile
-    from langchain_cogview.jobs.history import Finished
+    from langchain_cogview.jobs.history import Finished, FinishedPrompts
+    from langchain_cogview.notebook.html import Kind
 
-PAGE_TILES: Final = 1_000
+
+PAGE_TILES: Final = 500
 """Most tiles on one page: browsers get slow with more."""
 NAMES: Final = ("index.html", "contact-sheet.html", *(f"contact-sheet-{n}.html" for n in range(2, 100)))
 """Names for the first page; the first one that is free, or that a job wrote, is used."""
@@ -30,6 +51,7 @@ class ContactSheet:
         self._folder = folder
         self._manifest = manifest
         self._lock = threading.Lock()
+        self._sources: tuple[str, ...] = ()
         self._tiles_left = 0  # how many new tiles do not fill a page
         self._end = manifest.end  # the records before this byte are on pages of an earlier run or update
 
@@ -42,22 +64,25 @@ class ContactSheet:
         full, self._tiles_left = divmod(self._tiles_left + tiles, PAGE_TILES)
         return full > 0
 
-    def update(self, records: Iterable[Finished], facts: str) -> None:
+    def update(self, finished: FinishedPrompts, cost: str) -> None:
         """Write the pages with new records while the job runs; what cannot be written is written when the job ends.
 
         Args:
-            records: All records in the order of the prompts.
-            facts: A sentence about the job, for the first page.
+            finished: All records. What is in flight is on no page.
+            cost: What all images cost, as text.
         """
         with self._lock, contextlib.suppress(OSError, CogViewError):
-            self._write(_first_name(self._folder), records, facts, since=self._end)
+            facts = _facts(finished, 0, cost)
+            self._sources = finished.sources
+            self._write(_first_name(self._folder), finished.by_line(), facts, since=self._end)
 
-    def finish(self, records: Iterable[Finished], facts: str) -> str:
+    def finish(self, finished: FinishedPrompts, cost: str, unknown: Collection[Attempt] = ()) -> str:
         """Write all pages, and remove those of an earlier run that are not needed any more.
 
         Args:
-            records: All records in the order of the prompts.
-            facts: A sentence about the job, for the first page.
+            finished: All records.
+            cost: What all images cost, as text.
+            unknown: The requests without an end in the manifest.
 
         Returns:
             The name of the first page.
@@ -68,31 +93,35 @@ class ContactSheet:
         """
         with self._lock:
             name = _first_name(self._folder)
-            number = self._write(name, records, facts, since=0) + 1
+            self._sources = finished.sources
+            entries = _in_order(finished, unknown)
+            number = self._write(name, entries, _facts(finished, len(unknown), cost), since=0) + 1
             while self._is_ours(page_name(name, number)):
                 self._folder.remove(page_name(name, number))
                 number += 1
             return name
 
-    def _write(self, name: str, records: Iterable[Finished], facts: str, *, since: int) -> int:
+    def _write(self, name: str, entries: Iterable[Finished | Attempt], facts: list[str], *, since: int) -> int:
         # Write the pages that have a record from `since` on, and the first one; return how many pages there are.
         end = since
-        number, pages = 1, _pages(records)
+        number, pages = 1, _pages(entries)
         first = page = next(pages, [])
         while page:
             following = next(pages, [])
-            end = max(end, *(item.start + item.size for item in page))
+            end = max(end, end, *(item.start + item.size for item in page if not isinstance(item, Attempt)))
             # The page before a new one gets a link to it.
-            if number > 1 and any(item.start >= since for item in (*page, *following)):
+            if number > 1 and any(_is_new(item, since) for item in (*page, *following)):
                 self._write_page(name, number, page, is_last=not following)
             page, number = following, number + bool(following)
         links = [(str(n), page_name(name, n)) for n in range(1, number + 1)] if number > 1 else []
         title = f"CogView: {self._folder.path.name}"
-        self._folder.replace(name, contact_sheet(self._tiles(first), title=title, facts=[facts], links=links))
+        facts = [*facts, _page_text(1, number)] if number > 1 else facts
+        content = contact_sheet(self._tiles(first), title=title, facts=facts, links=links, counts=_counts(first))
+        self._folder.replace(name, content)
         self._end = end
         return number
 
-    def _write_page(self, first: str, number: int, page: list[Finished], *, is_last: bool) -> None:
+    def _write_page(self, first: str, number: int, page: list[Finished | Attempt], *, is_last: bool) -> None:
         name = page_name(first, number)
         if self._folder.read(name, 1) is not None and not self._is_ours(name):
             raise CogViewConfigurationError(
@@ -102,10 +131,15 @@ class ContactSheet:
         links = [("First page", first), ("Previous page", page_name(first, number - 1))]
         links += [] if is_last else [("Next page", page_name(first, number + 1))]
         title = f"CogView: {self._folder.path.name}, page {number}"
-        self._folder.replace(name, contact_sheet(self._tiles(page), title=title, links=links))
+        self._folder.replace(name, contact_sheet(self._tiles(page), title=title, links=links, counts=_counts(page)))
 
-    def _tiles(self, page: list[Finished]) -> Iterator[Tile]:
-        return (tile for item in page for tile in _tiles(self._manifest.read(item.start, item.size)))
+    def _tiles(self, page: list[Finished | Attempt]) -> Iterator[Tile]:
+        for item in page:
+            if isinstance(item, Attempt):
+                yield _unknown_tile(item)
+            else:
+                source = f" {self._sources[item.source]}" if len(self._sources) > 1 else ""
+                yield from _tiles(self._manifest.read(item.start, item.size), source)
 
     def _is_ours(self, name: str) -> bool:
         try:
@@ -133,11 +167,23 @@ def _first_name(folder: JobFolder) -> str:
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
-def _pages(records: Iterable[Finished]) -> Iterator[list[Finished]]:
-    page: list[Finished] = []
+def _in_order(finished: FinishedPrompts, unknown: Collection[Attempt]) -> Iterator[Finished | Attempt]:
+    """Return records and requests in the order of the prompts; with several files of prompts, the requests come last."""
+    records, attempts = finished.by_line(), sorted(unknown, key=attrgetter("line"))
+    if len(finished.sources) > 1:
+        return chain(records, attempts)
+    return merge(records, attempts, key=attrgetter("line"))
+
+
+def _is_new(item: Finished | Attempt, since: int) -> bool:
+    return isinstance(item, Attempt) or item.start >= since
+
+
+def _pages(entries: Iterable[Finished | Attempt]) -> Iterator[list[Finished | Attempt]]:
+    page: list[Finished | Attempt] = []
     tiles = 0
-    for item in records:
-        count = item.outcome.made + len(item.outcome.errors)
+    for item in entries:
+        count = 1 if isinstance(item, Attempt) else item.outcome.made + len(item.outcome.errors)
         if page and tiles + count > PAGE_TILES:
             yield page
             page, tiles = [], 0
@@ -147,13 +193,82 @@ def _pages(records: Iterable[Finished]) -> Iterator[list[Finished]]:
         yield page
 
 
-def _tiles(record: dict[str, Any]) -> Iterator[Tile]:
+# --- counts
+
+
+def _kind_of(error: str) -> Kind:
+    kind = error_class(error)
+    return "blocked" if kind is not None and kind.scope is Scope.PROMPT else "failed"
+
+
+def _counts(page: Iterable[Finished | Attempt]) -> Counter[Kind]:
+    """Return how many tiles of each kind a page has."""
+    counts: Counter[Kind] = Counter()
+    for item in page:
+        if isinstance(item, Attempt):
+            counts["unknown"] += 1
+        else:
+            counts["image"] += item.outcome.made
+            counts.update(map(_kind_of, item.outcome.errors))
+    return counts
+
+
+def _facts(finished: FinishedPrompts, unknown: int, cost: str) -> list[str]:
+    """Return the lines below the title: counts as a gallery has them, and the date."""
+    counts: Counter[Kind] = Counter({"unknown": unknown})
+    for outcome, number in finished.outcomes().items():
+        counts["image"] += outcome.made * number
+        for error in outcome.errors:
+            counts[_kind_of(error)] += number
+    words: tuple[tuple[Kind, str], ...] = (
+        ("blocked", "blocked"),
+        ("failed", "failed"),
+        ("unknown", "of unknown outcome"),
+    )
+    parts = [count_text(counts["image"], "image")]
+    parts += [f"{counts[kind]:,} {word}" for kind, word in words if counts[kind]]
+    files = f" of {count_text(len(finished.sources), 'file')}" if len(finished.sources) > 1 else ""
+    prompts = f"{count_text(len(finished), 'prompt')}{files}"
+    return [" · ".join([*parts, cost]), f"{prompts} · written {moment_text(datetime.now(UTC))}"]
+
+
+def _page_text(number: int, pages: int) -> str:
+    return f"Page {number:,} of {pages:,}: the counts beside the buttons are those of this page."
+
+
+# --- tiles
+
+
+def _tiles(record: dict[str, Any], source: str) -> Iterator[Tile]:
     """Yield the tiles of one prompt."""
-    prompt, label = record["arguments"]["prompt"], f"{record['line']}"
+    prompt = record["arguments"]["prompt"]
+    several = len(record["images"]) + len(record["failures"]) > 1
+    labels = (f"{record['line']}{f'.{number}' if several else ''}{source}" for number in range(1, 1 << 30))
     for image in record["images"]:
         shape = (image["width"], image["height"]) if image["width"] and image["height"] else None
-        yield Tile(prompt, label, file=image["file"], shape=shape)
+        size = [f"{shape[0]}×{shape[1]}"] if shape else []
+        facts = (*size, _cost(image, record["currency"]), *image.get("warnings", ()))
+        label, worst = next(labels), _worst(image)
+        badge = f"content filter: {worst}" if worst else ""
+        yield Tile(prompt, label, facts, badge=badge, file=image["file"], shape=shape)
     for failure in record["failures"]:
-        kind = error_class(failure["error"])
-        blocked = kind is not None and kind.scope is Scope.PROMPT
-        yield Tile(prompt, label, kind="blocked" if blocked else "failed", reason=failure["message"])
+        kind, link = _kind_of(failure["error"]), failure.get("url")
+        yield Tile(prompt, next(labels), kind=kind, reason=failure["message"], link=link)
+
+
+def _unknown_tile(attempt: Attempt) -> Tile:
+    what = f"It may have been charged. Request id: {attempt.request_id}."
+    if attempt.task_id:
+        what = f"It is paid for, and the next run asks for its image again. Task id: {attempt.task_id}."
+    return Tile(attempt.prompt, f"{attempt.line}", kind="unknown", reason=what)
+
+
+def _cost(image: dict[str, Any], currency: str | None) -> str:
+    cost = None if image["cost"] is None else Decimal(image["cost"])
+    facts: Any = SimpleNamespace(cost=cost, currency=currency, cached=image["cached"], sandbox=image["sandbox"])
+    return image_cost_text(facts)
+
+
+def _worst(image: dict[str, Any]) -> ContentFilter | None:
+    entries = (ContentFilter(item.get("role"), item.get("level")) for item in image.get("content_filter", ()))
+    return most_severe(tuple(entries))

@@ -18,23 +18,31 @@ from langchain_cogview.notebook.previews import Preview, make_preview
 from langchain_cogview.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-Kind = Literal["image", "absent", "blocked", "failed"]
-"""What a tile stands for: an image, an image that cannot be shown, or no image, for one of two reasons."""
+Kind = Literal["image", "absent", "blocked", "failed", "unknown"]
+"""What a tile stands for: an image, an image that cannot be shown, or no image, for one of three reasons."""
 
 _HEADINGS: Final[dict[Kind, str]] = {
     "image": "Image",
     "absent": "Not shown",
     "blocked": "Blocked",
     "failed": "Failed",
+    "unknown": "Outcome unknown",
 }
 _TINTS: Final[dict[Kind, str]] = {
     "image": "128,128,128",
     "absent": "128,128,128",
     "blocked": "214,137,16",
     "failed": "205,70,60",
+    "unknown": "88,110,214",
 }
+_FILTERS: Final[tuple[tuple[str, Kind], ...]] = (
+    ("Made", "image"),
+    ("Blocked", "blocked"),
+    ("Failed", "failed"),
+    ("Outcome unknown", "unknown"),
+)
 _LABELLED: Final = 'style="padding:4px 12px 4px 0;border:0;text-align:left;vertical-align:top;font-weight:600"'
 _CELL: Final = 'style="padding:4px 0;border:0;text-align:left;vertical-align:top"'
 _TABLE: Final = 'style="border-collapse:collapse;border:0;margin:0;font-size:13px"'
@@ -204,7 +212,7 @@ def table(
     return _root(f"{_heading(heading)}<table {_TABLE}>{body}</table>")
 
 
-def _figure(tile: Tile, layout: Layout) -> str:
+def _figure(tile: Tile, layout: Layout, *, classes: bool = False) -> str:
     if tile.preview:
         data = base64.b64encode(tile.preview.content).decode()
         shown = _image(tile, f"data:{tile.preview.mime_type};base64,{data}", layout)
@@ -222,10 +230,12 @@ def _figure(tile: Tile, layout: Layout) -> str:
     if facts:
         lines.append(f'<div style="opacity:0.7">{" · ".join(_text(fact, 100) for fact in facts)}</div>')
     if tile.badge:
-        lines.append(f"<div><span {_tinted('blocked', '1px 7px')}>{_text(tile.badge, 80)}</span></div>")
+        shape = _tinted("blocked", "1px 7px", "display:inline-block;max-width:100%;")
+        lines.append(f"<div><span {shape}>{_text(tile.badge, 80)}</span></div>")
     style = f"display:inline-block;vertical-align:top;width:{layout.width}px;max-width:100%;margin:0 12px 12px 0"
     below = f"<figcaption>{''.join(lines)}</figcaption>" if lines else ""
-    return f'<figure style="{style}">{shown}{below}</figure>'
+    kind = f' class="{tile.kind}"' if classes else ""
+    return f'<figure{kind} style="{style}">{shown}{below}</figure>'
 
 
 def _image(tile: Tile, source: str, layout: Layout, *, lazy: bool = False) -> str:
@@ -256,10 +266,10 @@ def _placeholder(tile: Tile, layout: Layout) -> str:
     return f"<div {_tinted(kind, '10px 12px')}><b>{_HEADINGS[kind]}</b> {_text(tile.reason, layout.reason)}{link}</div>"
 
 
-def _tinted(kind: Kind, padding: str) -> str:
+def _tinted(kind: Kind, padding: str, more: str = "") -> str:
     tint = _TINTS[kind]
     return (
-        f'style="padding:{padding};margin:0 0 4px 0;border-radius:6px;border:1px solid rgba({tint},0.5);'
+        f'style="{more}padding:{padding};margin:0 0 4px 0;border-radius:6px;border:1px solid rgba({tint},0.5);'
         f'background-color:rgba({tint},0.14);overflow:hidden"'
     )
 
@@ -322,7 +332,12 @@ def page(body: str, *, title: str) -> bytes:
 
 
 def contact_sheet(
-    tiles: Iterable[Tile], *, title: str, facts: Iterable[str] = (), links: Iterable[tuple[str, str]] = ()
+    tiles: Iterable[Tile],
+    *,
+    title: str,
+    facts: Iterable[str] = (),
+    links: Iterable[tuple[str, str]] = (),
+    counts: Mapping[Kind, int] | None = None,
 ) -> Iterator[bytes]:
     """Render a page that shows image files. Browsers load each file when it comes into view.
 
@@ -331,6 +346,7 @@ def contact_sheet(
         title: Title of the page, which is also its heading.
         facts: Paragraphs above the tiles.
         links: Text and file of each other page, relative to the folder of this page; they are above and below the tiles.
+        counts: How many tiles of each kind the page has. If there are several kinds, the reader can choose which are shown.
 
     Yields:
         HTML in UTF-8, piece by piece.
@@ -343,10 +359,26 @@ def contact_sheet(
         yield f"{_ROOT}<h1>{_text(title, 200)}</h1>\n"
         yield from (f"<p>{_text(fact, 1_000)}</p>\n" for fact in facts)
         yield pages
-        yield from (f"{_figure(tile, _SHEET_LAYOUT)}\n" for tile in tiles)
-        yield f"{pages}</div>{_END}"
+        yield f"{_filter(counts or {})}<main>\n"
+        yield from (f"{_figure(tile, _SHEET_LAYOUT, classes=True)}\n" for tile in tiles)
+        yield f"</main>\n{pages}</div>{_END}"
 
     yield from (part.encode("utf-8", "replace") for part in parts())
+
+
+def _filter(counts: Mapping[Kind, int]) -> str:
+    """Return radio buttons that choose which tiles of a page are shown, by style rules alone: the page has no script."""
+    shown = [(text, kind, counts.get(kind, 0)) for text, kind in _FILTERS if counts.get(kind)]
+    if len(shown) < 2:  # noqa: PLR2004
+        return ""
+    rules = "".join(f"#only-{kind}:checked~main figure:not(.{kind}){{display:none!important}}" for _, kind, _ in shown)
+    choices = [("All", "all", sum(count for _, _, count in shown)), *shown]
+    buttons = "".join(
+        f'<input type="radio" name="only" id="only-{kind}"{" checked" if kind == "all" else ""}>'
+        f'<label for="only-{kind}" style="margin:0 16px 0 4px">{text} {count:,}</label>\n'
+        for text, kind, count in choices
+    )
+    return f"<style>{rules}main{{margin-top:12px}}</style>\n{buttons}"
 
 
 def is_contact_sheet(head: bytes) -> bool:

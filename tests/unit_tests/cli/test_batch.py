@@ -79,7 +79,46 @@ def test_a_job_in_the_sandbox_says_in_one_wording_that_nothing_is_charged(folder
     assert "3 images, list price 0.18 CNY, nothing is charged.\n" in result.stderr
     assert "2 prompts made, 1 blocked; list price 0.12 CNY, nothing is charged; " in result.stderr
     assert "nothing is charged; " in cogview(*arguments).stderr
-    assert "3 prompts, nothing is charged." in (folder / "out" / "index.html").read_text()
+    page = (folder / "out" / "index.html").read_text()
+    assert "<p>2 images · 1 blocked · nothing is charged</p>" in page
+    assert "<p>3 prompts · written 20" in page
+
+
+def test_a_line_with_a_number_sign_is_a_comment_which_is_counted(folder):
+    (folder / "p.txt").write_text("# animals\na fox\n  # more\n\\#hashtag art\n\na #2 pencil\n")
+    arguments = ("batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
+    expected = "3 lines with a prompt, 1 blank line and 2 comments skipped.\n"
+    assert cogview(*arguments, "--dry-run").stdout.startswith(expected)
+    assert cogview(*arguments).exit_code == 0
+    records = [json.loads(line) for line in (folder / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert {item["line"]: item["arguments"]["prompt"] for item in records} == {
+        2: "a fox",
+        4: "#hashtag art",
+        6: "a #2 pencil",
+    }
+
+
+def test_a_second_file_in_the_folder_adds_to_the_job_and_is_said(folder):
+    (folder / "a.txt").write_text("a fox\na hare [[content-filter]]\n")
+    (folder / "b.txt").write_text("a cow\na fox\n")
+    options = ("-o", "out", "--sandbox", "--size", "640x512")
+    assert "2 comments" not in cogview("batch", "a.txt", *options).stderr
+    again = cogview("batch", "a.txt", *options)
+    assert "not among these" not in again.stderr
+    assert "Line 2 was not generated: 'a hare [[content-filter]]'" in again.stderr
+    for more in (("--dry-run",), ()):
+        second = cogview("batch", "b.txt", *options, *more)
+        assert (
+            "The folder also has 1 prompt that is not among these: what was made of it stays, "
+            "and the contact sheet shows it too.\n"
+        ) in second.stdout + second.stderr
+        assert "1 done before" in second.stdout + second.stderr
+        assert "hare" not in second.stderr
+    page = (folder / "out" / "index.html").read_text()
+    assert "<p>3 prompts of 2 files · written 20" in page
+    assert [page.index(f"<b>{label}</b>") for label in ("1 a.txt", "2 a.txt", "1 b.txt")] == sorted(
+        page.index(f"<b>{label}</b>") for label in ("1 a.txt", "2 a.txt", "1 b.txt")
+    )
 
 
 def test_every_record_of_a_job_in_the_sandbox_says_so_even_where_it_is_blocked(folder):

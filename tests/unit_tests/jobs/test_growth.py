@@ -278,3 +278,40 @@ def test_a_page_of_the_users_is_not_overwritten_and_everything_is_made(run, out,
     page.unlink()
     assert run(prompts(8)).stopped is None
     assert shown(page) == [4, 5, 6]
+
+
+def test_the_contact_sheet_counts_each_state_and_shows_only_one_if_asked(run, out):
+    given = [*prompts(2), "a [[content-filter]]", "a [[status:400]]", "a [[malformed]]", "a [[flagged]] cat"]
+    report = run(given)
+    assert (report.made, report.blocked, report.failed, len(report.unknown)) == (3, 1, 1, 1)
+    page = report.contact_sheet.read_text(encoding="utf-8")
+    assert "<p>3 images · 1 blocked · 1 failed · 1 of unknown outcome · nothing is charged</p>" in page
+    assert re.search(r"<p>5 prompts · written \d{4}-\d\d-\d\d \d\d:\d\d UTC</p>", page)
+    labels = re.findall(r'<label for="only-(\w+)"[^>]*>([^<]+)</label>', page)
+    assert labels == [
+        ("all", "All 6"),
+        ("image", "Made 3"),
+        ("blocked", "Blocked 1"),
+        ("failed", "Failed 1"),
+        ("unknown", "Outcome unknown 1"),
+    ]
+    for kind, number in (("image", 3), ("blocked", 1), ("failed", 1), ("unknown", 1)):
+        assert f"#only-{kind}:checked~main figure:not(.{kind})" in page
+        assert page.count(f'<figure class="{kind}"') == number
+    (unknown,) = report.unknown
+    assert f"<b>Outcome unknown</b> It may have been charged. Request id: {unknown.request_id}." in page
+    assert shown(report.contact_sheet) == [1, 2, 3, 4, 5, 6]  # in the order of the prompts
+    assert page.count(" · sandbox, no cost</div>") == 3
+    assert "content filter: image (level 3, mildest)" in page
+    assert "<script" not in page
+
+
+def test_images_of_one_prompt_are_numbered_as_in_a_gallery(run, out):
+    run([{"prompt": "a cat", "n": 2}, "a dog"])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r"<figcaption><b>([^<]+)</b>", page) == ["1.1", "1.2", "2"]
+    assert "only-" not in page  # there is one state only
+
+
+def test_pages_have_at_most_500_tiles():
+    assert sheet.PAGE_TILES == 500
