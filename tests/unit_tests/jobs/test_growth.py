@@ -281,7 +281,7 @@ def test_a_page_of_the_users_is_not_overwritten_and_everything_is_made(run, out,
 
 
 def test_the_contact_sheet_counts_each_state_and_shows_only_one_if_asked(run, out):
-    given = [*prompts(2), "a [[content-filter]]", "a [[status:400]]", "a [[malformed]]", "a [[flagged]] cat"]
+    given = [*prompts(2), "a [[content-filter]]", "a [[expired-url]]", "a [[malformed]]", "a [[flagged]] cat"]
     report = run(given)
     assert (report.made, report.blocked, report.failed, len(report.unknown)) == (3, 1, 1, 1)
     page = report.contact_sheet.read_text(encoding="utf-8")
