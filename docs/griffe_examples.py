@@ -13,7 +13,7 @@ EXAMPLE = re.compile(r"(?:^[ ]*>>>.*\n?)(?:^[ ]*\S.*\n?)*", re.MULTILINE)
 class Examples(griffe.Extension):
     """Puts a fence around each example."""
 
-    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Change the docstring of a module, class, function or attribute."""
         if obj.docstring:
             obj.docstring.value = EXAMPLE.sub(fenced, obj.docstring.value)
