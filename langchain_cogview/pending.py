@@ -282,7 +282,7 @@ class PendingImages:
             As `get`.
         """
         deadline = Deadline(seconds)
-        await asyncio.wait([asyncio.wrap_future(image.announced)], timeout=deadline.remaining())
+        await asyncio.wait([_waited(image.announced)], timeout=deadline.remaining())
         while image.task is not None and not image.result.done():
             if image.collecting.acquire(blocking=False):
                 with _collecting(image):
@@ -291,8 +291,8 @@ class PendingImages:
             if deadline.passed:
                 return None
             left = min(deadline.remaining() or 0.0, _CHECK_SECONDS)
-            await asyncio.wait([asyncio.wrap_future(image.result)], timeout=left)
-        done, _ = await asyncio.wait([asyncio.wrap_future(image.result)], timeout=deadline.remaining())
+            await asyncio.wait([_waited(image.result)], timeout=left)
+        done, _ = await asyncio.wait([_waited(image.result)], timeout=deadline.remaining())
         return image.result.result() if done else None
 
     def _collected(self, image: PendingImage, result: ImageResult) -> ImageResult | None:
@@ -305,6 +305,13 @@ class PendingImages:
             if not image.result.done():
                 image.result.set_result(result)
         return result
+
+
+def _waited(future: Future[Any]) -> asyncio.Future[Any]:
+    # An exception that comes after the wait belongs to whoever collects the image, and is no exception that nobody has read.
+    waited = asyncio.wrap_future(future)
+    waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return waited
 
 
 @contextmanager

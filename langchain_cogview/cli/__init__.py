@@ -213,6 +213,9 @@ def application() -> typer.Typer:
     app.command("batch", cls=Command)(batch)
     app.command("merge", cls=Command)(merge)
     app.command("doctor", cls=Command)(check)
+    from langchain_cogview.cli.mcp import mcp  # noqa: PLC0415
+
+    app.command("mcp", cls=Command)(mcp)
     return app
 
 

@@ -8,6 +8,7 @@ the colours work on light and dark backgrounds.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 from dataclasses import dataclass, replace
@@ -318,17 +319,23 @@ def _head(start: str, title: str, policy: str) -> str:
 _END: Final = "\n</body>\n</html>\n"
 
 
-def page(body: str, *, title: str) -> bytes:
+def page(body: str, *, title: str, script: str = "") -> bytes:
     """Render a page with embedded images.
 
     Args:
         body: HTML from `grid` or `table`.
         title: Title of the page.
+        script: The only script that the page may run; empty for none.
 
     Returns:
         HTML in UTF-8, which loads nothing.
     """
-    return f"{_head(_START, title, _EMBEDDED_ONLY)}{body}{_END}".encode("utf-8", "replace")
+    policy = _EMBEDDED_ONLY
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+        body += f"<script>{script}</script>"
+    return f"{_head(_START, title, policy)}{body}{_END}".encode("utf-8", "replace")
 
 
 def contact_sheet(
