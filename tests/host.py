@@ -16,7 +16,10 @@ def http(status, body=b"", **headers):
 
 
 class Host:
-    """Answers every connection with fixed bytes, over TLS where asked, and keeps what it was sent."""
+    """Answers every connection with fixed bytes, over TLS where asked, and keeps what it was sent.
+
+    A list has the bytes for each connection; the last ones are for all that follow.
+    """
 
     def __init__(self, reply, context=None):
         self._reply, self._context = reply, context
@@ -49,7 +52,8 @@ class Host:
                     return
                 got += piece
             self.got.append(got)
-            connection.sendall(self._reply)
+            replies = self._reply if isinstance(self._reply, list) else [self._reply]
+            connection.sendall(replies[min(len(self.got), len(replies)) - 1])
             while connection.recv(65536):  # the other side closes first, so that nothing is lost
                 pass
 

@@ -326,30 +326,94 @@ def check(
     base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Check the sandbox instead: no key, no network.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Send nothing: check versions and settings only.")] = False,
+    paid: Annotated[
+        bool,
+        typer.Option(
+            "--paid", help="Then make one image of the cheapest model, after asking, and compare the service."
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --paid: do not ask.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")] = False,
 ) -> None:
-    """Check versions, settings, network and key. Generates no image and costs nothing.
+    """Check versions, settings, network and key. Without --paid it generates no image and costs nothing.
 
     Shows where the key comes from and its last four characters. Contacts only the API's host, with a request that the API must
-    refuse.
+    refuse. --paid says the price and asks; it then prints what is documented and what the service did, without anything secret.
     """
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
     if region not in {None, "china", "international"}:
         raise typer.BadParameter("--region is china or international.")
-    run_command(lambda: _check(region, "sandbox:" if sandbox else base_url, offline=offline, as_json=as_json))
+    if (paid and offline) or (yes and not paid):
+        raise typer.BadParameter("--paid cannot be combined with --offline, and --yes needs --paid.")
+    base_url = "sandbox:" if sandbox else base_url
+    run_command(lambda: _check(region, base_url, offline=offline, as_json=as_json, paid=paid, yes=yes))
 
 
-def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: bool) -> int:
+def _check(region: str | None, base_url: str | None, *, offline: bool, as_json: bool, paid: bool, yes: bool) -> int:
     from langchain_cogview.cli.doctor import diagnose  # noqa: PLC0415
     from langchain_cogview.errors import error_class  # noqa: PLC0415
 
     diagnosis = diagnose(base_url=base_url, region=region, offline=offline)  # type: ignore[arg-type]
-    # Also in a pipe: the text is made to be pasted.
-    text = json_text(diagnosis.to_dict()) if as_json else wrapped(with_cli_options(str(diagnosis)), _PASTED_COLUMNS)
-    written = print_stdout(text, wrap=not as_json)
     failed = diagnosis.first_failed
-    return exit_code(error_class(failed.error)) if failed else written
+    content = diagnosis.to_dict()
+    written = 0 if as_json and paid and not failed else _write_check(str(diagnosis), content if as_json else None)
+    if failed:
+        print_stderr("Nothing was paid, because of the problem above." if paid else "")
+        return exit_code(error_class(failed.error))
+    return max(written, _check_paid(region, base_url, content if as_json else None, yes=yes)) if paid else written
+
+
+def _write_check(text: str, content: dict[str, Any] | None) -> int:
+    """Return the exit code of writing a check: as JSON, or as text in lines that fit when they are pasted."""
+    if content is not None:
+        return print_stdout(json_text(content))
+    return print_stdout(wrapped(visible(with_cli_options(text)), _PASTED_COLUMNS), wrap=True)
+
+
+def _check_paid(region: str | None, base_url: str | None, content: dict[str, Any] | None, *, yes: bool) -> int:
+    from langchain_cogview.api.settings import region_of  # noqa: PLC0415
+    from langchain_cogview.cli.doctor import find_service  # noqa: PLC0415
+    from langchain_cogview.cli.paid import Fact, PaidCheck, PaidImageLostError, facts_as_json, report_text  # noqa: PLC0415
+
+    service, _ = find_service(base_url, region)  # type: ignore[arg-type]
+    if service is None:  # which the diagnosis has reported
+        return 2
+    check = PaidCheck.of(service, region_of(service.base_url, region))  # type: ignore[arg-type]
+    if not yes and not _agreed(check.question):
+        return 2
+    facts: list[Fact] = []
+    code = 0
+    try:
+        with spinner("Making one image, and some requests that cost nothing"):
+            for fact in check.run():  # what was seen before an error is shown too
+                facts.append(fact)  # noqa: PERF402
+    except PaidImageLostError as error:
+        print_stderr(f"Error: {error}")
+        code = 6
+    finally:
+        if content is not None:
+            _write_check("", content | {"paid": facts_as_json(facts)})
+        elif facts:
+            _write_check(f"\n{report_text(facts)}", None)
+    return code
+
+
+def _agreed(question: str) -> bool:
+    """Return whether the user agrees on the terminal; without one, nobody can."""
+    if not is_terminal(sys.stdin):
+        what = question.removesuffix(" Continue?")
+        print_stderr(
+            "Error: Nothing was paid, because there is no terminal to ask on.", f"{what} In a script, add --yes."
+        )
+        return False
+    print_stderr(question)
+    sys.stderr.write("Type y and Enter to continue: ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() in {"y", "yes"}:
+        return True
+    print_stderr("Nothing was paid.")
+    return False
 
 
 class _Display(NamedTuple):

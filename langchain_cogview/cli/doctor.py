@@ -188,7 +188,7 @@ def _without_home(text: str, home: str) -> str:
 
 def _findings(base_url: str | None, region: Region | None, *, offline: bool) -> Iterator[Finding]:
     yield from _versions()
-    service, found = _service(base_url, region)
+    service, found = find_service(base_url, region)
     yield from found
     in_sandbox = service is not None and is_sandbox(service.base_url)
     if not in_sandbox and (unused := _unused_variables()):
@@ -238,8 +238,16 @@ def _failed(name: str, error: CogViewError, **more: Any) -> Finding:
     return Finding(name, "failed", error.message, error.hint, error=type(error).__name__, **more)
 
 
-def _service(base_url: str | None, region: Region | None) -> tuple[Target | None, list[Finding]]:
-    """Return the API and its key, or None if they cannot be determined, with the findings about them."""
+def find_service(base_url: str | None, region: Region | None) -> tuple[Target | None, list[Finding]]:
+    """Determine the API and its key.
+
+    Args:
+        base_url: As for `diagnose`.
+        region: As for `diagnose`.
+
+    Returns:
+        The API and its key, or None if they cannot be determined, with the findings about them.
+    """
     configured = environment(BASE_URL_VARIABLE) if base_url is None else base_url
     source = (
         "from --base-url" if base_url is not None else f"set by {BASE_URL_VARIABLE}" if configured else "the region's"
