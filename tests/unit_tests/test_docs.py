@@ -66,7 +66,7 @@ PRINTED = {  # what a reader sees of each page, as regular expressions
     ],
     "docs/models.md": [],
     "docs/notebooks.md": [r"gallery\.html", r"4 images in a labelled grid"],
-    "docs/processes.md": [r"3 3", r"\{'made': 3\}", r"1024x1024"],
+    "docs/processes.md": [r"3 3", r"\{'made': 3\}", r"made invalid", r"1024x1024"],
     "docs/production.md": [r"image/png", r"422", r"1024", r"images"],
     "docs/sandbox.md": [r"Here is your image\.", r"3 a kitten 1", r"1 passed", r'"url":'],
     "docs/tasks.md": [r"True 1280"],
