@@ -116,7 +116,7 @@ def run_job_on_ray(
         env_vars: Environment variables of the tasks. The API key, `COGVIEW_BASE_URL` and `COGVIEW_SHARED_LIMIT` of this process
             are passed on in any case, by Ray's runtime environment.
         **arguments: Other arguments of `run_job`, and settings of the generator, but for those that cannot leave this process. A
-            `budget` and a `limit` hold for each shard.
+            `budget` holds for all shards together, and a `limit` for each.
 
     Returns:
         What the shards have made together.

@@ -13,17 +13,20 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
+from langchain_cogview.catalog import currency_of
 from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
 from langchain_cogview.jobs.files import spare_descriptors
 from langchain_cogview.jobs.folder import FolderInUseError, JobFolder
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
+from langchain_cogview.jobs.ledger import ShardLedger, locked_parent
 from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of
 from langchain_cogview.jobs.plan import (
     INTERRUPTED,
@@ -47,7 +50,7 @@ from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from decimal import Decimal
     from pathlib import Path
 
@@ -118,7 +121,8 @@ def run_job(
         generator: Generates the images; its `output_dir` is replaced. None: one is created from `settings`.
         limit: Maximum number of prompts to generate; None: no limit.
         budget: Stop before an image whose list price would exceed this amount, in the currency of the generator's region. It
-            counts all runs in this folder, requests that may have been charged, and images of the sandbox. None: no limit.
+            counts all runs in this folder, requests that may have been charged, and images of the sandbox. With `shard` it
+            counts those of all shards, and all processes that work at the same time must have the same. None: no limit.
         retry_failed: Generate again what failed or was blocked.
         retry_unknown: Generate again what may have been charged, and tasks that do not end within the generator's `timeout`.
             This can pay twice.
@@ -130,9 +134,9 @@ def run_job(
         on_plan: Called with the plan before anything is sent; an exception that it raises ends the job.
         stop: Once it is set, nothing more is sent; requests in flight finish, and the report says what is left.
         into_existing: Begin a job in a folder that has other files. The job adds its files and overwrites none.
-        shard: `"3/20"`: only the prompts of the third of twenty shards, as a job in a sub-folder of `output_dir`, with a
-            `budget` of its own. Each prompt belongs to one shard by its hash. `merge_shards` makes one contact sheet of all
-            shards. None: all prompts, in one job.
+        shard: `"3/20"`: only the prompts of the third of twenty shards, as a job in a sub-folder of `output_dir`. Each
+            prompt belongs to one shard by its hash. `merge_shards` makes one contact sheet of all shards. None: all prompts, in
+            one job.
         **settings: Arguments of `CogViewImageGenerator`.
 
     Returns:
@@ -143,8 +147,8 @@ def run_job(
     Raises:
         CogViewInvalidRequestError: A line is not valid, and `skip_bad` is not set; the notes name the lines.
         CogViewConfigurationError: A setting or the file is wrong, the file has no prompts, the folder's job was begun with other
-            arguments, its manifest is damaged, another job is writing to it, or it has other files than a job's. Nothing was
-            sent.
+            arguments, its manifest is damaged, another job is writing to it, it has other files than a job's, or another
+            process works on another shard with another budget. Nothing was sent.
         CogViewStorageError: The folder cannot be written. Nothing was sent.
     """
     try:
@@ -208,7 +212,8 @@ async def arun_job(
             on_plan(job.plan)
         with run.cancel_token(), job.with_progress(progress, config) as run_config:
             for calls in run.passes(run.acollect, run.agenerate, run_config):
-                async with contextlib.aclosing(astream_tasks(calls, job.max_workers)) as results:
+                chosen = _off_the_loop(calls) if job.ledger else calls
+                async with contextlib.aclosing(astream_tasks(chosen, job.max_workers)) as results:
                     async for _, result in results:
                         _raise_error(result)
         return await in_thread(_report, run, job.started)
@@ -232,10 +237,11 @@ def run_shards(
         output_dir: As for `run_job`.
         count: Number of shards, the same in all processes.
         generator: As for `run_job`.
-        **arguments: All other arguments of `run_job`. A `budget` and a `limit` hold for each shard.
+        **arguments: All other arguments of `run_job`. A `budget` holds for all shards together, and a `limit` for each.
 
     Returns:
-        The report of each shard that this process worked on. It ends early after one that was stopped or interrupted.
+        The report of each shard that this process worked on. It ends early after one that was stopped or interrupted,
+        or that the budget did not cover.
 
     Raises:
         CogViewConfigurationError: As for `run_job`.
@@ -258,7 +264,7 @@ def run_shards(
             held.append(shard)
         else:
             reports.append(report)
-            if report.stopped or report.interrupted:
+            if report.stopped or report.interrupted or report.over_budget:
                 break
             if not left:  # another process may have ended meanwhile
                 left, held = held, []
@@ -304,7 +310,9 @@ def plan_job(
         backlog = Backlog(found, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
         # The prompts are checked and counted one at a time: a plan holds none of them.
         items = checked_items(found, prompts, job.defaults, format=format, shard=job.shard)
-        plan = backlog.plan(job.generator, job.budget(backlog, budget), limit=limit, items=items)
+        if job.ledger:
+            job.ledger.preview(job_budget(job.generator, budget).amount)
+        plan = backlog.plan(job.generator, job.budget(history, budget).copy(), limit=limit, items=items)
         job_budget(job.generator, budget, found.models)  # refuses a model without a price
         return plan
 
@@ -331,6 +339,14 @@ class _Job:
         if self.shard:
             self.folder = self.parent / self.shard.name
         self.generator = _generator(generator, settings, self.folder)
+        self.ledger = None
+        if self.shard:
+            currency = currency_of(self.generator.resolved_region)
+            price = partial(price_of, self.generator)
+            fallback_models = self.generator.fallback_models
+            self.ledger = ShardLedger(
+                self.parent, self.shard.name, currency, price=price, fallback_models=fallback_models
+            )
         self.settings = job_settings(self.generator)
         self.defaults = {name: value for name, value in self.settings.items() if name != "service"}
 
@@ -362,12 +378,32 @@ class _Job:
             _refuse_other_settings(self.folder, settings, self.settings)
         return settings is not None
 
-    def budget(self, backlog: Backlog, amount: Any) -> Budget:
+    def budget(self, history: History, amount: Any) -> Budget:
         """Return the budget, after subtracting what is spent."""
         budget = job_budget(self.generator, amount)
-        for model, count in backlog.spent().items():
+        for model, count in history.spent().items():
             budget.commit(price_of(self.generator, model), count)
-        return budget
+        return self.ledger.budget(budget) if self.ledger else budget
+
+    @contextmanager
+    def locked_folder(self, amount: Any) -> Iterator[JobFolder]:
+        """Lock the folder, and enter a shard in the budget of all shards.
+
+        Yields:
+            The folder.
+        """
+        budget = job_budget(self.generator, amount, self.prompts.models)  # before the folder is created
+        if not self.shard or not self.ledger:
+            with JobFolder(self.folder, create=True) as folder:
+                folder.lock()
+                yield folder
+            return
+        self.shard.begin(self.parent)
+        with JobFolder(self.folder, create=True) as folder:
+            with locked_parent(self.parent) as parent:
+                folder.lock()
+                self.ledger.begin(parent, budget.amount)
+            yield folder
 
     @contextmanager
     def locked_run(
@@ -380,18 +416,16 @@ class _Job:
             )
         if not skip_bad:
             self.prompts.refuse_problems()
-        job_budget(self.generator, budget, self.prompts.models)  # before the folder is created
-        if self.shard:
-            self.shard.begin(self.parent)
-        with JobFolder(self.folder, create=True) as folder, contextlib.ExitStack() as stack:
-            folder.lock()
+        with self.locked_folder(budget) as folder, contextlib.ExitStack() as stack:
             begun = self.was_begun(folder, into_existing=into_existing)
             attempts, manifest = (
                 stack.enter_context(opened(folder, writable=True)) for opened in (attempts_of, manifest_of)
             )
             history = read_history(attempts, manifest)
             backlog = Backlog(self.prompts, history, folder, **retry)
-            left = self.budget(backlog, budget)
+            left = self.budget(history, budget)
+            if self.ledger:
+                stack.callback(self.ledger.end, history)
             if not begun:
                 write_settings(folder, self.settings)
             attempts.ready()
@@ -439,6 +473,12 @@ class _Job:
             if ready:
                 bar.skip(ready)
             yield merge_configs(options, {"callbacks": [bar]})  # type: ignore[arg-type]
+
+
+async def _off_the_loop(calls: Iterator[Callable[[], Any]]) -> AsyncIterator[Callable[[], Any]]:
+    # The next call of a shard may have to wait for the file with the budget of all shards.
+    while (call := await in_thread(next, calls, None)) is not None:
+        yield call
 
 
 def _raise_error(result: Any) -> None:

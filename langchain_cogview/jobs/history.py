@@ -208,6 +208,16 @@ class History:
         """Return the requests without an end in the manifest."""
         return (attempt for attempts in self.open.values() for attempt in attempts.values())
 
+    def spent(self) -> Counter[str]:
+        """Return how many images of each model were paid for, or may have been."""
+        images: Counter[str] = Counter()
+        for outcome, count in self.finished.outcomes().items():
+            for model in outcome.spent:
+                images[model] += count
+        for attempt in self.attempts():
+            images[attempt.model] += attempt.posts
+        return images
+
     def known(self, files: Iterable[str]) -> set[str]:
         """Return which of these image files the manifest has."""
         hashes = {hash(file): file for file in files}

@@ -102,7 +102,8 @@ _Count = Annotated[int, Field(ge=0, le=1 << 53)]
 _Name = Annotated[str, Field(max_length=1000)]
 _RequestId = Annotated[str, Field(pattern=r"\A[0-9A-Za-z_.-]{1,200}\z")]
 _TaskId = Annotated[str, Field(pattern=r"\A[0-9A-Za-z_:-][0-9A-Za-z_.:-]{0,255}\z")]
-_Amount = Annotated[str, Field(max_length=60), AfterValidator(_amount)]
+Amount = Annotated[str, Field(max_length=60), AfterValidator(_amount)]
+"""An amount of money as text, from 0."""
 
 
 _CHECKED: Final = ConfigDict(strict=True, extra="allow")
@@ -119,7 +120,7 @@ class _FilterEntry(TypedDict):
 class _Image(TypedDict):
     file: Annotated[str, Field(max_length=255), AfterValidator(_file)]
     model: _Name
-    cost: _Amount | None
+    cost: Amount | None
     cached: bool
     sandbox: bool
     request_id: NotRequired[_RequestId | None]
@@ -143,7 +144,7 @@ class _Failure(TypedDict):
     content_filter: NotRequired[list[_FilterEntry]]
     url: NotRequired[str | None]
     expires_at: NotRequired[_Name | None]
-    cost: NotRequired[_Amount | None]
+    cost: NotRequired[Amount | None]
     cached: NotRequired[bool]
     sandbox: NotRequired[bool]
 
@@ -179,7 +180,7 @@ class _Record(TypedDict):
     images: list[_Image]
     failures: list[Annotated[_Failure, AfterValidator(_has_what_a_link_needs)]]
     given_up: list[_GivenUpRequest]
-    cost: _Amount | None
+    cost: Amount | None
     currency: Annotated[str, Field(max_length=16)] | None
     sandbox: bool
     request_ids: list[_RequestId]

@@ -361,16 +361,6 @@ class Backlog:
         work_item.decide(**self._retry)
         return work_item
 
-    def spent(self) -> Counter[str]:
-        """Return how many images of each model were paid for, or may have been."""
-        images: Counter[str] = Counter()
-        for outcome, count in self.history.finished.outcomes().items():
-            for model in outcome.spent:
-                images[model] += count
-        for attempt in self.history.attempts():
-            images[attempt.model] += attempt.posts
-        return images
-
     def total_cost(self) -> Mapping[str, Decimal]:
         """Return the cost of all images in the manifest, by currency."""
         total = Charges()

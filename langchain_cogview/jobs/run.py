@@ -150,6 +150,9 @@ class JobRun:
                 except CogViewBudgetError:
                     self.over_budget = True
                     return
+                except CogViewError as error:  # the budget of all shards cannot be read
+                    self.stop(error)
+                    return
                 self.over_budget = False
                 self._started += 1
             self._next += 1
