@@ -248,6 +248,23 @@ def test_the_table_of_exit_codes_is_the_commands():
     assert list(map(int, rows)) == list(output.EXIT_CODES)
 
 
+def test_every_command_is_on_the_page_about_the_command_line():
+    pytest.importorskip("typer")
+    command = [sys.executable, "-m", "langchain_cogview.cli", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("Commands:")[1]
+    names = re.findall(r"^  ([a-z]+)  ", text.split("Exit codes")[0], re.MULTILINE)
+    assert "generate" in names
+    for name in names:
+        assert f"`cogview {name}" in PAGES["docs/command-line.md"], name
+
+
+def test_every_extra_is_on_the_first_page():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for_developers = {"benchmark", "test", "integrations", "frontends", "lint", "dev", "docs"}
+    listed = re.findall(r"^\| `(\w+)` \| ", PAGES["docs/index.md"], re.MULTILINE)
+    assert {name for name in listed if name in extras} == set(extras) - for_developers
+
+
 def test_every_public_name_is_in_the_reference():
     listed = re.findall(r"^::: ([\w.]+)$", PAGES["docs/reference.md"], re.MULTILINE)
     assert "langchain_cogview.errors" in listed  # with all that the module has
