@@ -285,6 +285,12 @@ class CogViewError(ModelError):
         text = " ".join(part for part in (self.message, self.hint) if part)
         return f"{text} ({known})" if known else text
 
+    def _render_traceback_(self) -> list[str]:
+        # IPython and Jupyter call this in place of their own rendering.
+        from langchain_cogview.tracebacks import short_traceback  # noqa: PLC0415
+
+        return short_traceback(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The state is passed separately from the constructor's arguments, because `batch_results` may hold this same error.
         return _rebuild, (type(self), self.message), self.__dict__
