@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.cli.output import print_stderr, run_command
+from langchain_cogview.cli.output import print_stderr, print_stdout, run_command
 
 if TYPE_CHECKING:
     from langchain_cogview.mcp.server import CogViewServer
@@ -63,6 +63,10 @@ def mcp(
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
     timeout: Annotated[float, typer.Option(help="Total time limit for one image, in seconds.")] = 120.0,
+    bundle: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Serve nothing: write an MCP bundle (.mcpb) for desktop clients, and end."),
+    ] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Generate placeholders offline: no key, no cost.")] = False,
 ) -> None:
     """Serve image generation to MCP clients: Claude, Cursor, VS Code, Codex and others.
@@ -71,6 +75,8 @@ def mcp(
     """  # noqa: DOC501  the help shows this text
     if base_url is not None and (sandbox or not base_url.strip()):
         raise typer.BadParameter("--base-url needs a URL and cannot be combined with --sandbox.")
+    if bundle is not None:
+        run_command(lambda: _bundle(bundle))
     folder = Path(output_dir).expanduser() if output_dir else default_folder()
     settings: dict[str, Any] = {"size": size, "quality": quality, "region": region, "budget": budget}
     settings |= {"base_url": "sandbox:" if sandbox else base_url, "max_images": max_images}
@@ -78,6 +84,12 @@ def mcp(
     settings |= {"model": model, "timeout": timeout, "output_dir": folder.absolute()}
     address = {"host": host, "allowed_hosts": allow_host or []}
     run_command(lambda: _serve(settings, approve, inline.value, http, address))
+
+
+def _bundle(file: str) -> int:
+    from langchain_cogview.mcp.bundle import write_bundle  # noqa: PLC0415
+
+    return print_stdout(str(write_bundle(Path(file))))
 
 
 def default_folder() -> Path:

@@ -22,6 +22,25 @@ DEFAULT_WAIT: Final = 40.0
 MAX_LISTED: Final = 100
 """The largest number of images in a list."""
 
+DESCRIPTIONS: Final = {
+    "generate_image": (
+        "Generate an image from a text description. Use it when the user asks for an image, drawing, photo or "
+        "illustration. Each call costs money: call it once for each image that the user asked for. You get a short "
+        "confirmation with the id and where the image is saved; the user sees a thumbnail. If the image is not made "
+        "in time, you get its id: then call get_image, which is free."
+    ),
+    "get_image": (
+        "Get an image that generate_image started, also in an earlier session. It is free. If it is still being "
+        "made, the call waits; if it is not made in time, call it again."
+    ),
+    "list_images": "List the images that were made in this folder, the newest first, with ids and paths. It is free.",
+    "estimate_cost": (
+        "Say what images would cost, what has been spent, and what the limits leave. It is free, and makes no image. "
+        "Use it when the user asks about the price, or before many images."
+    ),
+}
+"""What chat models read about the tools."""
+
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
 """Id of an image. It is no path: a slash or a dot is refused."""
 _WAIT: Final = (
@@ -124,12 +143,7 @@ class ToolArguments:
             Tool(
                 name="generate_image",
                 title="Generate an image",
-                description=(
-                    "Generate an image from a text description. Use it when the user asks for an image, drawing, photo or "
-                    "illustration. Each call costs money: call it once for each image that the user asked for. You get a short "
-                    "confirmation with the id and where the image is saved; the user sees a thumbnail. If the image is not made "
-                    "in time, you get its id: then call get_image, which is free."
-                ),
+                description=DESCRIPTIONS["generate_image"],
                 input_schema=_schema(self._schemas["generate_image"]),
                 output_schema=_IMAGE_OUTPUT,
                 annotations=ToolAnnotations(
@@ -140,10 +154,7 @@ class ToolArguments:
             Tool(
                 name="get_image",
                 title="Get an image",
-                description=(
-                    "Get an image that generate_image started, also in an earlier session. It is free. If it is still being "
-                    "made, the call waits; if it is not made in time, call it again."
-                ),
+                description=DESCRIPTIONS["get_image"],
                 input_schema=_schema(GetArguments),
                 output_schema=_IMAGE_OUTPUT,
                 annotations=_FREE.model_copy(update={"open_world_hint": True}),
@@ -152,7 +163,7 @@ class ToolArguments:
             Tool(
                 name="list_images",
                 title="List images",
-                description="List the images that were made in this folder, the newest first, with ids and paths. It is free.",
+                description=DESCRIPTIONS["list_images"],
                 input_schema=_schema(ListArguments),
                 output_schema=_LIST_OUTPUT,
                 annotations=_FREE,
@@ -161,10 +172,7 @@ class ToolArguments:
             Tool(
                 name="estimate_cost",
                 title="Estimate the cost",
-                description=(
-                    "Say what images would cost, what has been spent, and what the limits leave. It is free, and makes no image. "
-                    "Use it when the user asks about the price, or before many images."
-                ),
+                description=DESCRIPTIONS["estimate_cost"],
                 input_schema=_schema(self._schemas["estimate_cost"]),
                 output_schema=_output(EstimateArtifact, "estimated"),
                 annotations=_FREE,
