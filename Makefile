@@ -1,4 +1,4 @@
-.PHONY: test heavy integration_test lint format notebooks
+.PHONY: test heavy integration_test lint format notebooks docs
 
 test:
 	pytest
@@ -21,3 +21,6 @@ format:
 
 notebooks:
 	python notebooks/renew.py
+
+docs:
+	mkdocs build --strict

@@ -1,8 +1,6 @@
 """The README is one page that a person can read in a few minutes. Its blocks and links are tested with those of the other pages."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -52,19 +50,3 @@ def test_every_link_and_image_of_the_package_page_has_an_address():
         f"{raw}/main/docs/gallery.png",
     ]
     assert f"]({repository}/blob/main/docs/agents.md)" in readme
-
-
-@pytest.mark.heavy
-def test_the_built_package_has_that_page(tmp_path):
-    # As pip builds it: the build's own packages come from the index.
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True, timeout=600
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    import zipfile
-
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
-        metadata = archive.read(name).decode()
-    assert "Project-URL: Documentation, https://" in metadata
-    assert "](docs/" not in metadata and 'src="docs/' not in metadata
