@@ -239,6 +239,8 @@ class ProgressCallbackHandler(EventHandler):
         self.skipped = 0
         self._total = total
         self._label = label
+        self._retrying: set[str] = set()
+        self._downloading: set[str] = set()
         self._failed_before = 0
         self._blocked_before = 0
         # Request ids of the failures that events reported; in order, so that the oldest can be dropped.
@@ -286,8 +288,18 @@ class ProgressCallbackHandler(EventHandler):
 
     @property
     def in_flight(self) -> int:
-        """Number of images that were requested and have not ended."""
-        return self.costs.in_flight
+        """Number of images whose request was sent and is not answered, without those that are retried."""
+        return max(0, self.costs.in_flight - len(self._retrying) - len(self._downloading))
+
+    @property
+    def retrying(self) -> int:
+        """Number of images whose request was refused; it waits, or was sent again."""
+        return len(self._retrying)
+
+    @property
+    def downloading(self) -> int:
+        """Number of images that the service has made and that are downloaded now; they hold no slot."""
+        return len(self._downloading)
 
     @property
     def ended(self) -> int:
@@ -335,8 +347,23 @@ class ProgressCallbackHandler(EventHandler):
             self.costs.on_event(name, event)
             if name == RETRY_EVENT:
                 self.retries += 1
-            elif name == PROGRESS_EVENT and event["stage"] == "failed":
+                self._retrying.add(event["request_id"])
+            elif name == GENERATED_EVENT or event.get("stage") in {"failed", "cancelled"}:
+                self._retrying.discard(event["request_id"])
+                self._downloading.discard(event["request_id"])
+            if name == PROGRESS_EVENT and event["stage"] == "failed":
                 self._remember(event)
+            self._update()
+
+    def on_answered(self, request_id: str) -> None:
+        """Count an image that is downloaded now.
+
+        Args:
+            request_id: Id of its request.
+        """
+        with self._lock:
+            self._retrying.discard(request_id)
+            self._downloading.add(request_id)
             self._update()
 
     def _remember(self, event: Any) -> None:
@@ -420,7 +447,10 @@ class ProgressCallbackHandler(EventHandler):
                     self._bar.refresh()
 
     def _facts(self) -> str:
-        counts = ((self.blocked, "blocked"), (self.failed, "failed"), (self.in_flight, "in flight"))
+        counts = (
+            *((self.blocked, "blocked"), (self.failed, "failed"), (self.in_flight, "in flight")),
+            *((self.retrying, "retrying"), (self.downloading, "downloading")),
+        )
         facts = [f"{count} {what}" for count, what in counts if count]
         charges = str(self.costs.charges)
         return ", ".join(facts if charges == NO_COST else [*facts, charges])

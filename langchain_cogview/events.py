@@ -39,6 +39,7 @@ from langchain_cogview.errors import (
     most_severe,
     printable,
 )
+from langchain_cogview.text import log_unasked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -249,6 +250,17 @@ class EventDispatcher:
                     raise
                 logger.warning(_HANDLER_FAILED, name, exc_info=True)
 
+    def answered(self, request_id: str) -> None:
+        """Tell the handlers of this package that a request was answered: its slot is free, and its image is downloaded.
+
+        Args:
+            request_id: Id of the request.
+        """
+        callbacks: Any = self.config.get("callbacks") if self.has_handlers else None
+        for handler in getattr(callbacks, "handlers", callbacks) or ():
+            if isinstance(handler, EventHandler):
+                handler.on_answered(request_id)
+
     def _complete(self, name: str, payload: dict[str, Any]) -> None:
         """Add the fields that all payloads share, in place so that a `GeneratedPayload` stays one, and write to the streams."""
         for key, value in (("version", EVENT_VERSION), ("tool_call_id", self.tool_call_id), ("sandbox", self.sandbox)):
@@ -344,6 +356,11 @@ class ImageEvents:
         first, self.sent = not self.sent, True
         if first and self.dispatcher.is_active:
             await self.dispatcher.adispatch(self._progress("sent"))
+
+    def answered(self, unasked_urls: tuple[str, ...]) -> None:
+        """Handle the answer: the slot is free, and the image is downloaded. Links that were not asked for are logged."""
+        log_unasked(self.request_id, unasked_urls)
+        self.dispatcher.answered(self.request_id)
 
     def _commit(self) -> Journal | None:
         """Return the journal, unless it holds this POST already, after counting the attempt as spent."""
@@ -564,6 +581,13 @@ class EventHandler(BaseCallbackHandler, ABC):
         """Receive a custom event from LangChain; see its `BaseCallbackHandler.on_custom_event`."""
         if name in _EVENTS and self._deliveries.is_first(data, run_id):
             self.on_event(name, data)
+
+    def on_answered(self, request_id: str) -> None:
+        """Process that a request was answered and its image is downloaded now; by default nothing.
+
+        Args:
+            request_id: Id of the request.
+        """
 
     @abstractmethod
     def on_event(self, name: str, event: Any) -> None:

@@ -44,7 +44,7 @@ from langchain_cogview.events import EventDispatcher, ImageEvents
 from langchain_cogview.images.download import DownloadedImage, afetch, expires_at, fetch, save_content
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult, with_content
-from langchain_cogview.text import log_unasked, noting_lost_image, unsaved_note
+from langchain_cogview.text import noting_lost_image, unsaved_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -455,7 +455,7 @@ class ImageCall:
 
     def _finish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
         reply = paid.reply
-        log_unasked(events.request_id, reply.unasked_urls)
+        events.answered(reply.unasked_urls)
         with noting_lost_image(events.request_id, *reply.urls):
             try:
                 outcome = None if reply.content is None else self._saved(reply.content, events)
@@ -470,7 +470,7 @@ class ImageCall:
 
     async def _afinish(self, paid: PaidReply, events: ImageEvents) -> list[GeneratedImage]:
         reply = paid.reply
-        log_unasked(events.request_id, reply.unasked_urls)
+        events.answered(reply.unasked_urls)
         with noting_lost_image(events.request_id, *reply.urls):
             try:
                 # The thread saves the bytes even when the caller is cancelled: they cannot be downloaded again.

@@ -553,3 +553,44 @@ def test_an_executed_notebook_gets_one_small_output_without_widgets(tmp_path, mo
         r"CogView 60/60 \|█+\| \d\d:\d\d<00:00, +[\d.]+(it/s|s/it), 3\.60 CNY", output.data["text/plain"]
     )
     assert "widgets" not in notebook.metadata
+
+
+def test_in_flight_never_exceeds_the_limit_and_downloads_are_shown_apart(monkeypatch):
+    """A slow download holds no slot: the next request is sent, and both are counted for what they are."""
+    from langchain_cogview import generation
+
+    fetch, started = generation.fetch, threading.Event()
+    counts = []
+
+    class Counts(ProgressCallbackHandler):
+        def on_event(self, name, event):
+            super().on_event(name, event)
+            counts.append((self.in_flight, self.downloading))
+            if self.downloading and event.get("stage") == "sent":
+                started.set()  # a request was sent while an image is downloaded
+
+    def slow(*arguments, **options):
+        assert started.wait(DEADLINE)
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(generation, "fetch", slow)
+    with Sandbox() as sandbox:
+        generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=1, timeout=None)
+        handler = Counts()
+        generator.batch(["a cat", "a dog"], {"callbacks": [handler]})
+    assert max(in_flight for in_flight, _ in counts) == 1
+    assert (1, 1) in counts
+    assert (handler.in_flight, handler.downloading, handler.done) == (0, 0, 2)
+
+
+def test_a_request_that_is_refused_is_retried_and_not_in_flight():
+    handler = ProgressCallbackHandler()
+    one = new_id()
+    for event, expected in (
+        (progress("sent", one), (1, 0)),
+        (retry(one), (0, 1)),
+        (retry(one, attempt=2), (0, 1)),
+        (generated(one), (0, 0)),
+    ):
+        handler.on_event(*event)
+        assert (handler.in_flight, handler.retrying) == expected
