@@ -233,6 +233,13 @@ class ServerRecords:
         """The folders that this process has locked. New requests are recorded in the first."""
         self._others: dict[str, ServerFolder] = {}
         self._lock = threading.Lock()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
         with JobFolder(self.path, create=True):
             self.adopt()
         number = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -83,7 +84,7 @@ _POLL_SECONDS: Final = 0.5
 _INPUT_REQUIRED: Final = "2026-07-28"
 _URI: Final = re.compile(r"cogview://images/([0-9A-Za-z_-]{1,128})")
 _MAX_SIZE: Final = 2048
-_MIN_SIZE: Final = 16
+_MIN_SIZE: Final = 32
 _MAX_SMALLER_BYTES: Final = 3_000_000
 _MAX_APPROVALS: Final = 1000
 _APPROVAL: Final[dict[str, Any]] = {
@@ -291,7 +292,8 @@ class CogViewServer:
         wanted = studio.identity(arguments.prompt, arguments.size, arguments.quality)
         # The approval of an image is used once: a client that sends the call again gets the same image.
         approval = json.loads(params.request_state) if params.request_state else {}
-        image = self._approved.get(approval.get("nonce", "")) or studio.unanswered(wanted)
+        approved = self._approved.get(approval.get("nonce", ""))
+        image = studio.unanswered(wanted) if approved is None else studio.joined(approved)
         is_new = image is None
         if image is None:
             estimate = await in_thread(self._covered, studio, wanted)
@@ -301,12 +303,26 @@ class CogViewServer:
                 )
                 if asked is not None:
                     return asked
-            image = await in_thread(studio.begin, wanted)
-            if approval:
-                self._approve(approval["nonce"], image)
+            image = await self._begun(studio, wanted, approval.get("nonce"))
         note = "" if is_new else "An earlier call asked for the same image, so nothing is paid again. "
         with studio.waiting_for(image):
             return await self._answer(ctx, studio, image, deadline, note)
+
+    async def _begun(self, studio: Studio, wanted: dict[str, Any], nonce: str | None) -> ServerImage:
+        """Return a new image. If the call is cancelled now, the image goes on, and waits for an equal call.
+
+        Raises:
+            CancelledError: The client has ended the call.
+        """
+        beginning = asyncio.ensure_future(in_thread(studio.begin, wanted))
+        try:
+            image = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(lambda done: None if done.exception() else studio.leave(done.result()))
+            raise
+        if nonce:
+            self._approve(nonce, image)
+        return image
 
     def _covered(self, studio: Studio, wanted: dict[str, Any]) -> Estimate:
         studio.limits()  # counts what other servers have spent
@@ -393,7 +409,7 @@ class CogViewServer:
             if isinstance(found, ImageResult):
                 return await results.made(found, self._settings.inline)
             if found is not None:
-                with studio.counted(found):
+                with studio.waiting_for(studio.joined(found)):
                     return await self._answer(ctx, studio, found, deadline)
             left = deadline.remaining() or 0.0
             if left <= _POLL_SECONDS:  # another server makes it
@@ -438,7 +454,7 @@ class CogViewServer:
             name="image",
             title="An image",
             description=(
-                "The bytes of an image. With size, from 16 to 2048: a JPEG whose longer side has at most so many pixels."
+                "The bytes of an image. With size, from 32 to 2048: a JPEG whose longer side has at most so many pixels."
             ),
         )
         return ListResourceTemplatesResult(resource_templates=[template])

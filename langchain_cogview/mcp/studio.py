@@ -24,6 +24,7 @@ from langchain_cogview.errors import (
     Outcome,
     error_class,
     printable,
+    read_entries,
 )
 from langchain_cogview.images.remote import ImageAccess
 from langchain_cogview.jobs.items import PromptItem
@@ -145,9 +146,13 @@ class Studio(PendingImages):
         self._counted: Counter[str] = Counter()
         self._unanswered: dict[tuple[Any, ...], list[ServerImage]] = {}
         self._starting = threading.Lock()
-        for folder in self.records.own:
-            self._resume(folder)
-        self.limits()
+        try:
+            for folder in self.records.own:
+                self._resume(folder)
+            self.limits()
+        except BaseException:
+            self.records.close()
+            raise
 
     @property
     def tasks_generator(self) -> None:
@@ -470,17 +475,27 @@ class Studio(PendingImages):
         with self._lock:
             return [image for image in dict.fromkeys(self._images.values()) if not image.result.done()]
 
-    @contextlib.contextmanager
-    def counted(self, image: ServerImage) -> Iterator[None]:
-        """Count a further call that waits for an image, until the block ends.
+    def joined(self, image: ServerImage) -> ServerImage:
+        """Count a further call that waits for an image, until `leave`.
 
-        Yields:
-            Nothing.
+        Args:
+            image: The image.
+
+        Returns:
+            The image.
         """
         with self._lock:
             image.waiting += 1
-        with self.waiting_for(image):
-            yield
+        return image
+
+    def leave(self, image: ServerImage) -> None:
+        """End the count of a call that waits for an image.
+
+        Args:
+            image: The image.
+        """
+        with self._lock:
+            image.waiting -= 1
 
     @contextlib.contextmanager
     def waiting_for(self, image: ServerImage) -> Iterator[None]:
@@ -492,8 +507,7 @@ class Studio(PendingImages):
         try:
             yield
         finally:
-            with self._lock:
-                image.waiting -= 1
+            self.leave(image)
 
 
 _MAX_UNANSWERED: Final = 1000
@@ -515,5 +529,5 @@ def _error_of(record: Mapping[str, Any]) -> CogViewError:
     kind = error_class(failure["error"]) or CogViewError
     facts: dict[str, Any] = {name: failure.get(name) for name in ("code", "status", "request_id")}
     if failure.get("content_filter"):
-        facts["content_filter"] = failure["content_filter"]
+        facts["content_filter"] = read_entries(failure["content_filter"])
     return kind(failure["message"], **facts)

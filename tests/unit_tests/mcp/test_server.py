@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -349,3 +350,85 @@ async def test_the_records_are_those_of_a_job(make, folder):
     assert sent["request_id"] == made.structured_content["images"][0]["request_id"] and sent["prompt"] == "a kitten"
     assert ended["key"] == sent["key"] and ended["status"] == "made"
     assert (folder / ended["images"][0]["file"]).is_file()
+
+
+# --- what earlier servers left
+
+
+async def test_an_image_that_was_saved_and_not_recorded_is_found_at_the_next_start(make, sandbox, folder):
+    server = make()
+    async with Client(server.app) as client:
+        made = await client.call_tool("generate_image", {"prompt": "a kitten"})
+    await asyncio.to_thread(end, server)
+    next(folder.glob(".cogview-mcp-sandbox/*/manifest.jsonl")).write_bytes(b"")  # killed before it could be written
+    async with Client(make(max_images=1).app) as client:
+        again = await client.call_tool(
+            "generate_image", {"prompt": "a kitten"}
+        )  # nobody was answered, as far as is known
+        assert "nothing is paid again" in text_of(again)
+        found = await client.call_tool("get_image", {"id": made.structured_content["id"]})
+        assert found.structured_content["images"][0]["sha256"] == made.structured_content["images"][0]["sha256"]
+        assert found.structured_content["images"][0]["path"] == made.structured_content["images"][0]["path"]
+        assert (await client.call_tool("generate_image", {"prompt": "a dog"})).is_error  # it counts
+    assert sandbox.images_made == 1
+
+
+async def test_a_blocked_prompt_is_remembered_with_its_entries(make, sandbox):
+    server = make()
+    async with Client(server.app) as client:
+        await client.call_tool("generate_image", {"prompt": "a kitten [[content-filter:1]]"})
+    await asyncio.to_thread(end, server)
+    async with Client(make().app) as client:
+        item = (await client.call_tool("list_images", {})).structured_content["images"][0]
+        found = await client.call_tool("get_image", {"id": item["id"]})
+    assert item["status"] == "blocked" and found.is_error
+    assert found.structured_content["content_filter"] == [{"role": "user", "level": 1}]
+
+
+async def test_a_file_that_is_gone_is_an_error_and_not_paid_again(make, sandbox):
+    async with Client(make(inline="none").app) as client:
+        made = await client.call_tool("generate_image", {"prompt": "a kitten"})
+        Path(made.structured_content["images"][0]["path"]).unlink()
+        with pytest.raises(MCPError, match="cannot be read"):
+            await client.read_resource(made.content[-1].uri)
+    assert sandbox.images_made == 1
+
+
+# --- resources
+
+
+async def test_an_image_has_smaller_sizes_by_query(make):
+    async with Client(make().app) as client:
+        made = await client.call_tool("generate_image", {"prompt": "a kitten"})
+        uri = made.content[-1].uri
+        for size in (32, 200, 1024):
+            read = (await client.read_resource(f"{uri}?size={size}")).contents[0]
+            assert read.mime_type == "image/jpeg"
+            assert max(Image.open(io.BytesIO(base64.b64decode(read.blob))).size) == size
+        listed = [str(resource.uri) for resource in (await client.list_resources()).resources]
+        assert listed == ["ui://cogview/gallery", uri]
+        for wrong in (
+            f"{uri}?size=0", f"{uri}?size=99999", f"{uri}?size=x", f"{uri}?size=32&size=33", f"{uri}?path=x", f"{uri}/x",
+            "cogview://images/../secret", "cogview://images/", "cogview://images/%2e%2e", "file:///etc/passwd", "cogview://images/00000000",
+        ):  # fmt: skip
+            with pytest.raises(MCPError):
+                await client.read_resource(wrong)
+
+
+async def test_the_gallery_is_an_app_with_the_images_and_one_script_that_its_policy_names(make):
+    async with Client(make().app) as client:
+        for prompt in ("a kitten", "</script><script>alert(1)</script>"):
+            await client.call_tool("generate_image", {"prompt": prompt})
+        tools = (await client.list_tools()).tools
+        assert "io.modelcontextprotocol/ui" in (client.server_capabilities.extensions or {})
+        page = (await client.read_resource("ui://cogview/gallery")).contents[0]
+    linked = {
+        tool.name for tool in tools if (tool.meta or {}).get("ui", {}).get("resourceUri") == "ui://cogview/gallery"
+    }
+    assert linked == {"generate_image", "get_image", "list_images"}
+    assert page.mime_type == "text/html;profile=mcp-app" and len(page.text) < 200_000
+    assert page.text.count("data:image/") >= 2 and page.text.count("<script>") == 1
+    script = page.text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src &#x27;sha256-{digest}&#x27;" in page.text or f"script-src 'sha256-{digest}'" in page.text
+    assert "http" not in page.text.split("<body", 1)[1].replace("http://www.w3.org", "")
