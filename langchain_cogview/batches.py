@@ -16,6 +16,7 @@ from langchain_core.runnables.config import get_config_list, merge_configs
 from langchain_cogview.catalog import DEFAULT_MODEL
 from langchain_cogview.concurrency import batch_work, raised_by_signal
 from langchain_cogview.errors import CogViewBatchError, CogViewError, is_retryable
+from langchain_cogview.notebook.display import BatchResults
 from langchain_cogview.pools import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
 from langchain_cogview.request import ImageInput, ImageRequest
 from langchain_cogview.result import ImageResult
@@ -292,7 +293,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
                 It is retryable only if no image was made; else a `CogViewBatchError` replaces retryable and foreign errors.
         """
         tasks, workers = self._tasks(self._invoke_in_batch, inputs, config, kwargs)
-        results = in_threads(tasks, workers)
+        results = BatchResults(in_threads(tasks, workers))
         return results if return_exceptions else all_or_first_error(results)
 
     async def abatch(
@@ -309,7 +310,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
             As `batch`.
         """
         tasks, workers = self._tasks(self._ainvoke_in_batch, inputs, config, kwargs)
-        results = await in_tasks(tasks, workers)
+        results = BatchResults(await in_tasks(tasks, workers))
         return results if return_exceptions else all_or_first_error(results)
 
     def batch_as_completed(  # type: ignore[override]

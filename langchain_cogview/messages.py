@@ -14,7 +14,14 @@ from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.runnables import Runnable, RunnableLambda
 
 from langchain_cogview.artifact import ARTIFACT_TYPE, check_artifact, is_artifact, validated
-from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, printable
+from langchain_cogview.errors import (
+    MAX_MODEL_TEXT,
+    CogViewContentFilterError,
+    CogViewError,
+    CogViewInvalidRequestError,
+    CogViewOutcomeUnknownError,
+    printable,
+)
 from langchain_cogview.images.remote import ImageAccess, image_access
 from langchain_cogview.result import GeneratedImage, ImageResult, with_content
 from langchain_cogview.text import warn_caller
@@ -29,6 +36,9 @@ if TYPE_CHECKING:
     from langchain_cogview.images.remote import Storage
 
 _MAX_DEPTH: Final = 24
+_NO_IMAGE: Final = ("No image was made. ", "No image was received. ")
+_BLOCKED: Final = "The content filter blocked "
+"""How the texts for a model begin in `langchain_cogview.errors`."""
 _TOOL: Final = frozenset({"tool", "ToolMessage", "ToolMessageChunk"})
 _HUMAN: Final = frozenset({"human", "user", "HumanMessage", "HumanMessageChunk"})
 _OTHERS: Final = frozenset(
@@ -99,6 +109,32 @@ def images_from_messages(
         more = f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else ""
         warn_caller(f"Something was left out. {problems[0]}{more}")
     return images
+
+
+def failures_from_messages(messages: Any) -> list[CogViewError]:
+    """Find the calls of image tools that gave the model the text of an error, such as a blocked prompt.
+
+    Args:
+        messages: The messages of an agent.
+
+    Returns:
+        An error for each call, in order, with the prompt of the call where it is known.
+    """
+    prompts: dict[str, str] = {}
+    found: list[CogViewError] = []
+    for message in messages if isinstance(messages, list | tuple) else ():
+        for call in getattr(message, "tool_calls", None) or ():
+            arguments = call.get("args")
+            prompts[str(call.get("id"))] = str(arguments.get("prompt") or "") if isinstance(arguments, Mapping) else ""
+        text = getattr(message, "content", None)
+        if getattr(message, "status", None) != "error" or not isinstance(text, str) or not text.startswith(_NO_IMAGE):
+            continue
+        kind: type[CogViewError] = CogViewOutcomeUnknownError if text.startswith(_NO_IMAGE[1]) else CogViewError
+        kind = CogViewContentFilterError if _BLOCKED in text else kind
+        error = kind(printable(text.removeprefix(_NO_IMAGE[0]), MAX_MODEL_TEXT), hint="")
+        error.prompt = prompts.get(str(getattr(message, "tool_call_id", None))) or None
+        found.append(error)
+    return found
 
 
 def images_of(artifact: Any, access: ImageAccess) -> list[GeneratedImage]:

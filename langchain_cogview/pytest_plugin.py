@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from langchain_cogview.sandbox import Sandbox
 
@@ -18,15 +19,16 @@ _KEYS = ("ZHIPUAI_API_KEY", "ZAI_API_KEY")
 
 
 @pytest.fixture
-def cogview_sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+def cogview_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Sandbox]:
     """Provide each test with its own sandbox, which all generators and tools without a `base_url` use.
 
     The sandbox records requests (`requests`, `ledger`, `images_made`), scripts replies (`fail_next`) and has limits
     (`in_flight_limit`, `latency`). While the test runs, the API keys are removed from the environment, so that nothing is
-    paid by mistake.
+    paid by mistake, and a tool that is made without `output_dir` saves its images in a folder of `tmp_path`.
 
     Args:
         monkeypatch: The fixture of pytest that restores the environment.
+        tmp_path: The temporary folder of the test.
 
     Yields:
         The sandbox.
@@ -37,8 +39,10 @@ def cogview_sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
         ...     run_my_agent()
         ...     assert cogview_sandbox.images_made == 2
     """
+    from langchain_cogview import tool  # noqa: PLC0415
     from langchain_cogview.sandbox import Sandbox  # noqa: PLC0415
 
+    monkeypatch.setattr(tool, "DEFAULT_OUTPUT_DIR", str(tmp_path / tool.DEFAULT_OUTPUT_DIR))
     for name in _KEYS:
         monkeypatch.delenv(name, raising=False)
     with Sandbox() as sandbox:

@@ -282,15 +282,17 @@ class GeneratedImage(BaseModel):
         return hash((self.id, self.request_id, self.sha256))
 
     def __repr_args__(self) -> Any:
+        from langchain_cogview.notebook.display import cost_text  # noqa: PLC0415
+
         size = f"{self.width}x{self.height}" if self.width else self.size
         yield "id", printable(self.id, 64)
+        yield "prompt", printable(self.prompt, 60)
         yield "size", size and printable(size, 40)
-        yield "mime_type", self.mime_type and printable(self.mime_type, 40)
         if self.path:
-            yield "path", printable(self.path.name, 255)
+            yield "path", printable(str(self.path), 1_000)
         if self.uri:
             yield "uri", printable(self.uri, 120)
-        yield from ((name, True) for name in ("cached", "sandbox") if getattr(self, name))
+        yield "cost", cost_text(self)
         if self.warnings:
             yield "warnings", len(self.warnings)
 

@@ -15,7 +15,10 @@ HERE = Path(__file__).parent
 LEFT_OUT = re.compile(r".*_API_KEY|.*_PROXY|(COGVIEW|LANGCHAIN|LANGSMITH)_.*", re.IGNORECASE)
 """Variables that a run does not see: it asks no service, goes through no proxy, and sends no traces."""
 RUN_FACTS = (
-    (re.compile(r"(?<=id=')[0-9a-f]{8}(?=')|(?<=path=')[0-9TZ]{16}-[0-9a-f]{8}-[0-9a-f]{16}(?=\.)"), "..."),
+    (
+        re.compile(r"(?<=id=')[0-9a-f]{8}(?=')|(?<=path=')(?:[^']*[/\\])?[0-9TZ]{16}-[0-9a-f]{8}-[0-9a-f]{16}(?=\.)"),
+        "...",
+    ),
     (re.compile(r"link expires \d{4}-\d\d-\d\d \d\d:\d\d UTC"), "link expires in a day"),
     (re.compile(r"\b\d+\.\d s(?= · )"), "0.1 s"),
 )

@@ -20,6 +20,7 @@ from langchain_cogview.jobs.files import recovered_images
 from langchain_cogview.jobs.folder import JobFolder, write_error
 from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, kind_of, manifest_of
 from langchain_cogview.jobs.prompts import MAX_LISTED, bullet_list, cost_text, count_text
+from langchain_cogview.notebook.html import report
 from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
@@ -274,6 +275,9 @@ class JobReport:
         if self.interrupted:
             lines.append(INTERRUPTED)
         return visible("\n".join(lines))
+
+    def _repr_html_(self) -> str:
+        return report(str(self), "Open the contact sheet", self.contact_sheet)
 
 
 def _not_run(name: str) -> bool:

@@ -32,7 +32,7 @@ from langchain_cogview.errors import (
     most_severe,
     printable,
 )
-from langchain_cogview.notebook.html import Layout, Tile, fitted, grid, json_bytes
+from langchain_cogview.notebook.html import MAX_TILES, Kind, Layout, Tile, fitted, grid, json_bytes
 from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, decoded, in_kernel, in_marimo, preview_of
 from langchain_cogview.text import moment_text
 
@@ -108,11 +108,38 @@ def _one(image: GeneratedImage, content: bytes | None, name: str) -> dict[str, A
     return _output([tile], "\n".join(filter(None, lines)), ONE_BYTES)
 
 
-def _output(tiles: Sequence[Tile], text: str, limit: int) -> dict[str, Any]:
+def _output(tiles: Sequence[Tile], text: str, limit: int, heading: str = "") -> dict[str, Any]:
     layout = Layout.of(len(tiles))
     left = limit - json_bytes({"text/html": "", "text/plain": text})
-    shown = fitted(tiles, lambda tiles: grid(tiles, layout), left, layout)
-    return {"text/html": grid(shown, layout), "text/plain": text}
+    shown = fitted(tiles, lambda tiles: grid(tiles, layout, heading), left, layout)
+    return {"text/html": grid(shown, layout, heading), "text/plain": text}
+
+
+class BatchResults(list[Any]):
+    """The list that `batch` returns. A notebook shows it as a small gallery, from memory only; it is pickled as a list."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (list(self),)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        tiles, charges = [], Charges()
+        for number, result in enumerate(self):
+            parts = [*result.images, *result.failures] if hasattr(result, "images") else [result]
+            for position, part in enumerate(parts, 1):
+                label = f"{number}.{position}" if len(parts) > 1 else str(number)
+                if hasattr(part, "sha256"):
+                    tiles.append(image_tile(part, part._content, label=label))  # noqa: SLF001
+                    charges.add(Money.of_image(part))
+                else:
+                    tiles.append(failure_tile(part, label=label, caption=getattr(part, "prompt", None) or ""))
+        facts = [f"{charges.count:,} image{'' if charges.count == 1 else 's'}"]
+        facts += kinds_text([tile.kind for tile in tiles])
+        facts += [] if str(charges) == NO_COST else [str(charges)]
+        omitted = len(tiles) - MAX_TILES
+        facts += (
+            [f"the last {omitted:,} are not shown here: gallery(results).save(path) has all"] if omitted > 0 else []
+        )
+        return _output(tiles[:MAX_TILES], printable(repr(list(self)), 2_000), MANY_BYTES, " · ".join(facts))
 
 
 def show(image: GeneratedImage) -> None:
@@ -234,9 +261,28 @@ def failure_tile(error: ImageFailure | BaseException, *, label: str = "", captio
     return Tile(
         caption=caption if isinstance(caption, str) else "",
         label=label,
-        kind="blocked" if getattr(error, "scope", None) is Scope.PROMPT else "failed",
+        kind=_kind(error),
         reason=f"{message} {hint}".strip() if isinstance(hint, str) else message,
     )
+
+
+def _kind(error: object) -> Kind:
+    if getattr(error, "scope", None) is Scope.PROMPT:
+        return "blocked"
+    return "unknown" if getattr(error, "outcome", None) is Outcome.UNKNOWN else "failed"
+
+
+def kinds_text(kinds: Sequence[Kind]) -> list[str]:
+    """Count what tiles stand for in place of images.
+
+    Args:
+        kinds: The kinds of all tiles.
+
+    Returns:
+        A text for each kind that there is, such as `2 blocked`.
+    """
+    words: dict[Kind, str] = {"blocked": "blocked", "failed": "failed", "unknown": "of unknown outcome"}
+    return [f"{count:,} {word}" for kind, word in words.items() if (count := kinds.count(kind))]
 
 
 def _image_tile(image: GeneratedImage, content: bytes | None, label: str) -> Tile:

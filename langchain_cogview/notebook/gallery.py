@@ -13,8 +13,8 @@ from langchain_cogview.cost import NO_COST, Charges, Money
 from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, CogViewStorageError, printable
 from langchain_cogview.images.remote import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.store import write_whole
-from langchain_cogview.messages import images_from_messages, read_each
-from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, file_tile
+from langchain_cogview.messages import failures_from_messages, images_from_messages, read_each
+from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, file_tile, kinds_text
 from langchain_cogview.notebook.html import MAX_TILES, SAVED_LAYOUT, Layout, Tile, fitted, grid, json_bytes, page, table
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 
@@ -130,7 +130,7 @@ class Gallery:
     def _summary(self) -> str:
         made = self._kinds.count("image") + self._kinds.count("absent")
         parts = [f"{made:,} image{'' if made == 1 else 's'}"]
-        parts += [f"{count:,} {kind}" for kind in ("blocked", "failed") if (count := self._kinds.count(kind))]
+        parts += kinds_text(self._kinds)
         cost = str(self.charges)
         return " · ".join(parts if cost == NO_COST else [*parts, printable(cost, 300)])
 
@@ -150,7 +150,7 @@ def gallery(
     Args:
         results: Results, images, exceptions and artifacts, such as the output of `batch(..., return_exceptions=True)` or
             `images_from_messages`; or pairs of a number and a result, as `stream_many` yields them, which are sorted. A single
-            item and the output of an agent are accepted too.
+            item and the output of an agent, whose failed calls are shown after the images, are accepted too.
         within: For artifacts, as in `images_from_messages`.
         storage: For artifacts, as in `images_from_messages`.
         storage_options: For artifacts, as in `images_from_messages`.
@@ -174,7 +174,7 @@ def gallery(
         "allowed_image_hosts": allowed_image_hosts,
     }
     if isinstance(results, Mapping) and "messages" in results:
-        results = images_from_messages(results, **reading)
+        results = [*images_from_messages(results, **reading), *failures_from_messages(results["messages"])]
     if isinstance(results, ImageResult):
         results = [*results.images, *results.failures]
     if isinstance(results, GeneratedImage | ImageFailure | BaseException | Mapping):

@@ -11,7 +11,9 @@ import base64
 import hashlib
 import html
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 from urllib.parse import quote
 
@@ -49,6 +51,7 @@ _CELL: Final = 'style="padding:4px 0;border:0;text-align:left;vertical-align:top
 _TABLE: Final = 'style="border-collapse:collapse;border:0;margin:0;font-size:13px"'
 _ROW: Final = 'style="background-color:transparent"'
 _MAX_LINK: Final = 2_000
+_MAX_LINES: Final = 60
 _FEWEST_BYTES: Final = 150  # a smaller preview shows nothing
 
 
@@ -273,6 +276,26 @@ def _tinted(kind: Kind, padding: str, more: str = "") -> str:
         f'style="{more}padding:{padding};margin:0 0 4px 0;border-radius:6px;border:1px solid rgba({tint},0.5);'
         f'background-color:rgba({tint},0.14);overflow:hidden"'
     )
+
+
+def report(text: str, link: str, target: Path | None) -> str:
+    """Render the lines of a report, and a link below them.
+
+    Args:
+        text: The lines.
+        link: Text of the link.
+        target: Path of the file that it opens; None for no link.
+
+    Returns:
+        HTML for a notebook output.
+    """
+    lines = [f"<div>{_text(line, 400)}</div>" for line in text.splitlines()[:_MAX_LINES]]
+    if target is not None:
+        with suppress(ValueError, OSError):  # a notebook opens paths that are relative to its folder
+            target = target.relative_to(Path.cwd()) if target.is_absolute() else target
+        opened = html.escape(quote(target.as_posix(), safe="/"), quote=True)
+        lines.append(f'<div><a href="{opened}" target="_blank" rel="noopener">{_text(link, 120)}</a></div>')
+    return _root("".join(lines))
 
 
 def _heading(text: str) -> str:

@@ -27,6 +27,16 @@ def test_each_test_has_its_own(cogview_sandbox, tmp_path):
 """
 
 
+FOLDER = """
+from langchain_cogview import CogViewImageTool
+
+
+def test_a_tool_saves_in_the_folder_of_the_test(cogview_sandbox, tmp_path):
+    CogViewImageTool().invoke({"prompt": "a kitten"})
+    assert list(tmp_path.glob("cogview_images/*.png"))
+"""
+
+
 def run(folder, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
@@ -43,6 +53,13 @@ def test_a_test_gets_a_sandbox_of_its_own_by_naming_the_fixture(tmp_path, monkey
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
+
+
+def test_a_tool_without_a_folder_leaves_nothing_in_the_working_folder(tmp_path):
+    (tmp_path / "test_mine.py").write_text(FOLDER)
+    done = run(tmp_path, f"--basetemp={tmp_path / 'temporary'}", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout
+    assert not (tmp_path / "cogview_images").exists()
 
 
 def test_nothing_of_the_package_is_imported_where_no_test_asks_for_it(tmp_path):

@@ -38,8 +38,8 @@ def saved(sandbox, tmp_path):
 
 def test_the_repr_is_short_and_shows_no_url(result):
     assert repr(result) == (
-        f"ImageResult(images=[GeneratedImage(id='{result.images[0].id}', size='512x512', mime_type='image/png', "
-        "sandbox=True)], model='cogview-4-250304')"
+        f"ImageResult(images=[GeneratedImage(id='{result.images[0].id}', prompt='a kitten', size='512x512', "
+        "cost='sandbox, no cost')], model='cogview-4-250304')"
     )
     assert "http" not in str(result)
 
@@ -226,3 +226,8 @@ def test_a_result_in_a_folder_whose_name_is_not_utf8_can_be_written_as_json(tmp_
     assert result.images[0].path.parent == folder
     for text in (result.model_dump_json(), json.dumps(result.to_artifact(), ensure_ascii=False)):
         assert "folder-?" in text.encode().decode()
+
+
+def test_the_repr_of_a_saved_image_has_the_path_as_it_can_be_used(saved):
+    assert f"path='{saved.path}'" in repr(saved)
+    assert saved.path.is_file()
