@@ -208,9 +208,10 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(_common)
     app.command("generate", cls=GenerateCommand)(generate)
     app.command("schema", cls=Command)(schema)
-    from langchain_cogview.cli.batch import batch, merge  # noqa: PLC0415  which needs typer
+    from langchain_cogview.cli.batch import batch, merge, work  # noqa: PLC0415  which needs typer
 
     app.command("batch", cls=Command)(batch)
+    app.command("work", cls=Command)(work)
     app.command("merge", cls=Command)(merge)
     app.command("doctor", cls=Command)(check)
     from langchain_cogview.cli.mcp import mcp  # noqa: PLC0415

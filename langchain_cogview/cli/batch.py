@@ -135,6 +135,45 @@ def batch(
     run_command(lambda: _run(prompts, output, job, as_json=as_json))
 
 
+def work(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a job that was begun with --shards.")],
+    *,
+    budget: Annotated[
+        str | None, typer.Option(help="Another limit for all shards together. Default: that of the job.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Generate again what failed or was blocked.")
+    ] = False,
+    retry_unknown: Annotated[
+        bool, typer.Option("--retry-unknown", help="Generate again what may have been charged: can pay twice.")
+    ] = False,
+    base_url: Annotated[str | None, typer.Option(help="Default: COGVIEW_BASE_URL, else the region's URL.")] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Requests in flight at once. Default: that of the job.")
+    ] = None,
+    shared_limit: Annotated[
+        str | None, typer.Option(help="Share that limit: machine, or redis://host. Default: COGVIEW_SHARED_LIMIT.")
+    ] = None,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the reports as JSON.")] = False,
+) -> None:
+    """Take shards of a job that nobody holds, until none is left. Any number of processes and machines can do so at once.
+
+    Prompts and settings are in the folder; the key is that of this process.
+    """
+    overrides = {"budget": budget, "base_url": base_url, "max_concurrency": max_concurrency}
+    overrides |= {"shared_limit": shared_limit}
+    job: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    job |= {"retry_failed": retry_failed, "retry_unknown": retry_unknown, "progress": False if no_progress else None}
+
+    def run() -> int:
+        from langchain_cogview.jobs import work_on_shards  # noqa: PLC0415
+
+        return _report_shards(lambda settings: work_on_shards(folder, **settings), job, folder, as_json=as_json)
+
+    run_command(run)
+
+
 def merge(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a job that was divided into shards.")],
 ) -> None:
@@ -153,12 +192,35 @@ def merge(
 def _run_shards(prompts: str, output: str, shards: int, job: dict[str, Any], *, as_json: bool) -> int:
     from langchain_cogview.jobs import run_shards  # noqa: PLC0415
 
-    reports = _until_interrupted(lambda settings: run_shards(prompts, output, shards, **settings), job)
+    return _report_shards(
+        lambda settings: run_shards(prompts, output, shards, **settings), job, output, prompts, as_json=as_json
+    )
+
+
+def _report_shards(
+    run: Callable[[dict[str, Any]], list[JobReport]],
+    job: dict[str, Any],
+    folder: str,
+    prompts: str | None = None,
+    *,
+    as_json: bool,
+) -> int:
+    from langchain_cogview.jobs.shards import begun_count, local_folder  # noqa: PLC0415
+
+    reports = _until_interrupted(run, job)
     if reports is None:
         return 130
     for report in reports:
         print_stderr(*_failure_lines(report, prompts), f"{report.folder.name}: {report}")
-    print_stderr("No other shard is left for this process; cogview merge makes one contact sheet of all.")
+    count = begun_count(local_folder(folder)) or 0
+    if reports and (reports[-1].stopped or reports[-1].interrupted or reports[-1].over_budget):
+        print_stderr("It ended before the other shards; run it again to continue.")
+    elif len(reports) < count:
+        print_stderr(f"Other processes work on {count - len(reports):,} of {count:,} shards.")
+    elif any(report.left or report.unknown for report in reports):
+        print_stderr("No other shard is left for this process; cogview merge makes one contact sheet of all.")
+    else:
+        print_stderr(f"All {count:,} shards are finished; cogview merge makes one contact sheet of them.")
     codes = [0, *map(_exit_code, reports)]
     return max(*codes, print_stdout(json_text([report.to_dict() for report in reports]) if as_json else ""))
 
@@ -213,10 +275,10 @@ def _exit_code(report: JobReport) -> int:
     return max([0, *codes])
 
 
-def _failure_lines(report: JobReport, prompts: str) -> Iterator[str]:
-    """Yield one line for each of the first twenty prompts that were blocked or failed, without those of another file."""
-    source = printable(Path(prompts).name, 200)
-    lines = (line for line in report.items() if line["failures"] and line.get("source", source) == source)
+def _failure_lines(report: JobReport, prompts: str | None) -> Iterator[str]:
+    """Yield one line for each of the first twenty prompts that were blocked or failed; with `prompts` none of other files."""
+    source = None if prompts is None else printable(Path(prompts).name, 200)
+    lines = (line for line in report.items() if line["failures"] and source in {None, line.get("source", source)})
     for line in nsmallest(_SHOWN, lines, key=lambda line: int(line["line"])):
         prompt = " ".join(line["arguments"]["prompt"].split())
         prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[: _PROMPT_CHARACTERS - 1]}…"

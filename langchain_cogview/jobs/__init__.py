@@ -14,7 +14,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
@@ -46,6 +46,7 @@ from langchain_cogview.jobs.prompts import count_text
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
 from langchain_cogview.jobs.shards import MergedJob, Shard, local_folder, merge_shards
 from langchain_cogview.jobs.sheet import NAMES
+from langchain_cogview.jobs.workers import OPTIONS, Workers, job_generator
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
@@ -62,13 +63,6 @@ if TYPE_CHECKING:
     from langchain_cogview.jobs.history import History
     from langchain_cogview.jobs.prompts import PromptFormat, PromptSource
 
-_JOB_OPTIONS: Final = frozenset(
-    {
-        *("limit", "budget", "retry_failed", "retry_unknown", "unique", "skip_bad", "format", "progress", "config"),
-        *("on_plan", "stop", "into_existing"),
-    }
-)
-
 __all__ = [
     "FolderInUseError",
     "JobPlan",
@@ -81,6 +75,7 @@ __all__ = [
     "plan_job",
     "run_job",
     "run_shards",
+    "work_on_shards",
 ]
 
 
@@ -230,45 +225,60 @@ def run_shards(
     """Work on the shards of a job that no other process holds, one after the other, until none is left.
 
     Any number of processes and machines with a common folder can do so at the same time. The same command again continues what
-    was left.
+    was left. The folder keeps a copy of the prompts and the settings, so that `work_on_shards` needs the folder alone.
 
     Args:
-        prompts: As for `run_job`; a file, which is read for every shard.
+        prompts: As for `run_job`, but not the standard input: they are read for every shard.
         output_dir: As for `run_job`.
         count: Number of shards, the same in all processes.
         generator: As for `run_job`.
         **arguments: All other arguments of `run_job`. A `budget` holds for all shards together, and a `limit` for each.
 
     Returns:
-        The report of each shard that this process worked on. It ends early after one that was stopped or interrupted,
-        or that the budget did not cover.
+        The report of each shard that this process worked on. It ends early after one that was stopped or interrupted, or that the
+        budget did not cover.
 
     Raises:
         CogViewConfigurationError: As for `run_job`.
         CogViewInvalidRequestError: As for `run_job`.
         CogViewStorageError: As for `run_job`.
     """
-    options = {name: arguments.pop(name) for name in _JOB_OPTIONS & set(arguments)}
+    options = {name: arguments.pop(name) for name in OPTIONS & set(arguments)}
     try:
-        generator = _generator(generator, arguments, local_folder(output_dir))
+        generator = job_generator(generator, arguments, local_folder(output_dir))
     finally:
         arguments.clear()  # as in `run_job`
-    reports: list[JobReport] = []
-    left = [Shard.of(f"{number}/{count}") for number in range(1, max(count, 1) + 1)]
-    held: list[Shard] = []
-    while left:
-        shard = left.pop(0)
-        try:
-            report = run_job(prompts, output_dir, generator=generator, shard=f"{shard.number}/{shard.count}", **options)
-        except FolderInUseError:
-            held.append(shard)
-        else:
-            reports.append(report)
-            if report.stopped or report.interrupted or report.over_budget:
-                break
-            if not left:  # another process may have ended meanwhile
-                left, held = held, []
-    return reports
+    workers = Workers(local_folder(output_dir), count, generator)
+    return workers.run(run_job, *workers.keeping(prompts, options))
+
+
+def work_on_shards(
+    folder: str | Path, *, generator: CogViewImageGenerator | None = None, **arguments: Any
+) -> list[JobReport]:
+    """Work on the shards of a job that `run_shards` or `cogview batch --shards` has begun, until none is left that nobody holds.
+
+    Prompts, budget and the settings of the images are those that the job was begun with. The key, the base URL and `shared_limit`
+    are those of this process, by its environment or by arguments.
+
+    Args:
+        folder: The folder of the job.
+        generator: Generates the images. None: one is created from the kept settings and `arguments`.
+        **arguments: Other arguments of `run_shards`, which replace the kept ones.
+
+    Returns:
+        As `run_shards`. A finished job gives a report for each shard, in which nothing was made.
+
+    Raises:
+        CogViewConfigurationError: The folder has no job in shards, or another service answers here. Nothing was sent.
+        CogViewInvalidRequestError: As for `run_job`.
+        CogViewStorageError: As for `run_job`.
+    """
+    options = {name: arguments.pop(name) for name in OPTIONS & set(arguments)}
+    try:
+        workers, prompts, kept = Workers.begun(local_folder(folder), generator, arguments)
+    finally:
+        arguments.clear()
+    return workers.run(run_job, prompts, {**kept, **options})
 
 
 def plan_job(
@@ -338,7 +348,7 @@ class _Job:
         self.shard = None if shard is None else Shard.of(shard)
         if self.shard:
             self.folder = self.parent / self.shard.name
-        self.generator = _generator(generator, settings, self.folder)
+        self.generator = job_generator(generator, settings, self.folder)
         self.ledger = None
         if self.shard:
             currency = currency_of(self.generator.resolved_region)
@@ -484,19 +494,6 @@ async def _off_the_loop(calls: Iterator[Callable[[], Any]]) -> AsyncIterator[Cal
 def _raise_error(result: Any) -> None:
     if isinstance(result, Exception):  # only an error of the job itself
         raise result
-
-
-def _generator(given: CogViewImageGenerator | None, settings: dict[str, Any], folder: Path) -> CogViewImageGenerator:
-    from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
-
-    if given is None:
-        return CogViewImageGenerator(**settings, output_dir=folder)
-    if settings:
-        raise CogViewConfigurationError(
-            f"The setting {next(iter(settings))!r} cannot be combined with a generator, which has its own settings.",
-            hint="Set it on the generator.",
-        )
-    return given.model_copy(update={"output_dir": folder, "download": True, "storage_options": None})
 
 
 def _refuse_other_settings(folder: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

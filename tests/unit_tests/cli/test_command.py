@@ -595,7 +595,7 @@ def test_a_viewer_that_fails_is_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("words", "number", "expected"),
     [
-        ("cogview ", 1, ["generate", "schema", "batch", "merge", "doctor", "mcp"]),
+        ("cogview ", 1, ["generate", "schema", "batch", "work", "merge", "doctor", "mcp"]),
         ("cogview do", 1, ["doctor"]),
         ("cogview --si", 1, ["--size"]),
         ("cogview 'a cat' --qua", 2, ["--quality"]),
