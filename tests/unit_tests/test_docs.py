@@ -8,9 +8,11 @@ What a block is, by its language and the comment before it:
 - Other languages are not run.
 """
 
+import contextlib
 import os
 import pkgutil
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -108,18 +110,24 @@ def run_in_a_shell(code: str, folder: Path) -> str:
     port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    done = subprocess.run(
+    shell = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", code.replace("8765", port)],
         cwd=folder,
         env={**environment, "PATH": path, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        stdin=subprocess.DEVNULL,
-        timeout=300,
+        start_new_session=True,
     )
-    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    try:
+        output, messages = shell.communicate(timeout=180)
+    finally:  # also what the block has started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+    assert shell.returncode == 0, f"{code}\n{output}\n{messages}"
+    return output
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - TRANSLATIONS))
