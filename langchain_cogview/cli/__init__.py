@@ -60,7 +60,7 @@ _CLOSE: Final = 0.75
 
 
 class PlainFlags:
-    """A command whose help shows no type beside an option that is only given or left out."""
+    """A command whose help shows plain types, and none beside an option that takes no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """List the parameters, as typer does.
@@ -72,6 +72,8 @@ class PlainFlags:
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = ""
+            elif param.metavar is None and getattr(param, "min", None) is not None:  # its limits stand in the help
+                param.metavar = "<int>"
         return params
 
 
@@ -184,7 +186,7 @@ def _usage_errors_as_ours() -> Iterator[None]:
             raise
         context = getattr(error, "ctx", None)
         text = visible(error.format_message()).removeprefix("Invalid value: ").rstrip()
-        text = text if text.endswith((".", "?", "!", '"', "'")) else f"{text}."
+        text = text if text.endswith((".", "?", "!", '"')) else f"{text}."
         command = context.command_path if context else "cogview"
         print_stderr(f"Error: {text}", f"To see the options: {command} --help")
         raise typer.Exit(2) from None
@@ -203,7 +205,7 @@ def application() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich" if terminal else None,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog=("" if terminal else "\b\n") + f"Exit codes, of several images the highest:\n{codes}",
+        epilog=("" if terminal else "\b\n") + f"Exit codes (of several images, the highest):\n{codes}",
     )
     app.callback(invoke_without_command=True)(_common)
     app.command("generate", cls=GenerateCommand)(generate)
@@ -330,7 +332,8 @@ def check(
     paid: Annotated[
         bool,
         typer.Option(
-            "--paid", help="Then make one image of the cheapest model, after asking, and compare the service."
+            "--paid",
+            help="After a question with the price, make one image of the cheapest model and compare the service.",
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --paid: do not ask.")] = False,

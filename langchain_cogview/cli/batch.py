@@ -41,7 +41,8 @@ def batch(
     prompts: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="Prompts: .txt (one per line), .csv, .tsv, .jsonl; - reads the standard input."
+            metavar="FILE",
+            help="Prompts: .txt (one per line, # for a comment), .csv, .tsv, .jsonl; - reads the standard input.",
         ),
     ],
     *,
@@ -108,7 +109,7 @@ def batch(
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the summary, or the plan, as JSON.")] = False,
 ) -> None:
-    """Generate the images of each prompt in a file. Run again after an interruption, it continues and pays for nothing twice.
+    """Generate the images of each prompt in a file. After an interruption, the same command continues and pays for nothing twice.
 
     The folder gets a manifest (JSON lines) and a contact sheet (index.html), whose path is written to the standard output.
     """  # noqa: DOC501  the help shows this text

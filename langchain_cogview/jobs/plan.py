@@ -256,7 +256,7 @@ class JobReport:
 
     def __str__(self) -> str:
         others = {"made before": self.skipped, "blocked": self.blocked, "failed": self.failed}
-        others |= {"unknown": len(self.unknown), "left": self.left, "left out": self.bad}
+        others |= {"of unknown outcome": len(self.unknown), "not generated yet": self.left, "not valid": self.bad}
         counts = [f"{count_text(self.made, 'prompt')} made", *(f"{n:,} {word}" for word, n in others.items() if n)]
         shown = self.list_price if self.sandbox else self.cost
         cost = cost_text(shown, self.unpriced, sandbox=self.sandbox)

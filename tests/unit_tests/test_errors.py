@@ -79,3 +79,10 @@ def test_what_a_model_reads_of_an_error_is_short_and_says_whether_to_call_again(
         if kind.scope in {Scope.ACCOUNT, Scope.LOCAL, Scope.MODEL} or kind.is_retryable:
             assert "do not call this tool again" in text
             assert "Tell the user" in text
+
+
+def test_an_error_after_several_attempts_says_how_often_it_was_tried():
+    error = errors.CogViewConnectionError("The service could not be reached; nothing was sent.")
+    error.attempts = 3
+    assert str(error).endswith("(tried 3 times)")
+    assert "sent 3 times" not in str(error)

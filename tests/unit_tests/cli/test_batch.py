@@ -275,7 +275,7 @@ def test_a_dash_reads_the_prompts_from_stdin(batch, folder):
 def test_limit_and_budget_leave_the_rest(batch, folder, sandbox):
     limited = batch("--limit", "1")
     assert (limited.exit_code, sandbox.images_made) == (0, 1)
-    assert "1 prompt made, 2 left" in limited.stderr
+    assert "1 prompt made, 2 not generated yet" in limited.stderr
     bounded = batch("--budget", "0.06")
     assert (bounded.exit_code, sandbox.images_made) == (2, 1)
     assert "The budget does not cover the next prompt." in bounded.stderr
@@ -288,7 +288,7 @@ def test_retry_failed_draws_again_what_was_blocked(batch, sandbox):
     assert batch("--limit", "1").exit_code == 3
     done = batch("--limit", "1", "--retry-failed")
     assert done.exit_code == 0
-    assert "1 prompt made, 2 left" in done.stderr
+    assert "1 prompt made, 2 not generated yet" in done.stderr
 
 
 def test_unique_draws_the_same_line_once(batch, folder):
