@@ -168,7 +168,7 @@ class ImageCosts:
         >>> with collect_image_costs() as costs:    # doctest: +SKIP
         ...     generator.batch(["a kitten", "a puppy", "a foal"])
         >>> print(costs)    # doctest: +SKIP
-        3 images, 0.18 CNY (list prices of 2026-10-01)
+        Made 3 images for 0.18 CNY (list prices of 2026-10-01)
     """
 
     def __init__(self) -> None:
@@ -338,16 +338,22 @@ class ImageCosts:
                 (self.in_flight, "in flight"),
                 (uncertain.count, f"not received{possible} ({uncertain})"),
             )
-        text = "1 image" if charges.count == 1 else f"{charges.count} images"
+        text = f"Made {charges.count or 'no'} image{'s' if charges.count > 1 else ''}"
         # One kind of image that is all there is needs no second count.
         named = [name for count, name in free if 0 < count == charges.count] or _named(*free)
         text += f" ({', '.join(named)})" if named else ""
-        text += f", {str(charges).removeprefix('sandbox; ')}" if charges.count else ""  # the sandbox is named before
-        text += f" (list prices of {self.prices_as_of})" if any(charges.amounts.values()) else ""
+        amount = str(charges).removeprefix("sandbox; ")  # the sandbox is named before
+        if any(charges.amounts.values()):
+            text += f" for {amount} (list prices of {self.prices_as_of})"
+        elif charges.count:
+            text += " at no cost" if amount == NO_COST else f", {amount}"
         return "; ".join((text, *others))
 
     def __repr__(self) -> str:
         return f"<ImageCosts: {self}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001  IPython's protocol
+        printer.text(str(self))
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

@@ -109,6 +109,7 @@ def _one(image: GeneratedImage, content: bytes | None, name: str) -> dict[str, A
 
 
 def _output(tiles: Sequence[Tile], text: str, limit: int, heading: str = "") -> dict[str, Any]:
+    _replace_status(sum(tile.kind in {"image", "absent"} for tile in tiles))
     layout = Layout.of(len(tiles))
     left = limit - json_bytes({"text/html": "", "text/plain": text})
     shown = fitted(tiles, lambda tiles: grid(tiles, layout, heading), left, layout)
@@ -479,6 +480,16 @@ class StatusLine:
             self._count(outcome)
             self._update()
 
+    def replaced_by(self, images: int) -> None:
+        """Clear the line if the result below it shows all that it counted: its caption has the time and the cost too.
+
+        Args:
+            images: The number of images that the result shows.
+        """
+        with self._lock:
+            if self._change is not None and not self._in_flight and self._charges.count == images:
+                Context().run(self._change, "")
+
     def __str__(self) -> str:
         seconds = self._seconds + (self._clock() - self._since if self._in_flight else 0.0)
         parts = [f"{seconds:.0f} s" if self._in_flight else f"{seconds:.1f} s"]
@@ -555,6 +566,12 @@ def _line_of_cell() -> StatusLine:
             while len(_LINES) > _MAX_CELLS:
                 _LINES.popitem(last=False)
         return line
+
+
+def _replace_status(images: int) -> None:
+    if in_kernel() and (line := _LINES.get(_running_cell())) is not None:
+        with contextlib.suppress(Exception):  # the result is shown in any case
+            line.replaced_by(images)
 
 
 def _running_cell() -> object:

@@ -118,7 +118,7 @@ def test_counts_are_there_when_nothing_is_shown(capsys, run):
         assert (handler.done, handler.failed, handler.blocked, handler.in_flight) == (3, 1, 1, 1)
         assert (handler.ended, handler.total, handler.retries, handler.skipped) == (5, 6, 2, 0)
         assert str(handler.costs) == (
-            "3 images (1 cached), 0.12 CNY (list prices of 2026-10-01); 1 blocked; 1 failed; 1 in flight; "
+            "Made 3 images (1 cached) for 0.12 CNY (list prices of 2026-10-01); 1 blocked; 1 failed; 1 in flight; "
             "1 not received but possibly charged (0.06 CNY)"
         )
     assert capsys.readouterr() == ("", "")

@@ -78,7 +78,7 @@ def test_an_unknown_price_is_unknown_and_not_zero(cost, currency):
     assert (costs.images, costs.unpriced, costs.complete) == (2, 1, False)
     assert costs.total("CNY") == Decimal("0.06")
     assert costs.by_model["tomorrow", None] == ModelCosts(1, None)
-    assert str(costs) == "2 images, 0.06 CNY and 1 of unknown price (list prices of 2026-10-01)"
+    assert str(costs) == "Made 2 images for 0.06 CNY and 1 of unknown price (list prices of 2026-10-01)"
 
 
 def test_a_known_price_after_an_unknown_one_does_not_make_the_row_known():
@@ -96,8 +96,8 @@ def test_cached_and_sandbox_pictures_cost_nothing():
     )
     assert (costs.images, costs.cached, costs.sandbox, costs.unpriced) == (4, 2, 2, 0)
     assert costs.by_currency == {"CNY": 0}
-    assert str(costs) == "4 images (2 cached, 2 of the sandbox), no cost"
-    assert str(costs_of(generated(sandbox=True, cost="0"))) == "1 image (of the sandbox), no cost"
+    assert str(costs) == "Made 4 images (2 cached, 2 of the sandbox) at no cost"
+    assert str(costs_of(generated(sandbox=True, cost="0"))) == "Made 1 image (of the sandbox) at no cost"
 
 
 def test_what_gave_no_picture_costs_nothing_and_is_counted_apart():
@@ -106,7 +106,7 @@ def test_what_gave_no_picture_costs_nothing_and_is_counted_apart():
     assert costs.by_currency == {}
     assert costs.uncertain == Charges(0, {}, 0)
     assert costs.complete
-    assert str(costs) == "0 images; 2 blocked; 2 failed"
+    assert str(costs) == "Made no image; 2 blocked; 2 failed"
 
 
 # --- what may have been charged
@@ -119,7 +119,7 @@ def test_what_may_have_been_charged_is_in_no_total():
     assert costs.failed == 3
     assert costs.complete
     assert str(costs) == (
-        "1 image, 0.06 CNY (list prices of 2026-10-01); 3 failed; "
+        "Made 1 image for 0.06 CNY (list prices of 2026-10-01); 3 failed; "
         "3 not received but possibly charged (0.16 CNY and 1 of unknown price)"
     )
 
@@ -167,11 +167,11 @@ def test_pictures_under_way_are_told():
 
 def test_the_text_is_one_line_and_names_the_day_of_the_prices():
     costs = costs_of(*[generated() for _ in range(3)], unknown())
-    line = "3 images, 0.18 CNY (list prices of 2026-10-01); 1 failed; 1 not received but possibly charged (0.06 CNY)"
+    line = "Made 3 images for 0.18 CNY (list prices of 2026-10-01); 1 failed; 1 not received but possibly charged (0.06 CNY)"
     assert str(costs) == line
     assert repr(costs) == f"<ImageCosts: {line}>"
-    assert str(ImageCosts()) == "0 images"
-    assert str(costs_of(generated())) == "1 image, 0.06 CNY (list prices of 2026-10-01)"
+    assert str(ImageCosts()) == "Made no image"
+    assert str(costs_of(generated())) == "Made 1 image for 0.06 CNY (list prices of 2026-10-01)"
 
 
 def test_an_amount_is_never_told_in_powers_of_ten():
@@ -221,7 +221,7 @@ def test_events_of_others_are_passed_over():
     for name, event in (("other", 5), ("other", payload), ("cogview.content_filter", {}), ("on_tool", None)):
         costs.on_event(name, event)
         handler.on_custom_event(name, event, run_id=new_id())
-    assert str(costs) == str(handler.costs) == "0 images"
+    assert str(costs) == str(handler.costs) == "Made no image"
     del payload, event
     gc.collect()
     assert held() is None
@@ -273,7 +273,7 @@ def test_a_picture_counts_once_in_every_way_to_run(run, nested):
     handler = CostCallbackHandler()
     with collect_image_costs() as costs:
         run(runnable, [[generated(), blocked()] for _ in range(5)], {"callbacks": [handler]})
-    assert str(handler.costs) == str(costs) == "5 images, 0.30 CNY (list prices of 2026-10-01); 5 blocked"
+    assert str(handler.costs) == str(costs) == "Made 5 images for 0.30 CNY (list prices of 2026-10-01); 5 blocked"
 
 
 @every_run
@@ -415,7 +415,7 @@ def test_real_work_is_counted_once_by_handler_and_block(generator, work):
     assert (
         str(costs)
         == str(handler.costs)
-        == ("3 images (of the sandbox), list price 0.18 CNY; 1 blocked; 1 failed; 1 not received (no cost)")
+        == ("Made 3 images (of the sandbox), list price 0.18 CNY; 1 blocked; 1 failed; 1 not received (no cost)")
     )
     assert costs.by_model == {(MODEL, "CNY"): ModelCosts(3, Decimal(0))}
 
@@ -455,5 +455,5 @@ async def test_an_image_whose_caller_left_after_it_was_sent_may_be_charged(gener
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert str(handler.costs) == "0 images; 1 cancelled; 1 not received (no cost)"
+    assert str(handler.costs) == "Made no image; 1 cancelled; 1 not received (no cost)"
     assert handler.costs.in_flight == 0

@@ -63,7 +63,7 @@ def test_the_sandbox_says_what_the_service_would_have_charged(sandbox, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url)
     with collect_image_costs() as costs:
         result = generator.invoke("a kitten") if how == "sync" else asyncio.run(generator.ainvoke("a kitten"))
-    assert str(costs) == "1 image (of the sandbox), list price 0.06 CNY"
+    assert str(costs) == "Made 1 image (of the sandbox), list price 0.06 CNY"
     assert (str(result.image.cost), str(result.image.list_price)) == ("0", "0.06")
     assert str(ImageResult.from_artifact(result.to_artifact()).image.list_price) == "0.06"
 

@@ -356,3 +356,20 @@ class TestInANotebook:
 
     def test_no_widget_is_left(self, executed):
         assert "widgets" not in executed["all"].metadata
+
+
+def test_a_result_that_shows_all_images_replaces_the_summary(line, output):
+    line.started()
+    line.ended(result(image(**PAID)))
+    line.replaced_by(2)
+    assert output.texts[-1] == "0.0 s · 1 image · 0.06 CNY"
+    line.replaced_by(1)
+    assert output.texts[-1] == ""
+
+
+def test_the_summary_of_calls_that_are_in_flight_stays(line, output):
+    line.started()
+    line.started()
+    line.ended(result(image(**PAID)))
+    line.replaced_by(1)
+    assert output.texts[-1].endswith("1 in flight · 0.06 CNY")
