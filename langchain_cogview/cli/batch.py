@@ -46,7 +46,9 @@ def batch(
         ),
     ],
     *,
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder for images, manifest and contact sheet.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Folder for images, manifest and contact sheet; or s3://bucket/job.")
+    ],
     form: Annotated[Format | None, typer.Option("--format", help="Default: taken from the file's extension.")] = None,
     size: Annotated[
         str | None,
@@ -176,9 +178,9 @@ def work(
 
 
 def merge(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a job that was divided into shards.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a job in shards, or a job's URL.")],
 ) -> None:
-    """Make one manifest and one contact sheet of a job in shards. Sends nothing."""
+    """Make one manifest and one contact sheet of a job in shards, or of a job at a URL. Sends nothing."""
 
     def run() -> int:
         from langchain_cogview.jobs import merge_shards  # noqa: PLC0415
@@ -212,7 +214,7 @@ def _report_shards(
     if reports is None:
         return 130
     for report in reports:
-        print_stderr(*_failure_lines(report, prompts), f"{report.folder.name}: {report}")
+        print_stderr(*_failure_lines(report, prompts), f"{Path(report.folder).name}: {report}")
     count = begun_count(local_folder(folder)) or 0
     if reports and (reports[-1].stopped or reports[-1].interrupted or reports[-1].over_budget):
         print_stderr("It ended before the other shards; run it again to continue.")

@@ -78,7 +78,7 @@ class RemoteFolder:
         Raises:
             OSError: The file could not be saved in time; `strerror` says why, without the store's own words.
         """
-        with _storage_errors("uploaded"):
+        with storage_errors("uploaded"):
             return waited(self._uploading(names, content, deadline), deadline)
 
     async def aupload(self, names: Iterable[str], content: bytes, deadline: Deadline) -> str:
@@ -87,13 +87,13 @@ class RemoteFolder:
         Returns:
             The URI of the file.
         """
-        with _storage_errors("uploaded"):
+        with storage_errors("uploaded"):
             return await awaited(self._uploading(names, content, deadline), deadline)
 
     def _uploading(self, names: Iterable[str], content: bytes, deadline: Deadline) -> Answer[str]:
         root = self.url if self.url.endswith("/") else f"{self.url}/"
         uris = (f"{root}{name}" for name in names)
-        return started(lambda answer: _put(_Store(self, deadline), answer, uris, content), deadline)
+        return started(lambda answer: _put(Store(self, deadline), answer, uris, content), deadline)
 
     def holds(self, uri: str) -> bool:
         """Return whether a URI, which anybody may have written, names a file in this folder, without any way out of it."""
@@ -394,7 +394,7 @@ def _wrong(why: str, what_to_do: str) -> CogViewConfigurationError:
 # --- what is done there
 
 
-class _Store:
+class Store:
     """The file system of a folder: the blocking methods of fsspec, called with URIs."""
 
     def __init__(self, folder: RemoteFolder, deadline: Deadline) -> None:
@@ -402,7 +402,12 @@ class _Store:
         self._deadline = deadline
 
     def call(self, method: str, uri: str, *args: Any, **options: Any) -> Any:
-        files, path = self._files(uri)
+        """Call a method of the file system with the path of a URI, until the deadline.
+
+        Returns:
+            What the method returns.
+        """
+        files, path = self.files(uri)
         left = self._deadline.remaining()
         if left == 0.0:  # fsspec reads zero as no limit
             raise TimePassedError
@@ -416,12 +421,12 @@ class _Store:
             raise
 
     def create(self, uri: str, content: bytes) -> None:
-        # In one request; a FileExistsError says that a file has that name.
-        if "mode" in inspect.signature(self._files(uri)[0].pipe_file).parameters:
+        """Write a file in one request; a `FileExistsError` says that a file has that name."""
+        if "mode" in inspect.signature(self.files(uri)[0].pipe_file).parameters:
             try:
                 self.call("pipe_file", uri, content, mode="create")
             except Exception as error:
-                if _is_in_use(error):
+                if is_in_use(error):
                     raise FileExistsError from None
                 if _refusal(error)[0] != 501:  # noqa: PLR2004  some S3-compatible stores refuse If-None-Match
                     raise
@@ -432,10 +437,9 @@ class _Store:
         self.call("pipe_file", uri, content)
 
     def create_below(self, uri: str, content: bytes) -> None:
-        # The folder is made where folders are real; a file that is not whole is removed.
-        if self._files(uri)[
-            0
-        ].async_impl:  # an object store: it has no folders, and a PUT writes the whole file or nothing
+        """Write a file as `create`, in a folder that is made where folders are real; one that is not whole is removed."""
+        files, _ = self.files(uri)
+        if files.async_impl:  # an object store: it has no folders, and a PUT writes the whole file or nothing
             self.create(uri, content)
             return
         try:
@@ -456,13 +460,14 @@ class _Store:
         with contextlib.suppress(Exception):
             self.call("rm_file", uri)
 
-    def _files(self, uri: str) -> tuple[Any, str]:
+    def files(self, uri: str) -> tuple[Any, str]:
+        """Return the file system, and the path of a URI in it."""
         from fsspec.core import url_to_fs  # noqa: PLC0415  fsspec caches file systems by options and process
 
         return url_to_fs(uri, **self._folder.options)  # type: ignore[no-any-return]
 
 
-def _put(store: _Store, answer: Answer[str], uris: Iterable[str], content: bytes) -> str:
+def _put(store: Store, answer: Answer[str], uris: Iterable[str], content: bytes) -> str:
     for uri in uris:
         claim = object()
         try:
@@ -484,7 +489,7 @@ def _get(uri: str, options: Mapping[str, Any], deadline: Deadline) -> bytes:
     folder = remote_folder(uri, options)
     if not isinstance(folder, RemoteFolder):
         raise _wrong("it is a file on this machine", "Open it as a file.")
-    content: bytes = _Store(folder, deadline).call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
+    content: bytes = Store(folder, deadline).call("cat_file", folder.url, start=0, end=MAX_IMAGE_BYTES + 1)
     if len(content) > MAX_IMAGE_BYTES:
         raise _PlainError(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
     return content
@@ -498,7 +503,8 @@ class _PlainError(Exception):
 
 
 @contextlib.contextmanager
-def _storage_errors(done: str) -> Iterator[None]:
+def storage_errors(done: str) -> Iterator[None]:
+    """Within this block, every error of a store becomes an `OSError` whose `strerror` has none of the store's own words."""
     try:
         yield
     except Exception as error:  # foreign packages raise what they like
@@ -553,6 +559,7 @@ def _refusal(error: BaseException) -> tuple[int | None, str]:
     return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), str(response.get("Error", {}).get("Code"))
 
 
-def _is_in_use(error: Exception) -> bool:
+def is_in_use(error: Exception) -> bool:
+    """Return whether a store refused to create a file because one has the name."""
     status, code = _refusal(error)
     return isinstance(error, FileExistsError) or status == 412 or code == "ConditionalRequestConflict"  # noqa: PLR2004

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,13 +20,14 @@ from langchain_core.runnables.config import merge_configs
 
 from langchain_cogview.catalog import currency_of
 from langchain_cogview.concurrency import entered_in_thread, in_thread
-from langchain_cogview.errors import CogViewConfigurationError, CogViewError, CogViewStorageError, printable
+from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.jobs.files import spare_descriptors
+from langchain_cogview.jobs.finish import compact, merge_shards, published, report_of
 from langchain_cogview.jobs.folder import FolderInUseError, JobFolder
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
 from langchain_cogview.jobs.ledger import ShardLedger, locked_parent
-from langchain_cogview.jobs.manifest import attempts_of, kind_of, manifest_of
+from langchain_cogview.jobs.manifest import attempts_of, manifest_of
 from langchain_cogview.jobs.plan import (
     INTERRUPTED,
     UNDER_WAY,
@@ -43,9 +43,9 @@ from langchain_cogview.jobs.plan import (
     write_settings,
 )
 from langchain_cogview.jobs.prompts import count_text
+from langchain_cogview.jobs.remote import remote_job
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
-from langchain_cogview.jobs.shards import MergedJob, Shard, local_folder, merge_shards
-from langchain_cogview.jobs.sheet import NAMES
+from langchain_cogview.jobs.shards import MergedJob, Shard, local_folder
 from langchain_cogview.jobs.workers import OPTIONS, Workers, job_generator
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
@@ -112,7 +112,9 @@ def run_job(
     Args:
         prompts: A file (`.txt`, `.csv`, `.tsv`, `.jsonl`; `-` is the standard input), or strings and dicts of arguments.
         output_dir: A local folder, created if it is missing; only one job at a time writes to it. A symbolic link is resolved
-            once, at the start. A folder that has other files than a job's is refused.
+            once, at the start. A folder that has other files than a job's is refused. Or a URL such as `s3://bucket/job`, on
+            which any number of workers can work at once, with `storage_options` as for the generator; where the store does not
+            check a condition (`If-None-Match`), and with a `budget`, one worker at a time.
         generator: Generates the images; its `output_dir` is replaced. None: one is created from `settings`.
         limit: Maximum number of prompts to generate; None: no limit.
         budget: Stop before an image whose list price would exceed this amount, in the currency of the generator's region. It
@@ -160,7 +162,7 @@ def run_job(
                 with contextlib.closing(stream_in_threads(calls, job.max_workers)) as results:
                     for _, result in results:
                         _raise_error(result)
-        return _report(run, job.started)
+        return job.report(run)
 
 
 async def arun_job(
@@ -211,7 +213,7 @@ async def arun_job(
                 async with contextlib.aclosing(astream_tasks(chosen, job.max_workers)) as results:
                     async for _, result in results:
                         _raise_error(result)
-        return await in_thread(_report, run, job.started)
+        return await in_thread(job.report, run)
 
 
 def run_shards(
@@ -312,9 +314,12 @@ def plan_job(
         settings.clear()  # the key may be among them: the frame of an error holds none
     if job.shard:
         job.shard.refuse_others(job.parent)
-    with JobFolder(job.folder) as folder, contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as stack:
+        if job.remote:
+            stack.enter_context(job.remote.opened(into_existing=into_existing))
+        folder = stack.enter_context(JobFolder(job.folder))
         job.was_begun(folder, into_existing=into_existing)
-        attempts, manifest = (files.enter_context(opened(folder)) for opened in (attempts_of, manifest_of))
+        attempts, manifest = map(stack.enter_context, job.files(folder))
         history = read_history(attempts, manifest)
         found = PromptList(unique=unique)
         backlog = Backlog(found, history, folder, retry_failed=retry_failed, retry_unknown=retry_unknown)
@@ -344,8 +349,15 @@ class _Job:
         shard: str | None,
     ) -> None:
         self.started = time.monotonic()
-        self.folder = self.parent = local_folder(output_dir)
+        self.remote = remote_job(output_dir, generator, settings)
+        self.folder = self.parent = self.remote.local if self.remote else local_folder(output_dir)
+        self.shown_folder = self.remote.url if self.remote else str(self.folder)
         self.shard = None if shard is None else Shard.of(shard)
+        if self.shard and self.remote:
+            raise CogViewConfigurationError(
+                "A job at a URL has no shards; nothing was sent.",
+                hint="Leave shard out: any number of workers can work on one URL at the same time.",
+            )
         if self.shard:
             self.folder = self.parent / self.shard.name
         self.generator = job_generator(generator, settings, self.folder)
@@ -385,8 +397,20 @@ class _Job:
         if settings is None:
             refuse_foreign_folder(folder, into_existing=into_existing)
         else:
-            _refuse_other_settings(self.folder, settings, self.settings)
+            _refuse_other_settings(self.shown_folder, settings, self.settings)
         return settings is not None
+
+    def files(self, folder: JobFolder, *, writable: bool = False) -> tuple[RecordFile, RecordFile]:
+        # The attempts and the manifest.
+        if self.remote:
+            return self.remote.files(folder, writable=writable)
+        return attempts_of(folder, writable=writable), manifest_of(folder, writable=writable)
+
+    def report(self, run: JobRun) -> JobReport:
+        """Return what the run did, after finishing its folder."""
+        if self.remote:
+            return published(self.remote, run, lambda: report_of(run, self.started))
+        return report_of(run, self.started)
 
     def budget(self, history: History, amount: Any) -> Budget:
         """Return the budget, after subtracting what is spent."""
@@ -396,7 +420,7 @@ class _Job:
         return self.ledger.budget(budget) if self.ledger else budget
 
     @contextmanager
-    def locked_folder(self, amount: Any) -> Iterator[JobFolder]:
+    def locked_folder(self, amount: Any, *, into_existing: bool) -> Iterator[JobFolder]:
         """Lock the folder, and enter a shard in the budget of all shards.
 
         Yields:
@@ -404,7 +428,11 @@ class _Job:
         """
         budget = job_budget(self.generator, amount, self.prompts.models)  # before the folder is created
         if not self.shard or not self.ledger:
-            with JobFolder(self.folder, create=True) as folder:
+            with contextlib.ExitStack() as stack:
+                if self.remote:
+                    stack.enter_context(self.remote.working(has_budget=amount is not None))
+                    stack.enter_context(self.remote.opened(into_existing=into_existing))
+                folder = stack.enter_context(JobFolder(self.folder, create=True))
                 folder.lock()
                 yield folder
             return
@@ -426,11 +454,9 @@ class _Job:
             )
         if not skip_bad:
             self.prompts.refuse_problems()
-        with self.locked_folder(budget) as folder, contextlib.ExitStack() as stack:
+        with self.locked_folder(budget, into_existing=into_existing) as folder, contextlib.ExitStack() as stack:
             begun = self.was_begun(folder, into_existing=into_existing)
-            attempts, manifest = (
-                stack.enter_context(opened(folder, writable=True)) for opened in (attempts_of, manifest_of)
-            )
+            attempts, manifest = map(stack.enter_context, self.files(folder, writable=True))
             history = read_history(attempts, manifest)
             backlog = Backlog(self.prompts, history, folder, **retry)
             left = self.budget(history, budget)
@@ -438,10 +464,12 @@ class _Job:
                 stack.callback(self.ledger.end, history)
             if not begun:
                 write_settings(folder, self.settings)
+                if self.remote and self.remote.begin():
+                    self.was_begun(folder, into_existing=False)  # another worker began it at the same time
             attempts.ready()
             manifest.ready()
             if history.superseded:
-                _compact(manifest, history)
+                compact(manifest, history)
             self.plan = backlog.plan(self.generator, left.copy(), limit=limit)
             self._fit_open_files()
             run = JobRun(folder, self.generator, backlog, left, attempts=attempts, manifest=manifest, limit=limit)
@@ -496,89 +524,17 @@ def _raise_error(result: Any) -> None:
         raise result
 
 
-def _refuse_other_settings(folder: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _refuse_other_settings(folder: str, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     names = [name for name in {**settings, **begun} if begun.get(name) != settings.get(name)]
     if names:
         changes = "; ".join(
             f"{name} was {_shown(begun.get(name))} and is now {_shown(settings.get(name))}" for name in names
         )
         raise CogViewConfigurationError(
-            f"The job in {printable(str(folder), 120)} was begun with other arguments; nothing was sent. {changes}.",
+            f"The job in {printable(folder, 120)} was begun with other arguments; nothing was sent. {changes}.",
             hint="Continue with those arguments, or choose another folder.",
         )
 
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else printable(repr(value), 100)
-
-
-# --- the end of a run
-
-
-def _report(run: JobRun, started: float) -> JobReport:
-    """Return what a run did that has ended, after finishing its folder."""
-    backlog = run.backlog
-    counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
-    names = Counter(run.errors)
-    for item in backlog.prompts.items:
-        finished = backlog.history.finished.get(item.key)
-        if finished and finished.outcome.made >= item.n:
-            counts["made"] += 1
-            continue
-        errors = finished.outcome.errors if finished else ()
-        names.update(errors)
-        if errors:
-            counts[kind_of(errors)] += 1
-        elif item.key not in backlog.history.open:
-            counts["left"] += 1
-    counts["made"] -= backlog.skipped
-    total, sheet, notes = _finish_folder(run)
-    return JobReport(
-        **counts,
-        skipped=backlog.skipped,
-        unknown=backlog.unknown(),
-        bad=len(backlog.prompts.problems),
-        images=run.made,
-        cost=run.charges.amounts,
-        unpriced=run.charges.unpriced,
-        list_price=run.list_prices.amounts,
-        sandbox=backlog.uses_sandbox(run.generator),
-        total_cost=total,
-        seconds=round(time.monotonic() - started, 3),
-        over_budget=run.over_budget,
-        stopped=run.stopped,
-        interrupted=run.stop_event is not None and run.stop_event.is_set(),
-        errors=dict(names),
-        folder=run.folder.path,
-        manifest=run.manifest.path,
-        contact_sheet=sheet,
-        notes=notes,
-    )
-
-
-def _finish_folder(run: JobRun) -> tuple[Mapping[str, Decimal], Path | None, tuple[str, ...]]:
-    history, folder = run.backlog.history, run.folder
-    total = run.backlog.total_cost()
-    try:
-        folder.check()
-        if history.superseded:
-            _compact(run.manifest, history)
-        name = run.finish_sheet()
-    except (OSError, CogViewError) as error:
-        reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
-        run.stop(
-            CogViewStorageError(
-                f"The contact sheet could not be written. {reason}",
-                hint="The manifest is complete; run the job again to write the page.",
-            )
-        )
-        return total, None, ()
-    first = NAMES[0]
-    other = f"The folder has another {first}, which is not overwritten; the contact sheet is {name}."
-    return total, folder.path / name, (other,) if name != first else ()
-
-
-def _compact(manifest: RecordFile, history: History) -> None:
-    manifest.compact(history.finished.by_start())
-    history.finished.moved()
-    history.superseded = 0

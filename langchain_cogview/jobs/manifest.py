@@ -52,7 +52,7 @@ else:  # pydantic needs the one that knows its own base classes
     from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from langchain_cogview.jobs.folder import JobFolder
     from langchain_cogview.jobs.items import PromptItem
@@ -219,7 +219,8 @@ _RECORD, _SENT, _TASK, _SETTLED = (TypeAdapter[Any](schema).validator for schema
 # what does not pass is parsed by json, which takes the escape of an unpaired surrogate and says what is wrong.
 
 
-def _manifest_line(raw: bytes) -> dict[str, Any]:
+def manifest_line(raw: bytes) -> dict[str, Any]:
+    """Return the checked content of a line of the manifest; raise `DamagedRecordError` if it is none."""
     try:
         values: dict[str, Any] = _RECORD.validate_json(raw)
     except ValidationError:
@@ -227,7 +228,8 @@ def _manifest_line(raw: bytes) -> dict[str, Any]:
     return values
 
 
-def _attempts_line(raw: bytes) -> dict[str, Any]:
+def attempts_line(raw: bytes) -> dict[str, Any]:
+    """Return the checked content of a line of the attempts; raise `DamagedRecordError` if it is none."""
     try:
         values: dict[str, Any] = _SENT.validate_json(raw)
     except ValidationError:  # the two other kinds of lines are rare
@@ -262,14 +264,18 @@ def _checked(values: dict[str, Any], schema: Any) -> dict[str, Any]:
     return checked
 
 
-def attempts_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
+def attempts_of(
+    folder: JobFolder, *, writable: bool = False, kind: Callable[..., RecordFile] = RecordFile
+) -> RecordFile:
     """Return the open file of sent requests; `writable` creates it and allows appending."""
-    return RecordFile(folder, ATTEMPTS, _attempts_line, writable=writable)
+    return kind(folder, ATTEMPTS, attempts_line, writable=writable)
 
 
-def manifest_of(folder: JobFolder, *, writable: bool = False) -> RecordFile:
+def manifest_of(
+    folder: JobFolder, *, writable: bool = False, kind: Callable[..., RecordFile] = RecordFile
+) -> RecordFile:
     """Return the open file of finished prompts; `writable` creates it and allows appending."""
-    return RecordFile(folder, MANIFEST, _manifest_line, writable=writable)
+    return kind(folder, MANIFEST, manifest_line, writable=writable)
 
 
 # --- building records

@@ -191,7 +191,7 @@ class JobReport:
         stopped: The error that stopped the job; None if nothing did.
         interrupted: Whether the job was asked to stop, by its `stop` or by a signal.
         errors: Number of errors by class name, for all prompts that are not made.
-        folder: The folder with the images.
+        folder: The folder with the images: a path, or the URL of a job in remote storage; so with the next two.
         manifest: The manifest, with one line of JSON for each finished prompt.
         contact_sheet: The first page with the images, for a browser; it links to the others. Its name is `index.html` unless
             another file has that name.
@@ -216,17 +216,25 @@ class JobReport:
     stopped: Exception | None
     interrupted: bool
     errors: Mapping[str, int]
-    folder: Path
-    manifest: Path
-    contact_sheet: Path | None
+    folder: Path | str
+    manifest: Path | str
+    contact_sheet: Path | str | None
     notes: tuple[str, ...] = ()
 
-    def items(self) -> Iterator[dict[str, Any]]:
+    def items(self, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Read the manifest.
+
+        Args:
+            storage_options: As for the job, if its folder is a URL; the report does not keep them.
 
         Yields:
             One record for each finished prompt; `langchain_cogview.jobs.manifest` describes its keys.
         """
+        if isinstance(self.folder, str):
+            from langchain_cogview.jobs.remote import manifest_at  # noqa: PLC0415  on use
+
+            yield from manifest_at(self.folder, storage_options)
+            return
         with JobFolder(self.folder) as folder, manifest_of(folder) as manifest:
             for record in manifest.records():
                 yield record.values
@@ -277,7 +285,9 @@ class JobReport:
         return visible("\n".join(lines))
 
     def _repr_html_(self) -> str:
-        return report(str(self), "Open the contact sheet", self.contact_sheet)
+        # A browser opens no s3:// link.
+        sheet = None if isinstance(self.contact_sheet, str) else self.contact_sheet
+        return report(str(self), "Open the contact sheet", sheet)
 
 
 def _not_run(name: str) -> bool:

@@ -98,7 +98,7 @@ class JobRun:
         self._lock = threading.RLock()
         self._defaults = {name: getattr(generator, name) for name in ImageRequest.model_fields if name != "prompt"}
         self._base_url = generator.resolved_base_url
-        self._attempts = attempts
+        self.attempts = attempts
         self.sheet = ContactSheet(folder, manifest)
         self._current = "", generator  # the folder of the last call, and its generator
 
@@ -249,7 +249,7 @@ class JobRun:
         self._note({"key": item.key, "request_id": request_id, "settled": outcome})
 
     def _note(self, values: dict[str, Any]) -> None:
-        self._attempts.append(values)
+        self.attempts.append(values)
         with self._lock:
             self.backlog.history.note(values)
 

@@ -1,7 +1,7 @@
 """A job in shards: each is a job of its own in a sub-folder, so that several processes or machines can work on one file.
 
 A prompt's shard follows from its arguments alone, so the file may grow or be sorted differently. Every shard has its own
-manifest, attempts and lock; `merge_shards` makes one manifest and one contact sheet of them.
+manifest, attempts and lock; `merge_folders` makes one manifest and one contact sheet of them.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def local_folder(output_dir: str | Path) -> Path:
     text = str(output_dir)
     if "://" in text or "\0" in text or not text.strip():
         raise CogViewConfigurationError(
-            f"A job's folder must be a local folder, not {printable(text, 120)!r}.",
-            hint="The manifest is appended to, which other storage cannot do; copy the folder when the job has ended.",
+            f"A job's folder must be a local folder here, not {printable(text, 120)!r}.",
+            hint="Pass a path. A job at a URL of a store, such as s3://bucket/job, is for run_job, and has no shards.",
         )
     try:
         return Path(output_dir).expanduser().resolve()
@@ -170,20 +170,20 @@ class MergedJob:
     """What the shards of a job have made together. `str(merged)` summarizes it.
 
     Attributes:
-        folder: The folder of the job.
+        folder: The folder of the job: a path, or the URL of a job in remote storage; so with the next two.
         manifest: The manifest of all shards; the files are paths in `folder`.
         contact_sheet: The first page with the images of all shards.
-        shards: How many shards have begun.
-        count: Into how many shards the job is divided.
+        shards: How many shards have begun; 0 for a URL, where a job has none.
+        count: Into how many shards the job is divided; 0 for a URL.
         prompts: Number of finished prompts by status: `made`, `blocked`, `failed` and so on.
         images: Number of images.
         unknown: Number of requests that may have been charged.
         cost: Cost of the images, as text.
     """
 
-    folder: Path
-    manifest: Path
-    contact_sheet: Path
+    folder: Path | str
+    manifest: Path | str
+    contact_sheet: Path | str
     shards: int
     count: int
     prompts: dict[str, int]
@@ -193,13 +193,14 @@ class MergedJob:
 
     def __str__(self) -> str:
         states = ", ".join(f"{count:,} {status}" for status, count in sorted(self.prompts.items()))
-        lines = [f"{self.shards} of {self.count} shards: {states or 'nothing yet'}; {self.cost}."]
+        whose = f"{self.shards} of {self.count} shards: " if self.count else ""
+        lines = [f"{whose}{states or 'nothing yet'}; {self.cost}."]
         if self.unknown:
-            lines.append(f"{count_text(self.unknown, 'request')} may have been charged; the shards' reports name them.")
+            lines.append(f"{count_text(self.unknown, 'request')} may have been charged; the reports name them.")
         return visible("\n".join(lines))
 
 
-def merge_shards(folder: str | Path) -> MergedJob:
+def merge_folders(folder: str | Path) -> MergedJob:
     """Make one manifest and one contact sheet of a job in shards, which may still run. Sends nothing.
 
     Args:

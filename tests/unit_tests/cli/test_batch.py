@@ -362,7 +362,7 @@ def test_other_arguments_and_a_damaged_manifest_are_2(batch, folder):
         (("p.md", "-o", "out"), "There is no file 'p.md'"),
         ((".", "-o", "out"), "Choose one with --format: 'txt'"),
         (("p.txt",), "Missing option '-o'"),
-        (("p.txt", "-o", "s3://bucket/x"), "A job's folder must be a local folder"),
+        (("p.txt", "-o", "https://example.com/x"), "https:// URLs are not folders"),
         (("p.txt", "-o", "out", "--format", "xml"), "Invalid value for '--format'"),
         (("p.txt", "-o", "out", "--base-url", "http://127.0.0.1:9"), "cannot be combined with --sandbox"),
         (("p.txt", "-o", "out", "--model", "cogview-3", "--budget", "1"), "Leave --budget out."),

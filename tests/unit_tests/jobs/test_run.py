@@ -328,10 +328,13 @@ def test_a_text_on_its_own_is_the_name_of_a_file(run, text):
         run(text)
 
 
-@pytest.mark.parametrize("folder", ["s3://bucket/x", "memory://x", "", "a\0b"])
-def test_the_folder_is_a_local_one(folder, sandbox):
+@pytest.mark.parametrize("folder", ["", "a\0b", "file:///tmp/x"])
+def test_the_folder_is_a_local_one_or_the_url_of_a_store(folder, sandbox):
     with pytest.raises(CogViewConfigurationError, match="A job's folder must be a local folder"):
         run_job(["a cat"], folder, base_url=sandbox.base_url)
+    for url in ("https://example.com/x", "s3://", "s3://key:secret@bucket/x", "nonsense://x"):
+        with pytest.raises(CogViewConfigurationError, match="The folder cannot be used"):
+            run_job(["a cat"], url, base_url=sandbox.base_url)
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_sent(run, tmp_path, sandbox):
