@@ -87,9 +87,23 @@ def mcp(
 
 
 def _bundle(file: str) -> int:
-    from langchain_cogview.mcp.bundle import write_bundle  # noqa: PLC0415
-
+    try:
+        from langchain_cogview.mcp.bundle import write_bundle  # noqa: PLC0415
+    except ImportError as error:
+        return _missing(error)
     return print_stdout(str(write_bundle(Path(file))))
+
+
+def _missing(error: ImportError) -> int:
+    """Return the exit code after saying what to install.
+
+    Raises:
+        ImportError: It is not one of a package of the extra.
+    """
+    if not (error.name or "").startswith(("mcp", "PIL", "starlette", "uvicorn")):
+        raise error
+    print_stderr(MCP_MISSING)
+    return 2
 
 
 def default_folder() -> Path:
@@ -107,10 +121,7 @@ def _serve(settings: dict[str, Any], approve: str, inline: Any, http: int | None
         from langchain_cogview.mcp.http import run_http  # noqa: PLC0415
         from langchain_cogview.mcp.server import Approval, CogViewServer, ServerSettings, run_stdio  # noqa: PLC0415
     except ImportError as error:
-        if not (error.name or "").startswith(("mcp", "PIL", "starlette", "uvicorn")):
-            raise
-        print_stderr(MCP_MISSING)
-        return 2
+        return _missing(error)
     server = CogViewServer(ServerSettings(settings, Approval.parse(approve), inline))
     if http is None:
         _finish_on_signals(server)

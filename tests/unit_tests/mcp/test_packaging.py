@@ -123,3 +123,15 @@ def test_the_exit_codes_of_the_skill_are_those_of_the_command():
 
     codes = [int(code) for code in re.findall(r"^\| (\d+) \|", SKILL, re.MULTILINE)]
     assert codes and set(codes) <= set(EXIT_CODES)
+
+
+@pytest.mark.parametrize("options", [[], ["--bundle", "x.mcpb"]])
+def test_without_the_sdk_the_command_says_what_to_install(tmp_path, options):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('mcp', 'mcp_types', 'uvicorn', 'starlette')));"
+        "from langchain_cogview.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "mcp", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and 'pip install "langchain-cogview[mcp]"' in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
