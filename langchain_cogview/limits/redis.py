@@ -1,11 +1,13 @@
 """A shared limit in Redis or Valkey, for all machines that reach it (extra `redis`).
 
 One key for each account holds a hash: a field for the limit and one for each process. One script enters a report: it is
-`allocation.allocate` in Lua, on the clock of the server.
+`allocation.allocate` in Lua, on the clock of the server. If the server is a node of a cluster and another one holds the key, the
+client becomes one for clusters.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -19,6 +21,8 @@ PREFIX: Final = "cogview:limit:"
 TIMEOUT_SECONDS: Final = 1.0
 KEEP_SECONDS: Final = 7 * 24 * 3600
 """How long an unused account is remembered."""
+_REFUSALS: Final = ("NOAUTH", "NOPERM", "WRONGPASS", "unknown command", "SELECT", "Protocol error: unauthenticated")
+"""How errors begin that waiting does not help."""
 
 SCRIPT: Final = """
 local key, me = KEYS[1], 'member:' .. ARGV[1]
@@ -181,19 +185,21 @@ class RedisLimit:
         self._name = _without_secrets(url)
         scheme, _, rest = url.partition("://")
         scheme = scheme.lower().replace("valkey", "redis")
+        options: dict[str, Any] = {
+            "socket_timeout": TIMEOUT_SECONDS,
+            "socket_connect_timeout": TIMEOUT_SECONDS,
+            "decode_responses": True,
+        }
+        once = Retry(NoBackoff(), 0)  # the reporter repeats
         try:
-            self._client: Any = redis.Redis.from_url(
-                f"{scheme}://{rest}",
-                socket_timeout=TIMEOUT_SECONDS,
-                socket_connect_timeout=TIMEOUT_SECONDS,
-                retry=Retry(NoBackoff(), 0),  # the reporter repeats
-                decode_responses=True,
-            )
+            self._client: Any = redis.Redis.from_url(f"{scheme}://{rest}", retry=once, **options)
         except (ValueError, TypeError):
             raise CogViewConfigurationError(
                 f"shared_limit is not a usable URL: {self._name}.", hint="It is like redis://:password@host:6379/0."
             ) from None
         self._script: Callable[..., Any] = self._client.register_script(SCRIPT)
+        self._cluster = partial(redis.RedisCluster.from_url, f"{scheme}://{rest}", **options)
+        self._elsewhere = redis.exceptions.AskError
         self._refused = redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError
         self._answered = redis.exceptions.ResponseError
 
@@ -223,12 +229,21 @@ class RedisLimit:
             SETTLE_SECONDS,
             KEEP_SECONDS,
         )
+        keys = [PREFIX + account]
+        arguments: list[str | float] = [usage.member, *numbers]
         try:
-            answer = self._script(keys=[PREFIX + account], args=[usage.member, *numbers])
+            try:
+                answer = self._script(keys=keys, args=arguments)
+            except self._answered as error:
+                # AskError, of which MovedError is one; redis-py 5 has only the text.
+                if not isinstance(error, self._elsewhere) and not str(error).startswith(("MOVED ", "ASK ")):
+                    raise
+                self._script = self._cluster().register_script(SCRIPT)  # another node of a cluster has the key
+                answer = self._script(keys=keys, args=arguments)
         except self._refused as error:
             raise self._unusable(error) from None
         except self._answered as error:
-            if str(error).startswith(("NOAUTH", "NOPERM", "WRONGPASS", "MOVED", "ERR unknown command")):
+            if str(error).removeprefix("ERR ").startswith(_REFUSALS):
                 raise self._unusable(error) from None
             raise
         allowance, limit, cap, epoch, seconds = (float(each) for each in answer)
@@ -237,8 +252,8 @@ class RedisLimit:
     def _unusable(self, error: Exception) -> CogViewConfigurationError:
         return CogViewConfigurationError(
             f"{self!r} refuses to be used: {error}",
-            hint="Check user and password in the URL, and that EVALSHA and SCRIPT LOAD are allowed. A cluster needs a proxy "
-            "or the address of the node that holds the key.",
+            hint="Check user and password in the URL, and that EVALSHA and SCRIPT LOAD are allowed. A cluster has "
+            "the database 0 only.",
         )
 
 
