@@ -38,6 +38,7 @@ from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.pools import in_tasks, in_threads
+from langchain_cogview.recent import RecentImages
 from langchain_cogview.request import (
     REQUEST_DEFAULTS,
     FolderCheck,
@@ -219,6 +220,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     _call_settings: Any = PrivateAttr(default=None)
     _folder_check: Any = PrivateAttr(default=None)
     _enhancer: Any = PrivateAttr(default=None)
+    _recent: RecentImages = PrivateAttr(default_factory=RecentImages)
 
     def __init__(self, *, name: str | None = None, **settings: Unpack[GeneratorSettings]) -> None:
         _, failure = attempt(self._construct, name, settings)
@@ -415,7 +417,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             CogViewError: No image was made; `langchain_cogview.errors` lists the classes.
         """
         config = traced_config(config, self.model, input, kwargs)
-        return self._run(partial(self._generate, overrides=kwargs, budget=budget), input, config)
+        with self._recent.call() as made:
+            return made(self._run(partial(self._generate, overrides=kwargs, budget=budget), input, config))
 
     async def ainvoke(
         self,
@@ -431,7 +434,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             As `invoke`.
         """
         config = traced_config(config, self.model, input, kwargs)
-        return await self._arun(partial(self._agenerate, overrides=kwargs, budget=budget), input, config)
+        with self._recent.call() as made:
+            return made(await self._arun(partial(self._agenerate, overrides=kwargs, budget=budget), input, config))
 
     # --- tasks
 
