@@ -129,37 +129,38 @@ class GeneratedPayload(dict[str, Any]):
 class ProgressEvent(_EventFields):
     """Payload of `cogview.progress`: the stage that the generation of one image has reached. Plain JSON.
 
-    Each image that is requested from the service sends `sent` once, `processing` at each poll of a task, and ends with `failed`,
-    `cancelled` or the event `cogview.generated`. A cached image sends `cogview.generated` only, and a task that is resumed does
-    not send `sent`.
+    Each requested image sends `sent` once, `processing` at each poll of a task, and ends with `failed`, `cancelled` or the event
+    `cogview.generated`. A cached image sends only `cogview.generated`, and a task that is resumed does not send `sent`.
+
+    Attributes:
+        stage: Stage that was reached.
+        request_id: Request id that this client generated; every attempt has the same.
+        model: Model that was asked.
+        elapsed: Seconds since the call acquired its slot.
+        task_id: Id of the task; None unless the task endpoint is used.
+        error: At `failed` and `cancelled`: name of the exception's class.
+        blocked: At `failed`: whether the content filter blocked the image.
+        outcome: At `failed` and `cancelled`: `not_run`, `final`, or `unknown` (an image may have been charged).
+        scope: At `failed`: what the error concerns, such as `prompt`; None for an exception of another library.
+        is_retryable: At `failed`: whether the same request may be sent again and may succeed then.
+        uncertain: Number of requests that may have been charged, at `failed` and `cancelled`.
+        cost: What the image costs if it is made, as a decimal number; `0` if it was blocked, None if unknown.
+        currency: ISO code of the cost's currency.
     """
 
     stage: Literal["sent", "processing", "failed", "cancelled"]
-    """Stage that was reached."""
     request_id: str
-    """Request id that this client generated; every attempt has the same."""
     model: str
-    """Model that was asked."""
     elapsed: float
-    """Seconds since the call acquired its slot."""
     task_id: str | None
-    """Id of the task; None unless the task endpoint is used."""
     error: str | None
-    """At `failed` and `cancelled`: name of the exception's class."""
     blocked: bool
-    """At `failed`: whether the content filter blocked the image."""
     outcome: str | None
-    """At `failed` and `cancelled`: `not_run`, `final`, or `unknown` (an image may have been charged)."""
     scope: str | None
-    """At `failed`: what the error concerns, such as `prompt` or `account`; None for an exception of another library."""
     is_retryable: bool | None
-    """At `failed`: whether the same request may be sent again and may succeed then."""
     uncertain: int
-    """At `failed` and `cancelled`: number of requests that may have been charged, including those that were sent again."""
     cost: str | None
-    """What the image costs if it is made, as a decimal number, and `0` if it was blocked; None if the price is unknown."""
     currency: str | None
-    """ISO code of the cost's currency."""
 
 
 class RetryEvent(_EventFields):

@@ -20,6 +20,7 @@ from langchain_cogview.jobs.files import recovered_images
 from langchain_cogview.jobs.folder import JobFolder, write_error
 from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, kind_of, manifest_of
 from langchain_cogview.jobs.prompts import MAX_LISTED, bullet_list, cost_text, count_text
+from langchain_cogview.notebook.display import replace_status
 from langchain_cogview.notebook.html import report
 from langchain_cogview.text import visible
 
@@ -285,6 +286,7 @@ class JobReport:
         return visible("\n".join(lines))
 
     def _repr_html_(self) -> str:
+        replace_status(self.images)
         # A browser opens no s3:// link.
         sheet = None if isinstance(self.contact_sheet, str) else self.contact_sheet
         return report(str(self), "Open the contact sheet", sheet)

@@ -109,7 +109,7 @@ def _one(image: GeneratedImage, content: bytes | None, name: str) -> dict[str, A
 
 
 def _output(tiles: Sequence[Tile], text: str, limit: int, heading: str = "") -> dict[str, Any]:
-    _replace_status(sum(tile.kind in {"image", "absent"} for tile in tiles))
+    replace_status(sum(tile.kind in {"image", "absent"} for tile in tiles))
     layout = Layout.of(len(tiles))
     left = limit - json_bytes({"text/html": "", "text/plain": text})
     shown = fitted(tiles, lambda tiles: grid(tiles, layout, heading), left, layout)
@@ -568,7 +568,12 @@ def _line_of_cell() -> StatusLine:
         return line
 
 
-def _replace_status(images: int) -> None:
+def replace_status(images: int) -> None:
+    """Clear the status line of the running cell if a result shows all that the line counted.
+
+    Args:
+        images: The number of images that the result shows.
+    """
     if in_kernel() and (line := _LINES.get(_running_cell())) is not None:
         with contextlib.suppress(Exception):  # the result is shown in any case
             line.replaced_by(images)

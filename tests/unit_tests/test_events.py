@@ -179,3 +179,14 @@ def test_a_call_without_any_handler_is_a_run_too(sandbox, how):
 
     invoked(CogViewImageGenerator(base_url=sandbox.base_url, rate_limiter=Limiter()), how)
     assert [type(run_id) for run_id in run_ids] == [UUID]
+
+
+def test_help_describes_every_field_of_a_progress_event():
+    import pydoc
+
+    from langchain_cogview import ProgressEvent
+
+    described = pydoc.render_doc(ProgressEvent, renderer=pydoc.plaintext)
+    own = ProgressEvent.__required_keys__ - {"version", "tool_call_id", "sandbox"}  # which all events have
+    assert len(own) >= 10
+    assert not [name for name in own if f"{name}: " not in described]
