@@ -9,26 +9,26 @@ from langchain_cogview.notebook.gallery import gallery
 from langchain_cogview.notebook.html import page
 
 if TYPE_CHECKING:
-    from langchain_cogview.mcp.studio import Studio
+    from langchain_cogview.mcp.images import ServerImages
 
 MAX_IMAGES: Final = 24
 """The largest number of images in the gallery."""
 
 
-def gallery_html(studio: Studio) -> str:
+def gallery_html(images: ServerImages) -> str:
     """Render the gallery. Blocks.
 
     Args:
-        studio: What has made the images.
+        images: What has made the images.
 
     Returns:
         A page of at most about 150 kB, with embedded images, that loads nothing.
     """
     items = []
-    for record in studio.listed(MAX_IMAGES):
+    for record in images.listed(MAX_IMAGES):
         if "artifact" in record:
             try:
-                items.append(studio.read(record))
+                items.append(images.read(record))
             except CogViewError:  # a damaged record is left out, as list_images shows it
                 continue
     body = gallery(items)._repr_mimebundle_()["text/html"]

@@ -16,7 +16,7 @@ from langchain_cogview.notebook.previews import THUMBNAIL_SIDE, Preview, make_th
 
 if TYPE_CHECKING:
     from langchain_cogview.estimate import Estimate
-    from langchain_cogview.mcp.studio import ServerImage
+    from langchain_cogview.mcp.images import ServerImage
     from langchain_cogview.result import GeneratedImage, ImageResult
 
 Inline = Literal["thumbnail", "none", "full"]

@@ -53,7 +53,7 @@ from langchain_cogview.errors import (
 )
 from langchain_cogview.mcp import results
 from langchain_cogview.mcp.gallery import gallery_html
-from langchain_cogview.mcp.studio import OWNER, Studio
+from langchain_cogview.mcp.images import OWNER, ServerImages
 from langchain_cogview.mcp.tools import GALLERY_URI, MAX_LISTED, ToolArguments
 from langchain_cogview.notebook.previews import make_thumbnail
 from langchain_cogview.result import ImageResult
@@ -67,8 +67,8 @@ if TYPE_CHECKING:
     from mcp_types import CallToolRequestParams, PaginatedRequestParams, ReadResourceRequestParams
 
     from langchain_cogview.estimate import Estimate
+    from langchain_cogview.mcp.images import ServerImage
     from langchain_cogview.mcp.results import Inline
-    from langchain_cogview.mcp.studio import ServerImage
 
 NAME: Final = "cogview"
 INSTRUCTIONS: Final = (
@@ -200,7 +200,7 @@ class CogViewServer:
         known = {name: value for name, value in settings.tool.items() if name in {"model", "size", "quality", "style"}}
         draft = CogViewImageTool(**{**known, "base_url": "sandbox:"})
         self._arguments = ToolArguments(arguments_schema(draft.generator, draft.style))
-        self._studio: Studio | None = None
+        self._images: ServerImages | None = None
         self._opening = threading.Lock()
         self._approved: dict[str, ServerImage] = {}
         self.app: Server[Any] = Server(
@@ -228,7 +228,7 @@ class CogViewServer:
             logger.warning("No image can be made yet: %s", error)
         yield {}
 
-    def open(self) -> Studio:
+    def open(self) -> ServerImages:
         """Find the key, and open the folder. Blocks.
 
         Returns:
@@ -240,20 +240,20 @@ class CogViewServer:
             CogViewStorageError: The folder cannot be used. The next call tries again.
         """
         with self._opening:
-            if self._studio is None:
+            if self._images is None:
                 try:
                     tool = CogViewImageTool(**self._settings.tool)
                 except CogViewConfigurationError as error:
                     if not error.message.startswith(NO_KEY):
                         raise
                     raise KeyMissingError from None
-                self._studio = Studio(tool)
-            return self._studio
+                self._images = ServerImages(tool)
+            return self._images
 
     def finish(self) -> None:
         """Wait for the images that are being made, so that none that is paid for is lost. Blocks."""
-        if self._studio is not None:
-            for image in self._studio.busy():
+        if self._images is not None:
+            for image in self._images.busy():
                 image.result.exception()
 
     # --- tools
@@ -288,45 +288,45 @@ class CogViewServer:
         self, ctx: ServerRequestContext[Any], params: CallToolRequestParams, arguments: Any
     ) -> CallToolResult | InputRequiredResult:
         deadline = Deadline(arguments.wait_seconds)
-        studio = await in_thread(self.open)
-        wanted = studio.identity(arguments.prompt, arguments.size, arguments.quality)
+        images = await in_thread(self.open)
+        wanted = images.identity(arguments.prompt, arguments.size, arguments.quality)
         # The approval of an image is used once: a client that sends the call again gets the same image.
         approval = json.loads(params.request_state) if params.request_state else {}
         approved = self._approved.get(approval.get("nonce", ""))
-        image = studio.unanswered(wanted) if approved is None else studio.joined(approved)
+        image = images.unanswered(wanted) if approved is None else images.joined(approved)
         is_new = image is None
         if image is None:
-            estimate = await in_thread(self._covered, studio, wanted)
+            estimate = await in_thread(self._covered, images, wanted)
             if self._settings.approve.applies(estimate):
                 asked = await self._ask(
                     ctx, params, approval=approval, wanted=wanted, estimate=estimate, deadline=deadline
                 )
                 if asked is not None:
                     return asked
-            image = await self._begun(studio, wanted, approval.get("nonce"))
+            image = await self._begun(images, wanted, approval.get("nonce"))
         note = "" if is_new else "An earlier call asked for the same image, so nothing is paid again. "
-        with studio.waiting_for(image):
-            return await self._answer(ctx, studio, image, deadline, note)
+        with images.waiting_for(image):
+            return await self._answer(ctx, images, image, deadline, note)
 
-    async def _begun(self, studio: Studio, wanted: dict[str, Any], nonce: str | None) -> ServerImage:
+    async def _begun(self, images: ServerImages, wanted: dict[str, Any], nonce: str | None) -> ServerImage:
         """Return a new image. If the call is cancelled now, the image goes on, and waits for an equal call.
 
         Raises:
             CancelledError: The client has ended the call.
         """
-        beginning = asyncio.ensure_future(in_thread(studio.begin, wanted))
+        beginning = asyncio.ensure_future(in_thread(images.begin, wanted))
         try:
             image = await asyncio.shield(beginning)
         except asyncio.CancelledError:
-            beginning.add_done_callback(lambda done: None if done.exception() else studio.leave(done.result()))
+            beginning.add_done_callback(lambda done: None if done.exception() else images.leave(done.result()))
             raise
         if nonce:
             self._approve(nonce, image)
         return image
 
-    def _covered(self, studio: Studio, wanted: dict[str, Any]) -> Estimate:
-        studio.limits()  # counts what other servers have spent
-        estimate = studio.tool.estimate(wanted["prompt"], wanted["size"], wanted["quality"])
+    def _covered(self, images: ServerImages, wanted: dict[str, Any]) -> Estimate:
+        images.limits()  # counts what other servers have spent
+        estimate = images.tool.estimate(wanted["prompt"], wanted["size"], wanted["quality"])
         if not estimate.is_covered:
             left = "" if estimate.left is None else f" {estimate.left} are left."
             raise CogViewBudgetError(f"The limits of {OWNER} do not cover another image; nothing was sent.{left}")
@@ -381,7 +381,12 @@ class CogViewServer:
         return None
 
     async def _answer(
-        self, ctx: ServerRequestContext[Any], studio: Studio, image: ServerImage, deadline: Deadline, note: str = ""
+        self,
+        ctx: ServerRequestContext[Any],
+        images: ServerImages,
+        image: ServerImage,
+        deadline: Deadline,
+        note: str = "",
     ) -> CallToolResult:
         """Return the answer about an image of this process, after waiting for it until the deadline, with progress."""
         result = None
@@ -390,40 +395,40 @@ class CogViewServer:
                 left = deadline.remaining() or 0.0
                 # A thumbnail takes time as well.
                 seconds = min(PROGRESS_SECONDS, max(0.0, left - _ANSWER_SECONDS))
-                result = await studio.aget(image, seconds, {})
+                result = await images.aget(image, seconds, {})
                 if result is None:
                     if left <= _ANSWER_SECONDS:
-                        return results.still_running(image, studio.remember(image, image.key), note)
+                        return results.still_running(image, images.remember(image, image.key), note)
                     await _report(ctx, image)
         except CogViewTaskUnfinishedError:  # it is collected by the next call
             return results.still_running(image, image.key, note)
         answer = await results.made(result, self._settings.inline)
-        studio.collected(image, result)
+        images.collected(image, result)
         return _with_note(answer, note)
 
     async def _get(self, ctx: ServerRequestContext[Any], params: Any, arguments: Any) -> CallToolResult:
         deadline = Deadline(arguments.wait_seconds)
-        studio = await in_thread(self.open)
+        images = await in_thread(self.open)
         while True:
-            found = await in_thread(studio.look_up, arguments.id)
+            found = await in_thread(images.look_up, arguments.id)
             if isinstance(found, ImageResult):
                 return await results.made(found, self._settings.inline)
             if found is not None:
-                with studio.waiting_for(studio.joined(found)):
-                    return await self._answer(ctx, studio, found, deadline)
+                with images.waiting_for(images.joined(found)):
+                    return await self._answer(ctx, images, found, deadline)
             left = deadline.remaining() or 0.0
             if left <= _POLL_SECONDS:  # another server makes it
                 return results.running(arguments.id, "", None)
             await anyio.sleep(_POLL_SECONDS)
 
     async def _list(self, ctx: ServerRequestContext[Any], params: Any, arguments: Any) -> CallToolResult:
-        studio = await in_thread(self.open)
-        return results.listed(await in_thread(studio.listed, arguments.limit))
+        images = await in_thread(self.open)
+        return results.listed(await in_thread(images.listed, arguments.limit))
 
     async def _estimate(self, ctx: ServerRequestContext[Any], params: Any, arguments: Any) -> CallToolResult:
-        studio = await in_thread(self.open)
-        await in_thread(studio.limits)
-        return results.estimated(studio.tool.estimate(arguments.prompt, arguments.size, arguments.quality, arguments.n))
+        images = await in_thread(self.open)
+        await in_thread(images.limits)
+        return results.estimated(images.tool.estimate(arguments.prompt, arguments.size, arguments.quality, arguments.n))
 
     # --- resources
 
@@ -433,8 +438,8 @@ class CogViewServer:
         gallery = Resource(uri=GALLERY_URI, name="gallery", title="Gallery of the images", mime_type=APP_MIME_TYPE)
         resources = [gallery]
         try:
-            studio = await in_thread(self.open)
-            records = await in_thread(studio.listed, MAX_LISTED)
+            images = await in_thread(self.open)
+            records = await in_thread(images.listed, MAX_LISTED)
         except CogViewError:
             records = []
         for record in records:
@@ -467,10 +472,10 @@ class CogViewServer:
             if uri == GALLERY_URI:
                 return await self._read_gallery()
             image_id, size = _parsed_uri(uri)
-            studio = await in_thread(self.open)
-            found = await in_thread(studio.look_up, image_id)
+            images = await in_thread(self.open)
+            found = await in_thread(images.look_up, image_id)
             if found is not None and not isinstance(found, ImageResult):
-                found = await studio.aget(found, 0.0, {})
+                found = await images.aget(found, 0.0, {})
             if found is None:
                 raise CogViewInvalidRequestError("The image is still being made.", hint="Call get_image.")
             content = await found.image.aread()
@@ -488,8 +493,8 @@ class CogViewServer:
         )
 
     async def _read_gallery(self) -> ReadResourceResult:
-        studio = await in_thread(self.open)
-        html = await in_thread(gallery_html, studio)
+        images = await in_thread(self.open)
+        html = await in_thread(gallery_html, images)
         contents = TextResourceContents(uri=GALLERY_URI, mime_type=APP_MIME_TYPE, text=html)
         return ReadResourceResult(contents=[contents])
 

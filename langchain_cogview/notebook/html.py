@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ _TABLE: Final = 'style="border-collapse:collapse;border:0;margin:0;font-size:13p
 _ROW: Final = 'style="background-color:transparent"'
 _MAX_LINK: Final = 2_000
 _MAX_LINES: Final = 60
+_UNIT: Final = re.compile(r"(?<=\d) (?=(?:s|kB|MB|CNY|USD|UTC)\b)")
+"""The space between a number and its unit, where no line is broken."""
 _FEWEST_BYTES: Final = 150  # a smaller preview shows nothing
 
 
@@ -232,7 +235,8 @@ def _figure(tile: Tile, layout: Layout, *, classes: bool = False) -> str:
         lines.append(f"{label}{caption}")
     facts = {"all": tile.facts, "brief": tile.brief, "none": ()}[layout.facts]
     if facts:
-        lines.append(f'<div style="opacity:0.7">{" · ".join(_text(fact, 100) for fact in facts)}</div>')
+        joined = " · ".join(_UNIT.sub("&nbsp;", _text(fact, 100)) for fact in facts)
+        lines.append(f'<div style="opacity:0.7">{joined}</div>')
     if tile.badge:
         shape = _tinted("blocked", "1px 7px", "display:inline-block;max-width:100%;")
         lines.append(f"<div><span {shape}>{_text(tile.badge, 80)}</span></div>")

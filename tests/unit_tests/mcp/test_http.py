@@ -43,8 +43,8 @@ class Served:
         self._uvicorn.should_exit = True
         self._thread.join()
         self.server.finish()
-        if self.server._studio:
-            self.server._studio.records.close()
+        if self.server._images:
+            self.server._images.records.close()
 
 
 @pytest.fixture

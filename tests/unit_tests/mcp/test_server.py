@@ -51,8 +51,8 @@ def make(sandbox, folder):
 def end(server):
     """What the end of the process does: the images are finished, and the locks are released."""
     server.finish()
-    if server._studio:
-        server._studio.records.close()
+    if server._images:
+        server._images.records.close()
 
 
 def size_of(result):

@@ -97,13 +97,13 @@ class ServerImage(PendingImage):
 class _Call:
     """Records what one paid request sends: a journal of the generator."""
 
-    def __init__(self, studio: Studio, image: ServerImage) -> None:
-        self._studio = studio
+    def __init__(self, images: ServerImages, image: ServerImage) -> None:
+        self._images = images
         self._request = Request(image.key, image.arguments)
         self.sent: tuple[str, ...] = ()
 
     def sending(self, request_id: str, model: str) -> None:
-        self._studio.records.claim(self._request, request_id, model, partial(self._studio.check_spent, model=model))
+        self._images.records.claim(self._request, request_id, model, partial(self._images.check_spent, model=model))
         self.sent = (request_id,)
 
     async def asending(self, request_id: str, model: str) -> None:
@@ -123,10 +123,10 @@ class _Call:
         await in_thread(self.submitted, request_id, task_id, model)
 
     def _note(self, values: dict[str, Any]) -> None:
-        self._studio.records.own[0].note({"key": self._request.image_id, **values})
+        self._images.records.own[0].note({"key": self._request.image_id, **values})
 
 
-class Studio(PendingImages):
+class ServerImages(PendingImages):
     """The images of one server and its folder. Thread-safe. Methods block where they do not say otherwise.
 
     Args:
