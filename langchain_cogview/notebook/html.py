@@ -53,7 +53,7 @@ _TABLE: Final = 'style="border-collapse:collapse;border:0;margin:0;font-size:13p
 _ROW: Final = 'style="background-color:transparent"'
 _MAX_LINK: Final = 2_000
 _MAX_LINES: Final = 60
-_UNIT: Final = re.compile(r"(?<=\d) (?=(?:s|kB|MB|CNY|USD|UTC)\b)")
+_UNIT: Final = re.compile(r"(?<=\d) (?=(?:s|kB|MB|CNY|USD)\b)")
 """The space between a number and its unit, where no line is broken."""
 _FEWEST_BYTES: Final = 150  # a smaller preview shows nothing
 
