@@ -16,9 +16,7 @@ from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.budget import JOURNAL, Budget
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import (
-    MAX_MODEL_TEXT,
     CogViewError,
-    CogViewInvalidRequestError,
     CogViewOutcomeUnknownError,
     CogViewTaskUnfinishedError,
     Outcome,
@@ -31,7 +29,7 @@ from langchain_cogview.jobs.items import PromptItem
 from langchain_cogview.jobs.manifest import failure_record, image_record, manifest_record, now
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.mcp.records import Request, ServerFolder, ServerRecords
-from langchain_cogview.pending import PendingImage, PendingImages
+from langchain_cogview.pending import PendingImage, PendingImages, UnknownImageError
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 from langchain_cogview.tasks import ImageTask
@@ -50,16 +48,7 @@ OWNER: Final = "this folder"
 logger = logging.getLogger(__name__)
 
 
-class UnknownImageIdError(CogViewInvalidRequestError):
-    """No image has this id."""
-
-    @property
-    def text_for_model(self) -> str:
-        """The text that an agent's model reads."""
-        return printable(f"{self.message} {self.hint}", MAX_MODEL_TEXT)
-
-
-def unknown_image(image_id: str) -> UnknownImageIdError:
+def unknown_image(image_id: str) -> UnknownImageError:
     """Make the error of an id that no image has.
 
     Args:
@@ -68,7 +57,7 @@ def unknown_image(image_id: str) -> UnknownImageIdError:
     Returns:
         The error.
     """
-    return UnknownImageIdError(
+    return UnknownImageError(
         f"No image with the id {printable(image_id, 40)!r} was paid for in this folder.",
         hint="list_images says which ids there are; it is free.",
     )
