@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +59,9 @@ class FinishedPrompts:
         self._names: dict[str, int] = {}
         self._outcomes: list[PromptOutcome] = []
         self._shared: dict[PromptOutcome, PromptOutcome] = {}
+        self._order: list[int] = []  # indices in the order of the prompts, as far as `in_order` has sorted them
+        self._snapshot: FinishedPrompts | None = None
+        self._replaced: list[int] = []  # indices that changed since the last snapshot
 
     def add(self, key: str, finished: Finished) -> bool:
         """Add a record, or replace the earlier one of the prompt.
@@ -72,6 +76,8 @@ class FinishedPrompts:
             self._starts[index], self._sizes[index], self._lines[index] = start, size, line
             self._sources[index] = source
             self._outcomes[index] = outcome
+            if self._snapshot is not None:
+                self._replaced.append(index)
             return True
         self._indices[key] = len(self._outcomes)
         self._starts.append(start)
@@ -104,12 +110,39 @@ class FinishedPrompts:
         return sorted(zip(self._starts, self._sizes, strict=True))
 
     def snapshot(self) -> FinishedPrompts:
-        """Return the records as they are now, for reading in another thread while more are added."""
-        copy = FinishedPrompts()
-        copy._starts, copy._sizes = self._starts[:], self._sizes[:]
-        copy._lines, copy._sources = self._lines[:], self._sources[:]
-        copy._outcomes, copy._names = self._outcomes[:], dict(self._names)
+        """Return the records as they are now, for reading in another thread while more are added.
+
+        It is the same object each time, which the next call brings up to date: a new one for each page of a large job would
+        leave the memory of the process in pieces that are too small for the next.
+        """
+        copy = self._snapshot
+        if copy is None:
+            copy = self._snapshot = FinishedPrompts()
+        begin = len(copy)
+        for mine, its in zip(self._columns(), copy._columns(), strict=True):
+            its.extend(mine[begin:])
+            for index in self._replaced:
+                its[index] = mine[index]
+        if self._replaced:
+            self._replaced.clear()
+            copy._order.clear()
+        copy._names = dict(self._names)
         return copy
+
+    def _columns(self) -> tuple[Any, ...]:
+        return self._starts, self._sizes, self._lines, self._sources, self._outcomes
+
+    def in_order(self) -> Iterator[Finished]:
+        """Return the records of a snapshot in the order of the prompts; nothing is copied."""
+        if self._order:
+            for index in range(len(self._order), len(self)):
+                insort(self._order, index, key=self._place)
+        else:
+            self._order = sorted(range(len(self)), key=self._place)
+        return map(self._at, self._order)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        return self._sources[index], self._lines[index], self._starts[index]
 
     def by_line(self) -> Iterator[Finished]:
         """Return the records in the order of the prompts, as they are now; later changes do not affect the iterator."""

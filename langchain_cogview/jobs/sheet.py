@@ -53,28 +53,36 @@ class ContactSheet:
         self._lock = threading.Lock()
         self._sources: tuple[str, ...] = ()
         self._tiles_left = 0  # how many new tiles do not fill a page
+        self._is_updating = False
         self._end = manifest.end  # the records before this byte are on pages of an earlier run or update
 
     def count(self, tiles: int) -> bool:
         """Count new tiles; the caller lets in one thread at a time.
 
         Returns:
-            Whether there are enough for a page.
+            Whether there are enough for a page. If so, the caller calls `update`; until that has ended, this returns False.
         """
-        full, self._tiles_left = divmod(self._tiles_left + tiles, PAGE_TILES)
-        return full > 0
+        self._tiles_left += tiles
+        if self._tiles_left < PAGE_TILES or self._is_updating:
+            return False
+        self._tiles_left %= PAGE_TILES
+        self._is_updating = True
+        return True
 
     def update(self, finished: FinishedPrompts, cost: str) -> None:
         """Write the pages with new records while the job runs; what cannot be written is written when the job ends.
 
         Args:
-            finished: All records. What is in flight is on no page.
+            finished: A snapshot of all records. What is in flight is on no page.
             cost: What all images cost, as text.
         """
-        with self._lock, contextlib.suppress(OSError, CogViewError):
-            facts = _facts(finished, 0, cost)
-            self._sources = finished.sources
-            self._write(_first_name(self._folder), finished.by_line(), facts, since=self._end)
+        try:
+            with self._lock, contextlib.suppress(OSError, CogViewError):
+                facts = _facts(finished, 0, cost)
+                self._sources = finished.sources
+                self._write(_first_name(self._folder), finished.in_order(), facts, since=self._end)
+        finally:
+            self._is_updating = False
 
     def finish(self, finished: FinishedPrompts, cost: str, unknown: Collection[Attempt] = ()) -> str:
         """Write all pages, and remove those of an earlier run that are not needed any more.
