@@ -59,7 +59,7 @@ class FinishedPrompts:
         self._names: dict[str, int] = {}
         self._outcomes: list[PromptOutcome] = []
         self._shared: dict[PromptOutcome, PromptOutcome] = {}
-        self._order: list[int] = []  # indices in the order of the prompts, as far as `in_order` has sorted them
+        self._order = array("L")  # indices in the order of the prompts, as far as `in_order` has sorted them
         self._snapshot: FinishedPrompts | None = None
         self._replaced: list[int] = []  # indices that changed since the last snapshot
 
@@ -125,7 +125,7 @@ class FinishedPrompts:
                 its[index] = mine[index]
         if self._replaced:
             self._replaced.clear()
-            copy._order.clear()
+            copy._order = array("L")
         copy._names = dict(self._names)
         return copy
 
@@ -138,7 +138,7 @@ class FinishedPrompts:
             for index in range(len(self._order), len(self)):
                 insort(self._order, index, key=self._place)
         else:
-            self._order = sorted(range(len(self)), key=self._place)
+            self._order.extend(sorted(range(len(self)), key=self._place))
         return map(self._at, self._order)
 
     def _place(self, index: int) -> tuple[int, int, int]:
