@@ -49,7 +49,7 @@ def short_traceback(error: BaseException) -> list[str]:
     chain = error.__cause__, error.__context__, error.__suppress_context__
     try:
         error.__cause__, error.__context__, error.__suppress_context__ = None, None, True
-        parts = list(renderer.structured_traceback(type(error), error, _joined(shown), 0, context=context))
+        parts = list(renderer.structured_traceback(type(error), error, _joined(shown), 0, context))
     finally:
         error.__cause__, error.__context__, error.__suppress_context__ = chain
     hidden = len(frames) - len(shown)

@@ -346,7 +346,7 @@ class ShardBudget(Budget):
         self._asking = threading.Lock()
 
     def reserve(self, price: Money, count: int = 1) -> Reservation:
-        """Reserve images for one request, at the price of the dearest model that may be called, where the budget covers it.
+        """Reserve images for one request, at the price of the dearest model that may be called.
 
         A fallback model is called on the event loop, where nothing more can be reserved.
 
@@ -354,11 +354,10 @@ class ShardBudget(Budget):
             The reservation.
 
         Raises:
-            CogViewBudgetError: The budget does not cover all images at `price`. Nothing was sent.
+            CogViewBudgetError: The budget does not cover all images at that price. Nothing was sent.
         """
         if price.amount is not None and self._ledger.highest > price.amount:
-            with suppress(CogViewBudgetError):
-                return super().reserve(Money(self._ledger.highest, price.currency), count)
+            return super().reserve(Money(self._ledger.highest, price.currency), count)
         return super().reserve(price, count)
 
     def copy(self) -> Budget:
