@@ -54,7 +54,7 @@ class FinishedPrompts:
     """The last manifest record of each prompt, in about 200 bytes each."""
 
     def __init__(self) -> None:
-        self._indices: dict[str, int] = {}
+        self._indices: dict[int | str, int] = {}
         self._starts, self._sizes, self._lines, self._sources = array("Q"), array("Q"), array("Q"), array("H")
         self._names: dict[str, int] = {}
         self._outcomes: list[PromptOutcome] = []
@@ -71,7 +71,8 @@ class FinishedPrompts:
         """
         start, size, line, outcome, source = finished
         outcome = self._shared.setdefault(outcome, outcome)
-        index = self._indices.get(key)
+        short = _short(key)
+        index = self._indices.get(short)
         if index is not None:
             self._starts[index], self._sizes[index], self._lines[index] = start, size, line
             self._sources[index] = source
@@ -79,7 +80,7 @@ class FinishedPrompts:
             if self._snapshot is not None:
                 self._replaced.append(index)
             return True
-        self._indices[key] = len(self._outcomes)
+        self._indices[short] = len(self._outcomes)
         self._starts.append(start)
         self._sizes.append(size)
         self._lines.append(line)
@@ -98,7 +99,7 @@ class FinishedPrompts:
 
     def get(self, key: str) -> Finished | None:
         """Return the record of a prompt; None if there is none."""
-        index = self._indices.get(key)
+        index = self._indices.get(_short(key))
         return None if index is None else self._at(index)
 
     def outcomes(self) -> Counter[PromptOutcome]:
@@ -162,6 +163,15 @@ class FinishedPrompts:
 
     def __len__(self) -> int:
         return len(self._outcomes)
+
+
+def _short(key: str) -> int | str:
+    # As a number, 32 hexadecimal digits take half the memory.
+    try:
+        number = int(key, 16)
+    except ValueError:
+        return key
+    return number if f"{number:032x}" == key else key
 
 
 def _by_line(

@@ -106,8 +106,8 @@ Amount = Annotated[str, Field(max_length=60), AfterValidator(_amount)]
 """An amount of money as text, from 0."""
 
 
-_CHECKED: Final = ConfigDict(strict=True, extra="allow")
-"""Checks without converting; other keys are left unchanged."""
+_CHECKED: Final = ConfigDict(strict=True, extra="allow", cache_strings="keys")
+"""Checks without converting; other keys are left unchanged. Values differ from line to line and are not worth a cache."""
 
 
 @with_config(_CHECKED)
