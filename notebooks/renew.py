@@ -20,7 +20,7 @@ RUN_FACTS = (
         "...",
     ),
     (re.compile(r"link expires \d{4}-\d\d-\d\d \d\d:\d\d UTC"), "link expires in a day"),
-    (re.compile(r"\b\d+\.\d s(?= · )"), "0.1 s"),
+    (re.compile(r"\b\d+\.\d( |&nbsp;)s(?= · )"), r"0.1\1s"),
 )
 """What differs from run to run, and what stands for it."""
 
