@@ -72,7 +72,7 @@ class TLSChannel:
         """Agree on the encryption.
 
         Raises:
-            ssl.SSLError: The other side is not trusted, or does not trust this one; it is told so.
+            ssl.SSLError: The other side is not trusted, or does not trust this one; it gets an alert.
         """
         try:
             await self._run(self._tls.do_handshake)

@@ -79,7 +79,7 @@ class RemoteJob:
         self._has_conditions = False
         self._keeps_local = False
         self._next: dict[str, int] = {}  # the number of the next record of each prompt that has one
-        # Records of other workers that were passed over while one was put: their attempts, and the last end of each prompt.
+        # Records of other workers that were skipped while one was put: their attempts, and the last end of each prompt.
         self._passed: list[str] = []
         self._passed_ends: dict[str, dict[str, Any]] = {}
         self._locks = [threading.Lock() for _ in range(_STRIPES)]
