@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 SETTINGS_NAME: Final = "job.json"
 _RECORDS: Final = "records"
 _WORKERS: Final = "workers"
-_OWN_FOLDERS: Final = (f"{_RECORDS}/", f"{_WORKERS}/", "checks/")
+_MARKERS: Final = (f"{_WORKERS}/", "checks/")
 _RECORD_NAME: Final = re.compile(r"records/([0-9a-f]{32}(?:-[0-9]{1,9})?)\.([0-9]{6})\.json", re.ASCII)
 _MAX_NUMBER: Final = 999_999
 _STRIPES: Final = 256
@@ -108,15 +108,10 @@ class RemoteJob:
         try:
             self.local.mkdir(parents=True, mode=0o700)
             self._parent.chmod(0o700)
-            settings = self.objects.read(SETTINGS_NAME)
+            settings = self._settings()
             if settings is not None:
                 (self.local / SETTINGS_NAME).write_bytes(settings)
-            elif any(not name.startswith(_OWN_FOLDERS) for name in self.objects.names()):
-                raise CogViewConfigurationError(
-                    f"{printable(self.url, 120)} is not empty and holds no job; nothing was sent.",
-                    hint="Choose another URL.",
-                )
-            self._fetch(is_begun=settings is not None)
+                self._fetch()
             yield
         finally:
             if not self._keeps_local:
@@ -209,15 +204,29 @@ class RemoteJob:
         kind = partial(_PutRecords, self) if writable else RecordFile
         return attempts_of(folder, writable=writable, kind=kind), manifest_of(folder, writable=writable, kind=kind)
 
-    def _fetch(self, *, is_begun: bool) -> None:
+    def _settings(self) -> bytes | None:
+        # The settings of the job. None where it has not begun and the URL has nothing but markers.
+        settings = self.objects.read(SETTINGS_NAME)
+        if settings is not None:
+            return settings
+        names = [name for name in self.objects.names() if not name.startswith(_MARKERS)]
+        if not names:
+            return None
+        # Another worker puts the settings before everything else, and may have begun the job after the first look.
+        settings = self.objects.read(SETTINGS_NAME)
+        if settings is not None:
+            return settings
+        if all(name.startswith(f"{_RECORDS}/") for name in names):
+            raise CogViewConfigurationError(
+                f"The job at {printable(self.url, 120)} has records but no {SETTINGS_NAME}; nothing was sent.",
+                hint="Restore that object, or choose another URL.",
+            )
+        raise CogViewConfigurationError(
+            f"{printable(self.url, 120)} is not empty and holds no job; nothing was sent.", hint="Choose another URL."
+        )
+
+    def _fetch(self) -> None:
         # Copy the records into the temporary folder, and images that have none yet.
-        if not is_begun:
-            if self.objects.names(_RECORDS):
-                raise CogViewConfigurationError(
-                    f"The job at {printable(self.url, 120)} has records but no {SETTINGS_NAME}; nothing was sent.",
-                    hint="Restore that object, or choose another URL.",
-                )
-            return
         sent: dict[str, str] = {}  # requests without an end
         with (self.local / ATTEMPTS).open("wb") as attempts, (self.local / MANIFEST).open("wb") as manifest:
             for values in self._news():

@@ -42,12 +42,16 @@ class JobStore(S3):
 
     def clear(self):
         self.before = self.after = None  # called with the path of each PUT; `after` may replace the answer
+        self.after_read = None  # called with the path of each GET and HEAD, before its answer is given
         self.ignores_conditions = False
 
     def __call__(self, environ, start_response):
-        if environ["REQUEST_METHOD"] != "PUT":
-            return super().__call__(environ, start_response)
         path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] != "PUT":
+            answer = super().__call__(environ, start_response)
+            if self.after_read:
+                self.after_read(path)
+            return answer
         if self.ignores_conditions:
             environ.pop("HTTP_IF_NONE_MATCH", None)
         if self.before and self.before(path):
@@ -245,6 +249,22 @@ def test_two_workers_share_the_prompts_and_the_last_one_writes_the_whole_manifes
     assert len(sandbox.requests) == 8
     assert len(manifest(store, url)) == 8
     assert content(store, url, "index.html").count(b"<img ") == 8
+
+
+@pytest.mark.parametrize("done", ["settings", "one image", "everything"])
+def test_a_job_that_another_worker_begins_while_this_one_looks_is_joined(store, sandbox, url, done):
+    others = []
+
+    def begin(path):
+        if path.endswith("/job.json") and not others:  # this worker has found no job
+            others.append(None)
+            others.append(run(sandbox, url, limit={"settings": 0, "one image": 1, "everything": None}[done]))
+
+    store.after_read = begin
+    report = run(sandbox, url)
+    assert (report.stopped, report.unknown, report.images + others[1].images) == (None, (), 8)
+    assert len(sandbox.requests) == 8
+    assert len(manifest(store, url)) == len(images_of(names(store, url))) == 8
 
 
 def test_a_claim_whose_answer_was_lost_is_still_the_workers_own(store, sandbox, url):
