@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from langchain_cogview.api.waiters import TaskWaiter, ThreadWaiter, Waiter
 from langchain_cogview.concurrency import PRIORITY
-from langchain_cogview.limits.adaptive import AdaptiveLimit
+from langchain_cogview.limits.allocation import AdaptiveLimit
 
 if TYPE_CHECKING:
     import asyncio

@@ -19,8 +19,7 @@ import weakref
 from typing import TYPE_CHECKING, Final, Protocol
 
 from langchain_cogview.errors import CogViewConfigurationError
-from langchain_cogview.limits.adaptive import AdaptiveLimit
-from langchain_cogview.limits.allocation import LEASE_SECONDS, LimitShare, LimitUsage
+from langchain_cogview.limits.allocation import LEASE_SECONDS, AdaptiveLimit, LimitShare, LimitUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
