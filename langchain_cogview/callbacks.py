@@ -160,12 +160,7 @@ class CostCallbackHandler(EventHandler):
         self.costs = ImageCosts()
 
     def on_event(self, name: str, event: Any) -> None:
-        """Count an event.
-
-        Args:
-            name: Name of the event.
-            event: Its payload.
-        """
+        """Count an event; see `EventHandler.on_event`."""
         self.costs.on_event(name, event)
 
 
@@ -186,12 +181,7 @@ class ImageCallbackHandler(EventHandler):
         self.images: list[GeneratedImage] = []
 
     def on_event(self, name: str, event: Any) -> None:
-        """Collect the image of an event.
-
-        Args:
-            name: Name of the event.
-            event: Its payload.
-        """
+        """Collect the image of an event; see `EventHandler.on_event`."""
         self.images.extend(_images(name, event))
 
 
@@ -337,12 +327,7 @@ class ProgressCallbackHandler(EventHandler):
             self._update()
 
     def on_event(self, name: str, event: Any) -> None:
-        """Count an event and update the bar.
-
-        Args:
-            name: Name of the event.
-            event: Its payload.
-        """
+        """Count an event and update the bar; see `EventHandler.on_event`."""
         with self._lock:
             self.costs.on_event(name, event)
             if name == RETRY_EVENT:
