@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LIMIT, SLACK, PATIENCE = 2.0, 0.2, 15.0
-ELSEWHERE = "https://pictures.invalid/"  # where some faults say that the image is
+ELSEWHERE = "https://images.invalid/"  # where some faults say that the image is
 
 
 @dataclass

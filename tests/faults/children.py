@@ -32,7 +32,7 @@ LIMIT = 200
 
 
 def right(generator: CogViewImageGenerator, prompt: str, *, native: bool) -> bool:
-    """Whether a call gets the picture of its own prompt."""
+    """Whether a call gets the image of its own prompt."""
     result = asyncio.run(generator.ainvoke(prompt)) if native else generator.invoke(prompt)
     return token(prompt) in result.images[0].url
 
@@ -136,7 +136,7 @@ def memory(base_url: str, how: str) -> None:
 
 
 def killed(base_url: str, folder: str, times: str) -> None:
-    """A child that saves picture after picture, killed in the middle of it, again and again."""
+    """A child that saves image after image, killed in the middle of it, again and again."""
     generator = CogViewImageGenerator(base_url=base_url, output_dir=folder, timeout=LIMIT)
     for _ in range(int(times)):
         reading, writing = os.pipe()
@@ -158,7 +158,7 @@ def killed(base_url: str, folder: str, times: str) -> None:
 
 
 def disk_full(base_url: str, folder: str, how: str) -> None:
-    """A call whose picture is longer than any file may be."""
+    """A call whose image is longer than any file may be."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     generator = CogViewImageGenerator(base_url=base_url, output_dir=folder, timeout=LIMIT)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))

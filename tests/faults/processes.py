@@ -28,7 +28,7 @@ def child(*arguments: object, python: tuple[str, ...] = (), **more: Any) -> subp
     )
 
 
-def told(process: subprocess.Popen[str], seconds: float = 300) -> dict[str, Any]:
+def reported(process: subprocess.Popen[str], seconds: float = 300) -> dict[str, Any]:
     """What a child printed, once it has ended well."""
     with process:
         out, err = process.communicate(timeout=seconds)

@@ -94,9 +94,9 @@ class Guard:
         found: list[Any] = []
         for address in self.resolve(name):
             kind = socket.AF_INET6 if ":" in address else socket.AF_INET
-            place = (address, int(port or 0), 0, 0) if kind is socket.AF_INET6 else (address, int(port or 0))
+            socket_address = (address, int(port or 0), 0, 0) if kind is socket.AF_INET6 else (address, int(port or 0))
             if family in (0, kind):
-                found.append((kind, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", place))
+                found.append((kind, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", socket_address))
         return found
 
 
@@ -277,8 +277,8 @@ def _judge_download(fault: DownloadFault, how: How, folder: Path, slack: float) 
     verdict = Verdict()
     waits = mock.patch.object(download, "WAITS", download.WAITS if fault.is_fetched_again else TOO_LONG_TO_WAIT)
     with nothing_left(verdict), Guard(fault.resolve) as guard, KeyWatch() as log, waits:
-        with FaultServer(None, fault.picture) as server:
-            url = fault.url(server) if fault.url else server.picture_url
+        with FaultServer(None, fault.image) as server:
+            url = fault.url(server) if fault.url else server.image_url
             headers = ("Set-Cookie: api=1; Path=/",) if fault.cookie else ()
             server.api = says({"created": 1760335349, "data": [{"url": url}]}, 200, *headers)
             generator = CogViewImageGenerator(
@@ -317,7 +317,7 @@ def _judge_download(fault: DownloadFault, how: How, folder: Path, slack: float) 
         verdict.expect(not kept, f"files left: {kept}")
         return verdict
     verdict.outcome = "bytes"
-    verdict.expect(fault.whole is not None, "bytes were kept that are no picture")
+    verdict.expect(fault.whole is not None, "bytes were kept that are no image")
     if fault.whole is not None:
         content = Path(image.path).read_bytes()
         verdict.expect(content == fault.whole, f"{len(content)} other bytes were kept instead of {len(fault.whole)}")

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
-from tests.faults import pictures
+from tests.faults import sample_images
 from tests.faults.reply_table import (
     AT_ONCE,
     AUTHENTICATION,
@@ -33,7 +33,7 @@ from tests.faults.reply_table import (
     says,
     sends,
 )
-from tests.faults.server import PICTURE, Connection, Fault, Request
+from tests.faults.server import IMAGE, Connection, Fault, Request
 
 # Bodies that are no JSON, or no JSON of any use.
 
@@ -42,7 +42,7 @@ add("200 with an HTML page", sends(_PAGE, 200, "Content-Type: text/html"), MALFO
 add("200 with an HTML page called JSON", sends(_PAGE, 200, "Content-Type: application/json"), MALFORMED)
 add("200 with blanks", sends(b" \r\n\t "), MALFORMED)
 add(
-    "200 with a picture's bytes",
+    "200 with an image's bytes",
     sends(b"\x89PNG\r\n\x1a\n" + bytes(range(256)), 200, "Content-Type: image/png"),
     MALFORMED,
 )
@@ -55,13 +55,13 @@ add(
     MALFORMED,
     RESULT,
 )
-add("200 with single quotes", sends(b"{'data':[{'url':'PICTURE'}]}"), MALFORMED)
+add("200 with single quotes", sends(b"{'data':[{'url':'IMAGE'}]}"), MALFORMED)
 add("lists nested 100,000 deep", sends(b"[" * 100_000 + b"]" * 100_000), MALFORMED)
 add("objects nested 100,000 deep", sends(b'{"data":' * 100_000 + b"1" + b"}" * 100_000), MALFORMED)
 add("nested 100,000 deep, with 400", sends(b"[" * 100_000, 400), INVALID, MALFORMED)
 add("an error nested 900 deep", sends(b'{"error":' + b"[" * 900 + b"]" * 900 + b"}", 400), INVALID, MALFORMED)
 add(
-    "a picture beside a field nested 100,000 deep",
+    "an image beside a field nested 100,000 deep",
     sends(GOOD_BODY[:-1] + b',"x":' + b"[" * 99_000 + b"]" * 99_000 + b"}"),
     RESULT,
     MALFORMED,
@@ -75,15 +75,15 @@ add(
 add("an error in GBK", sends('{"error":{"code":"1113","message":"余额不足"}}'.encode("gbk"), 429, AT_ONCE), BALANCE)
 add("an error in invalid UTF-8", sends(b'{"error":{"code":"1214","message":"\xff\xfe\x80"}}', 400), INVALID)
 add("a lone surrogate in an error", sends(b'{"error":{"code":"1214","message":"\\ud800 \\udfff"}}', 400), INVALID)
-add("a picture in UTF-8 with BOM", sends(b"\xef\xbb\xbf" + GOOD_BODY), RESULT)
-add("a picture with invalid UTF-8 elsewhere", sends(GOOD_BODY[:-1] + b',"note":"\xff\xe9"}'), RESULT, MALFORMED)
+add("an image in UTF-8 with BOM", sends(b"\xef\xbb\xbf" + GOOD_BODY), RESULT)
+add("an image with invalid UTF-8 elsewhere", sends(GOOD_BODY[:-1] + b',"note":"\xff\xe9"}'), RESULT, MALFORMED)
 for _codec in ("utf-16", "utf-16-le", "utf-32"):
 
     def _wide(connection: Connection, request: Request, codec: str = _codec) -> None:
-        text = json.dumps({"data": [{"url": connection.server.picture_url}]})
+        text = json.dumps({"data": [{"url": connection.server.image_url}]})
         connection.reply(200, text.encode(codec), f"Content-Type: application/json; charset={codec}")
 
-    add(f"a picture in {_codec}", _wide, RESULT, MALFORMED)
+    add(f"an image in {_codec}", _wide, RESULT, MALFORMED)
 add("a charset that is none", sends(GOOD_BODY, 200, "Content-Type: application/json; charset=klingon"), RESULT)
 add("a content type of ten thousand characters", sends(GOOD_BODY, 200, "Content-Type: " + "x" * 10_000), RESULT)
 add("no content type", sends(GOOD_BODY), RESULT)
@@ -93,7 +93,7 @@ def compressed(squeeze: Callable[[bytes], bytes], label: str, body: bytes = GOOD
     """A body squeezed, or not, under any label."""
 
     def fault(connection: Connection, request: Request) -> None:
-        plain = body.replace(b"PICTURE", connection.server.picture_url.encode())
+        plain = body.replace(b"IMAGE_URL", connection.server.image_url.encode())
         connection.reply(status, squeeze(plain), f"Content-Encoding: {label}", "Content-Type: application/json")
 
     return fault
@@ -108,16 +108,16 @@ def same(plain: bytes) -> bytes:
     return plain
 
 
-add("a picture in gzip", compressed(gzip.compress, "gzip"), RESULT)
-add("a picture in GZIP, capitals", compressed(gzip.compress, "GZIP"), RESULT)
-add("a picture in x-gzip", compressed(gzip.compress, "x-gzip"), RESULT, *UNSURE)
-add("a picture in deflate", compressed(zlib.compress, "deflate"), RESULT)
-add("a picture in raw deflate", compressed(raw_deflate, "deflate"), RESULT, *UNSURE)
-add("a picture in gzip twice", compressed(lambda b: gzip.compress(gzip.compress(b)), "gzip, gzip"), RESULT, *UNSURE)
-add("a picture called identity", compressed(same, "identity"), RESULT)
-add("a picture called br", compressed(same, "br"), *UNSURE)
-add("a picture called zstd", compressed(same, "zstd"), *UNSURE)
-add("a picture in an unknown encoding", compressed(same, "rot13"), *UNSURE, RESULT)
+add("an image in gzip", compressed(gzip.compress, "gzip"), RESULT)
+add("an image in GZIP, capitals", compressed(gzip.compress, "GZIP"), RESULT)
+add("an image in x-gzip", compressed(gzip.compress, "x-gzip"), RESULT, *UNSURE)
+add("an image in deflate", compressed(zlib.compress, "deflate"), RESULT)
+add("an image in raw deflate", compressed(raw_deflate, "deflate"), RESULT, *UNSURE)
+add("an image in gzip twice", compressed(lambda b: gzip.compress(gzip.compress(b)), "gzip, gzip"), RESULT, *UNSURE)
+add("an image called identity", compressed(same, "identity"), RESULT)
+add("an image called br", compressed(same, "br"), *UNSURE)
+add("an image called zstd", compressed(same, "zstd"), *UNSURE)
+add("an image in an unknown encoding", compressed(same, "rot13"), *UNSURE, RESULT)
 add("plain JSON called gzip", compressed(same, "gzip"), *UNSURE)
 add("plain JSON called deflate", compressed(same, "deflate"), *UNSURE)
 add("gzip cut in half", compressed(lambda b: gzip.compress(b * 50)[:40], "gzip"), *UNSURE)
@@ -136,7 +136,7 @@ _TWO_MEGABYTES: Final = b'{"error":{"code":"1214","message":"' + b"x" * 2_000_00
 add("2 MB of JSON", sends(_TWO_MEGABYTES), *UNSURE, INVALID)
 add("2 MB of JSON with 400", sends(_TWO_MEGABYTES, 400), INVALID, *UNSURE)
 add("2 MB of JSON with 500", sends(_TWO_MEGABYTES, 500), *UNSURE)
-add("2 MB of blanks before a picture", sends(b" " * 2_000_000 + GOOD_BODY), *UNSURE)
+add("2 MB of blanks before an image", sends(b" " * 2_000_000 + GOOD_BODY), *UNSURE)
 add("2 MB without a length", raw(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 2_000_000, GOOD_BODY), *UNSURE)
 
 
@@ -156,9 +156,9 @@ for _what, _text in (
     ("null", b"null"),
     ("true", b"true"),
     ("a number", b"42"),
-    ("a string", b'"PICTURE"'),
+    ("a string", b'"IMAGE_URL"'),
     ("a list", b"[]"),
-    ("a list of a picture", b'[{"url":"PICTURE"}]'),
+    ("a list of an image", b'[{"url":"IMAGE_URL"}]'),
     ("NaN", b"NaN"),
     ("Infinity", b"-Infinity"),
     ("an empty object", b"{}"),
@@ -170,10 +170,10 @@ for _what, _text in (
     if _what in ("null", "a number", "a list", "NaN"):
         add(f"429 with {_what}", sends(_text, 429, AT_ONCE), RATE, posts=3)
         add(f"500 with {_what}", sends(_text, 500), *UNSURE)
-add("data twice, the good one last", sends(b'{"data":[],"data":[{"url":"PICTURE"}]}'), RESULT)
-add("a null byte in JSON", sends(b'{"data":[{"url":"PICTURE"}]}\0'), MALFORMED, RESULT)
+add("data twice, the good one last", sends(b'{"data":[],"data":[{"url":"IMAGE_URL"}]}'), RESULT)
+add("a null byte in JSON", sends(b'{"data":[{"url":"IMAGE_URL"}]}\0'), MALFORMED, RESULT)
 
-# `data`, the picture's address, and what stands beside them.
+# `data`, the image's address, and what stands beside them.
 
 for _what, _odd in (
     ("null", None),
@@ -190,42 +190,42 @@ for _what, _odd in (
 ):
     add(f"data that is {_what}", says({"created": 1, "data": _odd}), MALFORMED)
 add("data that is missing", says({"created": 1, "id": "x"}), MALFORMED)
-add("data that is an address", says({"data": "PICTURE"}), MALFORMED, RESULT)
-add("data that is a list of addresses", says({"data": ["PICTURE"]}), MALFORMED, RESULT)
-add("data that is an object with an address", says({"data": {"url": "PICTURE"}}), MALFORMED, RESULT)
-add("data with null before the picture", says({"data": [None, {"url": "PICTURE"}]}), RESULT)
-add("data with two pictures", says({"data": [{"url": "PICTURE"}, {"url": "PICTURE?2"}]}), RESULT)
-add("data with 8,000 pictures", says({"data": [{"url": f"PICTURE?{n}"} for n in range(8000)]}), RESULT)
+add("data that is an address", says({"data": "IMAGE_URL"}), MALFORMED, RESULT)
+add("data that is a list of addresses", says({"data": ["IMAGE_URL"]}), MALFORMED, RESULT)
+add("data that is an object with an address", says({"data": {"url": "IMAGE_URL"}}), MALFORMED, RESULT)
+add("data with null before the image", says({"data": [None, {"url": "IMAGE_URL"}]}), RESULT)
+add("data with two images", says({"data": [{"url": "IMAGE_URL"}, {"url": "IMAGE_URL?2"}]}), RESULT)
+add("data with 8,000 images", says({"data": [{"url": f"IMAGE_URL?{n}"} for n in range(8000)]}), RESULT)
 add("a relative address", says({"data": [{"url": "/other.png"}]}), RESULT, download=True)
 for _what, _odd in (
     ("null", None),
     ("a number", 17),
     ("true", True),
-    ("a list", ["PICTURE"]),
-    ("an object", {"url": "PICTURE"}),
+    ("a list", ["IMAGE_URL"]),
+    ("an object", {"url": "IMAGE_URL"}),
     ("empty", ""),
     ("blank", "  \t"),
     ("a javascript address", "javascript:alert(1)"),
     ("inline data that is none", "data:image/png;base64,!!!"),
     ("inline text", "data:text/html,<html>"),
     ("a sentence", "See your inbox."),
-    ("without a host", "https:///picture.png"),
+    ("without a host", "https:///image.png"),
     ("a scheme alone", "https://"),
-    ("with a port that is none", "https://pictures.invalid:99999999/x.png"),
+    ("with a port that is none", "https://images.invalid:99999999/x.png"),
     ("with half an IPv6 address", "https://[::1/x.png"),
 ):
     add(f"address that is {_what}", says({"data": [{"url": _odd}]}), MALFORMED, download=True)
 for _what, _odd in (
-    ("of ftp", "ftp://pictures.invalid/x.png"),
+    ("of ftp", "ftp://images.invalid/x.png"),
     ("of a file", "file:///etc/passwd"),
-    ("with an escape code", "https://pictures.invalid/\x1b[31mx.png"),
-    ("with a line break", "https://pictures.invalid/x.png\r\nX-Injected: 1"),
-    ("with a null byte", "https://pictures.invalid/x\0.png"),
-    ("with a lone surrogate", "https://pictures.invalid/\ud800.png"),
+    ("with an escape code", "https://images.invalid/\x1b[31mx.png"),
+    ("with a line break", "https://images.invalid/x.png\r\nX-Injected: 1"),
+    ("with a null byte", "https://images.invalid/x\0.png"),
+    ("with a lone surrogate", "https://images.invalid/\ud800.png"),
     ("with a lone surrogate for a host", "https://\udfff.invalid/x.png"),
-    ("with right-to-left marks", "https://pictures.invalid/\u202egnp.x"),
-    ("of 100,000 characters", "https://pictures.invalid/" + "x" * 100_000),
-    ("with blanks around", "  https://pictures.invalid/x.png \n"),
+    ("with right-to-left marks", "https://images.invalid/\u202egnp.x"),
+    ("of 100,000 characters", "https://images.invalid/" + "x" * 100_000),
+    ("with blanks around", "  https://images.invalid/x.png \n"),
     ("with a label of 300 letters", "https://" + "a" * 300 + ".invalid/x.png"),
     ("with punycode that is none", "https://xn--\u4e2d.invalid/x.png"),
     ("with a blank for a host", "https:// /x.png"),
@@ -239,15 +239,15 @@ add(
 )
 # Images that gateways put into the reply itself.
 
-_DATA: Final = base64.b64encode(PICTURE).decode()
-_LARGE: Final = base64.b64encode(pictures.png(724, 724, noise="reply")).decode()
+_DATA: Final = base64.b64encode(IMAGE).decode()
+_LARGE: Final = base64.b64encode(sample_images.png(724, 724, noise="reply")).decode()
 for _what, _item in (
     ("in base64", {"b64_json": _DATA}),
     ("of 1.5 MB in base64", {"b64_json": _LARGE}),
     ("of 1.5 MB as a data URL", {"url": f"data:image/png;base64,{_LARGE}"}),
-    ("in base64 beside an address", {"b64_json": _DATA, "url": "PICTURE"}),
-    ("in base64 that is cut, beside an address", {"b64_json": _LARGE[:-100], "url": "PICTURE"}),
-    ("in base64 that is none, beside an address", {"b64_json": "!!!", "url": "PICTURE"}),
+    ("in base64 beside an address", {"b64_json": _DATA, "url": "IMAGE_URL"}),
+    ("in base64 that is cut, beside an address", {"b64_json": _LARGE[:-100], "url": "IMAGE_URL"}),
+    ("in base64 that is none, beside an address", {"b64_json": "!!!", "url": "IMAGE_URL"}),
     ("in base64 beside an odd address", {"b64_json": _DATA, "url": "javascript:alert(1)"}),
     ("in base64 that is cut", {"b64_json": _LARGE[:-100]}),
     ("in base64 that is a page", {"b64_json": base64.b64encode(_PAGE).decode()}),
@@ -286,9 +286,14 @@ for _what, _odd in (
     ("of 400 digits", 10**399),
 ):
     add(f"created that is {_what}", says({**GOOD, "created": _odd}), RESULT)
-add("created that is NaN", sends(b'{"created":NaN,"data":[{"url":"PICTURE"}]}'), RESULT)
-add("created that is infinite", sends(b'{"created":1e999,"data":[{"url":"PICTURE"}]}'), RESULT)
-add("created of 5,000 digits", sends(b'{"created":' + b"9" * 5000 + b',"data":[{"url":"PICTURE"}]}'), RESULT, MALFORMED)
+add("created that is NaN", sends(b'{"created":NaN,"data":[{"url":"IMAGE_URL"}]}'), RESULT)
+add("created that is infinite", sends(b'{"created":1e999,"data":[{"url":"IMAGE_URL"}]}'), RESULT)
+add(
+    "created of 5,000 digits",
+    sends(b'{"created":' + b"9" * 5000 + b',"data":[{"url":"IMAGE_URL"}]}'),
+    RESULT,
+    MALFORMED,
+)
 for _field in ("id", "request_id", "model", "usage", "timestamp"):
     for _what, _odd in (
         ("null", None),
@@ -297,8 +302,8 @@ for _field in ("id", "request_id", "model", "usage", "timestamp"):
         ("50,000 escape codes", "\x1b[2J" * 50_000),
     ):
         add(f"{_field} that is {_what}", says({**GOOD, _field: _odd}), RESULT)
-add("an expiry that is absurd", says({"data": [{"url": "PICTURE?Expires=" + "9" * 400}]}), RESULT)
-add("an expiry that is a word", says({"data": [{"url": "PICTURE?Expires=never&Expires=%00"}]}), RESULT)
+add("an expiry that is absurd", says({"data": [{"url": "IMAGE_URL?Expires=" + "9" * 400}]}), RESULT)
+add("an expiry that is a word", says({"data": [{"url": "IMAGE_URL?Expires=never&Expires=%00"}]}), RESULT)
 
 for _what, _odd, _blocked in (
     ("null", None, False),
@@ -323,8 +328,8 @@ for _what, _odd, _blocked in (
     ("of 5,000 entries", [{"role": "user", "level": 3}] * 5000, True),
 ):
     _without = (FILTER,) if _blocked else (MALFORMED,) if _blocked is False else (FILTER, MALFORMED)
-    add(f"a picture and a filter {_what}", says({**GOOD, "content_filter": _odd}), RESULT)
-    add(f"no picture and a filter {_what}", says({"created": 1, "data": [], "content_filter": _odd}), *_without)
+    add(f"an image and a filter {_what}", says({**GOOD, "content_filter": _odd}), RESULT)
+    add(f"no image and a filter {_what}", says({"created": 1, "data": [], "content_filter": _odd}), *_without)
     add(f"a blocked prompt and a filter {_what}", says(error("1301", contentFilter=_odd), 400), FILTER)
 
 # What the server says, which is for nobody's eyes but a person's.

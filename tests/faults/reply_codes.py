@@ -140,8 +140,8 @@ for _status, _class in ((429, RATE), (503, SERVER)):
         posts=2,
         timeout=SHORT,
     )
-add("201 with a picture", says(GOOD, 201), RESULT)
-add("202 with a picture", says(GOOD, 202), RESULT, *UNSURE)
+add("201 with an image", says(GOOD, 201), RESULT)
+add("202 with an image", says(GOOD, 202), RESULT, *UNSURE)
 add("101 that switches protocols", raw(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), *UNSURE)
 add("a status of 600", sends(b"", 600), *UNSURE)
 add("a status of 999", sends(b"{}", 999), *UNSURE)
@@ -257,7 +257,7 @@ for _what, _form in (
         (404, NOT_FOUND),
     ):
         add(f"{_what}, with {_status}", says(_form, _status), _class)
-add("a picture and a message", says({**GOOD, "message": "ok"}), RESULT)
+add("an image and a message", says({**GOOD, "message": "ok"}), RESULT)
 add("wrong route, as recorded", says({"code": 500, "msg": "404 NOT_FOUND", "success": False}), NOT_FOUND)
 add("another failure in the wrong route's form", says({"code": 500, "msg": SERVER_WORDS, "success": False}), *UNSURE)
 add(
@@ -266,9 +266,9 @@ add(
     RATE,
     **WAITED_FOR,
 )
-add("a picture and an error object", says({**GOOD, **error("1302")}), RESULT, *UNSURE)
-add("a picture and an error that is null", says({**GOOD, "error": None}), RESULT)
-add("a picture and a code that is 200", says({**GOOD, "code": 200, "success": True}), RESULT)
+add("an image and an error object", says({**GOOD, **error("1302")}), RESULT, *UNSURE)
+add("an image and an error that is null", says({**GOOD, "error": None}), RESULT)
+add("an image and a code that is 200", says({**GOOD, "code": 200, "success": True}), RESULT)
 
 # Retry-After.
 

@@ -52,7 +52,7 @@ class ReplyFault:
         within: Seconds that it may take at most; None for its whole time limit.
         base_url: Where the caller is sent instead of the server.
         resolve: Answers every name look-up of the call.
-        download: Whether the picture is fetched too.
+        download: Whether the image is fetched too.
         key_in_head: Whether the server repeats the key in the head of its reply.
     """
 
@@ -94,11 +94,11 @@ def reply_fault(
 
 
 def says(value: Any, status: int = 200, *headers: str) -> Fault:
-    """A JSON reply; `PICTURE` in any string of it stands for the address of the server's picture."""
+    """A JSON reply; `IMAGE_URL` in any string of it stands for the address of the server's image."""
     text = json.dumps(value, ensure_ascii=True)
 
     def fault(connection: Connection, request: Request) -> None:
-        body = text.replace("PICTURE", connection.server.picture_url).encode()
+        body = text.replace("IMAGE_URL", connection.server.image_url).encode()
         connection.reply(status, body, "Content-Type: application/json", *headers)
 
     return fault
@@ -108,7 +108,7 @@ def sends(body: bytes, status: int = 200, *headers: str) -> Fault:
     """A well-framed reply with any body."""
 
     def fault(connection: Connection, request: Request) -> None:
-        connection.reply(status, body.replace(b"PICTURE", connection.server.picture_url.encode()), *headers)
+        connection.reply(status, body.replace(b"IMAGE_URL", connection.server.image_url.encode()), *headers)
 
     return fault
 
@@ -118,7 +118,7 @@ def raw(*parts: bytes, then: str = "close") -> Fault:
 
     def fault(connection: Connection, request: Request) -> None:
         for part in parts:
-            connection.send(part.replace(b"PICTURE", connection.server.picture_url.encode()))
+            connection.send(part.replace(b"IMAGE_URL", connection.server.image_url.encode()))
         if then != "close":
             getattr(connection, then)()
 
@@ -138,6 +138,6 @@ def error(code: Any, message: Any = SERVER_WORDS, **beside: Any) -> dict[str, An
     return {"error": {"code": code, "message": message}, **beside}
 
 
-GOOD: Final = {"created": 1760335349, "data": [{"url": "PICTURE"}]}
+GOOD: Final = {"created": 1760335349, "data": [{"url": "IMAGE_URL"}]}
 GOOD_BODY: Final = json.dumps(GOOD).encode()
 AT_ONCE: Final = "Retry-After: 0"

@@ -108,7 +108,7 @@ def _(connection: Connection, request: Request) -> None:
 
 @reply_fault("a good reply byte by byte, in time", RESULT)
 def _(connection: Connection, request: Request) -> None:
-    body = json.dumps({"data": [{"url": connection.server.picture_url}]}).encode()
+    body = json.dumps({"data": [{"url": connection.server.image_url}]}).encode()
     connection.dribble(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body, 0.002)
 
 
@@ -141,7 +141,7 @@ add("HTTP/1.0", framed(first="HTTP/1.0 200 OK"), RESULT)
 add("no reason", framed(first="HTTP/1.1 200"), RESULT)
 add("a reason of 10,000 letters", framed(first="HTTP/1.1 200 " + "o" * 10_000), RESULT, *UNSURE)
 _CHUNKED: Final = "Transfer-Encoding: chunked"
-_WHOLE: Final = b'{"data":[{"url":"https://pictures.invalid/x.png"}]}'
+_WHOLE: Final = b'{"data":[{"url":"https://images.invalid/x.png"}]}'
 _CHUNK: Final = b"%x\r\n%s\r\n" % (len(_WHOLE), _WHOLE)
 add("good chunks", framed(_CHUNKED, body=_CHUNK + b"0\r\n\r\n"), RESULT)
 add("good chunks with a trailer", framed(_CHUNKED, body=_CHUNK + b"0\r\nX-Sum: 1\r\n\r\n"), RESULT)

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
-from tests.faults.pictures import png
+from tests.faults.sample_images import png
 
 MAX_CONNECTIONS = 64
 PATIENCE = 60
 """Seconds that are waited for a thread to end; only one that hangs needs them."""
 PREFIX = "/api/paas/v4"
-PICTURE = png()
+IMAGE = png()
 
 Stage = Literal["connect", "head", "request"]
 
@@ -111,20 +111,20 @@ def at(stage: Stage) -> Callable[[F], F]:
 
 
 def success(connection: Connection, request: Request) -> None:
-    """The reply of a good day, with the address of this server's picture."""
+    """The reply of a good day, with the address of this server's image."""
     connection.json(
         {
             "created": 1760335349,
-            "data": [{"url": connection.server.picture_url}],
+            "data": [{"url": connection.server.image_url}],
             "id": "20260115",
             "request_id": request.json().get("request_id", "20260115") if request.body else "20260115",
         }
     )
 
 
-def good_picture(connection: Connection, request: Request) -> None:
+def good_image(connection: Connection, request: Request) -> None:
     """A whole PNG."""
-    connection.reply(200, PICTURE, "Content-Type: image/png")
+    connection.reply(200, IMAGE, "Content-Type: image/png")
 
 
 class Canary:
@@ -160,7 +160,7 @@ class Canary:
 
 @dataclass
 class FaultServer:
-    """Answers POST with `api` and GET with `picture`; without them all is well.
+    """Answers POST with `api` and GET with `image`; without them all is well.
 
     Attributes:
         posts: POSTs that arrived whole, head and body.
@@ -173,7 +173,7 @@ class FaultServer:
     """
 
     api: Fault | None = None
-    picture: Fault | None = None
+    image: Fault | None = None
     tls: ssl.SSLContext | None = None
     posts: int = 0
     gets: int = 0
@@ -189,7 +189,7 @@ class FaultServer:
         self.arrived = threading.Event()
         self.canary = Canary()
         self._lock = threading.Lock()
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._capacity = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: dict[threading.Thread, socket.socket] = {}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         # Where shutting a listener down does not wake `accept`, this does.
@@ -207,8 +207,8 @@ class FaultServer:
         return self.origin + PREFIX
 
     @property
-    def picture_url(self) -> str:
-        return self.origin + "/picture.png"
+    def image_url(self) -> str:
+        return self.origin + "/image.png"
 
     def __enter__(self) -> Self:
         return self
@@ -236,12 +236,12 @@ class FaultServer:
 
     def _accept(self) -> None:
         while not self.closing.is_set():
-            if not self._room.acquire(timeout=0.25):
+            if not self._capacity.acquire(timeout=0.25):
                 continue
             try:
                 sock, _ = self._listener.accept()
             except OSError:
-                self._room.release()
+                self._capacity.release()
                 continue
             sock.settimeout(None)
             with self._lock:
@@ -263,10 +263,10 @@ class FaultServer:
         finally:
             with self._lock:
                 self._open.pop(threading.current_thread(), None)
-            self._room.release()
+            self._capacity.release()
 
     def _talk(self, connection: Connection) -> None:
-        for fault in (self.api, self.picture):
+        for fault in (self.api, self.image):
             if getattr(fault, "stage", "") == "connect":
                 fault(connection, Request("", "", [], b"", b"", self.connections))  # type: ignore[misc]
                 return
@@ -281,7 +281,7 @@ class FaultServer:
             request, rest = self._read(connection, head, rest)
             if request is None:
                 return
-            fault = {"POST": self.api or success, "GET": self.picture or good_picture}.get(request.method)
+            fault = {"POST": self.api or success, "GET": self.image or good_image}.get(request.method)
             connection.keep = False
             if fault is None:
                 connection.reply(405)
@@ -297,7 +297,7 @@ class FaultServer:
         if self.keep_requests:
             with self._lock:
                 self.heads.append((method, head))
-        fault = self.api if method == "POST" else self.picture
+        fault = self.api if method == "POST" else self.image
         if getattr(fault, "stage", "") == "head":
             fault(connection, Request(method, target, headers, b"", head, self.connections))  # type: ignore[misc]
             return None, b""

@@ -8,10 +8,10 @@ from tests.faults.server import Connection, Request
 
 
 def token(prompt: str) -> str:
-    """What the address of a prompt's picture holds."""
+    """What the address of a prompt's image holds."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:24]
 
 
-def named_picture(connection: Connection, request: Request) -> None:
+def named_image(connection: Connection, request: Request) -> None:
     """A success whose address holds the token of the prompt."""
     connection.json({"data": [{"url": f"{connection.server.origin}/{token(request.json()['prompt'])}.png"}]})

@@ -1,4 +1,4 @@
-"""A picture's link leads to the public internet or nowhere, whatever it looks like."""
+"""An image's link leads to the public internet or nowhere, whatever it looks like."""
 
 import asyncio
 import ipaddress

@@ -60,7 +60,7 @@ def tool(sandbox, tmp_path):
 
 
 @both
-def test_an_agent_draws_and_the_picture_is_in_its_output(tool, how):
+def test_an_agent_draws_and_the_image_is_in_its_output(tool, how):
     output = run(agent_of(tool, wants("a kitten", size="1344x768")), how)
     image = images_from_messages(output)[0]
     assert image.path.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The task endpoint: a short paid POST, free polls, and a picture that outlives the process that asked for it."""
+"""The task endpoint: a short paid POST, free polls, and an image that outlives the process that asked for it."""
 
 import asyncio
 import subprocess
@@ -65,7 +65,7 @@ def test_use_tasks_needs_a_model_that_allows_it():
 
 
 @both
-def test_a_task_that_fails_is_an_error_of_its_own_and_no_picture_is_charged(generator, sandbox, how):
+def test_a_task_that_fails_is_an_error_of_its_own_and_no_image_is_charged(generator, sandbox, how):
     with pytest.raises(CogViewTaskFailedError) as caught:
         invoked(generator, how, "[[task-fail]]")
     assert caught.value.task_id

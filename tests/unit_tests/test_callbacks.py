@@ -45,7 +45,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [ContentFilterCallbackHandler, AsyncContentFilterCallbackHandler])
-def test_a_flagged_picture_is_reported_once_by_every_way(generator, tool, way, make):
+def test_a_flagged_image_is_reported_once_by_every_way(generator, tool, way, make):
     got = []
     handler = make(on_content_filter=got.append)
     with collect_content_filter_events() as collected:
@@ -122,7 +122,7 @@ class Faulty(BaseCallbackHandler):
 
 
 @pytest.mark.parametrize("run", ["invoke", "ainvoke"])
-def test_a_listener_that_raises_costs_no_picture(generator, run, caplog):
+def test_a_listener_that_raises_costs_no_image(generator, run, caplog):
     handlers = [Faulty(), ContentFilterCallbackHandler(on_content_filter=lambda event: 1 / 0)]
     result = (
         generator.invoke(FLAGGED, {"callbacks": handlers})

@@ -203,7 +203,7 @@ WORK = {
 
 
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
-def test_every_picture_of_real_work_ends_in_one_count(generator, work):
+def test_every_image_of_real_work_ends_in_one_count(generator, work):
     with Terminal() as terminal, ProgressCallbackHandler(total=8) as handler:
         for _, result in work(generator, {"callbacks": [handler]}):
             if isinstance(result, Exception):
@@ -352,7 +352,7 @@ def test_a_total_that_was_too_low_grows():
     assert handler.total == 2
 
 
-def test_skipped_pictures_move_the_bar_but_do_not_make_it_faster():
+def test_skipped_images_move_the_bar_but_do_not_make_it_faster():
     with Terminal() as terminal, ProgressCallbackHandler(total=1000) as handler:
         handler.skip(900)
         handler.on_event(*progress("sent"))
@@ -362,7 +362,7 @@ def test_skipped_pictures_move_the_bar_but_do_not_make_it_faster():
     assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?it/s, 1 in flight", terminal.drawings[-1])
 
 
-def test_pictures_that_cost_nothing_do_not_speak_of_cost():
+def test_images_that_cost_nothing_do_not_speak_of_cost():
     with Terminal() as terminal, ProgressCallbackHandler(total=1) as handler:
         handler.on_event(*generated(sandbox=True))
     assert terminal.drawings[-1].endswith(("it/s", "s/it"))

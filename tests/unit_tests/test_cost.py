@@ -1,4 +1,4 @@
-"""What pictures cost is counted once, exactly, and what is unknown is never taken for nothing."""
+"""What images cost is counted once, exactly, and what is unknown is never taken for nothing."""
 
 import asyncio
 import contextlib
@@ -87,7 +87,7 @@ def test_a_known_price_after_an_unknown_one_does_not_make_the_row_known():
     assert costs.unpriced == 1
 
 
-def test_cached_and_sandbox_pictures_cost_nothing():
+def test_cached_and_sandbox_images_cost_nothing():
     costs = costs_of(
         generated(cached=True, cost="0"),
         generated(cached=True, cost="0.06"),
@@ -100,7 +100,7 @@ def test_cached_and_sandbox_pictures_cost_nothing():
     assert str(costs_of(generated(sandbox=True, cost="0"))) == "Made 1 image (of the sandbox) at no cost"
 
 
-def test_what_gave_no_picture_costs_nothing_and_is_counted_apart():
+def test_what_gave_no_image_costs_nothing_and_is_counted_apart():
     costs = costs_of(blocked(), blocked(), failed(), failed(outcome="not_run"))
     assert (costs.images, costs.blocked, costs.failed) == (0, 2, 2)
     assert costs.by_currency == {}
@@ -124,7 +124,7 @@ def test_what_may_have_been_charged_is_in_no_total():
     )
 
 
-def test_a_picture_that_comes_after_all_is_no_longer_uncertain():
+def test_an_image_that_comes_after_all_is_no_longer_uncertain():
     request_id = new_id()
     costs = costs_of(unknown(request_id), generated(request_id))
     assert costs.uncertain.count == 0
@@ -132,7 +132,7 @@ def test_a_picture_that_comes_after_all_is_no_longer_uncertain():
 
 
 @pytest.mark.parametrize("error", ["CogViewOutcomeUnknownError", "CogViewMalformedReplyError"])
-def test_an_attempt_of_unknown_outcome_that_is_sent_again_may_be_charged_besides_the_picture(error):
+def test_an_attempt_of_unknown_outcome_that_is_sent_again_may_be_charged_besides_the_image(error):
     one, other = new_id(), new_id()
     costs = costs_of(
         progress("sent", one), retry(one, error=error), retry(one, error=error, attempt=2), generated(one),
@@ -149,7 +149,7 @@ def test_an_unknown_outcome_in_the_sandbox_costs_nothing():
     assert "1 not received (no cost)" in str(costs)
 
 
-def test_pictures_under_way_are_told():
+def test_images_under_way_are_told():
     ids = [new_id() for _ in range(4)]
     costs = costs_of(
         *[progress("sent", each) for each in ids], progress("sent", ids[0]), progress("processing", ids[1])
@@ -268,7 +268,7 @@ every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 
 @every_run
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_picture_counts_once_in_every_way_to_run(run, nested):
+def test_an_image_counts_once_in_every_way_to_run(run, nested):
     runnable = (RunnableLambda(lambda events: events) | SENDER | (lambda count: count)) if nested else SENDER
     handler = CostCallbackHandler()
     with collect_image_costs() as costs:
@@ -346,7 +346,7 @@ async def test_an_event_is_heard_though_every_thread_of_the_loop_is_busy():
     assert costs.images == 1
 
 
-def test_two_payloads_that_are_alike_are_two_pictures():
+def test_two_payloads_that_are_alike_are_two_images():
     request_id = new_id()
     handler = CostCallbackHandler()
     SENDER.invoke([generated(request_id), generated(request_id)], {"callbacks": [handler]})
@@ -365,7 +365,7 @@ def test_what_a_handler_remembers_of_events_is_bounded():
     assert sum(payload() is not None for payload in held) <= 1100
 
 
-def test_a_faulty_neighbour_does_not_keep_a_picture_from_being_counted():
+def test_a_faulty_neighbour_does_not_keep_an_image_from_being_counted():
     class Faulty(BaseCallbackHandler):
         def on_custom_event(self, name, data, **kwargs):
             raise RuntimeError
@@ -421,7 +421,7 @@ def test_real_work_is_counted_once_by_handler_and_block(generator, work):
 
 
 @pytest.mark.parametrize("run", ["invoke", "ainvoke", "batch", "abatch"])
-def test_a_tool_and_an_agent_count_each_picture_once(generator, run):
+def test_a_tool_and_an_agent_count_each_image_once(generator, run):
     tool = CogViewImageTool(generator=generator)
     asked = [
         {"type": "tool_call", "id": str(n), "name": tool.name, "args": {"prompt": f"kitten {n}"}} for n in range(3)

@@ -35,7 +35,7 @@ def invoked(generator, how, given="a kitten", *handlers):
 
 
 @both
-def test_a_picture_tells_that_it_was_sent_and_that_it_is_safe(sandbox, tmp_path, how):
+def test_an_image_tells_that_it_was_sent_and_that_it_is_safe(sandbox, tmp_path, how):
     heard = Heard()
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path)
     result = invoked(generator, how, "a kitten", heard)
@@ -80,7 +80,7 @@ def test_an_image_that_was_not_made_tells_why(sandbox, how, prompt, facts):
 
 
 @both
-def test_each_picture_of_several_tells_of_itself(sandbox, how):
+def test_each_image_of_several_tells_of_itself(sandbox, how):
     heard = Heard()
     invoked(CogViewImageGenerator(base_url=sandbox.base_url, n=3), how, "x", heard)
     assert sorted(heard.names) == ["generated"] * 3 + ["sent"] * 3

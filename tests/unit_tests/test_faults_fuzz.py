@@ -18,7 +18,7 @@ from langchain_cogview.errors import CogViewError
 from tests.faults.referee import error_problems, result_problems
 from tests.faults.reply_table import KEY
 
-URL = "https://pictures.invalid/x.png"
+URL = "https://images.invalid/x.png"
 
 atoms = (
     st.none()
@@ -52,12 +52,12 @@ anything = st.recursive(
     max_leaves=8,
 )
 entry = anything | st.fixed_dictionaries({}, optional={"role": atoms, "level": atoms})
-picture = anything | st.fixed_dictionaries({}, optional={"url": atoms, "b64_json": atoms})
+image = anything | st.fixed_dictionaries({}, optional={"url": atoms, "b64_json": atoms})
 failure = anything | st.fixed_dictionaries({}, optional={"code": atoms, "message": atoms})
 near_miss = st.fixed_dictionaries(
     {},
     optional={
-        "data": anything | picture | st.lists(picture, max_size=3),
+        "data": anything | image | st.lists(image, max_size=3),
         "error": failure,
         "content_filter": anything | st.lists(entry, max_size=3),
         "contentFilter": anything | st.lists(entry, max_size=3),

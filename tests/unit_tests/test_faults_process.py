@@ -34,13 +34,13 @@ from langchain_cogview.errors import (
     CogViewTimeoutError,
 )
 from langchain_cogview.images import download
-from tests.faults.pictures import NOT_YET
-from tests.faults.processes import child, told
+from tests.faults.processes import child, reported
 from tests.faults.referee import SECRET, Guard, How, Verdict, call, nothing_left, open_descriptors
 from tests.faults.reply_table import KEY, SHORT, error, in_turn, says, sends
 from tests.faults.reply_transport import HangingResolver, closes_at_once, never_reads, over_tls, refused_port
-from tests.faults.server import PICTURE, PREFIX, Connection, Fault, FaultServer, Request, at, good_picture, success
-from tests.faults.tokens import named_picture, token
+from tests.faults.sample_images import NOT_YET
+from tests.faults.server import IMAGE, PREFIX, Connection, Fault, FaultServer, Request, at, good_image, success
+from tests.faults.tokens import named_image, token
 
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 SOON = 60
@@ -67,7 +67,7 @@ def of_own_prompt(result: Any, prompt: str) -> bool:
 @pytest.mark.filterwarnings("error::ResourceWarning")
 def test_one_generator_serves_a_hundred_loops() -> None:
     verdict = Verdict()
-    with nothing_left(verdict), FaultServer(named_picture) as server:
+    with nothing_left(verdict), FaultServer(named_image) as server:
         generator = generator_for(server)
         for n in range(100):
             assert of_own_prompt(asyncio.run(generator.ainvoke(f"kitten {n}")), f"kitten {n}")
@@ -79,7 +79,7 @@ def test_one_generator_serves_a_hundred_loops() -> None:
 
 
 def test_sync_and_async_calls_alternate_on_one_generator() -> None:
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         generator = generator_for(server)
         for n in range(10):
             assert of_own_prompt(generator.invoke(f"sync {n}"), f"sync {n}")
@@ -91,7 +91,7 @@ def test_a_sync_call_inside_a_running_loop_works() -> None:
     async def main(generator: CogViewImageGenerator) -> Any:
         return generator.invoke("inside"), await generator.ainvoke("beside")
 
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         generator = generator_for(server)
         inside, beside = asyncio.run(main(generator))
         assert of_own_prompt(inside, "inside")
@@ -105,7 +105,7 @@ def test_each_of_eight_threads_may_run_a_loop_of_its_own() -> None:
         results = await asyncio.gather(*(generator.ainvoke(prompt) for prompt in prompts))
         return all(of_own_prompt(result, prompt) for result, prompt in zip(results, prompts, strict=True))
 
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         generator = generator_for(server)
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(lambda thread: asyncio.run(five(thread)), range(8)))
@@ -114,7 +114,7 @@ def test_each_of_eight_threads_may_run_a_loop_of_its_own() -> None:
 
 
 def test_eight_threads_may_share_one_generator() -> None:
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         generator = generator_for(server)
         prompts = [f"kitten {n}" for n in range(80)]
         with ThreadPoolExecutor(8) as pool:
@@ -128,12 +128,12 @@ def test_eight_threads_may_share_one_generator() -> None:
 
 
 def _closes_behind_the_reply(connection: Connection, request: Request) -> None:
-    named_picture(connection, request)
+    named_image(connection, request)
     connection.keep = False
 
 
 def _resets_behind_the_reply(connection: Connection, request: Request) -> None:
-    named_picture(connection, request)
+    named_image(connection, request)
     connection.reset()
 
 
@@ -174,7 +174,7 @@ def test_a_spoiled_connection_is_not_used_again(fault: Fault, how: How) -> None:
 
 
 @HOWS
-@pytest.mark.parametrize(("fault", "connections"), [(named_picture, 1), (_a_second_reply_behind_the_first, 3)])
+@pytest.mark.parametrize(("fault", "connections"), [(named_image, 1), (_a_second_reply_behind_the_first, 3)])
 def test_behind_a_proxy_a_connection_is_kept_unless_something_stands_behind_the_reply(
     fault: Fault, connections: int, how: How, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,15 +212,15 @@ def test_a_good_call_follows_a_bad_one(fault: Fault, how: How) -> None:
 
 @pytest.mark.parametrize(("forks", "calls"), [(14, 13), pytest.param(100, 96, marks=pytest.mark.heavy)])
 def test_replies_are_never_mixed_up_after_a_fork(forks: int, calls: int) -> None:
-    with FaultServer(named_picture, keep_requests=False) as server:
-        assert told(child("fork", server.base_url, forks, calls, python=("-W", "ignore")), 3000) == {"wrong": 0}
+    with FaultServer(named_image, keep_requests=False) as server:
+        assert reported(child("fork", server.base_url, forks, calls, python=("-W", "ignore")), 3000) == {"wrong": 0}
         assert server.posts == forks * (calls + 7)
         print(f"{server.posts} calls around {forks} forks")
 
 
 def test_a_pickled_generator_has_no_key_and_works_elsewhere_or_says_that_it_cannot() -> None:
-    with FaultServer(named_picture) as server:
-        answer = told(child("spawn", server.base_url))
+    with FaultServer(named_image) as server:
+        answer = reported(child("spawn", server.base_url))
         if "refused" in answer:
             assert len(answer["text"]) > 20
         else:
@@ -229,7 +229,7 @@ def test_a_pickled_generator_has_no_key_and_works_elsewhere_or_says_that_it_cann
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy, lambda generator: generator.model_copy()])
 def test_a_copy_works_beside_the_original(copier: Callable[[Any], Any]) -> None:
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         generator = generator_for(server)
         generator.invoke("warm")
         other = copier(generator)
@@ -247,11 +247,11 @@ def _blocks_the_fourth(connection: Connection, request: Request) -> None:
     if request.json()["prompt"] == "kitten 3":
         connection.json(error("1301", contentFilter=[{"role": "user", "level": 1}]), 400)
     else:
-        named_picture(connection, request)
+        named_image(connection, request)
 
 
 @HOWS
-def test_one_blocked_prompt_does_not_lose_nine_paid_pictures(how: How) -> None:
+def test_one_blocked_prompt_does_not_lose_nine_paid_images(how: How) -> None:
     prompts = [f"kitten {n}" for n in range(10)]
     with FaultServer(_blocks_the_fourth) as server:
         generator = generator_for(server)
@@ -306,12 +306,12 @@ def test_an_attempt_for_which_no_time_is_left_is_not_called_sent(reachable: bool
 
 
 class Stage:
-    """A place at which a call can be cancelled, and how the call gets there."""
+    """A point at which a call can be cancelled, and how the call gets there."""
 
     def __init__(
-        self, name: str, posts: int, *, api: Fault | None = None, picture: Fault | None = None, seen: bool = True
+        self, name: str, posts: int, *, api: Fault | None = None, image: Fault | None = None, seen: bool = True
     ) -> None:
-        self.name, self.posts, self.api, self.picture = name, posts, api, picture
+        self.name, self.posts, self.api, self.image = name, posts, api, image
         self.seen = seen
         """Whether the server waits for the other side's leaving, and notes it."""
 
@@ -340,9 +340,9 @@ STAGES = [
     Stage("in the reply's head", 1, api=_hangs_after(_PARTIAL[:20])),
     Stage("in the reply's body", 1, api=_hangs_after(_PARTIAL, b'{"data":')),
     Stage("between two attempts", 1, api=says(error("1302"), 429, "Retry-After: 100"), seen=False),
-    Stage("while the picture is waited for", 1, picture=_hangs_after(b"")),
-    Stage("in the picture", 1, picture=_hangs_after(_PARTIAL, PICTURE[:100])),
-    Stage("between two fetches", 1, picture=sends(NOT_YET, 404), seen=False),
+    Stage("while the image is waited for", 1, image=_hangs_after(b"")),
+    Stage("in the image", 1, image=_hangs_after(_PARTIAL, IMAGE[:100])),
+    Stage("between two fetches", 1, image=sends(NOT_YET, 404), seen=False),
 ]
 
 
@@ -356,7 +356,7 @@ def test_a_cancelled_call_leaves_at_once_and_sends_nothing_more(
         generator = generator_for(server, download=True, output_dir=tmp_path, max_concurrency=1)
         task = asyncio.create_task(generator.ainvoke("a kitten"))
         await asyncio.to_thread(server.arrived.wait, SOON)
-        while stage.picture and not server.gets:
+        while stage.image and not server.gets:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.05)  # the part that was sent is on its way
         cancelled_at = time.monotonic()
@@ -370,13 +370,13 @@ def test_a_cancelled_call_leaves_at_once_and_sends_nothing_more(
             print(f"cancelled {stage.name}: seen after {(server.seen_closing[0] - cancelled_at) * 1000:.1f} ms")
         # What goes on unseen, and would send again, is a task or a thread (`nothing_left` looks for these).
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert (server.posts, server.gets) == (stage.posts, int(stage.picture is not None))
-        server.api = server.picture = None
-        assert (await generator.ainvoke("another")).images[0].read() == PICTURE
+        assert (server.posts, server.gets) == (stage.posts, int(stage.image is not None))
+        server.api = server.image = None
+        assert (await generator.ainvoke("another")).images[0].read() == IMAGE
         await generator.aclose()
 
     verdict = Verdict()
-    with nothing_left(verdict), FaultServer(stage.api, stage.picture) as server:
+    with nothing_left(verdict), FaultServer(stage.api, stage.image) as server:
         asyncio.run(main(server))
     assert not verdict.problems
 
@@ -460,19 +460,19 @@ def test_wait_for_does_not_hang_on_a_call() -> None:
     [
         ("sync", "reply"),
         ("sync", "retry"),
-        ("sync", "picture"),
+        ("sync", "image"),
         ("async", "reply"),
         pytest.param("async", "retry", marks=pytest.mark.heavy),
-        pytest.param("async", "picture", marks=pytest.mark.heavy),
+        pytest.param("async", "image", marks=pytest.mark.heavy),
     ],
 )
 def test_an_interrupt_ends_the_call_and_nothing_is_sent_again(how: How, stage: str) -> None:
     api = {"reply": _hangs_after(b""), "retry": says(error("1302"), 429, "Retry-After: 500")}.get(stage)
-    with FaultServer(api, _hangs_after(b"") if stage == "picture" else None) as server:
+    with FaultServer(api, _hangs_after(b"") if stage == "image" else None) as server:
         process = child("interrupted", server.base_url, how)
         with process:
             end = time.monotonic() + SOON
-            while not (server.gets if stage == "picture" else server.posts) and time.monotonic() < end:
+            while not (server.gets if stage == "image" else server.posts) and time.monotonic() < end:
                 time.sleep(0.01)
             time.sleep(0.1)  # what was sent has arrived
             process.send_signal(signal.SIGINT)
@@ -491,7 +491,7 @@ def test_nothing_is_left_open_that_python_would_warn_of(closing: str, tmp_path: 
             out, err = process.communicate(timeout=LIMIT)
         assert err == ""
         assert process.returncode == 0
-        assert json.loads(out) == {"done": 9, "bytes": 9 * len(PICTURE)}
+        assert json.loads(out) == {"done": 9, "bytes": 9 * len(IMAGE)}
         assert server.posts == 9
 
 
@@ -596,9 +596,9 @@ HUGE = {
     "a reply with a head of 1 GB": (_floods(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536), None),
     "a reply with a gzip bomb": (_bomb, None),
     "a reply with a gzip bomb below 1 MB": (_chunked_bomb, None),
-    "a picture with a head of 1 GB": (None, _floods(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536)),
-    "a picture with a gzip bomb": (None, _bomb),
-    "an announced picture of 1 GB": (None, _floods(_ANNOUNCED, PICTURE[:100] + bytes(65536))),
+    "an image with a head of 1 GB": (None, _floods(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536)),
+    "an image with a gzip bomb": (None, _bomb),
+    "an announced image of 1 GB": (None, _floods(_ANNOUNCED, IMAGE[:100] + bytes(65536))),
 }
 
 
@@ -606,12 +606,12 @@ HUGE = {
 @HOWS
 @pytest.mark.parametrize("name", HUGE)
 def test_what_is_huge_does_not_fill_the_memory(name: str, how: How) -> None:
-    api, picture = HUGE[name]
+    api, image = HUGE[name]
     _gzip_of_a_gigabyte()  # made beforehand: it takes seconds
     with FaultServer(
-        _after_five_good(success, api) if api else None, _after_five_good(good_picture, picture) if picture else None
+        _after_five_good(success, api) if api else None, _after_five_good(good_image, image) if image else None
     ) as server:
-        answer = told(child("memory", server.base_url, how))
+        answer = reported(child("memory", server.base_url, how))
     print(name, how, answer)
     assert answer["outcome"] in (("CogViewMalformedReplyError", "CogViewOutcomeUnknownError") if api else ("no bytes",))
     assert answer["grown"] < 100 * 2**20, "1 GB"
@@ -619,9 +619,9 @@ def test_what_is_huge_does_not_fill_the_memory(name: str, how: How) -> None:
 
 @pytest.mark.heavy
 @HOWS
-def test_a_picture_of_1_gb_is_cut_at_32_mb(how: How) -> None:
-    with FaultServer(None, _after_five_good(good_picture, _floods(_PLAIN, PICTURE[:100] + bytes(65536)))) as server:
-        answer = told(child("memory", server.base_url, how))
+def test_an_image_of_1_gb_is_cut_at_32_mb(how: How) -> None:
+    with FaultServer(None, _after_five_good(good_image, _floods(_PLAIN, IMAGE[:100] + bytes(65536)))) as server:
+        answer = reported(child("memory", server.base_url, how))
     print(how, answer)
     assert answer["outcome"] == "no bytes"
     # The allowed 32 MB may be held a few times.

@@ -13,7 +13,7 @@ from tests.faults.reply_table import KEY, SERVER_WORDS, SHORT
 from tests.faults.reply_transport import HangingResolver
 from tests.faults.server import FaultServer
 
-TOLD = [
+REPORTED = [
     name
     for name, fault in REPLIES.items()
     if fault.base_url is None
@@ -29,7 +29,7 @@ def test_a_reply_is_judged_right(name: str, how: How, tmp_path: Path) -> None:
     assert not verdict.problems
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", REPORTED)
 def test_the_model_reads_a_short_text_of_ours(name: str) -> None:
     fault = REPLIES[name]
     with Guard(), FaultServer(fault.fault) as server:

@@ -45,7 +45,7 @@ def prompts(sandbox: Sandbox) -> list[str]:
     return [request.prompt for request in sandbox.requests]
 
 
-def test_a_prompt_gives_a_picture_with_its_facts(generator, sandbox):
+def test_a_prompt_gives_an_image_with_its_facts(generator, sandbox):
     result = generator.invoke("a kitten")
     image = result.images[0]
     picture = Image.open(io.BytesIO(image.read()))
@@ -134,7 +134,7 @@ def test_a_configured_base_url_finds_its_own_key(monkeypatch, sandbox):
     assert chain.with_config(configurable={"base_url": sandbox.base_url}).invoke("x").sandbox
 
 
-def test_several_pictures_are_one_call_each(generator, sandbox):
+def test_several_images_are_one_call_each(generator, sandbox):
     result = generator.bind(n=3).invoke("a kitten")
     assert len(result.images) == 3
     assert len(sandbox.requests) == 3
@@ -143,7 +143,7 @@ def test_several_pictures_are_one_call_each(generator, sandbox):
 
 
 @pytest.mark.parametrize("run", ["invoke", "ainvoke"])
-def test_pictures_that_were_made_are_kept_beside_those_that_failed(generator, sandbox, run):
+def test_images_that_were_made_are_kept_beside_those_that_failed(generator, sandbox, run):
     sandbox.fail_next("content-filter", level=1)
     sandbox.fail_next("balance")
     given = {"prompt": "a kitten", "n": 4}
@@ -163,7 +163,7 @@ def test_when_all_fail_the_first_error_is_raised_and_the_others_are_noted(genera
 
 
 @pytest.mark.parametrize("run", ["batch", "abatch"])
-def test_a_blocked_prompt_in_a_batch_costs_no_other_picture(generator, sandbox, run):
+def test_a_blocked_prompt_in_a_batch_costs_no_other_image(generator, sandbox, run):
     inputs = ["a", "[[content-filter]] b", "c", "[[balance]] d", "e"]
 
     def go(**options):
@@ -318,7 +318,7 @@ def test_what_did_not_run_is_not_sent_again_when_the_answer_would_come_too_late(
     assert sandbox.images_made == 0
 
 
-def test_a_picture_that_is_not_there_yet_is_waited_for(generator, sandbox):
+def test_an_image_that_is_not_there_yet_is_waited_for(generator, sandbox):
     assert generator.invoke("[[not-yet]]").images[0].width == 1024
     assert len(sandbox.requests) == 1
 
@@ -331,7 +331,7 @@ def test_a_failed_download_keeps_the_result_with_its_url_and_a_warning(generator
     assert len(sandbox.requests) == 1
 
 
-def test_pictures_are_saved_under_our_names(sandbox, tmp_path):
+def test_images_are_saved_under_our_names(sandbox, tmp_path):
     folder = tmp_path / "new" / "folder"
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=folder)
     result = generator.invoke("../../etc/passwd \n kitten")
@@ -342,7 +342,7 @@ def test_pictures_are_saved_under_our_names(sandbox, tmp_path):
     assert result.images[0]._content is None
 
 
-def test_an_output_dir_that_cannot_be_written_keeps_the_picture_with_a_warning(sandbox, tmp_path):
+def test_an_output_dir_that_cannot_be_written_keeps_the_image_with_a_warning(sandbox, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("x")
     blocked /= "below"
@@ -555,7 +555,7 @@ def test_a_later_refusal_does_not_hide_what_may_have_been_charged(sandbox):
     assert "earlier attempt may have been charged" in result.warnings[0]
 
 
-async def test_who_leaves_after_the_payment_is_told_where_the_picture_is(generator, sandbox, caplog):
+async def test_who_leaves_after_the_payment_is_told_where_the_image_is(generator, sandbox, caplog):
     task = asyncio.create_task(generator.ainvoke("[[not-yet:3]]"))
     while not sandbox.downloads:
         await asyncio.sleep(0.001)
@@ -596,14 +596,14 @@ class FaultyEnd(BaseCallbackHandler):
         raise RuntimeError("a faulty listener")
 
 
-def test_a_listener_that_fails_at_the_end_costs_no_picture(generator):
+def test_a_listener_that_fails_at_the_end_costs_no_image(generator):
     config = {"callbacks": [FaultyEnd()]}
     assert generator.invoke("x", config).images
     assert asyncio.run(generator.ainvoke("x", config)).images
     assert len(generator.batch(["a", "b"], config)) == 2
 
 
-def test_several_pictures_in_a_batch_keep_to_the_limit_too():
+def test_several_images_in_a_batch_keep_to_the_limit_too():
     with Sandbox(in_flight_limit=5, latency=0.01) as limited:
         generator = CogViewImageGenerator(base_url=limited.base_url, max_retries=0, n=3)
         assert sum(len(result.images) for result in generator.batch([f"p{i}" for i in range(6)])) == 18

@@ -12,7 +12,7 @@ import pytest
 from langchain_cogview import CogViewImageGenerator
 from tests.conftest import FAKE_KEY
 from tests.faults.server import FaultServer
-from tests.faults.tokens import named_picture
+from tests.faults.tokens import named_image
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ generator = CogViewImageGenerator(base_url={server.base_url!r}, api_key={FAKE_KE
 def test_a_loop_for_each_request_that_is_never_closed_uses_up_no_files():
     # A common recipe of Flask and Celery code. Python closes such loops when it collects them; when that is, differs from version
     # to version.
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         done = run_script(
             """
             resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -64,7 +64,7 @@ def test_a_loop_for_each_request_that_is_never_closed_uses_up_no_files():
 
 
 def test_connections_end_with_their_loop_without_a_warning():
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         done = run_script(
             """
             for number in range(3):
@@ -86,7 +86,7 @@ def test_connections_end_with_their_loop_without_a_warning():
 @pytest.mark.parametrize("module", ["nest_asyncio", "nest_asyncio2"])
 def test_under_nest_asyncio_nothing_is_printed_at_exit(module):
     pytest.importorskip(module)
-    with FaultServer(named_picture) as server:
+    with FaultServer(named_image) as server:
         done = run_script(
             f"""
             import {module}
@@ -179,7 +179,7 @@ def first_hangs(connection, request):
     if request.json()["prompt"] == "left":
         connection.hang()
     else:
-        named_picture(connection, request)
+        named_image(connection, request)
 
 
 @pytest.mark.parametrize("how", ["sync", "async", "thread"])

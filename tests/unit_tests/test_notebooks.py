@@ -16,7 +16,7 @@ from langchain_cogview.sandbox.server import SandboxServer
 from tests.unit_tests.notebook.test_html_browser import CHROMIUM, COUNTED, opened
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-PICTURE = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)")
+IMAGE = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)")
 OWNED = "document.title='owned'"
 HOSTILE = [
     f"<script>{OWNED}</script>",
@@ -45,14 +45,14 @@ def outputs(notebook):
 
 
 def pictures(notebook):
-    """The bytes of all pictures in the outputs."""
-    found = [PICTURE.findall(output.get("data", {}).get("text/html", "")) for output in outputs(notebook)]
+    """The bytes of all images in the outputs."""
+    found = [IMAGE.findall(output.get("data", {}).get("text/html", "")) for output in outputs(notebook)]
     return [base64.b64decode(content, validate=True) for each in found for content in each]
 
 
 def told(output):
-    """What an output says, without the bytes of its pictures: those depend on the machine's zlib."""
-    shown = {kind: PICTURE.sub("picture", str(value)) for kind, value in output.get("data", {}).items()}
+    """What an output says, without the bytes of its images: those depend on the machine's zlib."""
+    shown = {kind: IMAGE.sub("picture", str(value)) for kind, value in output.get("data", {}).items()}
     return output.output_type, output.get("name"), output.get("text"), shown
 
 
@@ -64,7 +64,7 @@ def written(folder, *cells):
 
 
 def seen_in_a_browser(notebook, folder):
-    """Title and pictures of the exported notebook, once a browser has decoded them and run every script."""
+    """Title and images of the exported notebook, once a browser has decoded them and run every script."""
     nbconvert = pytest.importorskip("nbconvert")
     html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     page = folder / "page.html"
@@ -90,7 +90,7 @@ def test_they_tell_one_story_in_order():
 def test_the_committed_outputs_are_small_and_hold_no_secret(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.encode()) <= 150_000
-    said = PICTURE.sub("", text)
+    said = IMAGE.sub("", text)
     assert not re.search(r"Signature=|Expires=|[0-9a-f]{32}\.[A-Za-z0-9]{16}|widget|[0-9a-f]{12}", said)
     assert not re.search(r"""(?:^|[\s'"=(])(/[a-z]+/|[A-Z]:\\)|file://|/(?:tmp|home|root|work|Users)/""", said)
     notebook = nbformat.read(path, as_version=4)
@@ -101,7 +101,7 @@ def test_the_committed_outputs_are_small_and_hold_no_secret(path):
 
 
 @every
-def test_every_committed_picture_is_whole(path):
+def test_every_committed_image_is_whole(path):
     shown = pictures(nbformat.read(path, as_version=4))
     assert shown
     for content in shown:
@@ -149,7 +149,7 @@ def test_it_runs_on_the_sandbox_and_gives_what_is_committed(path, renew, tmp_pat
 @pytest.mark.heavy
 @in_a_kernel
 @every
-def test_with_a_key_it_asks_the_service_and_pays_for_as_many_pictures_as_it_says(path, renew, tmp_path):
+def test_with_a_key_it_asks_the_service_and_pays_for_as_many_images_as_it_says(path, renew, tmp_path):
     with Sandbox() as sandbox, SandboxServer(sandbox) as service:
         notebook = renew.executed(path, str(tmp_path), ZHIPUAI_API_KEY="k" * 32, COGVIEW_BASE_URL=service.base_url)
         assert outputs(notebook)[0].text == f"Pictures come from {service.base_url}: each is paid for.\n"
@@ -193,7 +193,7 @@ def test_a_run_sees_neither_keys_nor_proxies(renew, tmp_path, monkeypatch):
 
 @pytest.mark.notebook
 @in_a_kernel
-def test_show_puts_every_picture_into_the_cells_output(renew, tmp_path):
+def test_show_puts_every_image_into_the_cells_output(renew, tmp_path):
     code = (
         "from langchain_cogview import CogViewImageGenerator\n"
         "CogViewImageGenerator(base_url='sandbox:', output_dir='pictures').invoke({'prompt': 'x', 'n': 2}).show()"
@@ -225,7 +225,7 @@ def test_what_was_printed_in_pieces_stands_together(renew):
 @in_a_kernel
 @in_a_browser
 @every
-def test_a_browser_shows_every_picture_of_the_exported_notebook(path, tmp_path):
+def test_a_browser_shows_every_image_of_the_exported_notebook(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     title, seen = seen_in_a_browser(notebook, tmp_path)
     count = len(pictures(notebook))

@@ -126,7 +126,7 @@ async def test_a_stream_holds_what_is_under_way_and_not_what_went_through(servic
     assert many < few + 500_000
 
 
-def test_pictures_are_not_held_while_they_are_saved(service, tmp_path):
+def test_images_are_not_held_while_they_are_saved(service, tmp_path):
     generator = clients.our_generator(service.base_url(), 4, download=True, output_dir=str(tmp_path))
     list(generator.stream_many(["a kitten"] * 4))
     tracemalloc.start()
@@ -156,7 +156,7 @@ def test_the_benchmark_runs_and_prints_its_table(figure):
     assert "langchain-cogview" in done.stdout or "CogViewImageGenerator" in done.stdout
 
 
-def test_the_stub_serves_a_picture_that_decodes():
+def test_the_stub_serves_an_image_that_decodes():
     if importlib.util.find_spec("PIL") is None:
         pytest.skip("needs Pillow")
     import io

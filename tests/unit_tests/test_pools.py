@@ -78,7 +78,7 @@ def test_a_stream_over_hundreds_of_slots_ends_with_every_result(sandbox):
 
 
 @eager
-def test_a_job_ends_with_every_picture(sandbox, tmp_path):
+def test_a_job_ends_with_every_image(sandbox, tmp_path):
     report = run_eagerly(
         arun_job([f"picture {n}" for n in range(6)], tmp_path, base_url=sandbox.base_url, max_concurrency=2)
     )

@@ -44,7 +44,7 @@ def test_the_repr_is_short_and_shows_no_url(result):
     assert "http" not in str(result)
 
 
-def test_the_first_picture_can_be_read_from_the_result(result):
+def test_the_first_image_can_be_read_from_the_result(result):
     for name in (
         "url",
         "expires_at",
@@ -70,7 +70,7 @@ def test_save_writes_the_bytes_as_they_came_and_tells_where(result, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob(".cogview*")) == []
 
 
-def test_save_numbers_several_pictures(generator, tmp_path):
+def test_save_numbers_several_images(generator, tmp_path):
     many = generator.invoke({"prompt": "x", "n": 3, "size": "512x512"})
     many.save(str(tmp_path / "k.png"))
     assert {path.name for path in tmp_path.iterdir()} == {"k.png", "k-2.png", "k-3.png"}
@@ -142,7 +142,7 @@ def test_a_saved_file_that_is_gone_is_told(saved):
         saved.read()
 
 
-def test_a_picture_without_file_and_url_is_told():
+def test_an_image_without_file_and_url_is_told():
     image = GeneratedImage(id="1", request_id="1", model="m", prompt="p")
     for read in (image.read, lambda: asyncio.run(image.aread())):
         with pytest.raises(CogViewDownloadError, match="neither a file nor a URL"):

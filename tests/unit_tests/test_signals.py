@@ -92,7 +92,7 @@ def test_during_the_download_it_passes_through_and_says_where_the_image_is(raise
             call(generator_for(server))
         assert (server.posts, server.gets) == (1, 1)
         notes = " ".join(caught.value.__notes__)
-    assert server.picture_url in notes
+    assert server.image_url in notes
     assert server.requests[0].json()["request_id"] in notes
 
 
@@ -213,7 +213,7 @@ def test_celerys_soft_time_limit_ends_a_task_and_the_note_says_what_may_have_bee
         assert told["error"] == "SoftTimeLimitExceeded"
         assert server.posts == 1
         assert server.requests[0].json()["request_id"] in told["notes"]
-        assert ("may have been made and charged" if stage == "reply" else server.picture_url) in told["notes"]
+        assert ("may have been made and charged" if stage == "reply" else server.image_url) in told["notes"]
 
 
 def signals_nobody(connection, request):

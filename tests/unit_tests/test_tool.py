@@ -327,7 +327,7 @@ def test_content_may_hold_the_link_as_an_image_block(sandbox, tmp_path, how):
     assert message.content[1]["image_url"]["url"] == message.artifact["images"][0]["url"]
 
 
-def test_without_an_output_dir_pictures_are_saved_all_the_same(sandbox, tmp_path, monkeypatch):
+def test_without_an_output_dir_images_are_saved_all_the_same(sandbox, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     CogViewImageTool(base_url=sandbox.base_url).invoke({"prompt": "x"})
     assert len(list((tmp_path / "cogview_images").iterdir())) == 1
@@ -374,7 +374,7 @@ def test_what_is_no_generator_is_refused_by_name(generator):
             CogViewImageTool(generator=other)
 
 
-def test_several_pictures_stay_a_short_text(sandbox, tmp_path):
+def test_several_images_stay_a_short_text(sandbox, tmp_path):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / ("long" * 50), n=5)
     message = tool.invoke(call(prompt="[[flagged]] x"))
     assert message.content.startswith("Made 5 images: ")
@@ -473,7 +473,7 @@ def test_a_budget_needs_a_known_price():
 
 
 @both
-def test_a_picture_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
+def test_an_image_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
     message = run(tool, call(prompt="[[expired-url]]"), how)
     assert "already sees it" not in message.content
     assert "It was not fetched" in message.content
@@ -482,7 +482,7 @@ def test_a_picture_whose_bytes_could_not_be_had_is_not_called_seen(tool, how):
 
 
 @both
-def test_a_folder_that_cannot_be_written_costs_no_picture(sandbox, tmp_path, how):
+def test_a_folder_that_cannot_be_written_costs_no_image(sandbox, tmp_path, how):
     (tmp_path / "file").write_text("x")
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "file" / "below")
     image = ImageResult.from_artifact(run(tool, call(prompt="x"), how).artifact).images[0]
@@ -504,7 +504,7 @@ def test_limits_can_be_changed_on_the_way(sandbox, tmp_path):
     assert [tool.invoke(call(prompt="x")).status for _ in range(2)] == ["success", "error"]
 
 
-def test_the_model_hears_of_pictures_that_may_have_been_charged(sandbox, tmp_path):
+def test_the_model_hears_of_images_that_may_have_been_charged(sandbox, tmp_path):
     sandbox.fail_next("server-error")
     sandbox.fail_next("content-filter")
     text = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, n=3).invoke({"prompt": "x"})

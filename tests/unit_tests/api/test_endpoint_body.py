@@ -22,9 +22,9 @@ from langchain_cogview.api.tasks import read_submitted, read_task
 from langchain_cogview.errors import CogViewMalformedReplyError
 from langchain_cogview.images import store
 from tests.conftest import FAKE_KEY
-from tests.faults.pictures import png
 from tests.faults.reply_table import says, sends
-from tests.faults.server import PICTURE, FaultServer
+from tests.faults.sample_images import png
+from tests.faults.server import IMAGE, FaultServer
 
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 LARGE = png(600, 600, noise="body")
@@ -83,7 +83,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    "content", [PICTURE, LARGE, LARGE[:-1], LARGE[:-2]], ids=["small", "large", "one less", "two less"]
+    "content", [IMAGE, LARGE, LARGE[:-1], LARGE[:-2]], ids=["small", "large", "one less", "two less"]
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_image_data_is_found_in_every_form_that_gateways_send(form, content):
@@ -164,7 +164,7 @@ def test_a_reply_of_20_mb_takes_no_more_memory_than_itself(form):
     assert peak < len(raw) * 1.2
 
 
-@pytest.mark.parametrize("text", ["!!!!", "=", "A", "", "not base64!", "ÿÿÿÿ", "!" + b64(PICTURE), b64(LARGE) + "!"])
+@pytest.mark.parametrize("text", ["!!!!", "=", "A", "", "not base64!", "ÿÿÿÿ", "!" + b64(IMAGE), b64(LARGE) + "!"])
 def test_what_is_not_base64_is_not_an_image(text):
     for item in ({"b64_json": text}, {"url": f"data:image/png;base64,{text}"}):
         with pytest.raises(CogViewMalformedReplyError):
@@ -175,11 +175,9 @@ def test_what_is_not_base64_is_not_an_image(text):
 
 
 def test_of_several_images_in_a_reply_the_first_is_taken_and_the_others_are_told():
-    raw = json.dumps(
-        {"data": [{"b64_json": b64(PICTURE)}, {"b64_json": b64(LARGE)}, {"url": "https://a.example/b.png"}]}
-    )
+    raw = json.dumps({"data": [{"b64_json": b64(IMAGE)}, {"b64_json": b64(LARGE)}, {"url": "https://a.example/b.png"}]})
     reply = read(raw.encode())
-    assert reply.content == PICTURE
+    assert reply.content == IMAGE
     assert reply.unasked_urls == ("https://a.example/b.png",)
     assert any("2 more images" in warning for warning in reply.warnings)
 
@@ -201,7 +199,7 @@ def generated(how, server, **settings):
 
 
 @HOWS
-@pytest.mark.parametrize("content", [PICTURE, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("content", [IMAGE, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("form", ["plain", "a data URL"])
 def test_an_image_in_the_reply_is_saved_and_nothing_is_fetched(how, content, form, tmp_path):
     with FaultServer() as server:
@@ -225,10 +223,10 @@ def test_an_image_in_the_reply_is_saved_and_nothing_is_fetched(how, content, for
 @HOWS
 def test_a_broken_image_in_the_reply_is_fetched_where_there_is_an_address(how, tmp_path):
     with FaultServer() as server:
-        server.api = says({"data": [{"b64_json": b64(LARGE[:-9]), "url": "PICTURE"}]})
+        server.api = says({"data": [{"b64_json": b64(LARGE[:-9]), "url": "IMAGE_URL"}]})
         image = generated(how, server, output_dir=tmp_path).images[0]
-        assert image.path.read_bytes() == PICTURE
-        assert image.url == server.picture_url
+        assert image.path.read_bytes() == IMAGE
+        assert image.url == server.image_url
 
 
 @HOWS
@@ -254,7 +252,7 @@ def test_a_relative_address_is_fetched_from_the_base_urls_host(how, tmp_path):
         server.api = says({"data": [{"url": "/files/a b.png"}]})
         image = generated(how, server, output_dir=tmp_path).images[0]
         assert image.url == f"{server.origin}/files/a%20b.png"
-        assert image.path.read_bytes() == PICTURE
+        assert image.path.read_bytes() == IMAGE
 
 
 @HOWS
@@ -316,7 +314,7 @@ def test_a_job_works_where_there_are_no_hard_links(tmp_path, monkeypatch):
     with FaultServer() as server:
         report = run_job(["one", "two"], tmp_path / "job", base_url=server.base_url, api_key=FAKE_KEY)
     assert report.made == 2
-    assert [path.read_bytes() for path in (tmp_path / "job").glob("*.png")] == [PICTURE] * 2
+    assert [path.read_bytes() for path in (tmp_path / "job").glob("*.png")] == [IMAGE] * 2
 
 
 def test_a_batch_a_tool_and_a_job_take_images_from_replies(tmp_path):

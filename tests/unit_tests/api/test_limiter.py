@@ -973,7 +973,7 @@ def test_200_calls_of_an_account_that_accepts_5_are_near_the_ideal(cap, refusal)
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("cap", [5, 8, 20, 40])
-def test_it_holds_where_pictures_take_differently_long(cap, seed):
+def test_it_holds_where_images_take_differently_long(cap, seed):
     chance = random.Random(seed)
     account = Account(refusal=0.05, took=lambda: chance.uniform(0.5, 1.5)).run(cap)
     assert max(account.refusals) <= 2

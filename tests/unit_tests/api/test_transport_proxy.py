@@ -11,7 +11,7 @@ import trustme
 
 from langchain_cogview import CogViewImageGenerator
 from tests.conftest import FAKE_KEY
-from tests.faults.server import PICTURE, FaultServer
+from tests.faults.server import IMAGE, FaultServer
 
 HOST = "images.example"
 both = pytest.mark.parametrize("how", ["invoke", "ainvoke"])
@@ -104,7 +104,7 @@ def test_the_proxy_downloads_an_image_whatever_its_host_resolves_to_here(address
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     image, warnings = generated(f"https://{HOST}/a.png", how)
-    assert (image.local_bytes(), list(warnings)) == (PICTURE, [])
+    assert (image.local_bytes(), list(warnings)) == (IMAGE, [])
     assert proxy.targets == [f"{HOST}:443"]
     assert looked_up == []
 

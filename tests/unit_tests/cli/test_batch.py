@@ -251,7 +251,7 @@ def test_an_option_holds_where_a_line_says_none(batch, folder, sandbox, options,
 
 
 @pytest.mark.parametrize("option", [("--timeout", "30"), ("--max-concurrency", "1"), ("--no-progress",)])
-def test_options_of_how_it_is_drawn_change_no_picture(batch, folder, option):
+def test_options_of_how_it_is_drawn_change_no_image(batch, folder, option):
     assert batch(*option).exit_code == 3
     assert batch().exit_code == 3
     assert len(manifest(folder)) == 3

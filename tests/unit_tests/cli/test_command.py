@@ -1,4 +1,4 @@
-"""What a user relies on: one line on stdout for each picture, the rest on stderr, and exit codes that a script can act on."""
+"""What a user relies on: one line on stdout for each image, the rest on stderr, and exit codes that a script can act on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-# --- a picture, by the real command
+# --- an image, by the real command
 
 
 def test_the_installed_command_writes_the_path_and_nothing_else_to_stdout(tmp_path):
@@ -110,19 +110,19 @@ def without_spinner(seen: str) -> str:
 
 
 @pytest.mark.parametrize("plain", [{"TERM": "dumb"}, {"TERM": "dumb", "NO_COLOR": "1"}])
-def test_on_a_dumb_terminal_a_picture_is_one_plain_line_with_its_size_time_and_cost(tmp_path, plain):
+def test_on_a_dumb_terminal_an_image_is_one_plain_line_with_its_size_time_and_cost(tmp_path, plain):
     seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, **plain)
     assert code == 0
     assert re.fullmatch(rf"kitten\.png  {FACTS}\n", seen)
 
 
-def test_without_colours_the_line_of_a_picture_has_only_the_link(tmp_path):
+def test_without_colours_the_line_of_an_image_has_only_the_link(tmp_path):
     arguments = (str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox")
     seen, _ = on_a_terminal(*arguments, folder=tmp_path, NO_COLOR="1")
     assert re.fullmatch(rf"{re.escape(link(tmp_path / 'kitten.png'))}  {FACTS}\n", without_spinner(seen))
 
 
-def test_while_a_picture_is_made_the_terminal_shows_the_seconds(tmp_path):
+def test_while_an_image_is_made_the_terminal_shows_the_seconds(tmp_path):
     arguments = (*MODULE, "a kitten [[slow:2]]", "-o", "kitten.png", "--sandbox")
     seen, code = on_a_terminal(*arguments, folder=tmp_path, NO_COLOR="1")
     assert code == 0
@@ -160,7 +160,7 @@ def test_a_terminal_without_these_characters_gets_an_ascii_mark(tmp_path):
         ({"TERM_PROGRAM": "iTerm.app"}, r"\x1b\]1337;File=[a-zA-Z0-9=;]+:[A-Za-z0-9+/=]+\x07\n"),
     ],
 )
-def test_a_terminal_that_can_shows_each_picture_above_its_link(tmp_path, environment, form):
+def test_a_terminal_that_can_shows_each_image_above_its_link(tmp_path, environment, form):
     prompt = "\x1b]0;a hostile prompt\x07"
     arguments = (*MODULE, prompt, "-o", "kitten.png", "--n", "2", "--sandbox")
     seen, code = on_a_terminal(*arguments, folder=tmp_path, **environment)
@@ -391,7 +391,7 @@ def test_the_defaults_are_the_generators(folder):
         assert parameters[name].default == fields[name].default
 
 
-# --- where the picture goes
+# --- where the image goes
 
 
 def test_without_o_the_name_is_made_of_the_id(folder):
@@ -452,7 +452,7 @@ def test_a_folder_without_leave_to_write_is_told_before_anything_is_sent(folder)
     assert drawn("a cat", "-o", "locked/cat.png").exit_code == 2
 
 
-def test_a_picture_that_cannot_be_saved_where_asked_is_kept_in_the_current_folder(folder):
+def test_an_image_that_cannot_be_saved_where_asked_is_kept_in_the_current_folder(folder):
     Path("cat.png").mkdir()  # where the file called cat would go
     result = drawn("a cat", "-o", "cat")
     kept = Path(result.stdout.strip())
@@ -507,7 +507,7 @@ def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch)
     assert "https://sandbox.invalid/files/" in result.stderr
 
 
-# --- the picture's bytes on the standard output
+# --- the image's bytes on the standard output
 
 
 def test_a_dash_writes_the_bytes_and_no_file(tmp_path):
@@ -546,7 +546,7 @@ def test_bytes_that_nobody_takes_are_kept_in_the_current_folder(tmp_path):
     )
 
 
-def test_a_pipe_that_is_closed_early_keeps_the_picture_too(tmp_path):
+def test_a_pipe_that_is_closed_early_keeps_the_image_too(tmp_path):
     ours, theirs = os.pipe()
     os.close(ours)
     options = {"capture_output": False, "stdout": theirs, "stderr": subprocess.PIPE}
@@ -678,7 +678,7 @@ def test_nobody_at_the_address_is_5_and_shows_no_key(folder, monkeypatch):
     assert KEY not in result.output
 
 
-def test_a_picture_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folder):
+def test_an_image_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folder):
     result = drawn("a cat [[expired-url]]", "-o", "cat.png")
     assert (result.exit_code, result.stdout) == (6, "")
     assert "https://sandbox.invalid/files/" in result.stderr
@@ -697,7 +697,7 @@ def test_a_picture_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folde
         (["balance", "malformed"], 7, ["The account has no balance", "The service's reply could not be understood"]),
     ],
 )
-def test_pictures_that_were_made_are_kept_when_others_fail_and_the_highest_code_counts(
+def test_images_that_were_made_are_kept_when_others_fail_and_the_highest_code_counts(
     folder, sandbox, faults, code, words
 ):
     for fault in faults:

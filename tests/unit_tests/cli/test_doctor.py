@@ -1,4 +1,4 @@
-"""`cogview doctor` tells what stands in the way, step by step, makes no picture, and can be pasted into a bug report."""
+"""`cogview doctor` tells what stands in the way, step by step, makes no image, and can be pasted into a bug report."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def doctor(*arguments, **options):
 # --- all is well
 
 
-def test_each_step_is_told_with_its_time_and_no_picture_is_made(server, sandbox, key):
+def test_each_step_is_told_with_its_time_and_no_image_is_made(server, sandbox, key):
     diagnosis = diagnose(base_url=server.base_url)
     assert diagnosis.first_failed is None
     names = [each.name for each in diagnosis.findings]

@@ -1,4 +1,4 @@
-"""A terminal shows the picture where it can, a link where it cannot, and nothing foreign gets into an escape sequence."""
+"""A terminal shows the image where it can, a link where it cannot, and nothing foreign gets into an escape sequence."""
 
 import base64
 import io
@@ -73,7 +73,7 @@ def test_kitty_gets_png_in_chunks_and_answers_nothing(form):
         assert shown.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
 
-def test_a_picture_of_one_chunk_is_the_last(monkeypatch):
+def test_an_image_of_one_chunk_is_the_last(monkeypatch):
     keys, data = kitty_pieces(inline_image(Terminal.KITTY, b"\x89PNG\r\n\x1a\n" + bytes(30), (64, 32), ROOM))
     assert (len(data), keys[0]["m"]) == (1, "0")
 
@@ -92,7 +92,7 @@ def test_iterm2_gets_the_bytes_as_they_are(form):
     ("size", "room", "columns"),
     [((1024, 1024), (80, 24), 40), ((768, 1344), (80, 24), 22), ((1344, 768), (40, 50), 40), ((512, 2048), (80, 2), 2)],
 )
-def test_a_picture_fits_on_the_screen(size, room, columns):
+def test_an_image_fits_on_the_screen(size, room, columns):
     assert f";width={columns};" in inline_image(Terminal.ITERM2, PNG, size, room)
     assert f",c={columns}," in inline_image(Terminal.KITTY, PNG, size, room)
 

@@ -17,9 +17,9 @@ from langchain_cogview.concurrency import Deadline
 from langchain_cogview.images import download, store
 from langchain_cogview.images.download import afetch, fetch
 from tests.conftest import FAKE_KEY
-from tests.faults.pictures import png
 from tests.faults.reply_table import says
-from tests.faults.server import PICTURE, FaultServer
+from tests.faults.sample_images import png
+from tests.faults.server import IMAGE, FaultServer
 from tests.host import Host, http
 
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
@@ -122,7 +122,7 @@ def test_what_is_not_of_the_network_passes_through(how):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SoftTimeLimitExceeded) as caught:
             patch.setattr(download.ImageFile, "write", stop)
             generator.invoke("x") if how == "sync" else asyncio.run(generator.ainvoke("x"))
-        assert any(server.picture_url in note for note in caught.value.__notes__)
+        assert any(server.image_url in note for note in caught.value.__notes__)
         assert server.posts == 1
 
 
@@ -130,7 +130,7 @@ def test_what_is_not_of_the_network_passes_through(how):
 def test_an_untrusted_certificate_is_not_asked_again_and_is_reported(how):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("localhost").configure_cert(context)
-    with Host(http(200, PICTURE), context) as host, FaultServer() as server:
+    with Host(http(200, IMAGE), context) as host, FaultServer() as server:
         link = f"https://localhost:{host.port}/x.png"
         server.api = says({"data": [{"url": link}]})
         generator = CogViewImageGenerator(
@@ -174,10 +174,10 @@ def test_a_redirect_to_an_allowed_host_carries_its_own_address_check_and_no_head
         asked.append(request)
         if len(asked) == 1:
             return httpx.Response(307, headers={"Location": "//10.0.0.5:8080/b.png", "Set-Cookie": "a=b"})
-        return httpx.Response(200, stream=Body(PICTURE))
+        return httpx.Response(200, stream=Body(IMAGE))
 
     rules = LinkRules(allowed_hosts=("images.example", "10.0.0.5:8080"))
-    assert fetched(how, answer, rules=rules).content == PICTURE
+    assert fetched(how, answer, rules=rules).content == IMAGE
     first, second = asked
     assert str(second.url) == "https://10.0.0.5:8080/b.png"
     assert first.extensions["cogview.addresses"] is not second.extensions["cogview.addresses"]
@@ -218,7 +218,7 @@ async def test_a_caller_that_leaves_while_its_image_is_saved_finds_it_in_the_fol
     monkeypatch.setattr(store.ImageFile, "save", held)
 
     async def asend(request):
-        return httpx.Response(200, stream=Body(PICTURE))
+        return httpx.Response(200, stream=Body(IMAGE))
 
     task = asyncio.create_task(afetch(asend, LINK, deadline=Deadline(30), folder=tmp_path))
     await asyncio.to_thread(reached.wait, 30)
@@ -231,7 +231,7 @@ async def test_a_caller_that_leaves_while_its_image_is_saved_finds_it_in_the_fol
             break
         await asyncio.sleep(0.01)
     (path,) = tmp_path.iterdir()
-    assert path.read_bytes() == PICTURE
+    assert path.read_bytes() == IMAGE
 
 
 async def test_a_caller_that_leaves_half_way_leaves_no_file(tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ async def test_a_caller_that_leaves_half_way_leaves_no_file(tmp_path, monkeypatc
 
     class Half(httpx.AsyncByteStream):
         async def __aiter__(self):
-            yield PICTURE[:20] + bytes(2**20)
+            yield IMAGE[:20] + bytes(2**20)
             here.set()
             await asyncio.Event().wait()
 
@@ -265,4 +265,4 @@ def test_the_warning_names_what_went_wrong_and_the_folder(how, tmp_path):
         image = (generator.invoke("x") if how == "sync" else asyncio.run(generator.ainvoke("x"))).images[0]
     assert "Not a directory" in image.warnings[0]
     assert str(tmp_path / "file" / "below") in image.warnings[0]
-    assert image.read() == PICTURE
+    assert image.read() == IMAGE

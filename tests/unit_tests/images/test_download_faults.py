@@ -1,4 +1,4 @@
-"""Whatever becomes of the picture's bytes, the paid result is kept, and nobody is sent where nobody should go."""
+"""Whatever becomes of the image's bytes, the paid result is kept, and nobody is sent where nobody should go."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from langchain_cogview import CogViewImageGenerator
 from langchain_cogview.errors import CogViewDownloadError
 from langchain_cogview.images import download
 from tests.faults.downloads import DOWNLOADS
-from tests.faults.pictures import HTML
 from tests.faults.referee import TOO_LONG_TO_WAIT, Guard, How, Verdict, call, judge_download
 from tests.faults.reply_table import AMPLE, KEY, in_turn, says, sends
-from tests.faults.server import PICTURE, FaultServer, good_picture
+from tests.faults.sample_images import HTML
+from tests.faults.server import IMAGE, FaultServer, good_image
 
 LONG = {
     # Each waits a second before it fetches again; the ordinary run shows that by "not there yet" and "HTML for a moment".
@@ -28,7 +28,7 @@ LONG = {
     "never there, with time for a few tries",
     "a redirect to what is not there yet, then good",
     "chunks without end",
-    "a name that leads elsewhere the second time, https://pictures.test:CANARY/x.png",
+    "a name that leads elsewhere the second time, https://images.test:CANARY/x.png",
 }
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 
@@ -46,18 +46,18 @@ def test_bytes_stay_on_the_result_without_a_folder(how: How) -> None:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         image = call(generator, how, Verdict()).images[0]
         assert image.path is None
-        assert image.read() == PICTURE
+        assert image.read() == IMAGE
         assert server.gets == 1
 
 
 @HOWS
 def test_read_fetches_again_what_could_not_be_fetched(how: How, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "WAITS", TOO_LONG_TO_WAIT)
-    with FaultServer(None, in_turn(sends(HTML), good_picture)) as server:
+    with FaultServer(None, in_turn(sends(HTML), good_image)) as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         image = call(generator, how, Verdict()).images[0]
         assert image.warnings
-        assert image.read() == PICTURE
+        assert image.read() == IMAGE
         assert server.posts == 1
 
 
@@ -72,7 +72,7 @@ def test_read_says_why_there_are_no_bytes() -> None:
 @HOWS
 def test_another_port_of_the_same_loopback_host_is_asked_only_where_it_is_named(how: How) -> None:
     with FaultServer() as other, FaultServer() as server:
-        server.api = says({"data": [{"url": other.picture_url}]})
+        server.api = says({"data": [{"url": other.image_url}]})
         for hosts, gets in (
             (None, 0),
             (f"127.0.0.1:{server.port}", 0),
@@ -90,14 +90,14 @@ def test_another_port_of_the_same_loopback_host_is_asked_only_where_it_is_named(
 @HOWS
 def test_a_reply_with_64_links_costs_one_fetch_and_names_the_others(how: How, caplog: pytest.LogCaptureFixture) -> None:
     with FaultServer() as server:
-        server.api = says({"data": [{"url": f"PICTURE?{number}"} for number in range(64)]})
+        server.api = says({"data": [{"url": f"IMAGE_URL?{number}"} for number in range(64)]})
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE)
         result = call(generator, how, Verdict())
         assert (server.posts, server.gets) == (1, 1)
         assert len(result.images) == 1
-        assert result.images[0].read() == PICTURE
+        assert result.images[0].read() == IMAGE
         assert any("63 more images" in warning for warning in result.images[0].warnings)
-        assert f"{server.picture_url}?63" in caplog.text
+        assert f"{server.image_url}?63" in caplog.text
 
 
 @HOWS
@@ -105,7 +105,7 @@ def test_nothing_is_fetched_that_was_not_asked_for(how: How) -> None:
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, timeout=AMPLE, download=False)
         image = call(generator, how, Verdict()).images[0]
-        assert image.url == server.picture_url
+        assert image.url == server.image_url
         assert server.gets == 0
 
 

@@ -1,4 +1,4 @@
-"""What a user relies on: a picture that passed `inspect` is whole, of the stated size, and nothing else."""
+"""What a user relies on: an image that passed `inspect` is whole, of the stated size, and nothing else."""
 
 from __future__ import annotations
 

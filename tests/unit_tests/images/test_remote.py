@@ -1,4 +1,4 @@
-"""Pictures that stay elsewhere: whole or not there, readable by any process, and never a reason to lose or block anything."""
+"""Images that stay elsewhere: whole or not there, readable by any process, and never a reason to lose or block anything."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from langchain_cogview.images.download import afetch, fetch
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageInfo
 from langchain_cogview.images.remote import RemoteFolder, remote_folder
 from langchain_cogview.images.store import ImageFile
-from tests.faults.server import PICTURE, FaultServer, good_picture
+from tests.faults.server import IMAGE, FaultServer, good_image
 
 PNG = ImageInfo("image/png", ".png", 1, 1)
 CANARY = "CANARYwJalrXUtnFEMI"
@@ -200,9 +200,9 @@ def read_uri(uri):
 async def fetched(how, server, folder, seconds=30.0):
     deadline = Deadline(seconds)
     if how == "async":
-        return await afetch(asender(server.base_url), server.picture_url, deadline=deadline, folder=folder, rules=RULES)
+        return await afetch(asender(server.base_url), server.image_url, deadline=deadline, folder=folder, rules=RULES)
     return await asyncio.to_thread(
-        fetch, sender(server.base_url), server.picture_url, deadline=deadline, folder=folder, rules=RULES
+        fetch, sender(server.base_url), server.image_url, deadline=deadline, folder=folder, rules=RULES
     )
 
 
@@ -317,19 +317,19 @@ def python(program, *arguments):
 
 @HOWS
 async def test_a_fetched_image_stays_elsewhere_and_can_be_read_back(how, folder):
-    with FaultServer(None, good_picture) as pictures:
+    with FaultServer(None, good_image) as pictures:
         picture = await fetched(how, pictures, folder)
     assert picture.uri.startswith(f"{folder.url}/2")
     assert picture.uri.endswith(f"-{picture.sha256[:16]}.png")
     assert (picture.path, picture.content, picture.problem) == (None, None, None)
-    assert await read(how, picture.uri) == PICTURE
+    assert await read(how, picture.uri) == IMAGE
 
 
 def test_another_process_reads_an_image_by_its_uri_alone(server, bucket):
-    uri = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}/a b"), PICTURE))[0]
+    uri = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}/a b"), IMAGE))[0]
     assert server.names(bucket) == [uri.removeprefix(f"s3://{bucket}/")]
     program = "import hashlib, sys; from langchain_cogview.images.remote import RemoteFolder; print(hashlib.sha256(RemoteFolder(sys.argv[1]).read(sys.argv[1])).hexdigest())"
-    assert python(program, uri).strip() == hashlib.sha256(PICTURE).hexdigest()
+    assert python(program, uri).strip() == hashlib.sha256(IMAGE).hexdigest()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
@@ -392,7 +392,7 @@ async def test_fifty_uploads_at_once_leave_the_event_loop_free(server, bucket):
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     go = server.hold(lambda: loop.call_soon_threadsafe(arrived.set))
     folder = remote_folder(f"s3://{bucket}")
-    with FaultServer(None, good_picture, keep_requests=False) as pictures:
+    with FaultServer(None, good_image, keep_requests=False) as pictures:
         tasks = [asyncio.create_task(fetched("async", pictures, folder, 100)) for _ in range(50)]
         await asyncio.wait_for(arrived.wait(), 60)  # a loop that waits for the upload would not come here
         assert not any(task.done() for task in tasks)
@@ -408,10 +408,10 @@ async def test_fifty_uploads_at_once_leave_the_event_loop_free(server, bucket):
 
 @HOWS
 async def test_a_missing_bucket_costs_no_image_and_no_second_fetch(how):
-    with FaultServer(None, good_picture) as pictures:
+    with FaultServer(None, good_image) as pictures:
         picture = await fetched(how, pictures, remote_folder("s3://nobody-made-this"))
         assert pictures.gets == 1
-    assert (picture.path, picture.uri, picture.content) == (None, None, PICTURE)
+    assert (picture.path, picture.uri, picture.content) == (None, None, IMAGE)
     assert picture.problem == "the bucket, folder or file does not exist"
 
 

@@ -1,4 +1,4 @@
-"""A saved picture is whole or not there, and is never written over another file."""
+"""A saved image is whole or not there, and is never written over another file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from langchain_cogview import CogViewImageGenerator
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from tests.faults.pictures import png
-from tests.faults.processes import child, told
+from tests.faults.processes import child, reported
 from tests.faults.referee import How, Verdict, call
 from tests.faults.reply_table import KEY, says
-from tests.faults.server import PICTURE, Connection, FaultServer, Request
+from tests.faults.sample_images import png
+from tests.faults.server import IMAGE, Connection, FaultServer, Request
 
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 LARGE = png(320, 320, noise="large")
@@ -42,7 +42,7 @@ def unnamed_files(folder: Path) -> bool:
 @pytest.mark.parametrize("times", [4, pytest.param(200, marks=[pytest.mark.heavy])])
 def test_a_kill_while_saving_leaves_whole_files_only(times: int, tmp_path: Path) -> None:
     with FaultServer(None, _large, keep_requests=False) as server:
-        saved = told(child("killed", server.base_url, tmp_path, times, python=("-W", "ignore")), 500)["files"]
+        saved = reported(child("killed", server.base_url, tmp_path, times, python=("-W", "ignore")), 500)["files"]
     files = list(tmp_path.iterdir())
     print(f"{saved} files after {times} kills")
     assert saved == len(files) >= times
@@ -55,7 +55,7 @@ def test_a_kill_while_saving_leaves_whole_files_only(times: int, tmp_path: Path)
 @HOWS
 def test_a_full_disk_costs_no_image(how: How, tmp_path: Path) -> None:
     with FaultServer(None, _large) as server:
-        answer = told(child("disk_full", server.base_url, tmp_path, how))
+        answer = reported(child("disk_full", server.base_url, tmp_path, how))
         assert server.posts == 1
     assert answer["path"] is None
     assert answer["warnings"]
@@ -68,7 +68,7 @@ def test_a_full_disk_costs_no_image(how: How, tmp_path: Path) -> None:
 def test_equal_names_do_not_overwrite_each_other(how: How, tmp_path: Path) -> None:
     with FaultServer(None, _another_each_time) as server:
         # The same address, the same ids, the same second: other bytes.
-        server.api = says({"created": 1, "id": "same", "data": [{"url": server.picture_url}]})
+        server.api = says({"created": 1, "id": "same", "data": [{"url": server.image_url}]})
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=tmp_path)
         images = [call(generator, how, Verdict()).images[0] for _ in range(10)]
     assert len({image.path for image in images}) == 10
@@ -79,12 +79,12 @@ def test_equal_names_do_not_overwrite_each_other(how: How, tmp_path: Path) -> No
 def test_the_file_of_somebody_else_is_not_touched(how: How, tmp_path: Path) -> None:
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=tmp_path)
-        server.api = says({"created": 1, "id": "same", "data": [{"url": server.picture_url}]})
+        server.api = says({"created": 1, "id": "same", "data": [{"url": server.image_url}]})
         name = Path(call(generator, how, Verdict()).images[0].path)
         name.write_text("a letter")
         image = call(generator, how, Verdict()).images[0]
     assert name.read_text() == "a letter"
-    assert image.read() == PICTURE
+    assert image.read() == IMAGE
 
 
 def test_save_puts_a_whole_image_where_it_was_asked_for(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_save_puts_a_whole_image_where_it_was_asked_for(tmp_path: Path) -> None:
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY)
         call(generator, "sync", Verdict()).images[0].save(target)
-    assert target.read_bytes() == PICTURE
+    assert target.read_bytes() == IMAGE
     assert os.listdir(tmp_path) == ["kitten.png"]
 
 
@@ -110,7 +110,7 @@ def test_save_says_what_is_wrong_with_its_path(tmp_path: Path) -> None:
         ):
             with pytest.raises(CogViewStorageError):
                 image.save(place)
-        assert image.read() == PICTURE
+        assert image.read() == IMAGE
 
 
 def _forbidden(folder: Path) -> Path:
@@ -150,7 +150,7 @@ def test_a_bad_folder_costs_no_image(place: str, how: How, tmp_path: Path) -> No
     image = outcome.images[0]
     assert image.path is None
     assert image.warnings
-    assert image.read() == PICTURE
+    assert image.read() == IMAGE
     assert (tmp_path / "letter").read_text() == "a letter"
 
 
@@ -161,7 +161,7 @@ def test_a_missing_folder_is_made_with_its_parents(how: How, tmp_path: Path) -> 
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=folder)
         image = call(generator, how, Verdict()).images[0]
     assert Path(image.path).parent == folder
-    assert Path(image.path).read_bytes() == PICTURE
+    assert Path(image.path).read_bytes() == IMAGE
 
 
 def test_a_folder_that_vanishes_between_calls_costs_no_image(tmp_path: Path) -> None:
@@ -173,5 +173,5 @@ def test_a_folder_that_vanishes_between_calls_costs_no_image(tmp_path: Path) -> 
         Path(first.path).unlink()
         folder.rmdir()
         second = asyncio.run(generator.ainvoke("two")).images[0]
-        assert second.read() == PICTURE
+        assert second.read() == IMAGE
         generator.close()

@@ -80,7 +80,7 @@ def forget(folder: Path, *prompts: str) -> None:
 
 
 def lose(folder: Path, *prompts: str) -> None:
-    """As one that is killed before it has the pictures."""
+    """As one that is killed before it has the images."""
     for line in lines(folder):
         if line["arguments"]["prompt"] in prompts:
             for image in line["images"]:
@@ -91,7 +91,7 @@ def lose(folder: Path, *prompts: str) -> None:
 # --- the ordinary way
 
 
-def test_each_prompt_gets_a_picture_and_a_line(run, out, sandbox):
+def test_each_prompt_gets_an_image_and_a_line(run, out, sandbox):
     report = run(["a cat", "", {"prompt": "a dog", "size": "512x512", "mood": "calm"}, "a fox"])
     assert (report.made, report.skipped, report.left, report.images) == (3, 0, 0, 3)
     assert (report.cost, report.stopped, report.unknown, report.errors) == ({"CNY": Decimal(0)}, None, (), {})
@@ -159,7 +159,7 @@ def test_a_generator_can_be_given_and_keeps_its_settings(run, out, sandbox, tmp_
         run(["a cat"], generator=generator, model="glm-image")
 
 
-def test_a_cached_picture_is_copied_into_the_folder_and_costs_nothing(run, out, sandbox, tmp_path):
+def test_a_cached_image_is_copied_into_the_folder_and_costs_nothing(run, out, sandbox, tmp_path):
     run(["a cat"], tmp_path / "before", cache=tmp_path / "cache")
     assert run(["a cat"], cache=tmp_path / "cache", budget=0).made == 0  # a budget does not know what is cached
     assert run(["a cat"], cache=tmp_path / "cache").made == 1
@@ -170,7 +170,7 @@ def test_a_cached_picture_is_copied_into_the_folder_and_costs_nothing(run, out, 
     assert sandbox.images_made == 1
 
 
-def test_handlers_hear_of_every_picture(run, sandbox):
+def test_handlers_hear_of_every_image(run, sandbox):
     from langchain_core.callbacks import BaseCallbackHandler
 
     class Ear(BaseCallbackHandler):
@@ -379,7 +379,7 @@ def test_a_folder_that_another_process_is_writing_to_is_refused(out, sandbox):
 # --- going on
 
 
-def test_a_picture_whose_line_was_not_written_is_entered_without_paying(run, out, sandbox):
+def test_an_image_whose_line_was_not_written_is_entered_without_paying(run, out, sandbox):
     run(["a cat", "a dog", "a hare"])
     files = {path.name for path in out.glob(PICTURES)}
     forget(out, "a cat", "a hare")
@@ -448,7 +448,7 @@ def test_a_request_without_an_end_is_listed_and_repeated_only_when_asked_for(run
     assert sorted(paid(sandbox)) == ["a cat", "a cat", "a dog"]
 
 
-def test_a_file_that_is_not_the_picture_of_its_name_is_none(run, out, sandbox):
+def test_a_file_that_is_not_the_image_of_its_name_is_none(run, out, sandbox):
     prompts = ["a cat", "a dog", "a hare", "an owl"]
     run(prompts)
     paths = [out / line["images"][0]["file"] for line in sorted(lines(out), key=lambda line: line["line"])]
@@ -580,7 +580,7 @@ def test_what_did_not_run_is_left_for_the_next_run(run, out, sandbox, fault):
     assert (sandbox.images_made, len(lines(out))) == (2, 2)
 
 
-def test_of_several_pictures_the_one_that_did_not_run_is_drawn_by_the_next_run(run, out, sandbox):
+def test_of_several_images_the_one_that_did_not_run_is_drawn_by_the_next_run(run, out, sandbox):
     sandbox.fail_next("busy")
     report = run([{"prompt": "a cat", "n": 2}], max_retries=0)
     assert (report.images, report.left, report.unknown) == (1, 1, ())
@@ -608,7 +608,7 @@ def test_a_full_account_uses_up_no_allowance_of_errors_in_a_row(run, out, sandbo
     assert run(prompts).made == sandbox.images_made == 8
 
 
-def test_of_several_pictures_none_of_which_was_made_each_has_its_own_end(run, out, sandbox):
+def test_of_several_images_none_of_which_was_made_each_has_its_own_end(run, out, sandbox):
     prompts = [{"prompt": "a cat", "n": 2}]
     sandbox.fail_next("content-filter")
     sandbox.fail_next("busy")
@@ -622,7 +622,7 @@ def test_of_several_pictures_none_of_which_was_made_each_has_its_own_end(run, ou
     assert run(prompts, retry_failed=True).made == 1
 
 
-def test_of_two_pictures_the_blocked_one_is_not_unknown_for_the_other_is(run, out, sandbox):
+def test_of_two_images_the_blocked_one_is_not_unknown_for_the_other_is(run, out, sandbox):
     prompts = [{"prompt": "a cat", "n": 2}]
     sandbox.fail_next("content-filter")
     sandbox.fail_next("malformed")
@@ -637,7 +637,7 @@ def test_of_two_pictures_the_blocked_one_is_not_unknown_for_the_other_is(run, ou
     assert [each["request_id"] for each in line["given_up"]] == [report.unknown[0].request_id]
 
 
-def test_what_stops_the_job_is_told_though_another_picture_of_the_prompt_failed_otherwise(run, sandbox):
+def test_what_stops_the_job_is_told_though_another_image_of_the_prompt_failed_otherwise(run, sandbox):
     sandbox.fail_next("malformed")
     sandbox.fail_next("auth")
     report = run([{"prompt": "a cat", "n": 2}])
@@ -658,7 +658,7 @@ def test_lines_that_a_later_one_replaces_go_when_the_next_run_begins(run, out, s
     assert (out / "manifest.jsonl").read_bytes() == after
 
 
-def test_of_several_pictures_those_that_are_missing_are_drawn(run, out, sandbox):
+def test_of_several_images_those_that_are_missing_are_drawn(run, out, sandbox):
     sandbox.fail_next("content-filter")
     report = run([{"prompt": "a cat", "n": 3}])
     (line,) = lines(out)
@@ -672,7 +672,7 @@ def test_of_several_pictures_those_that_are_missing_are_drawn(run, out, sandbox)
     assert len([*out.glob(PICTURES)]) == 3
 
 
-def test_of_several_pictures_the_one_of_unknown_outcome_is_listed(run, out, sandbox):
+def test_of_several_images_the_one_of_unknown_outcome_is_listed(run, out, sandbox):
     sandbox.fail_next("malformed")
     report = run([{"prompt": "a cat", "n": 3}])
     (line,) = lines(out)
@@ -782,7 +782,7 @@ def test_no_network_stops_the_job_and_holds_nothing_against_the_prompts(out):
 # --- bytes
 
 
-def test_a_picture_whose_bytes_could_not_be_had_is_fetched_later_for_nothing(run, out, sandbox, monkeypatch):
+def test_an_image_whose_bytes_could_not_be_had_is_fetched_later_for_nothing(run, out, sandbox, monkeypatch):
     prompts = ["a cat [[not-yet:2]]"]
     with monkeypatch.context() as patched:
         patched.setattr(download, "WAITS", (3600.0,))  # more than the time limit
@@ -898,7 +898,7 @@ def test_nothing_is_sent_that_cannot_be_written_down_before(run, out, sandbox, m
     assert run(["a cat", "a dog"]).made == 2
 
 
-def test_a_picture_whose_line_cannot_be_written_is_found_when_there_is_room(run, out, sandbox, monkeypatch):
+def test_an_image_whose_line_cannot_be_written_is_found_when_there_is_room(run, out, sandbox, monkeypatch):
     run(["before"])
     disk = FullDisk(monkeypatch, out / "manifest.jsonl")
     report = run(["before", *(f"prompt {number}" for number in range(40))])
@@ -939,7 +939,7 @@ def no_room(monkeypatch, out, tmp_path) -> NoRoom:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_pictures_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  # noqa: PLR0917  fixtures
+def test_images_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  # noqa: PLR0917  fixtures
     run, out, sandbox, no_room, monkeypatch, caplog, n
 ):
     report = run(["a cat"], n=n)
@@ -957,7 +957,7 @@ def test_pictures_that_have_no_room_in_the_folder_are_kept_elsewhere_and_told(  
     assert sandbox.images_made == n
 
 
-def test_pictures_of_several_prompts_that_have_no_room_are_all_told(run, out, sandbox, no_room):
+def test_images_of_several_prompts_that_have_no_room_are_all_told(run, out, sandbox, no_room):
     together, left = threading.Barrier(3, timeout=60), iter(range(3))  # the contact sheet has no room either
     no_room.before = lambda: next(left, None) is None or together.wait()
     report = run(["a cat", "a dog", "a hare"])
@@ -966,7 +966,7 @@ def test_pictures_of_several_prompts_that_have_no_room_are_all_told(run, out, sa
     assert [path for path in kept if str(path) not in str(report)] == []
 
 
-def test_a_picture_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_next_run(
+def test_an_image_that_has_room_nowhere_is_told_by_its_link_and_fetched_by_the_next_run(
     run, sandbox, no_room, monkeypatch, caplog
 ):
     no_room.anywhere = False

@@ -39,7 +39,7 @@ class KilledJob:
         )
 
     def killed_at(self, pictures: int, jitter: float) -> None:
-        """Kill it shortly after the account was charged for so many pictures."""
+        """Kill it shortly after the account was charged for so many images."""
         with self.started() as process:
             while self.sandbox.images_made < pictures and process.poll() is None:
                 time.sleep(IDLE)
@@ -98,12 +98,12 @@ def check(job: KilledJob, count: int, report: dict) -> None:
     assert sum(text.count("<img ") for text in pages) == count
 
 
-def test_a_job_killed_three_times_makes_each_of_sixty_pictures_once(tmp_path):
+def test_a_job_killed_three_times_makes_each_of_sixty_images_once(tmp_path):
     rows = PARTI.read_text(encoding="utf-8").splitlines(keepends=True)[:61]
     (tmp_path / "prompts.tsv").write_text("".join(rows), encoding="utf-8")
     killed_three_times(tmp_path / "prompts.tsv", 60, tmp_path / "out")
 
 
 @pytest.mark.heavy
-def test_a_job_over_all_parti_prompts_killed_three_times_makes_each_picture_once(tmp_path):
+def test_a_job_over_all_parti_prompts_killed_three_times_makes_each_image_once(tmp_path):
     killed_three_times(PARTI, 1632, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Pictures to be shown, and HTML as a browser takes it apart."""
+"""Images to be shown, and HTML as a browser takes it apart."""
 
 import base64
 import hashlib
@@ -59,7 +59,7 @@ class Seen(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def pictures(self):
-        """The embedded pictures, decoded."""
+        """The embedded images, decoded."""
         found = []
         for attributes in self.all("img"):
             head, data = attributes["src"].split(",", 1)
@@ -88,7 +88,7 @@ def assert_harmless(text, *more_tags):
 
 
 def photo(seed=0, side=1024):
-    """The bytes of a picture that does not get small by itself."""
+    """The bytes of an image that does not get small by itself."""
     chance = random.Random(seed)
     coarse = Image.effect_noise((side // 8, side // 8), 70).resize((side, side))
     fine = Image.effect_noise((side, side), 25)
@@ -103,7 +103,7 @@ PHOTO = photo()
 
 
 def image(content=None, **facts):
-    """A picture as a call gives it."""
+    """An image as a call gives it."""
     told = {"id": "1", "request_id": "1", "model": "cogview-4-250304", "prompt": "a kitten", **facts}
     if content is not None:
         told |= {"sha256": hashlib.sha256(content).hexdigest(), "width": 1024, "height": 1024, "mime_type": "image/png"}

@@ -1,4 +1,4 @@
-"""What a user relies on: the last line of a cell shows the picture and its caption, small, from memory alone."""
+"""What a user relies on: the last line of a cell shows the image and its caption, small, from memory alone."""
 
 import asyncio
 import builtins
@@ -45,10 +45,10 @@ def size(something):
     return len(json.dumps(something._repr_mimebundle_()))
 
 
-# --- one picture
+# --- one image
 
 
-def test_the_last_line_of_a_cell_shows_the_picture_and_its_caption(generator):
+def test_the_last_line_of_a_cell_shows_the_image_and_its_caption(generator):
     drawn = generator.invoke({"prompt": "a red fox", "size": "16:9"})
     seen = shown(drawn)
     assert [picture.size for picture in seen.pictures()] == [(1344, 768)]
@@ -85,13 +85,13 @@ def test_the_caption_tells(facts, told):
     assert told in shown(image(**facts)).text
 
 
-def test_a_flagged_picture_has_a_badge(generator):
+def test_a_flagged_image_has_a_badge(generator):
     seen = shown(generator.invoke("[[flagged:2]] a kitten"))
     assert len(seen.pictures()) == 1
     assert "content filter: image (level 2, moderate)" in seen.text
 
 
-def test_a_large_picture_is_shown_small():
+def test_a_large_image_is_shown_small():
     large = with_content(image(PHOTO), PHOTO, None)
     assert len(PHOTO) > 1_000_000
     assert size(large) <= 60_000
@@ -100,7 +100,7 @@ def test_a_large_picture_is_shown_small():
 
 
 @pytest.mark.parametrize("prompt", ["猫" * 2000, "😀" * 2000, "<&\"'" * 800, "\x00" * 500 + "x", EVIL * 5])
-def test_one_picture_is_at_most_60_kilobytes_whatever_the_texts_are(prompt):
+def test_one_image_is_at_most_60_kilobytes_whatever_the_texts_are(prompt):
     facts = {"prompt": prompt, "model": prompt, "quality": prompt, "size": prompt, "warnings": (prompt,) * 3}
     one = with_content(image(PHOTO, **facts), PHOTO, None)
     assert len(shown(one).pictures()) == 1
@@ -141,7 +141,7 @@ def test_what_was_made_in_a_notebook_is_shown_though_its_file_is_gone(saved, mon
     assert len(shown_from_memory(result(saved, saved)).pictures()) == 2
 
 
-def test_a_picture_read_from_an_artifact_finds_its_preview(tmp_path, sandbox, monkeypatch):
+def test_an_image_read_from_an_artifact_finds_its_preview(tmp_path, sandbox, monkeypatch):
     be_a_kernel(monkeypatch)
     drawn = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
     asyncio.run(aremember(drawn.images))
@@ -158,12 +158,12 @@ def test_an_artifact_from_elsewhere_is_a_text_with_the_path(saved):
     assert "Signature" not in json.dumps(signed._repr_mimebundle_())
 
 
-def test_a_picture_saved_elsewhere_is_not_fetched():
+def test_an_image_saved_elsewhere_is_not_fetched():
     seen = shown_from_memory(image(uri="s3://bucket/kitten.png"))
     assert "Saved as s3://bucket/kitten.png: image.show() fetches and shows it." in seen.text
 
 
-def test_a_picture_that_was_not_fetched_has_its_link():
+def test_an_image_that_was_not_fetched_has_its_link():
     one = image(url="https://example.com/a.png?x=1&y=\"'>", expires_at=datetime.now(UTC) + timedelta(hours=1))
     (link,) = shown_from_memory(one).all("a")
     assert link["href"] == one.url
@@ -185,7 +185,7 @@ def test_a_warning_stands_below_the_image_that_it_is_about(sandbox, tmp_path):
     assert "could not be saved in output_dir" in one._repr_mimebundle_()["text/plain"]
 
 
-def test_a_picture_without_bytes_shows_its_warning_and_link(generator):
+def test_an_image_without_bytes_shows_its_warning_and_link(generator):
     one = generator.invoke("[[expired-url]]")
     assert "expired" in one._repr_mimebundle_()["text/plain"]
     assert one.url in one._repr_mimebundle_()["text/plain"]
@@ -211,7 +211,7 @@ def test_outside_a_notebook_nothing_is_made_or_loaded(saved):
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_a_picture_that_cannot_be_previewed_costs_nobody_anything(saved, monkeypatch):
+def test_an_image_that_cannot_be_previewed_costs_nobody_anything(saved, monkeypatch):
     be_a_kernel(monkeypatch)
     saved.path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 100_000)
     gone = image(b"gone", path=saved.path.with_name("gone.png"))
@@ -222,13 +222,13 @@ def test_a_picture_that_cannot_be_previewed_costs_nobody_anything(saved, monkeyp
 # --- several
 
 
-def test_several_pictures_stand_side_by_side_with_their_numbers(generator):
+def test_several_images_stand_side_by_side_with_their_numbers(generator):
     seen = shown(generator.invoke({"prompt": EVIL, "n": 3}))
     assert len(seen.pictures()) == 3
     assert [seen.texts.count(number) for number in "012"] == [1, 1, 1]
 
 
-def test_failures_stand_beside_the_pictures(generator, sandbox):
+def test_failures_stand_beside_the_images(generator, sandbox):
     sandbox.fail_next("content-filter")
     seen = shown(generator.invoke({"prompt": "x", "n": 2}))
     assert len(seen.pictures()) == 1
@@ -236,7 +236,7 @@ def test_failures_stand_beside_the_pictures(generator, sandbox):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.heavy), 100])
-def test_the_pictures_of_a_result_are_at_most_150_kilobytes(count, monkeypatch):
+def test_the_images_of_a_result_are_at_most_150_kilobytes(count, monkeypatch):
     images = [with_content(image(each), each, None) for each in (photo(seed, 256) for seed in range(count))]
     failures = [ImageFailure(index=1, error="X", message=EVIL, hint="猫" * 500)] * 3
     many = result(*images, failures=failures)
@@ -267,7 +267,7 @@ def test_without_pillow_a_large_one_is_a_text_that_names_the_extra(no_pillow):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "I;16"])
-def test_pictures_of_every_mode_are_made_small(mode):
+def test_images_of_every_mode_are_made_small(mode):
     from PIL import Image
 
     form = "JPEG" if mode == "CMYK" else "PNG"
@@ -296,7 +296,7 @@ def test_what_is_transparent_is_seen_on_white():
 @pytest.mark.parametrize(
     "content", [b"", b"<svg onload=alert(1)>", b"GIF89a" + b"x" * 100, b"\x89PNG\r\n\x1a\n" + b"x" * 90_000]
 )
-def test_what_is_no_picture_has_no_preview(content):
+def test_what_is_no_image_has_no_preview(content):
     assert make_preview(content, 1_000) is None
 
 
@@ -318,7 +318,7 @@ def test_what_is_held_is_bounded_and_the_oldest_goes_first():
     assert not [name for name in "abcde" if held.get(name)]
 
 
-def test_a_picture_stays_equal_and_pickles_whatever_was_shown(generator):
+def test_an_image_stays_equal_and_pickles_whatever_was_shown(generator):
     import pickle
 
     drawn = generator.invoke("a kitten")
@@ -344,7 +344,7 @@ def test_without_a_notebook_show_opens_the_systems_viewer(saved, monkeypatch):
 
 @pytest.mark.notebook
 @pytest.mark.filterwarnings("ignore")  # the kernel client's own
-def test_in_a_real_kernel_saved_pictures_are_seen_and_show_reads_the_file(tmp_path, monkeypatch):
+def test_in_a_real_kernel_saved_images_are_seen_and_show_reads_the_file(tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
 

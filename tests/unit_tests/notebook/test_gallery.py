@@ -1,4 +1,4 @@
-"""What a user relies on: many pictures in one small output, numbered, with the reason where there is none."""
+"""What a user relies on: many images in one small output, numbered, with the reason where there is none."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def size(something):
 
 
 def photos(folder, count, **facts):
-    """Results whose pictures are saved and do not get small by themselves."""
+    """Results whose images are saved and do not get small by themselves."""
     found = []
     for seed in range(count):
         content = photo(seed, 256)
@@ -97,7 +97,7 @@ def test_a_number_that_stream_many_gave_stays():
         lambda drawn: iter([drawn]),
     ],
 )
-def test_it_takes_results_pictures_and_artifacts(given, sandbox, tmp_path):
+def test_it_takes_results_images_and_artifacts(given, sandbox, tmp_path):
     drawn = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
     assert len(shown(gallery(given(drawn))).pictures()) == 1
 
@@ -120,7 +120,7 @@ def test_errors_and_records_of_failures_are_tiles():
     assert shown(gallery(BLOCKED)).texts.count("Blocked") == 1
 
 
-def test_a_result_of_several_pictures_has_several_tiles():
+def test_a_result_of_several_images_has_several_tiles():
     failure = ImageFailure(index=1, error="X", message="Nope.")
     seen = shown(gallery([result(image()), result(image(), image(), failures=(failure,))]))
     assert {"0", "1.1", "1.2", "1.3"} <= set(seen.texts)
@@ -180,7 +180,7 @@ def test_a_file_that_is_gone_is_told_in_its_place(tmp_path):
     assert "The saved file gone.png cannot be read" in seen.text
 
 
-def test_a_picture_that_was_not_fetched_is_not_fetched(sandbox):
+def test_an_image_that_was_not_fetched_is_not_fetched(sandbox):
     drawn = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("x")
     before = len(sandbox.requests)
     seen = shown(gallery([drawn]))
@@ -295,7 +295,7 @@ def test_one_name_is_a_list_of_one(generator):
     assert len(compare("x", sizes="square", generator=generator).results) == 1
 
 
-def test_several_pictures_for_each_combination_stand_in_its_place(generator):
+def test_several_images_for_each_combination_stand_in_its_place(generator):
     made = compare("x", sizes=["square", "16:9"], generator=generator, n=2)
     assert len(shown(made).pictures()) == 4
     assert len(shown(made).all("td")) == 2

@@ -47,7 +47,7 @@ def page(tmp_path: Path, *tiles: Tile, title="A job", facts=()) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_a_picture_is_a_relative_link_loaded_when_it_comes_into_view(tmp_path):
+def test_an_image_is_a_relative_link_loaded_when_it_comes_into_view(tmp_path):
     seen = page(tmp_path, Tile("a cat", "7", file="cat.png", shape=(640, 512)), facts=["1 prompt"])
     (image,), (link,) = seen.all("img"), seen.all("a")
     assert (image["src"], image["loading"], image["alt"], image["title"]) == ("cat.png", "lazy", "a cat", "a cat")
@@ -76,7 +76,7 @@ def test_a_file_name_is_percent_encoded_and_stays_in_the_folder(tmp_path, name):
     assert not image["src"].startswith(("/", "javascript:"))
 
 
-def test_what_was_not_made_has_its_reason_in_place_of_the_picture(tmp_path):
+def test_what_was_not_made_has_its_reason_in_place_of_the_image(tmp_path):
     seen = page(tmp_path, Tile("a cat", reason="The content filter blocked the prompt."))
     assert seen.all("img") == []
     assert "The content filter blocked the prompt." in seen.texts
@@ -86,7 +86,7 @@ def test_a_text_that_utf_8_does_not_have_does_not_break_the_page(tmp_path):
     assert page(tmp_path, Tile("half \ud800 a character")).texts[-1].startswith("half ")
 
 
-def test_many_thousand_pictures_make_a_page(tmp_path):
+def test_many_thousand_images_make_a_page(tmp_path):
     assert (
         len(page(tmp_path, *(Tile(f"p {n}", str(n), file=f"{n}.png", shape=(1, 1)) for n in range(5000))).all("img"))
         == 5000

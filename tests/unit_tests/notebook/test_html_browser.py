@@ -1,4 +1,4 @@
-"""What a user relies on: in a real browser pictures are seen, and no prompt can do anything."""
+"""What a user relies on: in a real browser images are seen, and no prompt can do anything."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
 ]
 TITLE = "calm"
-COUNTED = (  # by the browser, after the pictures were decoded or not
+COUNTED = (  # by the browser, after the images were decoded or not
     "<script>addEventListener('load', () => { const all = [...document.querySelectorAll('img')];"
     "document.body.dataset.seen = all.filter(each => each.naturalWidth > 8).length + '/' + all.length })</script>"
 )
@@ -102,7 +102,7 @@ def test_no_prompt_can_do_anything_in_a_contact_sheet(tmp_path):
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")  # nbconvert's own
-def test_an_exported_notebook_shows_picture_and_caption(evil, tmp_path):
+def test_an_exported_notebook_shows_image_and_caption(evil, tmp_path):
     nbconvert = pytest.importorskip("nbconvert")
     outputs = [
         nbformat.v4.new_output("display_data", data=each._repr_mimebundle_())

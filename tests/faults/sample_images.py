@@ -1,4 +1,4 @@
-"""Small pictures, and spoiled ones, made with the standard library alone."""
+"""Small images, and spoiled ones, made with the standard library alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def header(width: int, height: int, *, depth: int = 8, colour: int = 2) -> bytes
 
 
 def png(width: int = 64, height: int = 64, *, noise: str | None = None) -> bytes:
-    """A whole RGB picture; with `noise` its pixels are drawn from that seed and hardly compress."""
+    """A whole RGB image; with `noise` its pixels are drawn from that seed and hardly compress."""
     line = width * 3
     if noise is None:
         raw = (b"\0" + b"\xc8\x1e\x1e" * width) * height
@@ -42,7 +42,7 @@ def png(width: int = 64, height: int = 64, *, noise: str | None = None) -> bytes
 
 
 def bomb(side: int = 20_000) -> bytes:
-    """A well-formed picture of `side` x `side` one-bit pixels (400 million by default) in a few dozen kilobytes."""
+    """A well-formed image of `side` x `side` one-bit pixels (400 million by default) in a few dozen kilobytes."""
     lines = zlib.compressobj(9)
     row = b"\0" * (1 + (side + 7) // 8)
     squeezed = b"".join(lines.compress(row * 100) for _ in range(side // 100)) + lines.flush()
@@ -50,5 +50,5 @@ def bomb(side: int = 20_000) -> bytes:
 
 
 def header_bomb() -> bytes:
-    """A picture whose header promises 2^31 - 1 pixels a side and that holds a single byte of them."""
+    """An image whose header promises 2^31 - 1 pixels a side and that holds a single byte of them."""
     return header(2**31 - 1, 2**31 - 1) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
