@@ -22,7 +22,6 @@ from langchain_cogview.catalog import currency_of
 from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, printable
 from langchain_cogview.jobs.files import spare_descriptors
-from langchain_cogview.jobs.finish import compact, merge_shards, published, report_of
 from langchain_cogview.jobs.folder import FolderInUseError, JobFolder
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
@@ -44,9 +43,9 @@ from langchain_cogview.jobs.plan import (
 )
 from langchain_cogview.jobs.prompts import count_text
 from langchain_cogview.jobs.remote import remote_job
+from langchain_cogview.jobs.report import compact, published, report_of
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
-from langchain_cogview.jobs.shards import MergedJob, Shard, local_folder
-from langchain_cogview.jobs.workers import OPTIONS, Workers, job_generator
+from langchain_cogview.jobs.shards import OPTIONS, MergedJob, Shard, Workers, job_generator, local_folder, merge_shards
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from langchain_cogview.jobs.folder import write_error
 from langchain_cogview.jobs.manifest import failure_record, image_with_link, manifest_record, now
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.jobs.prompts import cost_text
-from langchain_cogview.jobs.sheet import ContactSheet
+from langchain_cogview.jobs.report import ContactSheet
 from langchain_cogview.pools import aor_error, or_error
 from langchain_cogview.request import ImageRequest
 from langchain_cogview.result import ImageFailure, ImageResult, with_content

@@ -15,7 +15,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 
 from langchain_cogview import arun_job, plan_job, run_job
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
-from langchain_cogview.jobs import files, sheet
+from langchain_cogview.jobs import files, report
 
 SMALL = {"size": "640x512"}
 MOST = 3
@@ -188,7 +188,7 @@ def test_a_manifest_that_names_a_file_outside_of_the_folder_is_refused(run, out,
 
 @pytest.fixture
 def small_pages(monkeypatch):
-    monkeypatch.setattr(sheet, "PAGE_TILES", MOST)
+    monkeypatch.setattr(report, "PAGE_TILES", MOST)
 
 
 def shown(page: Path) -> list[int]:
@@ -253,7 +253,7 @@ def test_pages_follow_what_is_made_later_and_none_is_left_over(run, out, monkeyp
     assert [shown(out / name) for name in ("index.html", "index-page-2.html")] == [[1, 2, 3], [4, 5]]
     run(["a [[content-filter]]", *prompts(6)], retry_failed=True)
     assert [shown(out / f"index{page}.html") for page in ("", "-page-2", "-page-3")] == [[1, 2, 3], [4, 5, 6], [7]]
-    monkeypatch.setattr(sheet, "PAGE_TILES", 1000)
+    monkeypatch.setattr(report, "PAGE_TILES", 1000)
     run(["a [[content-filter]]", *prompts(6)])
     assert sorted(out.glob("*.html")) == [out / "index.html"]
     assert shown(out / "index.html") == [1, 2, 3, 4, 5, 6, 7]
@@ -314,4 +314,4 @@ def test_images_of_one_prompt_are_numbered_as_in_a_gallery(run, out):
 
 
 def test_pages_have_at_most_500_tiles():
-    assert sheet.PAGE_TILES == 500
+    assert report.PAGE_TILES == 500

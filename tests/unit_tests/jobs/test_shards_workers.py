@@ -13,7 +13,7 @@ import pytest
 
 from langchain_cogview import CogViewConfigurationError
 from langchain_cogview.jobs import merge_shards, run_job, run_shards, work_on_shards
-from langchain_cogview.jobs.workers import DIVISION
+from langchain_cogview.jobs.shards import DIVISION
 from langchain_cogview.sandbox import Sandbox, SandboxServer
 from tests.unit_tests.cli.test_command import KEY, cogview
 

@@ -1,4 +1,7 @@
-"""The contact sheet of a job: pages of at most 500 tiles in the order of the prompts, written while the job runs."""
+"""What a job shows for its work: the contact sheet, which is written while it runs, and the report at its end.
+
+The contact sheet has pages of at most 500 tiles in the order of the prompts.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,22 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from heapq import merge
 from itertools import chain
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.errors import (
     CogViewConfigurationError,
     CogViewError,
+    CogViewStorageError,
     ContentFilter,
     Scope,
     error_class,
@@ -25,23 +32,146 @@ from langchain_cogview.errors import (
     printable,
 )
 from langchain_cogview.jobs.history import Attempt
+from langchain_cogview.jobs.manifest import MANIFEST, kind_of
+from langchain_cogview.jobs.plan import JobReport
 from langchain_cogview.jobs.prompts import count_text
 from langchain_cogview.notebook.display import cost_text as image_cost_text
 from langchain_cogview.notebook.html import Tile, contact_sheet, is_contact_sheet
 from langchain_cogview.text import moment_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from langchain_cogview.jobs.folder import JobFolder, RecordFile
-    from langchain_cogview.jobs.history import Finished, FinishedPrompts
+    from langchain_cogview.jobs.history import Finished, FinishedPrompts, History
+    from langchain_cogview.jobs.remote import RemoteJob
+    from langchain_cogview.jobs.run import JobRun
     from langchain_cogview.notebook.html import Kind
-
 
 PAGE_TILES: Final = 500
 """Most tiles on one page: browsers get slow with more."""
 NAMES: Final = ("index.html", "contact-sheet.html", *(f"contact-sheet-{n}.html" for n in range(2, 100)))
 """Names for the first page; the first one that is free, or that a job wrote, is used."""
+_PUBLICATIONS: Final = 3
+
+
+# --- the report
+
+
+def report_of(run: JobRun, started: float) -> JobReport:
+    """Finish the folder of a run that has ended.
+
+    Args:
+        run: The run.
+        started: When it began, by `time.monotonic`.
+
+    Returns:
+        What it did.
+    """
+    backlog = run.backlog
+    counts = dict.fromkeys(("made", "blocked", "failed", "left"), 0)
+    names = Counter(run.errors)
+    for item in backlog.prompts.items:
+        finished = backlog.history.finished.get(item.key)
+        if finished and finished.outcome.made >= item.n:
+            counts["made"] += 1
+            continue
+        errors = finished.outcome.errors if finished else ()
+        names.update(errors)
+        if errors:
+            counts[kind_of(errors)] += 1
+        elif item.key not in backlog.history.open:
+            counts["left"] += 1
+    counts["made"] -= backlog.skipped
+    total, sheet, notes = _finish_folder(run)
+    return JobReport(
+        **counts,
+        skipped=backlog.skipped,
+        unknown=backlog.unknown(),
+        bad=len(backlog.prompts.problems),
+        images=run.made,
+        cost=run.charges.amounts,
+        unpriced=run.charges.unpriced,
+        list_price=run.list_prices.amounts,
+        sandbox=backlog.uses_sandbox(run.generator),
+        total_cost=total,
+        seconds=round(time.monotonic() - started, 3),
+        over_budget=run.over_budget,
+        stopped=run.stopped,
+        interrupted=run.stop_event is not None and run.stop_event.is_set(),
+        errors=dict(names),
+        folder=run.folder.path,
+        manifest=run.manifest.path,
+        contact_sheet=sheet,
+        notes=notes,
+    )
+
+
+def _finish_folder(run: JobRun) -> tuple[Mapping[str, Decimal], Path | None, tuple[str, ...]]:
+    history, folder = run.backlog.history, run.folder
+    total = run.backlog.total_cost()
+    try:
+        folder.check()
+        if history.superseded:
+            compact(run.manifest, history)
+        name = run.finish_sheet()
+    except (OSError, CogViewError) as error:
+        reason = error.message if isinstance(error, CogViewError) else f"{error.strerror or type(error).__name__}."
+        run.stop(
+            CogViewStorageError(
+                f"The contact sheet could not be written. {reason}",
+                hint="The manifest is complete; run the job again to write the page.",
+            )
+        )
+        return total, None, ()
+    first = NAMES[0]
+    other = f"The folder has another {first}, which is not overwritten; the contact sheet is {name}."
+    return total, folder.path / name, (other,) if name != first else ()
+
+
+def compact(manifest: RecordFile, history: History) -> None:
+    """Remove the lines of a manifest that later ones replace.
+
+    Args:
+        manifest: The file.
+        history: What it says; the positions of the lines are renewed.
+    """
+    manifest.compact(history.finished.by_start())
+    history.finished.moved()
+    history.superseded = 0
+
+
+# --- a job at a URL
+
+
+def published(job: RemoteJob, run: JobRun, report: Callable[[], JobReport]) -> JobReport:
+    """Upload manifest and contact sheet, with what other workers recorded meanwhile, until nothing is new.
+
+    Args:
+        job: The job.
+        run: The run, which has ended.
+        report: Makes the report from the records, and the contact sheet in the temporary folder.
+
+    Returns:
+        The report, in which the paths are URLs. It is made without what cannot be read or written at the URL.
+    """
+    try:
+        for _ in range(_PUBLICATIONS):
+            job.refresh(run.backlog.history, run.attempts, run.manifest)
+            made = report()
+            job.publish()
+            if not job.refresh(run.backlog.history, run.attempts, run.manifest):
+                break  # otherwise the pages of another worker may have been replaced by older ones
+        sheet = f"{job.url}/{Path(made.contact_sheet).name}" if made.contact_sheet else None
+    except CogViewError as error:
+        run.stop(error)
+        made, sheet = report(), None
+    notes = (*made.notes, *job.notes())
+    manifest = f"{job.url}/{MANIFEST}"
+    return replace(made, folder=job.url, manifest=manifest, contact_sheet=sheet, notes=notes)
+
+
+# --- the contact sheet
 
 
 class ContactSheet:
@@ -201,7 +331,7 @@ def _pages(entries: Iterable[Finished | Attempt]) -> Iterator[list[Finished | At
         yield page
 
 
-# --- counts
+# --- counts of a contact sheet
 
 
 def _kind_of(error: str) -> Kind:
@@ -244,7 +374,7 @@ def _page_text(number: int, pages: int) -> str:
     return f"Page {number:,} of {pages:,}: the counts beside the buttons are those of this page."
 
 
-# --- tiles
+# --- tiles of a contact sheet
 
 
 def _tiles(record: dict[str, Any], source: str) -> Iterator[Tile]:
