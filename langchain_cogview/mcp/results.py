@@ -1,4 +1,8 @@
-"""What the tools of the MCP server return: one line of text, a thumbnail, a link, and the artifact. Under 150 kB."""
+"""What the MCP server answers with, under 150 kB: the results of its tools, and the page of its gallery.
+
+A result has one line of text, a thumbnail, a link, and the artifact. The gallery is an MCP App: the package's own gallery of the
+newest images, and what a tool has just made.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from langchain_cogview.answers import text_for_model
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.cost import Money
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewError, Outcome, printable
+from langchain_cogview.notebook.gallery import gallery
+from langchain_cogview.notebook.html import page
 from langchain_cogview.notebook.previews import THUMBNAIL_SIDE, Preview, make_thumbnail
 
 if TYPE_CHECKING:
     from langchain_cogview.estimate import Estimate
-    from langchain_cogview.mcp.images import ServerImage
+    from langchain_cogview.mcp.images import ServerImage, ServerImages
     from langchain_cogview.result import GeneratedImage, ImageResult
 
 Inline = Literal["thumbnail", "none", "full"]
@@ -27,6 +33,8 @@ MAX_FULL_RESULT: Final = 950_000
 """Largest size of a result with the whole image: clients refuse a megabyte."""
 MAX_THUMBNAIL: Final = 100_000
 """Largest size of a thumbnail, in bytes."""
+MAX_IMAGES: Final = 24
+"""The largest number of images in the gallery."""
 _MAX_PROMPT: Final = 2_000
 _PROMPTS: Final = ("prompt", "original_prompt")
 _ENVELOPE: Final = 3_000
@@ -230,3 +238,56 @@ def _item(record: dict[str, Any]) -> dict[str, Any]:
         facts |= {"uri": image_uri(image["id"]) if image.get("id") else None, "model": record["arguments"].get("model")}
         facts |= {"size": record["arguments"].get("size"), "cost": record["cost"], "currency": record["currency"]}
     return {**facts, "prompt": printable(str(facts["prompt"]), _PROMPT_CHARACTERS)}
+
+
+# --- the gallery
+
+
+def gallery_html(images: ServerImages) -> str:
+    """Render the gallery. Blocks.
+
+    Args:
+        images: What has made the images.
+
+    Returns:
+        A page of at most about 150 kB, with embedded images, that loads nothing.
+    """
+    items = []
+    for record in images.listed(MAX_IMAGES):
+        if "artifact" in record:
+            try:
+                items.append(images.read(record))
+            except CogViewError:  # a damaged record is left out, as list_images shows it
+                continue
+    body = gallery(items)._repr_mimebundle_()["text/html"]
+    return page(f'<div id="new"></div>\n{body}', title="CogView", script=_SCRIPT).decode()
+
+
+# The host shows the page in a frame, and sends what a tool answered. Text is set as text, never as HTML.
+_SCRIPT: Final = """(() => {
+  let id = 0;
+  const send = (message) => parent.postMessage({jsonrpc: "2.0", ...message}, "*");
+  const show = (result) => {
+    const place = document.getElementById("new");
+    for (const block of result.content || []) {
+      if (block.type === "image" && /^image\\/(png|jpeg|webp)$/.test(block.mimeType)) {
+        const image = document.createElement("img");
+        image.src = "data:" + block.mimeType + ";base64," + block.data;
+        image.style.maxWidth = "100%";
+        place.prepend(image);
+      } else if (block.type === "text") {
+        const text = document.createElement("p");
+        text.textContent = block.text;
+        place.prepend(text);
+      }
+    }
+    send({method: "ui/notifications/size-changed", params: {height: document.documentElement.scrollHeight}});
+  };
+  addEventListener("message", (event) => {
+    if (event.source !== parent || !event.data || event.data.jsonrpc !== "2.0") return;
+    if (event.data.id === id && event.data.result) send({method: "ui/notifications/initialized", params: {}});
+    if (event.data.method === "ui/notifications/tool-result") show(event.data.params || {});
+  });
+  send({id: ++id, method: "ui/initialize", params: {
+    protocolVersion: "2026-01-26", appInfo: {name: "cogview-gallery", version: "1"}, appCapabilities: {}}});
+})();"""

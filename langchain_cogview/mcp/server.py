@@ -52,7 +52,6 @@ from langchain_cogview.errors import (
     printable,
 )
 from langchain_cogview.mcp import results
-from langchain_cogview.mcp.gallery import gallery_html
 from langchain_cogview.mcp.images import OWNER, ServerImages
 from langchain_cogview.mcp.tools import GALLERY_URI, MAX_LISTED, ToolArguments
 from langchain_cogview.notebook.previews import make_thumbnail
@@ -494,7 +493,7 @@ class CogViewServer:
 
     async def _read_gallery(self) -> ReadResourceResult:
         images = await in_thread(self.open)
-        html = await in_thread(gallery_html, images)
+        html = await in_thread(results.gallery_html, images)
         contents = TextResourceContents(uri=GALLERY_URI, mime_type=APP_MIME_TYPE, text=html)
         return ReadResourceResult(contents=[contents])
 
