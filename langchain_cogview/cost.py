@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import AfterValidator
 
 from langchain_cogview.artifact import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 from langchain_cogview.catalog import PRICES_AS_OF, money_text
 from langchain_cogview.errors import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Hashable
     from datetime import date
 
 
@@ -46,6 +49,16 @@ def checked_amount(value: Any) -> Decimal:
     if amount and (len(amount.as_tuple().digits) > _DIGITS or (isinstance(exponent, int) and exponent < -_DECIMALS)):
         raise ValueError(f"An amount of money has at most {_DECIMALS} decimal places and {_DIGITS} digits.")
     return amount or Decimal(0)
+
+
+def _checked_prices(prices: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
+    for amount in (prices or {}).values():
+        checked_amount(amount)
+    return prices
+
+
+Prices = Annotated[Mapping[str, Decimal] | None, AfterValidator(_checked_prices)]
+"""Type of a setting: prices of one image by model, each as `checked_amount` takes it; None for the list prices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -18,21 +17,13 @@ from langchain_core.runnables import RunnableConfig
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 
 from langchain_cogview.api.redaction import SafeErrors, attempt, with_secret_key
-from langchain_cogview.api.settings import (
-    SANDBOX_KEY,
-    Service,
-    find_service,
-    find_shared_limit,
-    is_sandbox,
-    preload,
-    resolve_key,
-    service_warnings,
-)
+from langchain_cogview.api.settings import Service, find_service, find_shared_limit, preload, service_warnings
 from langchain_cogview.batches import BatchRunnable, logged_handler_errors, traced_config
 from langchain_cogview.budget import Budget, Reservation, reserved
-from langchain_cogview.catalog import Quality, Region, model_info, price_of
+from langchain_cogview.catalog import Region, model_info, price_of
 from langchain_cogview.concurrency import Priority
-from langchain_cogview.cost import Money, checked_amount
+from langchain_cogview.cost import Money, Prices
+from langchain_cogview.enhance import PromptEnhancer
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.notebook.display import show_status
@@ -43,13 +34,17 @@ from langchain_cogview.request import (
     REQUEST_DEFAULTS,
     FolderCheck,
     GeneratorSettings,
+    HostNames,
     ImageInput,
     ImageRequest,
+    ModelNames,
+    QualitySetting,
+    SizeSetting,
+    TimeLimit,
     check_names,
-    checked_seconds,
+    check_picklable,
     checked_settings,
     request_of,
-    specified,
 )
 from langchain_cogview.result import ImageResult
 from langchain_cogview.tasks import ImageTask, checked_task
@@ -65,6 +60,8 @@ _Checked = tuple[ImageRequest, tuple[str, ...]]
 _SERVICE: Final = frozenset({"api_key", "region", "base_url"})
 
 RunManager = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
+_Work = Callable[[ImageInput, EventDispatcher], Any]
+"""What one run does with its input; it returns an `ImageResult`, or a coroutine that does."""
 
 
 class CogViewImageGenerator(SafeErrors, BatchRunnable):
@@ -158,15 +155,15 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """The platform as it was passed; `resolved_region` is the one in use."""
     base_url: str | None = None
     """The base URL as it was passed; `resolved_base_url` is the one in use."""
-    size: str | None = None
+    size: SizeSetting = None
     """Size of the images; None for the model's default."""
-    quality: Quality | None = None
+    quality: QualitySetting = None
     """Quality of the images; None for the model's default."""
     user_id: str | None = None
     """The end user, for the provider's abuse reports."""
     watermark_enabled: bool | None = None
     """Whether images have the provider's watermark; None for the service's default (true)."""
-    timeout: float | timedelta | None = 120.0
+    timeout: TimeLimit = 120.0
     """Total seconds for one image; None for no limit."""
     max_retries: int = Field(default=2, ge=0, le=100)
     """Further attempts of a request that certainly did not run."""
@@ -186,7 +183,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """The injected client of sync API requests, which is never closed."""
     http_async_client: Any = Field(default=None, exclude=True, repr=False)
     """The injected client of async API requests, which is never closed."""
-    fallback_models: tuple[str, ...] = ()
+    fallback_models: ModelNames = ()
     """The models that are called if the one before did not run."""
     use_tasks: Literal["auto"] | bool = "auto"
     """Whether the task endpoint is used; `auto` if the model allows it."""
@@ -194,7 +191,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Seconds between two polls of a task."""
     usd_per_cny: Decimal | None = Field(default=None, gt=0)
     """US dollars for one yuan, for the cost column of LangSmith; None: amounts in yuan have no cost there."""
-    prices: Mapping[str, Decimal] | None = None
+    prices: Prices = None
     """Prices of one image by model, which replace the list prices."""
     download: bool = True
     """Whether the bytes are fetched."""
@@ -204,7 +201,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Options of fsspec for such a URL."""
     cache: BaseCache | Path | str | None = Field(default=None, exclude=True, repr=False)
     """A LangChain cache or a directory; None for none."""
-    allowed_image_hosts: tuple[str, ...] | None = None
+    allowed_image_hosts: HostNames = None
     """The only hosts from which images are fetched; None for every public host."""
     include_prompt_in_events: bool = False
     """Whether `cogview.content_filter` events have the prompt."""
@@ -212,9 +209,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """A chat model that rewrites each prompt; None for none."""
 
     # Resolved from arguments and environment. Not fields, so that a copy with another region or base URL resolves its own.
-    _key: SecretStr | None = PrivateAttr(default=None)
-    _region: Region = PrivateAttr(default="china")
-    _base_url: str = PrivateAttr(default="")
+    _service: Service = PrivateAttr(default=Service(None, "china", ""))
     _folder: Any = PrivateAttr(default=None)
     _cache: Any = PrivateAttr(default=None)
     _call_settings: Any = PrivateAttr(default=None)
@@ -233,11 +228,6 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         values = with_secret_key(settings)
         super().__init__(**values if name is None else {"name": name, **values})
 
-    @field_validator("timeout")
-    @classmethod
-    def _check_timeout(cls, value: float | timedelta | None) -> float | None:
-        return checked_seconds(value)
-
     @field_validator("http_client", "http_async_client")
     @classmethod
     def _check_client(cls, value: Any, info: ValidationInfo) -> Any:
@@ -246,33 +236,6 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         from langchain_cogview.api.sending import checked_client  # noqa: PLC0415  the HTTP stack
 
         return checked_client(value, sync=info.field_name == "http_client")
-
-    @field_validator("prices")
-    @classmethod
-    def _check_prices(cls, value: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
-        for amount in (value or {}).values():
-            checked_amount(amount)
-        return value
-
-    @field_validator("allowed_image_hosts")
-    @classmethod
-    def _check_hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value:
-            from langchain_cogview.addresses import allowed_host  # noqa: PLC0415  the HTTP stack
-
-            for entry in value:
-                allowed_host(entry)
-        return value
-
-    @field_validator("allowed_image_hosts", "fallback_models", mode="before")
-    @classmethod
-    def _accept_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("size", "quality", mode="before")
-    @classmethod
-    def _unspecified_is_none(cls, value: Any, info: ValidationInfo) -> Any:
-        return specified(value, quality=info.field_name == "quality")
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -298,26 +261,23 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             self._cache = image_cache(self.cache)
         find_shared_limit(self.shared_limit)
         if self.enhance is not None:
-            from langchain_cogview.enhance import PromptEnhancer  # noqa: PLC0415  on use
-
             self._enhancer = PromptEnhancer(self.enhance)
         injected = self.http_client is not None or self.http_async_client is not None
-        service = find_service(self.api_key, self.region, self.base_url, injected=injected)
-        self._key, self._region, self._base_url = service
+        self._service = find_service(self.api_key, self.region, self.base_url, injected=injected)
         chosen = bool(self.api_key or self.region or self.base_url)
-        for warning in service_warnings(service, (self.model, *self.fallback_models), chosen=chosen):
+        for warning in service_warnings(self._service, (self.model, *self.fallback_models), chosen=chosen):
             warn_caller(warning)
         return self
 
     @property
     def resolved_region(self) -> Region:
         """The platform in use, resolved from arguments and environment."""
-        return self._region
+        return self._service.region
 
     @property
     def resolved_base_url(self) -> str:
         """The base URL in use, resolved from arguments and environment."""
-        return self._base_url
+        return self._service.base_url
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -331,20 +291,16 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     @property
     def lc_secrets(self) -> dict[str, str]:
         """The secret field, and the environment variable that replaces it."""
-        return {"api_key": "ZAI_API_KEY" if self._region == "international" else "ZHIPUAI_API_KEY"}
+        return {"api_key": "ZAI_API_KEY" if self._service.region == "international" else "ZHIPUAI_API_KEY"}
 
     def __getstate__(self) -> dict[Any, Any]:
-        # What is left out of a dump is an object of this process, or a secret; a backend can be an output folder.
-        fields = [name for name, field in type(self).model_fields.items() if field.exclude or name == "output_dir"]
-        held = [name for name in fields if not isinstance(getattr(self, name), str | Path | None)]
-        if "shared_limit" not in held and "@" in (self.shared_limit or ""):  # it may hold a password
-            held.append("shared_limit")
-        if held:
-            raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
+        # What is left out of a dump is an object of this process, or a secret.
+        check_picklable(dict(self), {name for name, field in type(self).model_fields.items() if field.exclude})
         state = super().__getstate__()
         # The key stays in this process; the other one finds it in its environment.
+        private = {"_service": self._service._replace(key=None), "_call_settings": None}
         state["__dict__"] = {**state["__dict__"], "api_key": None}
-        state["__pydantic_private__"] = {**state["__pydantic_private__"], "_key": None, "_call_settings": None}
+        state["__pydantic_private__"] = {**state["__pydantic_private__"], **private}
         return state
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -365,7 +321,8 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         if _SERVICE & update.keys():
             return type(self)(**{**self.__dict__, **update})
         # The environment may have changed since: the copy has the service that this instance resolved.
-        found = {"api_key": self._resolve_key(), "region": self._region, "base_url": self._base_url}
+        service = self._service.with_key()
+        found = {"api_key": service.key, "region": service.region, "base_url": service.base_url}
         copied = type(self)(**{**self.__dict__, **found, **update})
         return super(CogViewImageGenerator, copied).model_copy(update={name: getattr(self, name) for name in found})
 
@@ -380,12 +337,11 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     @property
     def lc_attributes(self) -> dict[str, Any]:
         """The fields that LangChain serializes in another form."""
-        own: dict[str, Any] = {} if self.output_dir is None else {"output_dir": str(self.output_dir)}
-        if self.usd_per_cny is not None:
-            own |= {"usd_per_cny": str(self.usd_per_cny)}
-        return (
-            own if self.prices is None else own | {"prices": {name: str(price) for name, price in self.prices.items()}}
-        )
+        values = {"output_dir": self.output_dir, "usd_per_cny": self.usd_per_cny}
+        forms: dict[str, Any] = {name: str(value) for name, value in values.items() if value is not None}
+        if self.prices is not None:
+            forms["prices"] = {name: str(price) for name, price in self.prices.items()}
+        return forms
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         # Settings are values, and injected objects are used as they are, in the copy too.
@@ -450,10 +406,10 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         Returns:
             The task. Its `id` is enough to get the image later, in another process too.
         """
-        request, notes = self._request(input, kwargs)
+        request, notes = self._request(input, kwargs, {})
         self._folder_check.run()
-        with self._reserved(budget, checked_task(request)) as reservation:
-            task_id, request_id, charge = self._call(request, NO_DISPATCHER, (), reservation).submit()
+        with self._call(checked_task(request), NO_DISPATCHER, budget) as call:
+            task_id, request_id, charge = call.submit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes, charge=charge)
 
     async def asubmit(self, input: ImageInput, *, budget: Budget | None = None, **kwargs: Any) -> ImageTask:  # noqa: A002
@@ -462,11 +418,11 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         Returns:
             As `submit`.
         """
-        await preload(self._base_url)
-        request, notes = await self._arequest(input, kwargs)
+        await preload(self._service.base_url)
+        request, notes = await self._arequest(input, kwargs, {})
         await self._folder_check.arun()
-        with self._reserved(budget, checked_task(request)) as reservation:
-            task_id, request_id, charge = await self._call(request, NO_DISPATCHER, (), reservation).asubmit()
+        with self._call(checked_task(request), NO_DISPATCHER, budget) as call:
+            task_id, request_id, charge = await call.asubmit()
         return ImageTask(task_id, generator=self, request=request, request_id=request_id, warnings=notes, charge=charge)
 
     def collect(self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None) -> ImageResult:
@@ -476,7 +432,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             As `ImageTask.result`.
         """
         config = traced_config(config, self.model, task.request)
-        return self._run(partial(self._collect, task=task, seconds=seconds), task.request, config)
+        return self._run(partial(self._collect, task, seconds), task.request, config)
 
     async def acollect(
         self, task: ImageTask, config: RunnableConfig | None = None, *, seconds: float | None
@@ -487,7 +443,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             As `collect`.
         """
         config = traced_config(config, self.model, task.request)
-        return await self._arun(partial(self._acollect, task=task, seconds=seconds), task.request, config)
+        return await self._arun(partial(self._acollect, task, seconds), task.request, config)
 
     # --- connections
 
@@ -517,12 +473,10 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
     # --- one run
 
-    def _run(
-        self, work: Callable[[ImageInput, EventDispatcher], ImageResult], value: ImageInput, config: RunnableConfig
-    ) -> ImageResult:
+    def _run(self, work: _Work, value: ImageInput, config: RunnableConfig) -> ImageResult:
         made: list[ImageResult] = []
 
-        def run(value: ImageInput, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> ImageResult:
+        def run(value: ImageInput, run_manager: RunManager, config: RunnableConfig) -> ImageResult:
             made.append(work(value, self._dispatcher(run_manager, config)))
             return made[0]
 
@@ -532,18 +486,14 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
             remember(made[0].images)
             return report(made[0])
 
-    async def _arun(
-        self, work: Callable[[ImageInput, EventDispatcher], Any], value: ImageInput, config: RunnableConfig
-    ) -> ImageResult:
+    async def _arun(self, work: _Work, value: ImageInput, config: RunnableConfig) -> ImageResult:
         made: list[ImageResult] = []
 
-        async def run(
-            value: ImageInput, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
-        ) -> ImageResult:
+        async def run(value: ImageInput, run_manager: RunManager, config: RunnableConfig) -> ImageResult:
             made.append(await work(value, self._dispatcher(run_manager, config)))
             return made[0]
 
-        await preload(self._base_url)
+        await preload(self._service.base_url)
         with show_status(config) as report:
             with logged_handler_errors(made):
                 await self._acall_with_config(run, value, config, run_type="llm")
@@ -555,8 +505,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     ) -> ImageResult:
         request, notes = self._request(value, overrides, dispatcher.config)
         self._folder_check.run()
-        with self._reserved(budget, request) as reservation:
-            call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
+        with self._call(request, dispatcher, budget, request.for_models(self.fallback_models)) as call:
             tasks = [partial(call.generate, index) for index in range(request.n)]
             return call.result(in_threads(tasks, self.max_workers(request.model)), notes + call.notes)
 
@@ -565,46 +514,32 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     ) -> ImageResult:
         request, notes = await self._arequest(value, overrides, dispatcher.config)
         await self._folder_check.arun()
-        with self._reserved(budget, request) as reservation:
-            call = self._call(request, dispatcher, request.for_models(self.fallback_models), reservation)
+        with self._call(request, dispatcher, budget, request.for_models(self.fallback_models)) as call:
             tasks = [partial(call.agenerate, index) for index in range(request.n)]
             return call.result(await in_tasks(tasks, self.max_workers(request.model)), notes + call.notes)
 
-    def _reserved(self, budget: Any, request: ImageRequest) -> AbstractContextManager[Reservation | None]:
-        # With a cache, an image may not be requested at all, so each one is counted when it is.
-        price = Money(*price_of(request.model, self._region, self.prices))
-        return reserved(budget, price, request.n if self._cache is None else 0)
-
-    def _collect(
-        self, value: Any, dispatcher: EventDispatcher, *, task: ImageTask, seconds: float | None
-    ) -> ImageResult:
-        call = self._call(checked_task(task.request), dispatcher)
-        outcome = call.collect(task.id, task.request_id, seconds)
-        task.settle(outcome)
-        return call.result([outcome], task.warnings)
+    def _collect(self, task: ImageTask, seconds: float | None, _: Any, dispatcher: EventDispatcher) -> ImageResult:
+        with self._call(checked_task(task.request), dispatcher) as call:
+            return call.result([task.settle(call.collect(task.id, task.request_id, seconds))], task.warnings)
 
     async def _acollect(
-        self, value: Any, dispatcher: EventDispatcher, *, task: ImageTask, seconds: float | None
+        self, task: ImageTask, seconds: float | None, _: Any, dispatcher: EventDispatcher
     ) -> ImageResult:
-        call = self._call(checked_task(task.request), dispatcher)
-        outcome = await call.acollect(task.id, task.request_id, seconds)
-        task.settle(outcome)
-        return call.result([outcome], task.warnings)
+        with self._call(checked_task(task.request), dispatcher) as call:
+            return call.result([task.settle(await call.acollect(task.id, task.request_id, seconds))], task.warnings)
 
     # --- pure decisions
 
-    def _request(self, value: ImageInput, overrides: dict[str, Any], config: RunnableConfig | None = None) -> _Checked:
+    def _request(self, value: ImageInput, overrides: dict[str, Any], config: RunnableConfig) -> _Checked:
         checked = request_of(value, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
-        return checked if self._enhancer is None else self._enhancer.enhance(*checked, config or {})
+        return checked if self._enhancer is None else self._enhancer.enhance(*checked, config)
 
-    async def _arequest(
-        self, value: ImageInput, overrides: dict[str, Any], config: RunnableConfig | None = None
-    ) -> _Checked:
+    async def _arequest(self, value: ImageInput, overrides: dict[str, Any], config: RunnableConfig) -> _Checked:
         checked = request_of(value, {name: getattr(self, name) for name in REQUEST_DEFAULTS} | overrides)
-        return checked if self._enhancer is None else await self._enhancer.aenhance(*checked, config or {})
+        return checked if self._enhancer is None else await self._enhancer.aenhance(*checked, config)
 
     def _dispatcher(self, run_manager: RunManager, config: RunnableConfig) -> EventDispatcher:
-        metadata, sandbox = run_manager.metadata or {}, is_sandbox(self._base_url)
+        metadata, sandbox = run_manager.metadata or {}, self._service.is_sandbox
         handlers, tool_call_id = bool(run_manager.handlers), metadata.get("tool_call_id")
         return EventDispatcher(config, tool_call_id, sandbox, handlers, metadata, graph_streams())
 
@@ -625,7 +560,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         Returns:
             Amount and ISO currency code; None where the price is unknown.
         """
-        amount, currency = price_of(model or self.model, self._region, self.prices)
+        amount, currency = price_of(model or self.model, self._service.region, self.prices)
         return None if amount is None else (amount, currency)
 
     def tasks_client(self) -> TasksClient:
@@ -638,31 +573,23 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
         return TasksClient(self._settings().client, self.poll_interval)
 
+    @contextmanager
     def _call(
-        self,
-        request: ImageRequest,
-        dispatcher: EventDispatcher,
-        others: Iterable[Any] = (),
-        reservation: Reservation | None = None,
-    ) -> ImageCall:
+        self, request: ImageRequest, dispatcher: EventDispatcher, budget: Any = None, others: Iterable[Any] = ()
+    ) -> Iterator[ImageCall]:
         from langchain_cogview.generation import ImageCall  # noqa: PLC0415  the HTTP stack
 
-        settings = self._settings()
-        return ImageCall(settings, ((request, ()), *others), dispatcher, settings.cached(request), reservation)
-
-    def _resolve_key(self) -> SecretStr:
-        # None came through a pickle: the service is the same, and the key is that of this process's environment.
-        sandbox = is_sandbox(self._base_url)
-        return self._key or (SANDBOX_KEY if sandbox else resolve_key(None, self._region, unpickled=True))
+        price = Money(*price_of(request.model, self._service.region, self.prices))
+        # With a cache, an image may not be requested at all, so each one is counted when it is.
+        with reserved(budget, price, request.n if self._cache is None else 0) as reservation:
+            settings = self._settings()
+            yield ImageCall(settings, ((request, ()), *others), dispatcher, settings.cached(request), reservation)
 
     def _settings(self) -> CallSettings:
         if self._call_settings is None:
             from langchain_cogview.generation import CallSettings  # noqa: PLC0415  the HTTP stack
 
-            self._key = self._resolve_key()
-            service = Service(self._key, self._region, self._base_url)
-            shared = find_shared_limit(self.shared_limit)
-            self._call_settings = CallSettings.of(
-                service, self._folder, self._cache, {**dict(self), "shared_limit": shared}
-            )
+            self._service = self._service.with_key()
+            settings = {**dict(self), "shared_limit": find_shared_limit(self.shared_limit)}
+            self._call_settings = CallSettings.of(self._service, self._folder, self._cache, settings)
         return cast("CallSettings", self._call_settings)

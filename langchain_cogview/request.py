@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from stat import S_ISDIR
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypedDict
 
 from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -474,6 +477,27 @@ def checked_seconds(value: float | timedelta | None) -> float | None:
     return seconds
 
 
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _checked_hosts(hosts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if hosts:
+        from langchain_cogview.addresses import allowed_host  # noqa: PLC0415  the HTTP stack
+
+        for entry in hosts:
+            allowed_host(entry)
+    return hosts
+
+
+# Types of the settings of a generator that are checked one by one.
+SizeSetting = Annotated[str | None, BeforeValidator(partial(specified, quality=False))]
+QualitySetting = Annotated[Quality | None, BeforeValidator(partial(specified, quality=True))]
+TimeLimit = Annotated[float | timedelta | None, AfterValidator(checked_seconds)]
+ModelNames = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+HostNames = Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple), AfterValidator(_checked_hosts)]
+
+
 def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     """Check the settings of a generator that depend on each other or on the catalog.
 
@@ -503,6 +527,24 @@ def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     if settings["use_tasks"] is True and not all(model_info(name).tasks for name in models):
         raise ValueError("use_tasks=True needs a model that can make images as tasks, such as 'glm-image'.")
     return filter(None, (*request.warnings, *map(model_warning, settings["fallback_models"])))
+
+
+def check_picklable(settings: Mapping[str, Any], excluded: Collection[str]) -> None:
+    """Check that a generator can be made again in another process.
+
+    Args:
+        settings: Its settings by name.
+        excluded: Names of the settings that are objects of this process, or secrets, unless they are text or a path.
+
+    Raises:
+        TypeError: It cannot. The message names these settings.
+    """
+    fields = (name for name in settings if name in excluded or name == "output_dir")  # which can be a backend
+    held = [name for name in fields if not isinstance(settings[name], str | Path | None)]
+    if "shared_limit" not in held and "@" in (settings["shared_limit"] or ""):  # it may hold a password
+        held.append("shared_limit")
+    if held:
+        raise TypeError(f"A generator with {' and '.join(held)} cannot be pickled: make it in the other process.")
 
 
 @dataclass

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from langchain_cogview.api.tasks import TaskReply
     from langchain_cogview.budget import Charge
+    from langchain_cogview.generation import ImageOutcome
     from langchain_cogview.generator import CogViewImageGenerator
     from langchain_cogview.result import ImageResult
 
@@ -166,14 +167,18 @@ class ImageTask:
         """
         return await self.generator.acollect(self, config, seconds=_seconds(timeout))
 
-    def settle(self, outcome: object) -> None:
+    def settle(self, outcome: ImageOutcome) -> ImageOutcome:
         """Take a task that ended without an image out of the budget that it was submitted with.
 
         Args:
             outcome: What the task ended with.
+
+        Returns:
+            The same.
         """
         if self._charge is not None and isinstance(outcome, CogViewTaskFailedError | CogViewContentFilterError):
             self._charge.release()
+        return outcome
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_charge": None}  # the budget stays in its process

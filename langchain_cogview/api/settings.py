@@ -294,6 +294,24 @@ class Service(NamedTuple):
     region: Region
     base_url: str
 
+    @property
+    def is_sandbox(self) -> bool:
+        """Whether it is the sandbox in this process."""
+        return is_sandbox(self.base_url)
+
+    def with_key(self) -> Service:
+        """Complete the service of an unpickled generator with the key of this process's environment.
+
+        Returns:
+            The service with its key.
+
+        Raises:
+            CogViewConfigurationError: The environment has no key, or its form is not valid.
+        """
+        if self.key is not None:
+            return self
+        return self._replace(key=SANDBOX_KEY if self.is_sandbox else resolve_key(None, self.region, unpickled=True))
+
 
 def find_service(
     api_key: SecretStr | None, region: Region | None, base_url: str | None, *, injected: bool = False

@@ -15,7 +15,7 @@ CHINA, INTERNATIONAL = "https://open.bigmodel.cn/api/paas/v4", "https://api.z.ai
 
 def where(**settings):
     generator = CogViewImageGenerator(**settings)
-    return generator._base_url, generator._region, generator._key.get_secret_value()
+    return generator.resolved_base_url, generator.resolved_region, generator._service.key.get_secret_value()
 
 
 def test_the_variable_that_is_set_tells_the_platform(monkeypatch):
