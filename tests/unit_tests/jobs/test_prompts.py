@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
 
 import pytest
 
@@ -333,3 +334,30 @@ def test_what_stands_beside_a_prompt_comes_back_as_it_was_written():
     extra = {"mood": "calm \ud800 \\", "tags": ["犬", 1, 2.5, None, True], "nested": {"a b": {"c": "d e"}}}
     (item,) = checked({"prompt": "a cat on a mat", **extra}).items
     assert (item.extra, item.arguments) == (extra, {"prompt": "a cat on a mat"})
+
+
+def test_thousands_of_prompts_are_held_as_they_were_read_and_take_little_memory():
+    lines = [
+        {
+            "prompt": f"Product photo {number}: a teapot, style {number % 7}",
+            **({"id": f"\x00{number}\ud800\n"} if number % 3 else {}),
+        }
+        for number in range(5_001)
+    ]
+    items = checked(*lines).items
+    assert len(items) == 5_001
+    assert [item.arguments["prompt"] for item in items] == [line["prompt"] for line in lines]
+    assert [(item.extra or {}).get("id") for item in items] == [line.get("id") for line in lines]
+    assert [*items.keys()] == [(item.key, item.n) for item in items]
+    for position in (0, 499, 500, 2_718, 4_999, 5_000, -1, -5_001):
+        assert items[position].arguments["prompt"] == lines[position]["prompt"]
+    assert [item.number for item in items[998:1_003]] == [*range(999, 1_004)]
+    with pytest.raises(IndexError):
+        items[5_001]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        held = checked(*({"prompt": line["prompt"]} for line in lines))
+        assert tracemalloc.get_traced_memory()[0] - before < 100 * len(held.items)  # bytes
+    finally:
+        tracemalloc.stop()
