@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.faults.reply_table import KEY
 
 ROOT = Path(__file__).parents[2]
@@ -16,9 +17,10 @@ SECRET = KEY.split(".")[1]
 
 
 def child(*arguments: object, python: tuple[str, ...] = (), **more: Any) -> subprocess.Popen[str]:
-    """One of `tests.faults.children`, with the key in its environment."""
+    """One of `tests.faults.children`, with the key in its environment; with options of Python in an interpreter of its own."""
+    program = (sys.executable, *python) if python else forked.python()
     return subprocess.Popen(
-        [sys.executable, *python, "-m", "tests.faults.children", *map(str, arguments)],
+        [*program, "-m", "tests.faults.children", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "ZHIPUAI_API_KEY": KEY},
         stdout=subprocess.PIPE,

@@ -83,19 +83,22 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    "content", [IMAGE, LARGE, LARGE[:-1], LARGE[:-2]], ids=["small", "large", "one less", "two less"]
+    "content", [IMAGE, IMAGE[:-1], IMAGE[:-2], LARGE], ids=["small", "one less", "two less", "large"]
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_image_data_is_found_in_every_form_that_gateways_send(form, content):
     raw = FORMS[form](content).encode()
     members = gzip.compress(raw[:700], 1) + gzip.compress(raw[700:], 1)
-    for encoding, packed in (
+    packings = [
         ("", raw),
+        ("gzip", members + b"\0\0 behind"),
         ("gzip", gzip.compress(raw, 1)),
         ("deflate", zlib.compress(raw, 1)),
         ("gzip", members),
-        ("gzip", members + b"\0\0 behind"),
-    ):
+    ]
+    for encoding, packed in packings[
+        : 2 if content is LARGE else None
+    ]:  # a large one passes through the same, in more chunks
         reply = read(packed, encoding)
         assert reply.content == content
         assert reply.urls == ()

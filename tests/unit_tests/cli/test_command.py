@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 
 from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, cli, errors
 from langchain_cogview.cli import output as shell
+from langchain_cogview.concurrency import CancelToken
 from langchain_cogview.images import store
 from tests.forked import python
 
@@ -664,8 +665,14 @@ def test_each_failure_has_its_exit_code_its_hint_and_its_request_id(folder, trig
     assert [*folder.iterdir()] == []
 
 
-def test_busy_is_5_after_all_attempts(folder, monkeypatch):
+@pytest.fixture
+def no_waits(monkeypatch):
+    """Between two attempts of a request, and between two of a download."""
+    monkeypatch.setattr(CancelToken, "wait", lambda token, seconds=None: token.is_set())
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def test_busy_is_5_after_all_attempts(folder, no_waits):
     for trigger, message in (("busy", "The model is overloaded"), ("unavailable", "The service is unavailable")):
         result = drawn(f"a cat [[{trigger}]]")
         assert (result.exit_code, result.stdout) == (5, "")
@@ -679,8 +686,7 @@ def test_time_that_ends_after_the_request_was_sent_is_7(folder):
     assert "Check the provider's console before you run it again: that can pay twice.\n" in result.stderr
 
 
-def test_nobody_at_the_address_is_5_and_shows_no_key(folder, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+def test_nobody_at_the_address_is_5_and_shows_no_key(folder, no_waits):
     result = cogview("a cat", "--base-url", "http://127.0.0.1:9", env={"ZHIPUAI_API_KEY": KEY})
     assert result.exit_code == 5
     assert result.stderr.startswith("Error: The service could not be reached; nothing was sent.\n")
@@ -800,10 +806,11 @@ def test_a_key_of_wrong_form_is_2_and_is_not_shown(folder, key):
     assert KEY[:10] not in result.output
 
 
-def test_hints_speak_of_options_not_of_python(folder, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+def test_hints_speak_of_options_not_of_python(folder, no_waits):
     for trigger in ("auth", "busy", "malformed", "expired-url", "rate-limit:9"):
-        text = drawn(f"a cat [[{trigger}]]").stderr
+        # A wait of 9 seconds fits into no time limit of 8: the request is not sent again.
+        text = drawn(f"a cat [[{trigger}]]", *(("--timeout", "8") if "rate" in trigger else ())).stderr
+        assert "Error: " in text or "Warning: " in text
         assert not any(word in text for word in ("region=", "max_", "retry_unknown", "output_dir", "save()", "()")), (
             text
         )
