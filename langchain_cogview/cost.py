@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Annotated, Any, Final
-
-from pydantic import AfterValidator
+from typing import TYPE_CHECKING, Any, Final
 
 from langchain_cogview.artifact import GENERATED_EVENT, PROGRESS_EVENT, RETRY_EVENT
 from langchain_cogview.catalog import PRICES_AS_OF, money_text
 from langchain_cogview.errors import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Mapping
     from datetime import date
 
 
@@ -51,14 +48,15 @@ def checked_amount(value: Any) -> Decimal:
     return amount or Decimal(0)
 
 
-def _checked_prices(prices: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
+def checked_prices(prices: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
+    """Check prices by model, each as `checked_amount` does.
+
+    Returns:
+        The prices as they were passed.
+    """
     for amount in (prices or {}).values():
         checked_amount(amount)
     return prices
-
-
-Prices = Annotated[Mapping[str, Decimal] | None, AfterValidator(_checked_prices)]
-"""Type of a setting: prices of one image by model, each as `checked_amount` takes it; None for the list prices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,9 @@ from langchain_cogview.api.redaction import SafeErrors, attempt, with_secret_key
 from langchain_cogview.api.settings import Service, find_service, find_shared_limit, preload, service_warnings
 from langchain_cogview.batches import BatchRunnable, logged_handler_errors, traced_config
 from langchain_cogview.budget import Budget, Reservation, reserved
-from langchain_cogview.catalog import Region, model_info, price_of
+from langchain_cogview.catalog import Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import Priority
-from langchain_cogview.cost import Money, Prices
+from langchain_cogview.cost import Money, checked_prices
 from langchain_cogview.enhance import PromptEnhancer
 from langchain_cogview.events import NO_DISPATCHER, EventDispatcher, graph_streams
 from langchain_cogview.images.backend import BackendFolder
@@ -34,17 +35,16 @@ from langchain_cogview.request import (
     REQUEST_DEFAULTS,
     FolderCheck,
     GeneratorSettings,
-    HostNames,
     ImageInput,
     ImageRequest,
-    ModelNames,
-    QualitySetting,
-    SizeSetting,
-    TimeLimit,
+    as_tuple,
     check_names,
     check_picklable,
+    checked_hosts,
+    checked_seconds,
     checked_settings,
     request_of,
+    specified,
 )
 from langchain_cogview.result import ImageResult
 from langchain_cogview.tasks import ImageTask, checked_task
@@ -155,15 +155,15 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """The platform as it was passed; `resolved_region` is the one in use."""
     base_url: str | None = None
     """The base URL as it was passed; `resolved_base_url` is the one in use."""
-    size: SizeSetting = None
+    size: str | None = None
     """Size of the images; None for the model's default."""
-    quality: QualitySetting = None
+    quality: Quality | None = None
     """Quality of the images; None for the model's default."""
     user_id: str | None = None
     """The end user, for the provider's abuse reports."""
     watermark_enabled: bool | None = None
     """Whether images have the provider's watermark; None for the service's default (true)."""
-    timeout: TimeLimit = 120.0
+    timeout: float | timedelta | None = 120.0
     """Total seconds for one image; None for no limit."""
     max_retries: int = Field(default=2, ge=0, le=100)
     """Further attempts of a request that certainly did not run."""
@@ -183,7 +183,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """The injected client of sync API requests, which is never closed."""
     http_async_client: Any = Field(default=None, exclude=True, repr=False)
     """The injected client of async API requests, which is never closed."""
-    fallback_models: ModelNames = ()
+    fallback_models: tuple[str, ...] = ()
     """The models that are called if the one before did not run."""
     use_tasks: Literal["auto"] | bool = "auto"
     """Whether the task endpoint is used; `auto` if the model allows it."""
@@ -191,7 +191,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Seconds between two polls of a task."""
     usd_per_cny: Decimal | None = Field(default=None, gt=0)
     """US dollars for one yuan, for the cost column of LangSmith; None: amounts in yuan have no cost there."""
-    prices: Prices = None
+    prices: Mapping[str, Decimal] | None = None
     """Prices of one image by model, which replace the list prices."""
     download: bool = True
     """Whether the bytes are fetched."""
@@ -201,7 +201,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
     """Options of fsspec for such a URL."""
     cache: BaseCache | Path | str | None = Field(default=None, exclude=True, repr=False)
     """A LangChain cache or a directory; None for none."""
-    allowed_image_hosts: HostNames = None
+    allowed_image_hosts: tuple[str, ...] | None = None
     """The only hosts from which images are fetched; None for every public host."""
     include_prompt_in_events: bool = False
     """Whether `cogview.content_filter` events have the prompt."""
@@ -225,8 +225,14 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
 
     def _construct(self, name: str | None, settings: Mapping[str, Any]) -> None:
         check_names(settings, type(self).model_fields)
-        values = with_secret_key(settings)
-        super().__init__(**values if name is None else {"name": name, **values})
+        super().__init__(**({} if name is None else {"name": name}), **with_secret_key(settings))
+
+    _check_size = field_validator("size", mode="before")(partial(specified, quality=False))
+    _check_quality = field_validator("quality", mode="before")(partial(specified, quality=True))
+    _check_timeout = field_validator("timeout")(checked_seconds)
+    _check_prices = field_validator("prices")(checked_prices)
+    _accept_one = field_validator("allowed_image_hosts", "fallback_models", mode="before")(as_tuple)
+    _check_hosts = field_validator("allowed_image_hosts")(checked_hosts)
 
     @field_validator("http_client", "http_async_client")
     @classmethod
@@ -339,9 +345,7 @@ class CogViewImageGenerator(SafeErrors, BatchRunnable):
         """The fields that LangChain serializes in another form."""
         values = {"output_dir": self.output_dir, "usd_per_cny": self.usd_per_cny}
         forms: dict[str, Any] = {name: str(value) for name, value in values.items() if value is not None}
-        if self.prices is not None:
-            forms["prices"] = {name: str(price) for name, price in self.prices.items()}
-        return forms
+        return forms if self.prices is None else forms | {"prices": {name: str(p) for name, p in self.prices.items()}}
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         # Settings are values, and injected objects are used as they are, in the copy too.

@@ -5,17 +5,14 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from stat import S_ISDIR
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict
 
 from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -477,25 +474,23 @@ def checked_seconds(value: float | timedelta | None) -> float | None:
     return seconds
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """Return a single text as a tuple of it, and every other value as it is."""
     return (value,) if isinstance(value, str) else value
 
 
-def _checked_hosts(hosts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+def checked_hosts(hosts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Check the entries of `allowed_image_hosts`; a ValueError says which one is not a host.
+
+    Returns:
+        The entries as they were passed.
+    """
     if hosts:
         from langchain_cogview.addresses import allowed_host  # noqa: PLC0415  the HTTP stack
 
         for entry in hosts:
             allowed_host(entry)
     return hosts
-
-
-# Types of the settings of a generator that are checked one by one.
-SizeSetting = Annotated[str | None, BeforeValidator(partial(specified, quality=False))]
-QualitySetting = Annotated[Quality | None, BeforeValidator(partial(specified, quality=True))]
-TimeLimit = Annotated[float | timedelta | None, AfterValidator(checked_seconds)]
-ModelNames = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-HostNames = Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple), AfterValidator(_checked_hosts)]
 
 
 def checked_settings(settings: Mapping[str, Any]) -> Iterator[str]:
