@@ -87,7 +87,7 @@ def become(arguments: list[str], folder: str, environment: dict[bytes, bytes], d
     os.environb.clear()
     os.environb.update(environment)
     sys.argv = arguments
-    sys.path[0] = ""
+    sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
         new = open(

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from langchain_cogview import (
     run_job,
 )
 from langchain_cogview.errors import CogViewStorageError
+from tests import forked
 
 NOBODY = "~nobody-has-this-name/x"
 NO_HOME = pytest.mark.parametrize("path", [NOBODY, Path(NOBODY)], ids=["text", "path"])
@@ -78,7 +78,7 @@ for text in (tool.invoke({"prompt": "a fox"}), asyncio.run(tool.ainvoke({"prompt
     print(text)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
+        [*forked.python(), "-c", program, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import copy
+import functools
 import html
 import json
 import logging
@@ -178,6 +179,19 @@ FRAMES = {
 }
 
 
+@functools.cache
+def needles(key):
+    """Ten characters of the key in a row, in any of the forms above."""
+    found = set()
+    for name, form in ECHOES.items():
+        needle = re.sub(r"[\W_]|0x", "", form(key), flags=re.ASCII).lower()
+        needle = needle[
+            {"base64 of the header": 10, "base64 of a login": 2, "base64 for URLs, in lines": 4}.get(name, 0) :
+        ]
+        found |= {needle[start : start + 10] for start in range(max(1, len(needle) - 9))}
+    return found
+
+
 def shows_key(text, key):
     """Whether a text has the key, or 8 characters of it in a row, in any of the forms above."""
     views = [text]
@@ -185,13 +199,8 @@ def shows_key(text, key):
         views.append(html.unescape(unquote(re.sub(r"\\+(?:u00|x)([0-9a-fA-F]{2})", r"%\1", views[-1]))))
     for view in views:
         squeezed = re.sub(r"[\W_]|0x", "", view, flags=re.ASCII).lower()
-        for name, form in ECHOES.items():
-            needle = re.sub(r"[\W_]|0x", "", form(key), flags=re.ASCII).lower()
-            needle = needle[
-                {"base64 of the header": 10, "base64 of a login": 2, "base64 for URLs, in lines": 4}.get(name, 0) :
-            ]
-            if any(needle[start : start + 10] in squeezed for start in range(max(1, len(needle) - 9))):
-                return True
+        if any(needle in squeezed for needle in needles(key)):
+            return True
     return False
 
 

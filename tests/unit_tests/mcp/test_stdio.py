@@ -18,6 +18,8 @@ pytest.importorskip("mcp")
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
+from tests import forked
+
 COMMAND = [sys.executable, "-m", "langchain_cogview.cli", "mcp"]
 INITIALIZE = {
     "jsonrpc": "2.0", "id": 0, "method": "initialize",
@@ -44,9 +46,9 @@ def environment(service=None):
 class Process:
     """A server whose standard streams the test holds, so that it sees every byte."""
 
-    def __init__(self, folder, *options, env):
+    def __init__(self, folder, *options, env, by=(sys.executable,)):
         self.process = subprocess.Popen(
-            [*COMMAND, "--output-dir", str(folder), *options],
+            [*by, "-m", "langchain_cogview.cli", "mcp", "--output-dir", str(folder), *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
         )  # fmt: skip
         self.send(INITIALIZE)
@@ -97,7 +99,7 @@ async def test_the_command_serves_the_sdks_client(tmp_path, mode):
 
 
 def test_garbage_is_answered_or_ignored_and_the_server_goes_on(tmp_path):
-    server = Process(tmp_path, "--sandbox", env=environment())
+    server = Process(tmp_path, "--sandbox", env=environment(), by=forked.python())
     for garbage in (
         b"\xff\xfe garbage",
         b"{",
