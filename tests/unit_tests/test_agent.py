@@ -60,7 +60,7 @@ def tool(sandbox, tmp_path):
 
 
 @both
-def test_an_agent_draws_and_the_image_is_in_its_output(tool, how):
+def test_an_agent_generates_and_the_image_is_in_its_output(tool, how):
     output = run(agent_of(tool, wants("a kitten", size="1344x768")), how)
     image = images_from_messages(output)[0]
     assert image.path.read_bytes().startswith(b"\x89PNG")
@@ -162,7 +162,7 @@ async def test_filter_events_come_through_the_agents_event_stream(tool):
 
 
 @both
-def test_a_handler_given_to_the_agent_hears_the_filter(tool, how):
+def test_a_handler_of_the_agent_receives_the_content_filter_event(tool, how):
     handler = ContentFilterCallbackHandler()
     run(agent_of(tool, wants("[[content-filter:1]] a", "[[flagged]] b")), how, config={"callbacks": [handler]})
     assert {(event["tool_call_id"], event["blocked"], event["level"]) for event in handler.events} == {

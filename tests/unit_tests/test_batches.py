@@ -40,7 +40,7 @@ def test_every_input_comes_back_with_its_number_and_a_failure_is_a_value(generat
 
 
 @both
-def test_an_endless_iterator_is_taken_only_as_far_as_it_is_used(sandbox, how):
+def test_an_endless_iterator_is_read_only_as_far_as_it_is_used(sandbox, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=2)
     taken = []
 
@@ -69,7 +69,7 @@ def test_an_endless_iterator_is_taken_only_as_far_as_it_is_used(sandbox, how):
     assert len(taken) <= 5 + 2 * generator.max_workers() + 1
 
 
-async def test_an_async_iterable_is_taken_too(generator):
+async def test_an_async_iterable_is_accepted_too(generator):
     async def prompts():
         for animal in ("a fox", "a hare"):
             await asyncio.sleep(0)
@@ -88,7 +88,7 @@ def test_the_sync_stream_says_that_an_async_iterable_is_for_the_other(generator)
 
 
 @both
-def test_what_the_iterable_raises_comes_after_everything_that_was_taken(generator, how):
+def test_what_the_iterable_raises_comes_after_everything_that_was_read(generator, how):
     def prompts():
         yield "a fox"
         yield "a hare"
@@ -109,7 +109,7 @@ def test_what_the_iterable_raises_comes_after_everything_that_was_taken(generato
     assert sorted(number for number, _ in found) == [0, 1]
 
 
-def test_a_stream_that_is_left_sends_nothing_more_and_tells_what_nobody_took(caplog):
+def test_a_stream_that_is_left_sends_nothing_more_and_logs_the_results_that_nobody_read(caplog):
     going_on = threading.Event()
     begun = threading.Barrier(2, timeout=PATIENCE)
 
@@ -250,7 +250,7 @@ async def test_a_cancelled_waiter_sends_nothing_and_leaves_no_hole(sandbox):
     assert [request.prompt for request in sandbox.requests] == ["[[slow:60]] first", "last"]
 
 
-def test_the_queue_for_a_place_is_not_part_of_the_time_limit(sandbox):
+def test_the_wait_for_a_slot_is_not_part_of_the_time_limit(sandbox):
     for latency in (0.2, 2, 20):
         sandbox.latency = latency
         generator = CogViewImageGenerator(
@@ -263,7 +263,7 @@ def test_the_queue_for_a_place_is_not_part_of_the_time_limit(sandbox):
     assert not failed
 
 
-def test_a_refused_call_goes_again_and_keeps_its_turn():
+def test_a_refused_call_is_sent_again_and_keeps_its_position_in_the_queue():
     with Sandbox(in_flight_limit=2, latency=0.05) as sandbox:
         generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=8)
         results = generator.batch([f"picture {n}" for n in range(20)], return_exceptions=True)
@@ -325,7 +325,7 @@ def test_one_input_in_place_of_many_is_refused_before_anything_is_sent(generator
     assert not sandbox.requests
 
 
-async def test_a_sync_call_that_blocks_the_loop_whose_tasks_have_all_places_ends_with_an_error(sandbox):
+async def test_a_sync_call_that_blocks_the_loop_whose_tasks_have_all_slots_ends_with_an_error(sandbox):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_concurrency=1, download=False, timeout=0.2)
     patient = generator.model_copy(update={"timeout": 200})
     first = asyncio.create_task(patient.ainvoke("[[slow:100]] first"))

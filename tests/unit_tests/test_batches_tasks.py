@@ -182,7 +182,7 @@ def test_a_failed_task_says_so_when_asked(generator):
     assert generator.submit("[[task-fail]]").status() == "failed"
 
 
-def test_an_unknown_or_blank_id_is_told_as_such(generator):
+def test_an_unknown_or_blank_id_is_reported_as_such(generator):
     with pytest.raises(CogViewNotFoundError) as caught:
         ImageTask.resume("nothing", generator=generator).result()
     assert caught.value.task_id == "nothing"
@@ -252,7 +252,7 @@ def test_another_process_finishes_what_this_one_asked_for(tmp_path):
         assert server.sandbox.images_made == 1
 
 
-async def test_who_leaves_a_task_that_was_submitted_is_told_its_id(generator, sandbox, caplog):
+async def test_a_cancelled_wait_for_a_task_logs_its_id(generator, sandbox, caplog):
     call = asyncio.create_task(generator.ainvoke("[[task-polls:1000]]"))
     while not sandbox.polls:
         await asyncio.sleep(0.001)
@@ -264,7 +264,7 @@ async def test_who_leaves_a_task_that_was_submitted_is_told_its_id(generator, sa
 
 
 @both
-def test_polls_are_told_as_progress(generator, how):
+def test_polls_are_reported_as_progress(generator, how):
     from langchain_core.callbacks import BaseCallbackHandler
 
     class Heard(BaseCallbackHandler):

@@ -157,14 +157,14 @@ def test_collecting_blocks_can_be_nested(generator):
 
 @pytest.mark.parametrize("make", [ContentFilterCallbackHandler, AsyncContentFilterCallbackHandler])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_handler_that_is_in_the_list_twice_hears_once(generator, tool, way, make):
+def test_a_handler_that_is_in_the_list_twice_is_called_once(generator, tool, way, make):
     got = []
     handler = make(got.append)
     WAYS[way](generator, tool, {"callbacks": [handler, handler]})
     assert len(handler.events) == len(got) == 1
 
 
-def test_collecting_in_one_thread_does_not_hear_another(generator):
+def test_collecting_in_one_thread_does_not_receive_the_events_of_another(generator):
     def other():
         generator.invoke(FLAGGED)
 

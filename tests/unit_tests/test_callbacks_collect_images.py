@@ -133,7 +133,7 @@ def test_an_image_saved_elsewhere_is_read_with_the_generators_own_access(sandbox
     assert len(images[0].read()) == images[0].size_bytes
 
 
-def test_blocks_can_be_nested_and_other_threads_are_not_heard(generator):
+def test_blocks_can_be_nested_and_other_threads_are_not_collected(generator):
     with collect_images() as outer:
         generator.invoke("one")
         with collect_images() as inner:

@@ -125,7 +125,7 @@ def test_counts_are_there_when_nothing_is_shown(capsys, run):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_failed_before_it_was_sent_is_counted_when_it_is_given():
+def test_what_failed_before_it_was_sent_is_counted_when_it_is_passed():
     handler = ProgressCallbackHandler(total=6)
     handler.count_failure(CogViewInvalidRequestError("The size is illegal."), images=3)
     handler.count_failure(ValueError("no prompt"))
@@ -133,7 +133,7 @@ def test_what_failed_before_it_was_sent_is_counted_when_it_is_given():
     assert (handler.failed, handler.blocked, handler.ended, handler.costs.failed) == (4, 1, 5, 0)
 
 
-def test_a_failure_that_an_event_told_is_not_counted_again():
+def test_a_failure_that_an_event_reported_is_not_counted_again():
     ids = [new_id() for _ in range(3)]
     handler = ProgressCallbackHandler()
     SENDER.invoke([unknown(ids[0]), blocked(ids[1])], {"callbacks": [handler]})
@@ -175,7 +175,7 @@ def test_what_is_remembered_of_failures_is_bounded():
     assert handler.failed == 10_011
 
 
-def test_it_hears_what_a_collecting_block_hears():
+def test_it_receives_what_a_collecting_block_receives():
     with collect_image_costs() as costs, ProgressCallbackHandler() as handler:
         SENDER.invoke([generated(), generated()], {"callbacks": [handler]})
     assert handler.done == costs.images == 2
@@ -296,7 +296,7 @@ def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn(clock):
         terminal.wait_for("00:20<01:40, 10.00s/it")
 
 
-def test_the_bar_shows_what_was_told_last_though_nothing_follows():
+def test_the_bar_shows_the_last_event_though_nothing_follows():
     with Terminal() as terminal, ProgressCallbackHandler(total=5) as handler:
         for _ in range(5):
             handler.on_event(*progress("sent"))
@@ -369,7 +369,7 @@ def test_images_that_cost_nothing_do_not_speak_of_cost():
     assert terminal.drawings[-1].endswith(("it/s", "s/it"))
 
 
-def test_closing_twice_draws_once_and_later_events_are_still_counted():
+def test_closing_twice_writes_once_and_later_events_are_still_counted():
     with Terminal() as terminal:
         handler = ProgressCallbackHandler(total=2)
         handler.on_event(*generated())
@@ -483,7 +483,7 @@ class TestWithoutTqdm:
         assert terminal.text == ""
         assert handler.done == 1
 
-    def test_who_wants_the_bar_is_told_what_to_install(self):
+    def test_without_tqdm_the_bar_names_what_to_install(self):
         with pytest.raises(ImportError, match=r'pip install "langchain-cogview\[progress\]"'):
             ProgressCallbackHandler(show=True)
 

@@ -149,7 +149,7 @@ def test_an_unknown_outcome_in_the_sandbox_costs_nothing():
     assert "1 not received (no cost)" in str(costs)
 
 
-def test_images_under_way_are_told():
+def test_images_in_flight_are_shown():
     ids = [new_id() for _ in range(4)]
     costs = costs_of(
         *[progress("sent", each) for each in ids], progress("sent", ids[0]), progress("processing", ids[1])
@@ -174,7 +174,7 @@ def test_the_text_is_one_line_and_names_the_day_of_the_prices():
     assert str(costs_of(generated())) == "Made 1 image for 0.06 CNY (list prices of 2026-10-01)"
 
 
-def test_an_amount_is_never_told_in_powers_of_ten():
+def test_an_amount_is_never_written_in_powers_of_ten():
     costs = costs_of(generated(cost="1E-7"), generated(cost="1E+2", currency="USD"))
     assert "0.0000001 CNY + 100 USD" in str(costs)
     assert costs.to_dict()["amounts"] == {"CNY": "0.0000001", "USD": "100"}
@@ -332,7 +332,7 @@ def test_blocks_leave_nothing_behind_in_langchain():
     assert len(_configure_hooks) == before
 
 
-async def test_an_event_is_heard_though_every_thread_of_the_loop_is_busy():
+async def test_an_event_arrives_though_every_thread_of_the_loop_is_busy():
     loop, free = asyncio.get_running_loop(), threading.Event()
     with ThreadPoolExecutor(1) as executor:
         loop.set_default_executor(executor)

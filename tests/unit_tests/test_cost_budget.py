@@ -270,7 +270,7 @@ def test_a_submitted_task_counts(sandbox, how):
 
 
 @both
-def test_a_task_that_makes_no_image_gives_its_place_back(sandbox, tmp_path, how):
+def test_a_task_that_makes_no_image_releases_its_reservation(sandbox, tmp_path, how):
     tool = CogViewImageTool(base_url=sandbox.base_url, model="glm-image", output_dir=tmp_path, max_images=1)
     for _ in range(2):
         assert "nothing" not in run(tool, how, prompt="[[content-filter]]").content
@@ -325,7 +325,7 @@ def test_a_job_counts_each_post_that_may_be_charged_over_all_runs(sandbox, tmp_p
 
 
 @both
-def test_the_costs_tell_each_post_that_may_have_been_charged(sandbox, how):
+def test_the_costs_count_each_post_that_may_have_been_charged(sandbox, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, retry_unknown=True, max_retries=2)
     sandbox.fail_next("server-error", times=3)
     with collect_image_costs() as costs, pytest.raises(CogViewOutcomeUnknownError):
@@ -358,7 +358,7 @@ def test_an_absurd_amount_is_refused_as_a_price_and_as_a_budget(amount, tmp_path
 
 
 @given(st.decimals(min_value=0, max_value=10**9, places=6), st.integers(1, 100))
-def test_every_price_that_is_taken_can_be_counted(amount, count):
+def test_every_price_that_is_accepted_can_be_counted(amount, count):
     price = Money(checked_amount(amount), "CNY")
     charges = Charges()
     charges.add(price, count)
@@ -413,7 +413,7 @@ class Sent(BaseCallbackHandler):
             self.told.append(data["uncertain"])
 
 
-def test_the_event_of_a_failure_tells_how_many_requests_may_have_been_charged(sandbox):
+def test_the_event_of_a_failure_says_how_many_requests_may_have_been_charged(sandbox):
     sent = Sent()
     generator = CogViewImageGenerator(base_url=sandbox.base_url, retry_unknown=True, max_retries=2)
     sandbox.fail_next("server-error")

@@ -176,7 +176,7 @@ def allows_another(tool):
 
 
 @stages
-def test_a_tools_allowance_is_free_after_a_call_that_was_cancelled_unsent(hanging, stage):
+def test_a_tools_budget_is_released_after_a_call_that_was_cancelled_unsent(hanging, stage):
     server, url = hanging
     tool = CogViewImageTool(base_url=url, api_key=FAKE_KEY, max_images=1)
     cancelled_at(server, lambda: tool.ainvoke({"prompt": "a kitten"}))
@@ -185,7 +185,7 @@ def test_a_tools_allowance_is_free_after_a_call_that_was_cancelled_unsent(hangin
 
 @handshake
 @stages
-def test_a_tools_allowance_is_free_after_a_call_that_was_interrupted_unsent(hanging, stage, interrupted_at):
+def test_a_tools_budget_is_released_after_a_call_that_was_interrupted_unsent(hanging, stage, interrupted_at):
     server, url = hanging
     tool = CogViewImageTool(base_url=url, api_key=FAKE_KEY, max_images=1)
     interrupted_at(server, lambda: tool.invoke({"prompt": "a kitten"}))

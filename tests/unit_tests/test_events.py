@@ -35,7 +35,7 @@ def invoked(generator, how, given="a kitten", *handlers):
 
 
 @both
-def test_an_image_tells_that_it_was_sent_and_that_it_is_safe(sandbox, tmp_path, how):
+def test_an_image_has_an_event_when_it_is_sent_and_one_when_it_is_generated(sandbox, tmp_path, how):
     heard = Heard()
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path)
     result = invoked(generator, how, "a kitten", heard)
@@ -49,7 +49,7 @@ def test_an_image_tells_that_it_was_sent_and_that_it_is_safe(sandbox, tmp_path, 
 
 
 @both
-def test_waiting_to_be_sent_again_is_told_with_the_reason(sandbox, how):
+def test_a_wait_before_a_retry_is_an_event_with_the_reason(sandbox, how):
     heard = Heard()
     sandbox.fail_next("rate-limit", retry_after=0)
     sandbox.fail_next("unavailable", retry_after=0)
@@ -70,7 +70,7 @@ def test_waiting_to_be_sent_again_is_told_with_the_reason(sandbox, how):
         ("[[balance]]", (False, "final", "account", False)),
     ],
 )
-def test_an_image_that_was_not_made_tells_why(sandbox, how, prompt, facts):
+def test_the_event_of_an_image_that_was_not_made_says_why(sandbox, how, prompt, facts):
     heard = Heard()
     with pytest.raises(CogViewError):
         invoked(CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0), how, prompt, heard)
@@ -80,7 +80,7 @@ def test_an_image_that_was_not_made_tells_why(sandbox, how, prompt, facts):
 
 
 @both
-def test_each_image_of_several_tells_of_itself(sandbox, how):
+def test_each_image_of_several_has_its_own_events(sandbox, how):
     heard = Heard()
     invoked(CogViewImageGenerator(base_url=sandbox.base_url, n=3), how, "x", heard)
     assert sorted(heard.names) == ["generated"] * 3 + ["sent"] * 3
@@ -126,7 +126,7 @@ def test_an_unknown_price_is_unknown_and_not_zero():
     assert generator.invoke("x").cost is None
 
 
-def test_prices_can_be_told():
+def test_prices_can_be_set():
     generator = paid(prices={"CogView-4-250304": "0.05", "tomorrow-1": 1})
     assert generator.price() == (Decimal("0.05"), "CNY")
     assert generator.price("tomorrow-1") == (Decimal(1), "CNY")

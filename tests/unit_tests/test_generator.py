@@ -83,7 +83,7 @@ def test_every_kind_of_input_paints_its_text_and_nothing_else(generator, sandbox
     assert prompts(sandbox) == [prompt, prompt]
 
 
-def test_left_out_messages_are_told(generator):
+def test_messages_that_are_left_out_are_reported(generator):
     result = generator.invoke([SystemMessage("be kind"), HumanMessage("a cat")])
     assert "1 before it were ignored" in result.warnings[0]
 
@@ -105,7 +105,7 @@ def test_it_stands_in_a_chain(generator, sandbox):
     assert prompts(sandbox) == ["draw a cat"] * 3
 
 
-def test_arguments_can_be_given_for_one_call(generator, sandbox):
+def test_arguments_can_be_passed_for_one_call(generator, sandbox):
     generator.invoke({"prompt": "x", "size": "16:9", "quality": "hd", "user_id": "user-1"})
     generator.bind(size="square").invoke("x")
     generator.bind(size="square").invoke({"prompt": "x", "size": "720x1440"})
@@ -370,7 +370,7 @@ def test_an_output_dir_that_is_a_file_is_refused_before_anything_is_paid(sandbox
         assert generator.invoke("x").path.parent == file
 
 
-def test_without_download_only_the_url_is_given(sandbox):
+def test_without_download_the_result_has_only_the_url(sandbox):
     result = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("x")
     assert result.url and result.sha256 is None and sandbox.downloads == []
     assert result.read().startswith(b"\x89PNG")
@@ -491,12 +491,12 @@ def test_what_was_injected_refuses_to_be_pickled_and_is_shared_by_a_copy():
         assert copy.deepcopy(generator).http_client is client
 
 
-def test_a_named_sandbox_that_is_gone_is_told():
+def test_a_named_sandbox_that_is_gone_is_an_error():
     with pytest.raises(CogViewConfigurationError, match="no sandbox"):
         CogViewImageGenerator(base_url="sandbox:nowhere").invoke("x")
 
 
-def test_who_may_have_paid_hears_that_before_anything_else(generator, sandbox):
+def test_a_possible_charge_is_reported_before_any_other_error(generator, sandbox):
     sandbox.fail_next("balance", times=2)
     sandbox.fail_next("malformed")
     with pytest.raises(CogViewOutcomeUnknownError):
@@ -555,7 +555,7 @@ def test_a_later_refusal_does_not_hide_what_may_have_been_charged(sandbox):
     assert "earlier attempt may have been charged" in result.warnings[0]
 
 
-async def test_who_leaves_after_the_payment_is_told_where_the_image_is(generator, sandbox, caplog):
+async def test_a_caller_who_leaves_after_the_payment_learns_where_the_image_is(generator, sandbox, caplog):
     task = asyncio.create_task(generator.ainvoke("[[not-yet:3]]"))
     while not sandbox.downloads:
         await asyncio.sleep(0.001)

@@ -52,7 +52,7 @@ def test_after_a_block_an_unknown_outcome_or_no_money_no_other_model_is_asked(sa
 
 
 @both
-def test_when_none_runs_the_last_error_tells_of_those_before(sandbox, how):
+def test_when_none_runs_the_last_error_names_those_before(sandbox, how):
     sandbox.fail_next("busy", times=3)
     with pytest.raises(CogViewBusyError) as caught:
         invoked(made(sandbox, "cogview-3-flash", "cogview-4"), how)
@@ -61,7 +61,7 @@ def test_when_none_runs_the_last_error_tells_of_those_before(sandbox, how):
 
 
 @both
-def test_a_size_or_quality_that_the_other_model_does_not_know_is_changed_and_told(sandbox, how):
+def test_a_size_or_quality_that_the_other_model_does_not_know_is_changed_with_a_warning(sandbox, how):
     sandbox.fail_next("busy")
     result = invoked(made(sandbox, "glm-image", size="1040x1040", quality="standard", poll_interval=0.01), how)
     assert result.model == "glm-image"
@@ -77,7 +77,7 @@ def test_a_prompt_that_is_too_long_for_the_other_model_leaves_it_out(sandbox):
     assert len(sandbox.requests) == 1
 
 
-def test_one_model_may_be_given_as_text_and_an_unknown_one_warns(sandbox):
+def test_one_model_may_be_passed_as_text_and_an_unknown_one_warns(sandbox):
     assert CogViewImageGenerator(base_url=sandbox.base_url, fallback_models="cogview-4").fallback_models == (
         "cogview-4",
     )

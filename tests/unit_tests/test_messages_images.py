@@ -124,7 +124,7 @@ def test_an_iterator_and_a_single_message_are_read():
         convert_to_openai_messages(MESSAGES),
     ],
 )
-def test_where_there_are_no_images_nothing_is_said(nothing):
+def test_where_there_are_no_images_there_is_no_warning(nothing):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert images_from_messages(nothing) == []
@@ -134,7 +134,7 @@ def test_where_there_are_no_images_nothing_is_said(nothing):
     "unknown",
     ["text", b"bytes", 5, object(), [5, "x", object()], {"messages": 5}, {"messages": [object()]}, {"output": "text"}],
 )
-def test_what_is_not_understood_is_told_in_one_short_warning(unknown):
+def test_what_is_not_understood_is_reported_in_one_short_warning(unknown):
     with pytest.warns(UserWarning, match="left out") as caught:
         assert images_from_messages(unknown) == []
     [warning] = caught
@@ -151,7 +151,7 @@ def test_one_damaged_image_costs_the_others_nothing():
     assert len(caught) == 1
 
 
-def test_the_same_image_of_two_tool_calls_is_given_twice():
+def test_the_same_image_of_two_tool_calls_is_returned_twice():
     twice = [ToolMessage("x", tool_call_id=call, artifact=artifact("a")) for call in ("1", "2")]
     assert len(images_from_messages(twice)) == 2
     assert len(images_from_messages([*twice, *twice])) == 2
@@ -222,7 +222,7 @@ def test_with_a_checkpointer_the_last_turn_has_its_own_images_alone(image_tool, 
     assert len(images_from_messages(list(agent.get_state_history(config)))) == 2
 
 
-def test_what_is_no_message_is_told_with_what_was_expected():
+def test_what_is_not_a_message_is_an_error_that_names_what_was_expected():
     with pytest.warns(
         UserWarning, match="of type str: the messages, output, state or stream chunks of an agent are exp"
     ):

@@ -504,7 +504,7 @@ def test_the_state_keeps_a_kilobyte_for_each_image(middleware, how):
 
 
 @both
-def test_parallel_calls_of_one_step_do_not_overspend(sandbox, tmp_path, how):
+def test_parallel_calls_of_one_model_reply_do_not_overspend(sandbox, tmp_path, how):
     middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, budget="0.20")
     for config in (None, THREAD):
         before = len(sandbox.requests)

@@ -77,7 +77,7 @@ def test_one_ssl_context_serves_all_connections_of_a_setting():
 
 
 @pytest.mark.parametrize("how", ["batch", "abatch", "astream_many", "stream_many"])
-def test_a_connection_is_opened_for_each_place_and_none_for_each_call(how):
+def test_a_connection_is_opened_for_each_slot_and_none_for_each_call(how):
     with stub.running() as service:  # of its own, to count
         generator = clients.our_generator(service.base_url(0.01), 8)
         prompts = [f"a kitten {number}" for number in range(80)]

@@ -99,7 +99,7 @@ def test_work_that_never_waits_neither_hangs_nor_recurses(places):
 
 
 @eager
-def test_what_an_input_raises_is_raised_after_what_was_taken_before_it():
+def test_what_an_input_raises_is_raised_after_the_inputs_before_it():
     async def at_once(number):
         return number
 

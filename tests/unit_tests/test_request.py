@@ -54,7 +54,7 @@ def test_what_people_try_gets_an_answer(name):
     assert "SECRET VALUE" not in str(caught.value)
 
 
-def test_auto_and_the_words_of_other_image_apis_are_taken():
+def test_auto_and_the_words_of_other_image_apis_are_accepted():
     for said in ("", "auto", "default", "null", None):
         request = ImageRequest(prompt="x", size=said, quality=said)
         assert (request.size, request.quality) == (None, None)

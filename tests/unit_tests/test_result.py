@@ -62,7 +62,7 @@ def test_the_first_image_can_be_read_from_the_result(result):
     assert result.to_pil().size == (512, 512)
 
 
-def test_save_writes_the_bytes_as_they_came_and_tells_where(result, tmp_path):
+def test_save_writes_the_bytes_as_they_came_and_returns_the_path(result, tmp_path):
     assert result.save(tmp_path / "kitten.png") == tmp_path / "kitten.png"
     assert (tmp_path / "kitten.png").read_bytes() == result.read()
     assert result.save(tmp_path / "new" / "kitten") == tmp_path / "new" / "kitten.png"
@@ -88,7 +88,7 @@ def test_save_into_a_folder_waits_for_no_pipe_and_writes_through_no_link(result,
     assert (tmp_path / "victim").read_text() == "untouched"
 
 
-def test_save_into_a_place_that_cannot_be_written_is_our_error(result, tmp_path):
+def test_save_into_a_folder_that_cannot_be_written_is_our_error(result, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CogViewStorageError, match="could not be written"):
         result.save(tmp_path / "file" / "kitten.png")
@@ -127,7 +127,7 @@ def test_the_artifact_has_the_documented_keys(result):
         "x",
     ],
 )
-def test_what_is_no_artifact_is_told(given):
+def test_what_is_not_an_artifact_is_an_error(given):
     with pytest.raises(CogViewInvalidRequestError):
         ImageResult.from_artifact(given)
 
@@ -136,13 +136,13 @@ def test_a_pickled_result_keeps_its_bytes(result):
     assert pickle.loads(pickle.dumps(result)).read() == result.read()
 
 
-def test_a_saved_file_that_is_gone_is_told(saved):
+def test_a_saved_file_that_is_gone_is_reported(saved):
     saved.path.unlink()
     with pytest.raises(CogViewStorageError, match="cannot be read"):
         saved.read()
 
 
-def test_an_image_without_file_and_url_is_told():
+def test_an_image_without_file_and_url_is_reported():
     image = GeneratedImage(id="1", request_id="1", model="m", prompt="p")
     for read in (image.read, lambda: asyncio.run(image.aread())):
         with pytest.raises(CogViewDownloadError, match="neither a file nor a URL"):
@@ -205,7 +205,7 @@ def test_without_pillow_the_bytes_are_saved_as_they_are_and_a_warning_says_so(re
         assert result.save(tmp_path / "folder.jpg").suffix == ".png"
 
 
-def test_a_link_tells_when_it_ends():
+def test_a_link_says_when_it_expires():
     assert expires_at("https://x/y.png?UCloudPublicKey=R&Signature=R&Expires=1762327333") == datetime.fromtimestamp(
         1762327333, UTC
     )

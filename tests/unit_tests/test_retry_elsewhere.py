@@ -141,7 +141,7 @@ def test_a_batch_of_which_nothing_ran_may_be_repeated(sandbox):
     assert len(sandbox.requests) == 6
 
 
-def test_a_batch_tells_first_what_may_have_been_charged(sandbox):
+def test_a_batch_raises_first_what_may_have_been_charged(sandbox):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
     with pytest.raises(CogViewOutcomeUnknownError):
         generator.batch(["[[busy]]", "[[content-filter]]", "[[server-error]]"])

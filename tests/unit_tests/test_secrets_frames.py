@@ -229,7 +229,7 @@ def test_no_other_way_to_fail_shows_the_key(way, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["model", "size", "fallback_models"])
-def test_a_key_in_another_field_is_not_in_what_is_said_of_it(field):
+def test_a_key_in_another_field_is_not_in_its_error(field):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -30,6 +30,6 @@ def test_the_answer_says_why_no_image_was_made(sandbox):
     assert "content filter" in output["messages"][-1].text
 
 
-def test_without_an_image_tool_it_repeats_what_it_was_told():
+def test_without_an_image_tool_it_repeats_the_message():
     assert SandboxChatModel().invoke("A red fox").text == "A red fox"
     assert SandboxChatModel().bind_tools([weather]).invoke("A red fox").text == "A red fox"

@@ -91,7 +91,7 @@ def test_a_long_folder_leaves_room_for_what_the_model_must_not_do(sandbox, tmp_p
         ("[[busy]]", "Tell the user: Try again in a few minutes, or raise max_retries and timeout."),
     ],
 )
-def test_every_error_can_be_given_to_the_model_as_text(sandbox, tmp_path, how, prompt, advice):
+def test_every_error_can_be_returned_to_the_model_as_text(sandbox, tmp_path, how, prompt, advice):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, max_retries=0, on_failure="continue")
     message = run(tool, call(prompt=prompt), how)
     assert message.status == "error"
@@ -339,7 +339,7 @@ def test_a_generator_is_used_as_it_is(generator, sandbox):
     assert "temporary folder" in image.warnings[0]
 
 
-def test_an_image_in_a_temporary_folder_is_not_said_to_be_in_memory(sandbox):
+def test_an_image_in_a_temporary_folder_is_not_described_as_in_memory(sandbox):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir="/proc/nowhere")
     result = ImageResult.from_artifact(tool.invoke(call(prompt="x")).artifact)
     assert result.path.is_file()
@@ -504,7 +504,7 @@ def test_limits_can_be_changed_on_the_way(sandbox, tmp_path):
     assert [tool.invoke(call(prompt="x")).status for _ in range(2)] == ["success", "error"]
 
 
-def test_the_model_hears_of_images_that_may_have_been_charged(sandbox, tmp_path):
+def test_the_model_reads_of_images_that_may_have_been_charged(sandbox, tmp_path):
     sandbox.fail_next("server-error")
     sandbox.fail_next("content-filter")
     text = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, n=3).invoke({"prompt": "x"})

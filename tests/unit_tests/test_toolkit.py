@@ -95,7 +95,7 @@ async def test_a_start_that_is_cancelled_still_saves_its_image(sandbox, tmp_path
 
 @both
 @models
-def test_what_is_refused_is_said_at_once_or_when_it_is_collected(sandbox, tmp_path, how, model):
+def test_what_is_refused_is_reported_at_once_or_when_it_is_collected(sandbox, tmp_path, how, model):
     start, get, *_ = toolkit_of(sandbox, tmp_path, model=model, max_images=1).get_tools()
     handler = ContentFilterCallbackHandler(lambda event: None)
     message = called(start, how, {"callbacks": [handler]}, prompt="[[content-filter]] a kitten")

@@ -381,12 +381,12 @@ def test_other_words_are_no_difference():
         ("[English](README.md)", "[English](README.zh.md)", "lacks a link to README.md"),
     ],
 )
-def test_a_difference_is_told_with_its_place(before, after, told):
+def test_a_difference_is_reported_with_its_position(before, after, told):
     assert before in TRANSLATION
     assert told in "\n".join(compared(TRANSLATION.replace(before, after)))
 
 
-def test_a_broken_anchor_of_the_english_readme_is_told():
+def test_a_broken_anchor_of_the_english_readme_is_reported():
     broken = SAMPLE.replace("(#more-and-more)", "(#more)")
     assert "README.md links #more, which is no heading's, under 'Name'" in compared(TRANSLATION, broken)
 

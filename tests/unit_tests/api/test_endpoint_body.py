@@ -177,7 +177,7 @@ def test_what_is_not_base64_is_not_an_image(text):
         assert reply.urls == ("https://images.example/a.png",)
 
 
-def test_of_several_images_in_a_reply_the_first_is_taken_and_the_others_are_told():
+def test_of_several_images_in_a_reply_the_first_is_used_and_the_others_are_named_in_a_warning():
     raw = json.dumps({"data": [{"b64_json": b64(IMAGE)}, {"b64_json": b64(LARGE)}, {"url": "https://a.example/b.png"}]})
     reply = read(raw.encode())
     assert reply.content == IMAGE

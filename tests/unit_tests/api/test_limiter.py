@@ -69,7 +69,7 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0)
 
 
-async def turns() -> None:
+async def loop_iterations() -> None:
     """Let everything go on that can."""
     for _ in range(10):
         await asyncio.sleep(0)
@@ -146,27 +146,27 @@ async def test_first_come_first_served_over_threads_and_loops(limiter):
 async def test_the_head_of_the_queue_is_not_overtaken_by_a_higher_cap(limiter):
     slots = acquire_all(limiter, 3)
     low, high = asyncio.create_task(limiter.aacquire(1)), asyncio.create_task(limiter.aacquire(5))
-    await turns()
+    await loop_iterations()
     assert limiter.waiting == 2
     slots.pop().done()
-    await turns()
+    await loop_iterations()
     assert limiter.waiting == 2
     low.cancel()
-    await turns()
+    await loop_iterations()
     assert high.done()
     assert limiter.in_flight == 3
 
 
-async def test_a_refused_call_keeps_its_turn(limiter):
+async def test_a_refused_call_keeps_its_position_in_the_queue(limiter):
     first, second = acquire_all(limiter, 2)
     others = [asyncio.create_task(limiter.aacquire(2)) for _ in range(3)]
-    await turns()
+    await loop_iterations()
     assert second.dropped()
     again = asyncio.create_task(limiter.aacquire(2, ticket=second.ticket))
-    await turns()
+    await loop_iterations()
     assert not again.done()
     first.done()
-    await turns()
+    await loop_iterations()
     assert again.done()
     assert again.result().ticket == second.ticket
     assert not any(task.done() for task in others)
@@ -180,12 +180,12 @@ async def test_a_refused_call_does_not_overtake_an_earlier_one_with_a_lower_cap(
     late.dropped()
     others.pop().done()
     head = asyncio.create_task(limiter.aacquire(1, ticket=early.ticket))
-    await turns()
+    await loop_iterations()
     assert limiter.in_flight < limiter.limit
     assert limiter.acquire(40, ticket=late.ticket, deadline=Deadline(0.0)) is None
     while others:
         others.pop().done()
-    await turns()
+    await loop_iterations()
     assert head.done()
 
 
@@ -271,18 +271,18 @@ async def test_the_hold_is_over_when_the_others_are_cancelled(limiter):
             slot.release()
 
     other = asyncio.create_task(call())
-    await turns()
+    await loop_iterations()
     acquire(limiter, 2).dropped()
     waiting = asyncio.create_task(limiter.aacquire(2))
-    await turns()
+    await loop_iterations()
     assert not waiting.done()
     other.cancel()
-    await turns()
+    await loop_iterations()
     assert waiting.done()
 
 
 def succeed(limiter: Limiter, count: int, cap: int) -> None:
-    """Successes with all slots taken."""
+    """Successes with all slots in use."""
     busy: list[Slot] = []
     while count:
         while not full(limiter, cap):
@@ -323,7 +323,7 @@ def test_the_climb_after_a_refusal_doubles_while_refusals_stay_away(limiter):
     assert levels == [1, 2, 3, 5, 9, 17, 33, 40]
 
 
-def test_the_step_to_the_refused_level_takes_ten_times_as_many_and_those_above_do_not(limiter):
+def test_rising_to_the_refused_level_takes_ten_times_as_many_successes_and_rising_further_does_not(limiter):
     taught(limiter, 5, 20)
     assert limiter.limit == 5
     succeed(limiter, 49, 20)
@@ -426,9 +426,9 @@ def successes_to_rise(limiter: Limiter) -> int:
 async def test_a_cancelled_waiter_leaves_the_queue(limiter):
     slot = acquire(limiter, 1)
     first, second = asyncio.create_task(limiter.aacquire(1)), asyncio.create_task(limiter.aacquire(1))
-    await turns()
+    await loop_iterations()
     first.cancel()
-    await turns()
+    await loop_iterations()
     assert limiter.waiting == 1
     slot.done()
     assert (await second).ticket == 3
@@ -436,13 +436,13 @@ async def test_a_cancelled_waiter_leaves_the_queue(limiter):
 
 
 async def test_a_slot_granted_to_a_waiter_that_is_cancelled_at_the_same_moment_goes_to_the_next(limiter):
-    for steps in range(5):
+    for iterations in range(5):
         slot = acquire(limiter, 1)
         first, second = asyncio.create_task(limiter.aacquire(1)), asyncio.create_task(limiter.aacquire(1))
-        await turns()
+        await loop_iterations()
         slot.done()
         assert limiter.in_flight == 1
-        for _ in range(steps):
+        for _ in range(iterations):
             await asyncio.sleep(0)
         first.cancel()
         with suppress(asyncio.CancelledError):
@@ -456,7 +456,7 @@ async def test_a_waiter_whose_deadline_passes_leaves_the_queue(limiter, how):
     acquire_one = limiter.aacquire if how == "task" else lambda *a, **k: asyncio.to_thread(limiter.acquire, *a, **k)
     slot = acquire(limiter, 1)
     waiting = asyncio.create_task(limiter.aacquire(1))
-    await turns()
+    await loop_iterations()
     assert await acquire_one(1, deadline=Deadline(0.01)) is None
     assert limiter.waiting == 1
     slot.done()
@@ -562,7 +562,7 @@ def test_a_waiter_of_a_closed_loop_is_skipped(limiter):
     slot, loop = acquire(limiter, 1), asyncio.new_event_loop()
     lost = loop.create_task(limiter.aacquire(1))
     lost._log_destroy_pending = False
-    loop.run_until_complete(turns())
+    loop.run_until_complete(loop_iterations())
     loop.close()
     waiting = Waiting(limiter)
     assert limiter.waiting == 2
@@ -575,7 +575,7 @@ def test_a_slot_granted_in_a_loop_that_never_runs_again_goes_to_the_next(limiter
     slot, loop = acquire(limiter, 1), asyncio.new_event_loop()
     lost = loop.create_task(limiter.aacquire(1))
     lost._log_destroy_pending = False
-    loop.run_until_complete(turns())
+    loop.run_until_complete(loop_iterations())
     waiting = Waiting(limiter)
     slot.done()  # granted to the loop, which does not run
     loop.close()
@@ -791,7 +791,7 @@ def test_ten_thousand_waiters_cost_each_as_much_as_a_thousand(monkeypatch):
 
         slots = acquire_all(limiter, 5)
         tasks = [asyncio.create_task(call()) for _ in range(count)]
-        await turns()
+        await loop_iterations()
         assert limiter.waiting == count
         for task in tasks[::2]:
             task.cancel()
@@ -814,7 +814,7 @@ async def test_waiters_that_come_and_go_behind_another_do_not_pile_up(limiter):
 
     first = acquire(limiter, 1)
     head = asyncio.create_task(limiter.aacquire(1))
-    await turns()
+    await loop_iterations()
     tracemalloc.start()
     try:
         before = await come_and_go(300)
@@ -1057,7 +1057,7 @@ class Limiters(RuleBasedStateMachine):
                 self.granted.put((number, await self.limiter.aacquire(cap, ticket=ticket)))
 
             self.queue[number] = cap, self.loop.create_task(wait_here())
-            self._step()
+            self._run_loop()
 
     @rule(caps=st.lists(st.integers(1, 8), min_size=1, max_size=5), threaded=st.booleans())
     def arrive(self, caps: list[int], threaded: bool) -> None:
@@ -1115,7 +1115,7 @@ class Limiters(RuleBasedStateMachine):
         _, waiting = self.queue.pop(number)
         if isinstance(waiting, asyncio.Task):
             waiting.cancel()
-            self._step()
+            self._run_loop()
         else:
             thread, cancelled = waiting
             cancelled.set()
@@ -1139,11 +1139,11 @@ class Limiters(RuleBasedStateMachine):
 
     # What follows.
 
-    def _step(self) -> None:
-        self.loop.run_until_complete(turns())
+    def _run_loop(self) -> None:
+        self.loop.run_until_complete(loop_iterations())
 
     def _look_who_was_granted(self) -> None:
-        self._step()
+        self._run_loop()
         count = self.limiter.in_flight - len(self.flying)
         assert count >= 0
         fresh = sorted(self.granted.get(timeout=PATIENCE) for _ in range(count))
@@ -1194,7 +1194,7 @@ async def test_interactive_calls_go_before_those_of_batches(limiter):
     tasks = []
     for name in ("batch 1", "batch 2", "interactive 1", "batch 3", "interactive 2"):
         tasks.append(asyncio.create_task(call(name, name.split()[0])))
-        await turns()
+        await loop_iterations()
     busy.done()
     await asyncio.gather(*tasks)
     assert order == ["interactive 1", "interactive 2", "batch 1", "batch 2", "batch 3"]

@@ -158,7 +158,7 @@ def test_a_text_beside_an_image_or_an_accepted_task_is_no_error():
 
 
 @pytest.mark.parametrize(("read", "name"), [(read_reply, "data"), (read_task, "image_result")])
-def test_of_more_images_than_asked_for_the_first_is_taken_and_the_others_are_named(read, name):
+def test_of_more_images_than_asked_for_the_first_is_used_and_the_others_are_named(read, name):
     links = [{"url": f"https://a.example/{number}.png"} for number in range(64)]
     reply = read(200, json.dumps({name: links}).encode())
     reply = reply.reply if name == "image_result" else reply

@@ -1,4 +1,4 @@
-"""Where the service is and with what key; wrong settings are told before any request, never with the key."""
+"""Where the service is and with what key; wrong settings are reported before any request, never with the key."""
 
 import traceback
 import uuid
@@ -35,7 +35,7 @@ def test_the_base_url_tells_the_platform_and_its_key(monkeypatch):
     assert where() == (INTERNATIONAL, "international", "z.key")
 
 
-def test_a_key_is_never_taken_to_the_other_platform(monkeypatch):
+def test_a_key_is_never_sent_to_the_other_platform(monkeypatch):
     monkeypatch.setenv("ZAI_API_KEY", "z.key")
     with pytest.raises(CogViewConfigurationError, match="ZAI_API_KEY is set, but that is the other platform's key"):
         CogViewImageGenerator(region="china")
@@ -51,7 +51,7 @@ def test_a_missing_key_names_both_variables_both_consoles_and_the_sandbox():
 
 
 @pytest.mark.parametrize(
-    ("given", "normal"),
+    ("base_url", "normal"),
     [
         ("https://open.bigmodel.cn", CHINA),
         ("https://open.bigmodel.cn/api", CHINA),
@@ -64,12 +64,12 @@ def test_a_missing_key_names_both_variables_both_consoles_and_the_sandbox():
         ("sandbox:", "sandbox:"),
     ],
 )
-def test_a_pasted_url_is_made_normal(given, normal):
-    assert normal_base_url(given) == normal
+def test_a_pasted_url_is_made_normal(base_url, normal):
+    assert normal_base_url(base_url) == normal
 
 
 @pytest.mark.parametrize(
-    "given",
+    "base_url",
     [
         "ftp://x",
         "http://",
@@ -81,9 +81,9 @@ def test_a_pasted_url_is_made_normal(given, normal):
         "https://api.z.ai/api/coding/paas/v4",
     ],
 )
-def test_a_base_url_that_cannot_be_used_is_refused(given):
+def test_a_base_url_that_cannot_be_used_is_refused(base_url):
     with pytest.raises(CogViewConfigurationError) as caught:
-        CogViewImageGenerator(api_key=FAKE_KEY, base_url=given)
+        CogViewImageGenerator(api_key=FAKE_KEY, base_url=base_url)
     assert "u:p" not in str(caught.value)
 
 
@@ -101,7 +101,7 @@ BAD_KEYS = {
 @pytest.mark.parametrize("make", [CogViewImageGenerator, CogViewImageTool])
 @pytest.mark.parametrize("kind", BAD_KEYS)
 @pytest.mark.parametrize("source", ["argument", "environment"])
-def test_a_malformed_key_is_told_and_never_shown(make, kind, source, monkeypatch):
+def test_a_malformed_key_is_reported_and_never_shown(make, kind, source, monkeypatch):
     key = BAD_KEYS[kind]
     if source == "environment":
         monkeypatch.setenv("ZHIPUAI_API_KEY", key)
@@ -223,13 +223,13 @@ def test_a_model_of_the_other_platform_is_warned_of():
         CogViewImageGenerator(base_url="sandbox:", region="international", model="cogview-3-flash")
 
 
-def test_one_host_may_be_given_as_text():
+def test_one_host_may_be_passed_as_text():
     assert CogViewImageGenerator(api_key=FAKE_KEY, allowed_image_hosts="mfile.z.ai").allowed_image_hosts == (
         "mfile.z.ai",
     )
 
 
-@pytest.mark.parametrize("folder", ["https://example.com/pictures", "nosuch://bucket", "s3://key:secret@bucket/x"])
+@pytest.mark.parametrize("folder", ["https://example.com/images", "nosuch://bucket", "s3://key:secret@bucket/x"])
 def test_a_folder_that_cannot_be_one_is_refused_at_once(folder):
     with pytest.raises(CogViewConfigurationError) as caught:
         CogViewImageGenerator(api_key=FAKE_KEY, output_dir=folder)

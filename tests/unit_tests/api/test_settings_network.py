@@ -16,7 +16,7 @@ both = pytest.mark.parametrize("how", ["invoke", "ainvoke"])
 
 
 class Answering(Host):
-    """Answers every connection with one image's URL, and tells each request's first line."""
+    """Answers every connection with one image's URL, and returns each request's first line."""
 
     def __init__(self, context=None):
         super().__init__(http(200, REPLY), context)

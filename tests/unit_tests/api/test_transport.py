@@ -122,7 +122,7 @@ def test_an_unasked_reply_on_an_idle_connection_is_nobodys(scheme, how, tls):
 
 @both
 @pytest.mark.parametrize("way", ["http", "https", "proxy"])
-def test_a_reply_that_comes_before_the_request_is_not_taken_and_nothing_is_sent(way, how, tls, monkeypatch):
+def test_a_reply_that_comes_before_the_request_is_refused_and_nothing_is_sent(way, how, tls, monkeypatch):
     sent = threading.Event()
 
     @at("connect")

@@ -111,8 +111,8 @@ def test_what_goes_wrong_is_the_same_error_by_any_client(fault, kind, settings, 
 @clients
 @both
 def test_a_request_that_was_not_sent_is_known_not_to_be(library, how):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
     error = outcome(f"http://127.0.0.1:{port}", library, how)
     assert type(error) is CogViewConnectionError
     assert "nothing was sent" in str(error) or not error.may_have_been_charged

@@ -43,9 +43,9 @@ def manifest(folder: Path) -> list[dict]:
 def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_it(batch, folder):
     result = batch()
     assert (result.exit_code, Path(result.stdout.strip())) == (3, folder / "out" / "index.html")
-    plan, to_draw, blocked, summary = result.stderr.splitlines()
+    plan, to_generate, blocked, summary = result.stderr.splitlines()
     assert plan == "3 lines with a prompt, 1 blank line skipped."
-    assert to_draw == "To generate: 3 prompts, 3 images, list price 0.18 CNY, nothing is charged."
+    assert to_generate == "To generate: 3 prompts, 3 images, list price 0.18 CNY, nothing is charged."
     assert blocked.startswith("Line 4 was not generated: 'x [[content-filter]]'. The content filter blocked the prompt")
     assert summary.startswith("2 prompts made, 1 blocked; list price 0.12 CNY, nothing is charged; ")
     assert len(manifest(folder)) == 3
@@ -98,7 +98,7 @@ def test_a_line_with_a_number_sign_is_a_comment_which_is_counted(folder):
     }
 
 
-def test_a_second_file_in_the_folder_adds_to_the_job_and_is_said(folder):
+def test_a_second_file_in_the_folder_adds_to_the_job_and_is_reported(folder):
     (folder / "a.txt").write_text("a fox\na hare [[content-filter]]\n")
     (folder / "b.txt").write_text("a cow\na fox\n")
     options = ("-o", "out", "--sandbox", "--size", "640x512")
@@ -163,20 +163,20 @@ def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
         b'"open,,\r\n'
     )
     result = cogview("batch", "p.csv", "-o", "out", "--dry-run")
-    told = result.stdout.splitlines()
+    output = result.stdout.splitlines()
     assert result.exit_code == 2
-    assert told[0] == "6 lines with a prompt, 1 blank line skipped."
-    assert told[1] == "Not valid (4):"
-    assert [line.split(":")[0] for line in told[2:6]] == ["  Line 2", "  Line 4", "  Line 7", "  Line 8"]
-    assert "the nearest legal size is 992x992" in told[2]
-    assert "Not valid UTF-8" in told[3]
-    assert "The prompt is blank" in told[4]
-    assert "never closed" in told[5]
-    assert told[6] == "The column 'mood' is not an argument; it is copied to the manifest."
-    assert told[7].endswith(
+    assert output[0] == "6 lines with a prompt, 1 blank line skipped."
+    assert output[1] == "Not valid (4):"
+    assert [line.split(":")[0] for line in output[2:6]] == ["  Line 2", "  Line 4", "  Line 7", "  Line 8"]
+    assert "the nearest legal size is 992x992" in output[2]
+    assert "Not valid UTF-8" in output[3]
+    assert "The prompt is blank" in output[4]
+    assert "never closed" in output[5]
+    assert output[6] == "The column 'mood' is not an argument; it is copied to the manifest."
+    assert output[7].endswith(
         "1 duplicate prompt (line 6). Duplicates are generated and paid for, unless --unique is given."
     )
-    assert told[8] == "To generate: 2 prompts, 2 images, 0.12 CNY."
+    assert output[8] == "To generate: 2 prompts, 2 images, 0.12 CNY."
     as_json = cogview("batch", "p.csv", "-o", "out", "--dry-run", "--json", "--skip-bad")
     plan = json.loads(as_json.stdout)
     assert as_json.exit_code == 0
@@ -251,7 +251,7 @@ def test_an_option_holds_where_a_line_says_none(batch, folder, sandbox, options,
 
 
 @pytest.mark.parametrize("option", [("--timeout", "30"), ("--max-concurrency", "1"), ("--no-progress",)])
-def test_options_of_how_it_is_drawn_change_no_image(batch, folder, option):
+def test_options_of_how_an_image_is_generated_do_not_change_which_prompts_are_done(batch, folder, option):
     assert batch(*option).exit_code == 3
     assert batch().exit_code == 3
     assert len(manifest(folder)) == 3
@@ -283,7 +283,7 @@ def test_limit_and_budget_leave_the_rest(batch, folder, sandbox):
     assert batch("--limit", "-1").exit_code == 2
 
 
-def test_retry_failed_draws_again_what_was_blocked(batch, sandbox):
+def test_retry_failed_generates_what_was_blocked_again(batch, sandbox):
     sandbox.fail_next("content-filter")
     assert batch("--limit", "1").exit_code == 3
     done = batch("--limit", "1", "--retry-failed")
@@ -291,7 +291,7 @@ def test_retry_failed_draws_again_what_was_blocked(batch, sandbox):
     assert "1 prompt made, 2 not generated yet" in done.stderr
 
 
-def test_unique_draws_the_same_line_once(batch, folder):
+def test_unique_generates_the_same_line_once(batch, folder):
     (folder / "p.txt").write_text("a cat\na cat\n")
     result = batch("--unique")
     assert len(manifest(folder)) == 1
@@ -443,7 +443,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
         )
         process = started(*arguments, folder=folder)
         manifest_file = folder / "out" / "manifest.jsonl"
-        # One request at a time, in the order in which threads come to their turn: the slow one holds up those behind it.
+        # One request at a time, in the order in which threads start: the slow one holds up those behind it.
         while process.poll() is None and "c [[slow:60]]" not in [request.prompt for request in sandbox.requests]:
             time.sleep(0.01)
         before = len(sandbox.requests) - 1
@@ -470,7 +470,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.heavy), signal.SIGTERM])
 def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(folder, number):
-    (folder / "p.txt").write_text("".join(f"picture {n} [[slow:3]]\n" for n in range(12)))
+    (folder / "p.txt").write_text("".join(f"prompt {n} [[slow:3]]\n" for n in range(12)))
     with Sandbox() as sandbox, SandboxServer(sandbox) as server:
         arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")
         process = started(*arguments, folder=folder)
@@ -490,7 +490,7 @@ def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(fold
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)])
 def test_what_waits_when_a_signal_comes_is_not_sent_and_not_called_failed(folder, number):
-    prompts = [f"picture {n} [[slow:2]]" for n in range(4)]
+    prompts = [f"prompt {n} [[slow:2]]" for n in range(4)]
     (folder / "p.txt").write_text("\n".join(prompts))
     with Sandbox(in_flight_limit=1) as sandbox, SandboxServer(sandbox) as server:
         arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")

@@ -65,14 +65,14 @@ def cogview(*arguments: str, **options) -> Result:
     return result
 
 
-def drawn(prompt: str, *arguments: str, **options) -> Result:
+def generate(prompt: str, *arguments: str, **options) -> Result:
     return cogview(prompt, "--sandbox", *arguments, **options)
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture.size
+    with Image.open(path) as decoded:
+        decoded.load()
+        return decoded.size
 
 
 # --- an image, by the real command
@@ -221,7 +221,7 @@ def normal(text: str) -> str:
     return re.sub(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{32}\b|Expires=\d*|\d+\.\d+ s\b|created\W+\d+", "", text)
 
 
-def test_help_is_plain_when_piped_and_may_be_drawn_on_a_terminal(tmp_path):
+def test_help_is_plain_when_piped_and_may_be_styled_on_a_terminal(tmp_path):
     piped = command("--help", folder=tmp_path, by=MODULE, env=dict(os.environ) | {"FORCE_COLOR": "1"})
     seen, code = on_a_terminal(*module(), "--help", folder=tmp_path)
     assert piped.returncode == code == 0
@@ -242,7 +242,7 @@ def test_an_unknown_model_is_described_once(tmp_path, monkeypatch):
     assert "Check the model's name" in result.stderr
 
 
-def test_a_missing_key_names_no_option_that_was_not_given(tmp_path, monkeypatch):
+def test_a_missing_key_names_no_option_that_was_not_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in (("a cat",), ("doctor", "--offline")):
         result = cogview(*arguments)
@@ -281,7 +281,7 @@ def test_ctrl_c_ends_with_130_and_says_that_it_may_cost(tmp_path):
     )
     assert process.stderr.readline().startswith(
         "Warning: The provider's documentation no longer lists the model 'cogview-3'"
-    )  # it is about to draw
+    )  # it is about to generate
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
@@ -324,7 +324,7 @@ def test_a_full_stdout_does_not_lose_the_path(tmp_path):
     assert size_of(tmp_path / "k.png") == (1024, 1024)
 
 
-def test_a_file_name_that_is_no_text_is_written_and_told(tmp_path):
+def test_a_file_name_that_is_not_valid_text_is_written_and_printed(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     done = command("a cafe", "-o", name, "--sandbox", folder=tmp_path, text=False)
     assert (done.returncode, done.stdout) == (0, b"caf\xe9.png\n")
@@ -378,7 +378,7 @@ def test_version_is_the_installed_one(folder):
         ("generate", "generate"),
     ],
 )
-def test_draw_may_be_said_or_left_out(folder, arguments):
+def test_the_command_generate_may_be_left_out(folder, arguments):
     result = cogview(*arguments, env={"COGVIEW_BASE_URL": "sandbox:"})
     assert result.exit_code == 0
     assert size_of(folder / result.stdout.strip()) == (1024, 1024)
@@ -407,40 +407,40 @@ def test_the_defaults_are_the_generators(folder):
 
 
 def test_without_o_the_name_is_made_of_the_id(folder):
-    result = drawn("a cat")
+    result = generate("a cat")
     (path,) = folder.iterdir()
     assert (result.stdout, path.suffix) == (f"{path.name}\n", ".png")
     assert path.name.startswith("cogview-")
 
 
 def test_of_several_each_has_its_line_and_its_number(folder):
-    result = drawn("a cat", "-o", "cat", "--n", "3")
+    result = generate("a cat", "-o", "cat", "--n", "3")
     assert result.stdout == "cat.png\ncat-2.png\ncat-3.png\n"
     assert {each.name for each in folder.iterdir()} == {"cat.png", "cat-2.png", "cat-3.png"}
 
 
 def test_a_folder_is_made_and_filled(folder):
-    result = drawn("a cat", "-o", "pictures/", "--n", "2")
+    result = generate("a cat", "-o", "images/", "--n", "2")
     assert len(result.stdout.splitlines()) == 2
-    assert {Path(line) for line in result.stdout.splitlines()} == {*Path("pictures").iterdir()}
-    assert drawn("a cat", "-o", "deep/er/cat.png").stdout == "deep/er/cat.png\n"
+    assert {Path(line) for line in result.stdout.splitlines()} == {*Path("images").iterdir()}
+    assert generate("a cat", "-o", "deep/er/cat.png").stdout == "deep/er/cat.png\n"
 
 
 @pytest.mark.parametrize(
     ("name", "form"), [("cat.jpg", "JPEG"), ("cat.JPEG", "JPEG"), ("cat.webp", "WEBP"), ("c.png", "PNG")]
 )
 def test_the_ending_of_the_file_chooses_the_format(folder, name, form):
-    result = drawn("a cat", "-o", name, "--json")
+    result = generate("a cat", "-o", name, "--json")
     assert (result.exit_code, result.stderr) == (0, SANDBOX_NOTE)
-    with Image.open(name) as picture:
-        assert (picture.format, picture.size) == (form, (1024, 1024))
+    with Image.open(name) as decoded:
+        assert (decoded.format, decoded.size) == (form, (1024, 1024))
     image = ImageResult.from_artifact(json.loads(result.stdout)).image
     assert image.mime_type == f"image/{form.lower()}"
     assert image.read() == Path(name).read_bytes()
 
 
-def test_an_ending_of_an_unknown_format_is_told(folder):
-    result = drawn("a cat", "-o", "cat.gif")
+def test_a_file_extension_of_an_unknown_format_is_reported(folder):
+    result = generate("a cat", "-o", "cat.gif")
     assert (result.exit_code, result.stdout) == (0, "cat.gif\n")
     assert "Warning: cat.gif holds a PNG image, which its ending does not say." in result.stderr
 
@@ -448,7 +448,7 @@ def test_an_ending_of_an_unknown_format_is_told(folder):
 @pytest.mark.parametrize(
     "output", ["file.txt/cat.png", "file.txt/deep/cat.png", "/dev/null", "", "x" * 300, "~no-such-user/cat"]
 )
-def test_a_place_that_cannot_work_is_told_before_anything_is_sent(folder, sandbox, output):
+def test_a_path_that_cannot_work_is_reported_before_anything_is_sent(folder, sandbox, output):
     Path("file.txt").write_text("a file, no folder")
     result = cogview("a cat", "--base-url", sandbox.base_url, "-o", output)
     assert sandbox.requests == []
@@ -459,14 +459,14 @@ def test_a_place_that_cannot_work_is_told_before_anything_is_sent(folder, sandbo
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_without_leave_to_write_is_told_before_anything_is_sent(folder):
+def test_a_folder_without_permission_to_write_is_reported_before_anything_is_sent(folder):
     Path("locked").mkdir(mode=0o500)
-    assert drawn("a cat", "-o", "locked/cat.png").exit_code == 2
+    assert generate("a cat", "-o", "locked/cat.png").exit_code == 2
 
 
 def test_an_image_that_cannot_be_saved_where_asked_is_kept_in_the_current_folder(folder):
     Path("cat.png").mkdir()  # where the file called cat would go
-    result = drawn("a cat", "-o", "cat")
+    result = generate("a cat", "-o", "cat")
     kept = Path(result.stdout.strip())
     assert result.exit_code == 6
     assert result.stderr == (
@@ -476,9 +476,9 @@ def test_an_image_that_cannot_be_saved_where_asked_is_kept_in_the_current_folder
     assert (kept.parent, size_of(kept)) == (Path(), (1024, 1024))
 
 
-def test_json_tells_the_place_where_it_is_kept(folder):
+def test_json_has_the_path_where_it_is_kept(folder):
     Path("cat.png").mkdir()
-    result = drawn("a cat", "-o", "cat", "--json", "--n", "2")
+    result = generate("a cat", "-o", "cat", "--json", "--n", "2")
     first, second = (image["path"] for image in json.loads(result.stdout)["images"])
     assert result.exit_code == 6
     assert first.startswith("cogview-")
@@ -489,14 +489,14 @@ def test_json_tells_the_place_where_it_is_kept(folder):
 class FullDisk:
     """Writes nothing but below one folder, and records what it was asked for."""
 
-    def __init__(self, room: Path | None) -> None:
-        self.room = room
+    def __init__(self, allowed: Path | None) -> None:
+        self.allowed = allowed
         self.asked: list[Path] = []
         self._write = store.write_whole
 
     def __call__(self, path: Path, content: bytes) -> None:
         self.asked.append(path)
-        if self.room is None or self.room not in path.parents:
+        if self.allowed is None or self.allowed not in path.parents:
             raise OSError(28, "No space left on device")
         self._write(path, content)
 
@@ -504,16 +504,16 @@ class FullDisk:
 def test_then_in_the_temporary_folder(folder, monkeypatch, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr(store, "write_whole", FullDisk(room=temporary))
-    result = drawn("a cat", "-o", "cat.png")
+    monkeypatch.setattr(store, "write_whole", FullDisk(allowed=temporary))
+    result = generate("a cat", "-o", "cat.png")
     assert result.exit_code == 6
     assert (Path(result.stdout.strip()),) == (*temporary.iterdir(),)
 
 
-def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch):
-    disk = FullDisk(room=None)
+def test_when_there_is_no_space_at_all_its_link_is_printed(folder, monkeypatch):
+    disk = FullDisk(allowed=None)
     monkeypatch.setattr(store, "write_whole", disk)
-    result = drawn("a cat", "-o", "cat.png")
+    result = generate("a cat", "-o", "cat.png")
     assert (result.exit_code, result.stdout, len(disk.asked)) == (6, "", 3)
     assert "The image was generated, but could not be saved. Its URL (until " in result.stderr
     assert "https://sandbox.invalid/files/" in result.stderr
@@ -525,9 +525,9 @@ def test_and_where_there_is_no_room_at_all_its_link_is_told(folder, monkeypatch)
 def test_a_dash_writes_the_bytes_and_no_file(tmp_path):
     done = command("a cat", "-o", "-", "--sandbox", folder=tmp_path, text=False)
     assert (done.returncode, done.stderr.decode()) == (0, SANDBOX_NOTE)
-    with Image.open(io.BytesIO(done.stdout)) as picture:
-        picture.load()
-        assert picture.size == (1024, 1024)
+    with Image.open(io.BytesIO(done.stdout)) as decoded:
+        decoded.load()
+        assert decoded.size == (1024, 1024)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -569,7 +569,7 @@ def test_a_pipe_that_is_closed_early_keeps_the_image_too(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_bytes_that_cannot_be_fetched_are_6_and_the_link_is_told(tmp_path):
+def test_bytes_that_cannot_be_fetched_are_6_and_the_link_is_printed(tmp_path):
     done = command("a cat [[expired-url]]", "-o", "-", "--sandbox", folder=tmp_path)
     assert (done.returncode, done.stdout) == (6, "")
     assert "https://sandbox.invalid/files/" in done.stderr
@@ -621,7 +621,7 @@ def test_a_viewer_that_fails_is_a_warning(tmp_path):
         ("cogview doctor --region ", 3, ["china", "international"]),
     ],
 )
-def test_the_shell_completes_commands_and_options_with_and_without_draw(tmp_path, words, number, expected):
+def test_the_shell_completes_commands_and_options_with_and_without_generate(tmp_path, words, number, expected):
     asked = {"_COGVIEW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
     done = command(folder=tmp_path, by=script(), env=dict(os.environ) | asked)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, expected, "")
@@ -655,7 +655,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("trigger", "code", "start"), FAULTS)
 def test_each_failure_has_its_exit_code_its_hint_and_its_request_id(folder, trigger, code, start):
-    result = drawn(f"a cat {trigger}")
+    result = generate(f"a cat {trigger}")
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith(start)
     _, hint, *_, last = result.stderr.splitlines()
@@ -674,13 +674,13 @@ def no_waits(monkeypatch):
 
 def test_busy_is_5_after_all_attempts(folder, no_waits):
     for trigger, message in (("busy", "The model is overloaded"), ("unavailable", "The service is unavailable")):
-        result = drawn(f"a cat [[{trigger}]]")
+        result = generate(f"a cat [[{trigger}]]")
         assert (result.exit_code, result.stdout) == (5, "")
         assert result.stderr.startswith(f"Error: {message}")
 
 
 def test_time_that_ends_after_the_request_was_sent_is_7(folder):
-    result = drawn("a cat [[slow:5]]", "--timeout", "0.2")
+    result = generate("a cat [[slow:5]]", "--timeout", "0.2")
     assert (result.exit_code, result.stdout) == (7, "")
     assert "the time limit of 0.2 s passed before an answer came" in result.stderr
     assert "Check the provider's console before you run it again: that can pay twice.\n" in result.stderr
@@ -693,12 +693,12 @@ def test_nobody_at_the_address_is_5_and_shows_no_key(folder, no_waits):
     assert KEY not in result.output
 
 
-def test_an_image_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_told(folder):
-    result = drawn("a cat [[expired-url]]", "-o", "cat.png")
+def test_an_image_whose_bytes_cannot_be_fetched_is_6_and_its_link_is_printed(folder):
+    result = generate("a cat [[expired-url]]", "-o", "cat.png")
     assert (result.exit_code, result.stdout) == (6, "")
     assert "https://sandbox.invalid/files/" in result.stderr
     assert "Warning: The image's link has expired or is refused" in result.stderr
-    as_json = drawn("a cat [[expired-url]]", "-o", "cat.png", "--json")
+    as_json = generate("a cat [[expired-url]]", "-o", "cat.png", "--json")
     (image,) = json.loads(as_json.stdout)["images"]
     assert (as_json.exit_code, image["path"]) == (6, None)
     assert image["url"].startswith("https://sandbox.invalid/files/")
@@ -730,7 +730,7 @@ def test_an_error_that_is_not_ours_among_several_is_1(folder, sandbox, monkeypat
     made = CogViewImageGenerator(base_url=sandbox.base_url).invoke("a cat")
     failed = made.model_copy(update={"failures": (ImageFailure.of(RuntimeError("a surprise"), 1),)})
     monkeypatch.setattr(CogViewImageGenerator, "invoke", lambda *_: failed)
-    result = drawn("a cat", "-o", "cat.png", "--n", "2")
+    result = generate("a cat", "-o", "cat.png", "--n", "2")
     assert (result.exit_code, result.stdout) == (1, "cat.png\n")
     assert "Error: Image 2 of 2 was not generated. a surprise" in result.stderr
 
@@ -767,7 +767,7 @@ def test_every_error_has_its_exit_code():
     ],
 )
 def test_a_wrong_argument_is_2_with_its_name_and_the_rule(folder, arguments, words):
-    result = drawn("a cat", *arguments)
+    result = generate("a cat", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Error: " in result.stderr
     assert words in result.stderr
@@ -809,7 +809,7 @@ def test_a_key_of_wrong_form_is_2_and_is_not_shown(folder, key):
 def test_hints_speak_of_options_not_of_python(folder, no_waits):
     for trigger in ("auth", "busy", "malformed", "expired-url", "rate-limit:9"):
         # A wait of 9 seconds fits into no time limit of 8: the request is not sent again.
-        text = drawn(f"a cat [[{trigger}]]", *(("--timeout", "8") if "rate" in trigger else ())).stderr
+        text = generate(f"a cat [[{trigger}]]", *(("--timeout", "8") if "rate" in trigger else ())).stderr
         assert "Error: " in text or "Warning: " in text
         assert not any(word in text for word in ("region=", "max_", "retry_unknown", "output_dir", "save()", "()")), (
             text
@@ -822,7 +822,7 @@ def test_an_unknown_model_is_one_plain_line(folder):
     (line,) = result.stderr.splitlines()
     assert line.startswith("Warning: This version does not know the model 'glm-imag':")
     assert "Did you mean 'glm-image'?" in line
-    unknown = drawn("a cat", "--model", "cogview-3", "-o", "cat.png")
+    unknown = generate("a cat", "--model", "cogview-3", "-o", "cat.png")
     assert unknown.stderr.count("Warning: ") == 1
 
 
@@ -830,13 +830,13 @@ def test_an_unknown_model_is_one_plain_line(folder):
 
 
 def test_a_dash_reads_the_prompt_from_stdin(folder):
-    result = drawn("-", "--json", input="a cat\non a mat\n")
+    result = generate("-", "--json", input="a cat\non a mat\n")
     assert json.loads(result.stdout)["prompt"] == "a cat\non a mat"
 
 
-@pytest.mark.parametrize("given", [b"", b" \n", b"\xff\xfe"])
-def test_no_prompt_on_stdin_is_2(folder, given, monkeypatch):
-    monkeypatch.setattr(cli.sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_no_prompt_on_stdin_is_2(folder, content, monkeypatch):
+    monkeypatch.setattr(cli.sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
     with pytest.raises((SystemExit, cli.typer.Exit, cli.typer.BadParameter)) as caught:
         cli.generate("-", sandbox=True)
     assert getattr(caught.value, "exit_code", 2) == 2
@@ -845,7 +845,7 @@ def test_no_prompt_on_stdin_is_2(folder, given, monkeypatch):
 
 def test_a_blank_prompt_is_2(folder):
     for prompt in ("", "  "):
-        result = drawn(prompt)
+        result = generate(prompt)
         assert result.exit_code == 2
         assert result.stderr.startswith("Error: Nothing was sent: prompt: ")
 
@@ -858,5 +858,5 @@ def test_a_mistyped_command_is_not_painted(tmp_path, word, meant):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_word_that_looks_like_a_command_is_painted_when_told_so(tmp_path):
+def test_a_word_that_looks_like_a_command_is_a_prompt_after_generate(tmp_path):
     assert command("generate", "doctr", "-o", "x.png", "--sandbox", folder=tmp_path).returncode == 0

@@ -1,4 +1,4 @@
-"""`cogview doctor` tells what stands in the way, step by step, makes no image, and can be pasted into a bug report."""
+"""`cogview doctor` reports what stands in the way, check by check, makes no image, and can be pasted into a bug report."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def doctor(*arguments, **options):
 # --- all is well
 
 
-def test_each_step_is_told_with_its_time_and_no_image_is_made(server, sandbox, key):
+def test_each_check_is_reported_with_its_time_and_no_image_is_made(server, sandbox, key):
     diagnosis = diagnose(base_url=server.base_url)
     assert diagnosis.first_failed is None
     names = [each.name for each in diagnosis.findings]
@@ -109,7 +109,7 @@ def test_an_extra_that_is_missing_is_a_note_with_what_to_install(monkeypatch):
     )
 
 
-def test_it_speaks_of_no_option_that_was_not_given(key, monkeypatch):
+def test_it_mentions_no_option_that_was_not_used(key, monkeypatch):
     assert "--" not in doctor("--sandbox").stdout
     assert "(from --base-url)" in doctor("--base-url", "http://127.0.0.1:9/v4", "--offline").stdout
 
@@ -143,10 +143,10 @@ def test_the_report_is_a_list_without_key_password_or_home(server, tmp_path, mon
 
 def test_json_is_the_findings_and_nothing_else(server, key):
     result = doctor("--json", "--base-url", server.base_url)
-    told = json.loads(result.stdout)
-    assert told["ok"] is True
-    assert {each["state"] for each in told["findings"]} <= {"ok", "note", "skipped"}
-    assert {*told["findings"][0]} == {"name", "state", "text", "hint", "seconds", "error"}
+    report = json.loads(result.stdout)
+    assert report["ok"] is True
+    assert {each["state"] for each in report["findings"]} <= {"ok", "note", "skipped"}
+    assert {*report["findings"][0]} == {"name", "state", "text", "hint", "seconds", "error"}
 
 
 def test_of_a_short_key_nothing_is_shown(monkeypatch):
@@ -165,7 +165,7 @@ def test_offline_asks_nobody(server, sandbox, key):
     assert not {"look-up", "connect", "probe"} & {*states(diagnosis)}
 
 
-def test_both_keys_are_told_and_which_is_used(key, monkeypatch):
+def test_both_keys_are_reported_and_which_is_used(key, monkeypatch):
     monkeypatch.setenv("ZAI_API_KEY", FAKE_KEY[::-1])
     text = str(diagnose(offline=True))
     assert (
@@ -177,7 +177,7 @@ def test_both_keys_are_told_and_which_is_used(key, monkeypatch):
     assert f"from ZAI_API_KEY, ends in {FAKE_KEY[::-1][-4:]}" in str(chosen)
 
 
-def test_where_the_base_url_comes_from_is_told(monkeypatch, key):
+def test_where_the_base_url_comes_from_is_reported(monkeypatch, key):
     assert "(the region's)" in str(diagnose(offline=True))
     monkeypatch.setenv("COGVIEW_BASE_URL", "https://api.z.ai/api")
     text = str(diagnose(offline=True))
@@ -261,7 +261,7 @@ def test_a_certificate_that_is_not_trusted_stops_at_tls(key, monkeypatch, tmp_pa
     assert (good.first_failed, states(good)["TLS"], len(host.got)) == (None, "ok", 1)
 
 
-def test_a_proxy_is_gone_through_and_one_that_refuses_is_told(key, monkeypatch):
+def test_a_proxy_is_used_and_one_that_refuses_is_reported(key, monkeypatch):
     with Host(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n") as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://u:pw@127.0.0.1:{proxy.port}")
         diagnosis = diagnose(base_url="https://api.invalid/v4")
@@ -283,7 +283,7 @@ def test_no_answer_is_5_and_speaks_of_no_charge(key, monkeypatch):
     assert "charged" not in result.stdout
 
 
-def test_a_clock_that_is_wrong_is_told(key):
+def test_a_clock_that_is_wrong_is_reported(key):
     with Host(http(400, '{"error":{"code":"1211","message":"x"}}', Date="Mon, 01 Jan 2001 00:00:00 GMT")) as host:
         diagnosis = diagnose(base_url=f"http://127.0.0.1:{host.port}/v4")
     assert re.search(r"\[note\] clock: The clock is [\d,]+ s ahead of the API's\.", str(diagnosis))

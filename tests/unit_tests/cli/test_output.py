@@ -104,7 +104,7 @@ def test_no_argument_reaches_the_terminal_as_it_is(folder, text, option, command
     form=st.sampled_from(["txt", "csv", "tsv", "jsonl"]),
     options=st.sampled_from([(), ("--json",), ("--dry-run",), ("--dry-run", "--json"), ("--skip-bad",)]),
 )
-def test_no_prompt_and_no_column_reaches_the_terminal_as_it_is(  # noqa: PLR0917  what is drawn
+def test_no_prompt_and_no_column_reaches_the_terminal_as_it_is(  # noqa: PLR0917  what is shown
     folder, prompt, column, trigger, form, options
 ):
     rows = {

@@ -14,14 +14,14 @@ from PIL import Image
 from langchain_cogview.cli.output import Terminal, detect_terminal, inline_image, open_file, path_link
 
 
-def picture(form="PNG", size=(64, 32)) -> bytes:
+def encoded_image(form="PNG", size=(64, 32)) -> bytes:
     out = io.BytesIO()
     Image.effect_noise(size, 90).convert("RGB").save(out, form)
     return out.getvalue()
 
 
-PNG = picture()
-ROOM = (120, 40)
+PNG = encoded_image()
+AVAILABLE = (120, 40)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def kitty_pieces(text):
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_kitty_gets_png_in_chunks_and_answers_nothing(form):
-    content = picture(form, (200, 100))
-    keys, data = kitty_pieces(inline_image(Terminal.KITTY, content, (200, 100), ROOM))
+    content = encoded_image(form, (200, 100))
+    keys, data = kitty_pieces(inline_image(Terminal.KITTY, content, (200, 100), AVAILABLE))
     assert keys[0] == {"a": "T", "f": "100", "q": "2", "c": "60", "m": "1"}
     assert [each for each in keys[1:-1] if each != {"m": "1"}] == []
     assert keys[-1] == {"m": "0"}
@@ -74,14 +74,14 @@ def test_kitty_gets_png_in_chunks_and_answers_nothing(form):
 
 
 def test_an_image_of_one_chunk_is_the_last(monkeypatch):
-    keys, data = kitty_pieces(inline_image(Terminal.KITTY, b"\x89PNG\r\n\x1a\n" + bytes(30), (64, 32), ROOM))
+    keys, data = kitty_pieces(inline_image(Terminal.KITTY, b"\x89PNG\r\n\x1a\n" + bytes(30), (64, 32), AVAILABLE))
     assert (len(data), keys[0]["m"]) == (1, "0")
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_iterm2_gets_the_bytes_as_they_are(form):
-    content = picture(form)
-    text = inline_image(Terminal.ITERM2, content, (64, 32), ROOM)
+    content = encoded_image(form)
+    text = inline_image(Terminal.ITERM2, content, (64, 32), AVAILABLE)
     head, _, rest = text.partition(":")
     assert head == f"\x1b]1337;File=inline=1;size={len(content)};width=60;preserveAspectRatio=1"
     assert rest.endswith("\x07\n")
@@ -89,23 +89,23 @@ def test_iterm2_gets_the_bytes_as_they_are(form):
 
 
 @pytest.mark.parametrize(
-    ("size", "room", "columns"),
+    ("size", "available", "columns"),
     [((1024, 1024), (80, 24), 40), ((768, 1344), (80, 24), 22), ((1344, 768), (40, 50), 40), ((512, 2048), (80, 2), 2)],
 )
-def test_an_image_fits_on_the_screen(size, room, columns):
-    assert f";width={columns};" in inline_image(Terminal.ITERM2, PNG, size, room)
-    assert f",c={columns}," in inline_image(Terminal.KITTY, PNG, size, room)
+def test_an_image_fits_on_the_screen(size, available, columns):
+    assert f";width={columns};" in inline_image(Terminal.ITERM2, PNG, size, available)
+    assert f",c={columns}," in inline_image(Terminal.KITTY, PNG, size, available)
 
 
 def test_what_cannot_be_shown_is_left_to_the_link(monkeypatch):
     for terminal in (Terminal.PLAIN, Terminal.LINK):
-        assert inline_image(terminal, PNG, (64, 32), ROOM) == ""
-    assert inline_image(Terminal.ITERM2, PNG + bytes(9 << 20), (64, 32), ROOM) == ""
-    assert inline_image(Terminal.KITTY, b"\xff\xd8\xff\xe0 no JPEG after all", (64, 32), ROOM) == ""
-    jpeg = picture("JPEG")
+        assert inline_image(terminal, PNG, (64, 32), AVAILABLE) == ""
+    assert inline_image(Terminal.ITERM2, PNG + bytes(9 << 20), (64, 32), AVAILABLE) == ""
+    assert inline_image(Terminal.KITTY, b"\xff\xd8\xff\xe0 no JPEG after all", (64, 32), AVAILABLE) == ""
+    jpeg = encoded_image("JPEG")
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    assert inline_image(Terminal.KITTY, jpeg, (64, 32), ROOM) == ""
-    assert inline_image(Terminal.KITTY, PNG, (64, 32), ROOM) != ""
+    assert inline_image(Terminal.KITTY, jpeg, (64, 32), AVAILABLE) == ""
+    assert inline_image(Terminal.KITTY, PNG, (64, 32), AVAILABLE) != ""
 
 
 def test_a_path_is_a_link_to_the_file_on_this_host(tmp_path):
@@ -129,7 +129,7 @@ def test_a_files_name_cannot_end_a_sequence_or_begin_one(evil):
 
 @pytest.fixture
 def viewer(tmp_path, monkeypatch):
-    """The system's viewer, which keeps what it is asked to open and then does what it is told to."""
+    """The system's viewer, which keeps what it is asked to open and then behaves as the test asks."""
 
     def make(then):
         command = tmp_path / "xdg-open"

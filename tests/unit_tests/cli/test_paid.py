@@ -118,7 +118,7 @@ def test_json_has_the_findings_and_the_facts(server, key):
     assert {*content["paid"][0]} == {"name", "documented", "seen", "agrees"}
 
 
-def test_a_link_that_answers_404_at_first_is_told(server, sandbox, key, monkeypatch):
+def test_a_link_that_answers_404_at_first_is_reported(server, sandbox, key, monkeypatch):
     monkeypatch.setattr("langchain_cogview.cli.paid.PROMPT", "A kitten [[not-yet:1]]")
     seen = facts(doctor("--paid", "--yes", "--base-url", server.base_url).stdout)
     assert re.fullmatch(r"1 times, until \d+\.\d s after the answer", seen["the link answers 404 at first"])
@@ -135,7 +135,7 @@ def test_a_wrong_size_that_is_accepted_is_the_only_image(key, monkeypatch):
         result = doctor("--paid", "--yes", "--base-url", f"http://127.0.0.1:{host.port}/v4")
     assert len(host.got) == 3
     assert facts(result.stdout)["the size 513x513"] == "accepted, and an image was made"
-    assert result.exit_code == 6  # its link cannot be fetched, and is told beside the report
+    assert result.exit_code == 6  # its link cannot be fetched, and is printed beside the report
     assert "secret" not in result.stdout
     assert "Its URL" in result.stderr
     assert "https://x.invalid/a.png" in result.stderr

@@ -135,18 +135,18 @@ def test_an_artifact_is_read_only_through_a_backend_that_the_reader_passes(how):
             read(how, image)
 
 
-@pytest.mark.parametrize("place", ["/secrets/a.png", "/images/../secrets/a.png", "/images/deep/a.png", "/imagesX/a.png", "/images/.a", "/images/a\n.png"])  # fmt: skip
-def test_a_forged_uri_reaches_no_other_file_of_the_backend(place):
+@pytest.mark.parametrize("path", ["/secrets/a.png", "/images/../secrets/a.png", "/images/deep/a.png", "/imagesX/a.png", "/images/.a", "/images/a\n.png"])  # fmt: skip
+def test_a_forged_uri_reaches_no_other_file_of_the_backend(path):
     backend = Files()
     artifact = generate("sync", output_dir=backend).to_artifact()
     (content,) = backend.files.values()
-    backend.files[place] = content
-    artifact["images"][0]["uri"] = f"backend://{place}"
+    backend.files[path] = content
+    artifact["images"][0]["uri"] = f"backend://{path}"
     with pytest.raises(CogViewStorageError, match="in none of the allowed folders"):
         ImageResult.from_artifact(artifact, storage=backend).read()
 
 
-def test_a_file_that_was_replaced_is_not_taken_for_the_image():
+def test_a_file_that_was_replaced_is_not_mistaken_for_the_image():
     backend = Files()
     first, second = (generate("sync", prompt, output_dir=backend) for prompt in ("a kitten", "a puppy"))
     paths = [result.uri.removeprefix("backend://") for result in (first, second)]

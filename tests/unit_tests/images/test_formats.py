@@ -40,7 +40,7 @@ WAYS = [
 ]
 
 
-def picture(way, width=9, height=7, seed=0) -> bytes:
+def encoded_image(way, width=9, height=7, seed=0) -> bytes:
     kind, mode, options = way
     noise = random.Random(seed).randbytes(width * height * 4)
     base = Image.frombytes("RGBA", (width, height), noise)
@@ -96,7 +96,7 @@ ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join([way[0], wa
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(WAYS), st.integers(1, 200), st.integers(1, 200), st.integers(0, 1000))
 def test_format_and_dimensions_are_those_that_pillow_sees(way, width, height, seed):
-    data = picture(way, width, height, seed)
+    data = encoded_image(way, width, height, seed)
     with Image.open(io.BytesIO(data)) as oracle:
         expected = ImageInfo(PILLOW_MIME[oracle.format], EXTENSION[oracle.format], *oracle.size)
     assert look(data) == expected
@@ -114,7 +114,7 @@ def test_an_animation_is_an_image(kind):
 
 @ways
 def test_every_cut_is_noticed(way):
-    data = picture(way)
+    data = encoded_image(way)
     look(data)
     for length in range(len(data)):
         with pytest.raises(ImageFormatError):
@@ -125,18 +125,18 @@ def test_every_cut_is_noticed(way):
 @given(st.sampled_from(WAYS), st.binary(min_size=1, max_size=200))
 def test_anything_behind_the_end_is_noticed(way, suffix):
     with pytest.raises(ImageFormatError):
-        look(picture(way) + suffix)
+        look(encoded_image(way) + suffix)
 
 
 @ways
 def test_two_images_in_one_file_are_refused(way):
     with pytest.raises(ImageFormatError, match=r"behind the image's end"):
-        look(picture(way) * 2)
+        look(encoded_image(way) * 2)
 
 
 def test_a_cut_is_called_a_cut():
     with pytest.raises(ImageFormatError, match="cut short"):
-        look(picture(WAYS[4])[:-5])
+        look(encoded_image(WAYS[4])[:-5])
     with pytest.raises(ImageFormatError, match="empty"):
         look(b"")
 
@@ -159,7 +159,7 @@ def test_any_bytes_are_an_image_or_an_image_format_error(data, magic):
     st.sampled_from(WAYS), st.lists(st.tuples(st.integers(0, 10_000), st.binary(max_size=3)), min_size=1, max_size=4)
 )
 def test_a_damaged_image_is_an_image_or_an_image_format_error(way, edits):
-    data = bytearray(picture(way))
+    data = bytearray(encoded_image(way))
     for position, replacement in edits:
         position %= len(data)
         data[position : position + 2] = replacement
@@ -173,7 +173,7 @@ def test_a_damaged_image_is_an_image_or_an_image_format_error(way, edits):
 @settings(deadline=None)
 @given(st.sampled_from([way for way in WAYS if way[0] == "PNG"]), st.integers(0, 10_000), st.integers(1, 255))
 def test_one_wrong_byte_in_a_png_is_noticed(way, position, change):
-    data = bytearray(picture(way))
+    data = bytearray(encoded_image(way))
     data[position % len(data)] ^= change
     with pytest.raises(ImageFormatError):
         look(bytes(data))
@@ -249,8 +249,8 @@ def test_a_broken_structure_is_refused_with_its_reason(data, why):
 
 
 def test_a_thumbnail_inside_a_jpeg_does_not_pass_for_the_image():
-    thumbnail = picture(("JPEG", "RGB", {}), 3, 2)
-    data = picture(("JPEG", "RGB", {}), 90, 50)
+    thumbnail = encoded_image(("JPEG", "RGB", {}), 3, 2)
+    data = encoded_image(("JPEG", "RGB", {}), 90, 50)
     segment = (
         b"\xff\xff\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
     )  # with fill bytes before the marker
@@ -280,15 +280,15 @@ def test_the_file_is_read_in_pieces_of_at_most_64_kb():
         ("JPEG", "RGB", {"quality": 95}),
         ("WEBP", "RGB", {"lossless": True}),
     ):
-        file = CountingFile(picture(way, 400, 400))
+        file = CountingFile(encoded_image(way, 400, 400))
         inspect(file)
         assert file.longest <= 65_536
         assert file.total <= 2.5 * len(file.getvalue())
 
 
 def test_a_real_file_can_be_inspected(tmp_path):
-    path = tmp_path / "picture"
-    path.write_bytes(picture(WAYS[8], 33, 44))
+    path = tmp_path / "image"
+    path.write_bytes(encoded_image(WAYS[8], 33, 44))
     with path.open("rb") as file:
         file.seek(10)
         assert inspect(file) == ImageInfo("image/jpeg", ".jpg", 33, 44)

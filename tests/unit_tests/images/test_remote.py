@@ -47,7 +47,7 @@ class Quiet(WSGIRequestHandler):
 
 
 class S3:
-    """moto's S3 on a loopback port; remembers what it was sent, and can be told to hold or refuse it."""
+    """moto's S3 on a loopback port; remembers what it was sent, and can hold or refuse it."""
 
     def __init__(self):
         self.app = DomainDispatcherApplication(create_backend_app)
@@ -56,9 +56,9 @@ class S3:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
-        self.heard()
+        self.forget_requests()
 
-    def heard(self):
+    def forget_requests(self):
         self.seen, self.held, self.go, self.refuses_conditions = [], lambda: None, None, False
 
     def __call__(self, environ, start_response):
@@ -120,8 +120,8 @@ def environment(server, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     fsspec.get_filesystem_class(
         "s3"
-    ).clear_instance_cache()  # it is kept by its options, which do not tell the environment
-    server.heard()
+    ).clear_instance_cache()  # it is cached by its options, which do not include the environment
+    server.forget_requests()
     yield
     if server.go:
         server.go.set()
@@ -131,7 +131,7 @@ def environment(server, monkeypatch, tmp_path):
 def bucket(server):
     name = f"b{uuid.uuid4().hex[:12]}"
     httpx.put(f"{server.url}/{name}").raise_for_status()
-    server.heard()
+    server.forget_requests()
     return name
 
 
@@ -169,10 +169,10 @@ def shelf(tmp_path, monkeypatch):
 @pytest.fixture(params=["memory", "s3", "shelf"])
 def folder(request, shelf):
     if request.param == "s3":
-        return remote_folder(f"s3://{request.getfixturevalue('bucket')}/pictures")
+        return remote_folder(f"s3://{request.getfixturevalue('bucket')}/images")
     if request.param == "shelf":
-        return remote_folder(f"shelf://{shelf}/pictures")
-    return remote_folder(f"memory://{uuid.uuid4().hex}/pictures")
+        return remote_folder(f"shelf://{shelf}/images")
+    return remote_folder(f"memory://{uuid.uuid4().hex}/images")
 
 
 async def uploaded(how, folder, content=b"bytes", seconds=30.0):
@@ -213,14 +213,14 @@ async def fetched(how, server, folder, seconds=30.0):
 @pytest.mark.parametrize(
     ("url", "means"),
     [
-        ("s3://bucket/pictures", "s3://bucket/pictures"),
+        ("s3://bucket/images", "s3://bucket/images"),
         ("S3://bucket/a/b//", "s3://bucket/a/b"),
         ("s3://bucket", "s3://bucket"),
         (
             "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/mine",
             "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/mine",
         ),
-        ("memory://pictures", "memory://pictures"),
+        ("memory://images", "memory://images"),
         ("memory://", "memory://"),
         ("memory://host:8020/a@b", "memory://host:8020/a@b"),
     ],
@@ -232,13 +232,13 @@ def test_a_url_is_a_folder_elsewhere(url, means):
 @pytest.mark.parametrize(
     ("url", "path"),
     [
-        ("pictures", "pictures"),
+        ("images", "images"),
         ("/tmp/a b", "/tmp/a b"),
-        (Path("pictures"), "pictures"),
-        ("C:\\pictures", "C:\\pictures"),
-        ("C:/pictures", "C:/pictures"),
-        ("c://pictures", "c:/pictures"),
-        ("file:///tmp/pictures", "/tmp/pictures"),
+        (Path("images"), "images"),
+        ("C:\\images", "C:\\images"),
+        ("C:/images", "C:/images"),
+        ("c://images", "c:/images"),
+        ("file:///tmp/images", "/tmp/images"),
         ("file:///tmp/a%20b", "/tmp/a b"),
         ("file://localhost/tmp", "/tmp"),
     ],
@@ -281,7 +281,7 @@ def test_options_are_never_dropped_and_never_shown():
     assert pickle.loads(pickle.dumps(folder)) == folder
     assert hash(folder) == hash(remote_folder(folder.url))
     with pytest.raises(CogViewConfigurationError, match="on this machine"):
-        remote_folder("pictures", {"secret": CANARY})
+        remote_folder("images", {"secret": CANARY})
     with pytest.raises(CogViewConfigurationError, match="'asynchronous'"):
         remote_folder("s3://bucket", {"asynchronous": True})
 
@@ -318,12 +318,12 @@ def python(program, *arguments, by=(sys.executable,)):
 
 @HOWS
 async def test_a_fetched_image_stays_elsewhere_and_can_be_read_back(how, folder):
-    with FaultServer(None, good_image) as pictures:
-        picture = await fetched(how, pictures, folder)
-    assert picture.uri.startswith(f"{folder.url}/2")
-    assert picture.uri.endswith(f"-{picture.sha256[:16]}.png")
-    assert (picture.path, picture.content, picture.problem) == (None, None, None)
-    assert await read(how, picture.uri) == IMAGE
+    with FaultServer(None, good_image) as image_server:
+        image = await fetched(how, image_server, folder)
+    assert image.uri.startswith(f"{folder.url}/2")
+    assert image.uri.endswith(f"-{image.sha256[:16]}.png")
+    assert (image.path, image.content, image.problem) == (None, None, None)
+    assert await read(how, image.uri) == IMAGE
 
 
 def test_another_process_reads_an_image_by_its_uri_alone(server, bucket):
@@ -393,14 +393,14 @@ async def test_fifty_uploads_at_once_leave_the_event_loop_free(server, bucket):
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     go = server.hold(lambda: loop.call_soon_threadsafe(arrived.set))
     folder = remote_folder(f"s3://{bucket}")
-    with FaultServer(None, good_image, keep_requests=False) as pictures:
-        tasks = [asyncio.create_task(fetched("async", pictures, folder, 100)) for _ in range(50)]
+    with FaultServer(None, good_image, keep_requests=False) as image_server:
+        tasks = [asyncio.create_task(fetched("async", image_server, folder, 100)) for _ in range(50)]
         await asyncio.wait_for(arrived.wait(), 60)  # a loop that waits for the upload would not come here
         assert not any(task.done() for task in tasks)
         go.set()
-        pictures_saved = await asyncio.gather(*tasks)
-    uris = {picture.uri for picture in pictures_saved}
-    assert [picture.problem for picture in pictures_saved] == [None] * 50
+        saved = await asyncio.gather(*tasks)
+    uris = {image.uri for image in saved}
+    assert [image.problem for image in saved] == [None] * 50
     assert len(uris) == len(server.names(bucket)) == 50
 
 
@@ -409,11 +409,11 @@ async def test_fifty_uploads_at_once_leave_the_event_loop_free(server, bucket):
 
 @HOWS
 async def test_a_missing_bucket_costs_no_image_and_no_second_fetch(how):
-    with FaultServer(None, good_image) as pictures:
-        picture = await fetched(how, pictures, remote_folder("s3://nobody-made-this"))
-        assert pictures.gets == 1
-    assert (picture.path, picture.uri, picture.content) == (None, None, IMAGE)
-    assert picture.problem == "the bucket, folder or file does not exist"
+    with FaultServer(None, good_image) as image_server:
+        image = await fetched(how, image_server, remote_folder("s3://nobody-made-this"))
+        assert image_server.gets == 1
+    assert (image.path, image.uri, image.content) == (None, None, IMAGE)
+    assert image.problem == "the bucket, folder or file does not exist"
 
 
 @HOWS

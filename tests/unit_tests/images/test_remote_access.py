@@ -149,14 +149,14 @@ async def test_reading_a_file_leaves_the_event_loop_free(tmp_path, monkeypatch):
     on_loop = asyncio.get_running_loop()
     opened = []
 
-    def watched(*args, original=os.open, **kwargs):
+    def recording_open(*args, original=os.open, **kwargs):
         try:
             opened.append(asyncio.get_running_loop() is on_loop)
         except RuntimeError:
             opened.append(False)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(os, "open", watched)
+    monkeypatch.setattr(os, "open", recording_open)
     assert await image.aread() == PNG
     assert opened == [False]
 

@@ -21,7 +21,7 @@ from tests import forked
 PNG = ImageInfo("image/png", ".png", 1, 1)
 
 
-def _no_room(*_):
+def _no_space(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -166,7 +166,7 @@ def test_without_hard_links_two_threads_never_get_one_name(tmp_path, monkeypatch
 
 def test_a_disk_that_is_full_when_the_file_is_named_costs_no_byte(tmp_path, monkeypatch):
     _without_hard_links(monkeypatch, "EPERM", renames=False)
-    monkeypatch.setattr("langchain_cogview.images.store.rename_new", _no_room)
+    monkeypatch.setattr("langchain_cogview.images.store.rename_new", _no_space)
     for unnamed in (True, False):
         if not unnamed:
             monkeypatch.delattr(os, "O_TMPFILE", raising=False)

@@ -102,14 +102,14 @@ def test_save_says_what_is_wrong_with_its_path(tmp_path: Path) -> None:
     with FaultServer() as server:
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY)
         image = call(generator, "sync", Verdict()).images[0]
-        for place in (
+        for path in (
             tmp_path / "file" / "x.png",
             Path("/proc/nowhere/x.png"),
             tmp_path / ("x" * 300 + ".png"),
             tmp_path / "\0.png",
         ):
             with pytest.raises(CogViewStorageError):
-                image.save(place)
+                image.save(path)
         assert image.read() == IMAGE
 
 
@@ -118,7 +118,7 @@ def _forbidden(folder: Path) -> Path:
     return folder
 
 
-PLACES = {
+FOLDERS = {
     "that is a file": lambda folder: folder / "letter",
     "beneath a file": lambda folder: folder / "letter" / "below",
     "where none can be made": lambda folder: Path("/proc/nowhere"),
@@ -130,16 +130,18 @@ PLACES = {
 
 
 @HOWS
-@pytest.mark.parametrize("place", PLACES)
-def test_a_bad_folder_costs_no_image(place: str, how: How, tmp_path: Path) -> None:
-    if place == "that may not be written" and os.geteuid() == 0:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_bad_folder_costs_no_image(folder: str, how: How, tmp_path: Path) -> None:
+    if folder == "that may not be written" and os.geteuid() == 0:
         pytest.skip("The superuser may write everywhere.")
     (tmp_path / "letter").write_text("a letter")
     (tmp_path / "forbidden").mkdir()
     (tmp_path / "dangling").symlink_to("/proc/nowhere/at-all")
     with FaultServer() as server:
         try:
-            generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=PLACES[place](tmp_path))
+            generator = CogViewImageGenerator(
+                base_url=server.base_url, api_key=KEY, output_dir=FOLDERS[folder](tmp_path)
+            )
         except (CogViewConfigurationError, ValueError):
             return  # refused before anything was paid
         outcome = call(generator, how, Verdict())
@@ -166,7 +168,7 @@ def test_a_missing_folder_is_made_with_its_parents(how: How, tmp_path: Path) -> 
 
 def test_a_folder_that_vanishes_between_calls_costs_no_image(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path) as name, FaultServer() as server:
-        folder = Path(name) / "pictures"
+        folder = Path(name) / "images"
         generator = CogViewImageGenerator(base_url=server.base_url, api_key=KEY, output_dir=folder)
         first = generator.invoke("one").images[0]
         assert first.path is not None

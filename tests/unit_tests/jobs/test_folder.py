@@ -223,7 +223,7 @@ def test_a_second_job_is_refused_though_the_lock_file_is_gone_and_the_folder_ren
 @pytest.mark.parametrize("name", ["manifest.jsonl", "attempts.jsonl"])
 @pytest.mark.parametrize("change", ["deleted", "replaced", "appended"])
 def test_a_record_that_another_program_changes_stops_the_job_and_keeps_what_is_paid(run, out, sandbox, name, change):
-    prompts = [f"picture {n}" for n in range(8)]
+    prompts = [f"prompt {n}" for n in range(8)]
 
     def changed(plan):
         if change == "appended":
@@ -283,7 +283,7 @@ def command(tmp_path) -> Iterator[Callable[[list[str]], Command]]:
 
 @pytest.mark.heavy
 def test_two_processes_never_write_to_one_folder_though_its_lock_file_is_deleted(command, tmp_path):
-    job = command([f"picture {n} [[slow:6]]" for n in range(12)])
+    job = command([f"prompt {n} [[slow:6]]" for n in range(12)])
     first = job.started("--max-concurrency", "2")
     while first.poll() is None and len(job.sandbox.requests) < 2:
         time.sleep(0.01)
@@ -317,7 +317,7 @@ def file_size(size: int) -> Callable[[], None]:
 
 
 def test_a_job_has_no_more_in_flight_than_the_process_may_open_files_for(command):
-    job = command([f"picture {n}" for n in range(20)])
+    job = command([f"prompt {n}" for n in range(20)])
     code, stderr = job.finished("--max-concurrency", "20", limits=open_files(32))
     assert code == 0, stderr
     assert "at a time: this process can open only" in stderr
@@ -327,11 +327,11 @@ def test_a_job_has_no_more_in_flight_than_the_process_may_open_files_for(command
 @pytest.mark.parametrize("few", [0, 1, 3])
 def test_a_job_that_finds_no_files_left_stops_before_it_pays_and_goes_on_later(run, sandbox, out, few):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    prompts = [f"picture {n}" for n in range(6)]
+    prompts = [f"prompt {n}" for n in range(6)]
 
     def used_up(plan):
-        taken = len(os.listdir("/dev/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + few - 1, limits[1]))
+        already_open = len(os.listdir("/dev/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (already_open + few - 1, limits[1]))
 
     try:
         report = run(prompts, on_plan=used_up)
@@ -344,7 +344,7 @@ def test_a_job_that_finds_no_files_left_stops_before_it_pays_and_goes_on_later(r
 
 
 def test_a_job_that_runs_out_of_room_stops_cleanly_and_goes_on_later(command):
-    job = command([f"picture {n}" for n in range(20)])
+    job = command([f"prompt {n}" for n in range(20)])
     code, stderr = job.finished(limits=file_size(3000))
     assert code in {6, 7}, stderr
     assert "Stopped: " in stderr
@@ -357,7 +357,7 @@ def test_a_job_that_runs_out_of_room_stops_cleanly_and_goes_on_later(command):
 
 
 def test_a_folder_that_is_deleted_meanwhile_stops_the_job_and_says_where_what_was_paid_is(run, out, sandbox, caplog):
-    prompts = [f"picture {n}" for n in range(8)]
+    prompts = [f"prompt {n}" for n in range(8)]
     report = run(prompts, on_plan=lambda plan: shutil.rmtree(out))
     assert isinstance(report.stopped, CogViewStorageError)
     assert sandbox.requests == []
@@ -419,12 +419,12 @@ def begun(tmp_path_factory) -> Begun:
     return Begun(tmp_path_factory.mktemp("begun"))
 
 
-def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+def paths_in(value: object, path: tuple = ()) -> Iterator[tuple]:
     """The way to each value within a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, each in items:
-        yield from places(each, (*path, name))
+        yield from paths_in(each, (*path, name))
 
 
 ODD = st.one_of(
@@ -447,10 +447,10 @@ def changed(begun: Begun, data: st.DataObject) -> dict[str, str | bytes]:
     values = copy.deepcopy(begun.files[name])
     number = data.draw(st.integers(0, len(values) - 1))
     way = data.draw(st.sampled_from(["value", "gone", "line", "cut", "double", "bytes"]))
-    *path, last = data.draw(st.sampled_from([each for each in places(values[number]) if each]))
+    *path, last = data.draw(st.sampled_from([each for each in paths_in(values[number]) if each]))
     within = values[number]
-    for step in path:
-        within = within[step]
+    for name in path:
+        within = within[name]
     if way == "value":
         within[last] = data.draw(ODD)
     elif way == "gone":

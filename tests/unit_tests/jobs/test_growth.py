@@ -147,7 +147,7 @@ def test_nothing_is_written_through_a_link_in_place_of_a_sub_folder(run, out, tm
 
 
 @pytest.mark.usefixtures("small_folders")
-def test_a_link_that_takes_the_place_of_a_sub_folder_stops_the_job_before_it_pays(run, out, sandbox, tmp_path):
+def test_a_link_that_replaces_a_sub_folder_stops_the_job_before_it_pays(run, out, sandbox, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     run(prompts(4))
@@ -281,8 +281,8 @@ def test_a_page_of_the_users_is_not_overwritten_and_everything_is_made(run, out,
 
 
 def test_the_contact_sheet_counts_each_state_and_shows_only_one_if_asked(run, out):
-    given = [*prompts(2), "a [[content-filter]]", "a [[expired-url]]", "a [[malformed]]", "a [[flagged]] cat"]
-    report = run(given)
+    inputs = [*prompts(2), "a [[content-filter]]", "a [[expired-url]]", "a [[malformed]]", "a [[flagged]] cat"]
+    report = run(inputs)
     assert (report.made, report.blocked, report.failed, len(report.unknown)) == (3, 1, 1, 1)
     page = report.contact_sheet.read_text(encoding="utf-8")
     assert "<p>3 images · 1 blocked · 1 failed · 1 of unknown outcome · nothing is charged</p>" in page

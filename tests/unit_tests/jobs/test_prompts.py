@@ -1,4 +1,4 @@
-"""What a user relies on: every line of a file of prompts is read as it was meant, or told with its number."""
+"""What a user relies on: every line of a file of prompts is read as it was meant, or reported with its number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def written(tmp_path):
     return write
 
 
-def said(path, **options):
+def texts_of(path, **options):
     """Number and prompt of each line, or its problem."""
     return [(line.number, line.problem or line.arguments["prompt"]) for line in read_prompts(path, **options)]
 
@@ -57,24 +57,24 @@ def test_a_byte_order_mark_and_foreign_line_ends_are_no_part_of_a_prompt(written
         "jsonl": ['"a cat"', '{"prompt": "ein Hündchen"}'],
     }[name.rpartition(".")[2]]
     content = mark + end.join([*lines, ""]).encode()
-    assert [prompt for _, prompt in said(written(content, name))] == ["a cat", "ein Hündchen"]
+    assert [prompt for _, prompt in texts_of(written(content, name))] == ["a cat", "ein Hündchen"]
 
 
 @pytest.mark.parametrize(
     ("name", "before"), [("p.txt", b""), ("p.csv", b"prompt\n"), ("p.tsv", b"prompt\n"), ("p.jsonl", b"")]
 )
-def test_what_is_no_utf_8_is_told_by_line_and_the_others_are_read(written, name, before):
+def test_what_is_not_utf_8_is_reported_by_line_and_the_others_are_read(written, name, before):
     row = b'"good"' if name == "p.jsonl" else b"good"
     path = written(before + row + b"\ncaf\xe9\n" + row + b"\n", name)
     first = 1 + before.count(b"\n")
     assert problems(path) == {first + 1: "Not valid UTF-8 at character 4."}
-    assert [number for number, _ in said(path)] == [first, first + 1, first + 2]
+    assert [number for number, _ in texts_of(path)] == [first, first + 1, first + 2]
 
 
 @pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
 def test_utf_16_is_named(written, mark):
     with pytest.raises(CogViewConfigurationError, match="are in UTF-16.*Save them as UTF-8"):
-        said(written(mark + "a cat".encode("utf-16-le")))
+        texts_of(written(mark + "a cat".encode("utf-16-le")))
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_utf_16_is_named(written, mark):
 def test_a_line_that_is_too_long_is_a_problem_and_the_next_is_read(written, name, lines):
     path = written("\n".join(lines).replace("{}", "x" * (MAX_LINE + 5)), name)
     number = next(number for number, line in enumerate(lines, 1) if "{}" in line)
-    told = problems(path)
-    assert set(told) == {number}
-    assert "more than 100,000 characters" in told[number]
-    assert said(path)[-1] == (number + 1, "good")
+    reported = problems(path)
+    assert set(reported) == {number}
+    assert "more than 100,000 characters" in reported[number]
+    assert texts_of(path)[-1] == (number + 1, "good")
 
 
 def test_a_line_of_exactly_the_limit_is_read(written):
-    assert said(written("x" * MAX_LINE + "\r\nnext")) == [(1, "x" * MAX_LINE), (2, "next")]
+    assert texts_of(written("x" * MAX_LINE + "\r\nnext")) == [(1, "x" * MAX_LINE), (2, "next")]
 
 
 def test_a_file_of_one_endless_line_is_not_held_in_memory(tmp_path):
@@ -142,23 +142,23 @@ def test_a_csv_file_has_arguments_beside_the_prompt_and_other_columns_are_carrie
 
 
 def test_line_ends_within_a_quoted_prompt_are_plain_ones(written):
-    assert said(written('prompt\r\n"a\r\nb"\r\n', "p.csv")) == [(2, "a\nb")]
+    assert texts_of(written('prompt\r\n"a\r\nb"\r\n', "p.csv")) == [(2, "a\nb")]
 
 
 def test_a_csv_quote_that_is_never_closed_swallows_nothing_in_silence(written):
     path = written('prompt\ngood\n"never closed\nlost\nlost too\n', "p.csv")
-    assert said(path)[0] == (2, "good")
+    assert texts_of(path)[0] == (2, "good")
     assert problems(path) == {3: "A quote in it is never closed. Lines 3 to 5 are read as one line."}
 
 
-def test_wrong_quotes_in_a_csv_file_are_told(written):
+def test_wrong_quotes_in_a_csv_file_are_reported(written):
     path = written('prompt\n"G I G" painted\ngood\n', "p.csv")
     assert problems(path).keys() == {2}
     assert "double a quote within a quoted cell" in problems(path)[2]
-    assert said(path)[-1] == (3, "good")
+    assert texts_of(path)[-1] == (3, "good")
 
 
-def test_a_cell_too_many_is_told(written):
+def test_a_cell_too_many_is_reported(written):
     assert problems(written("prompt,n\na cat, sitting,1\na dog,1,\n", "p.csv")) == {
         2: "It has 3 cells, the header 2: quote a cell that holds a separator."
     }
@@ -167,7 +167,7 @@ def test_a_cell_too_many_is_told(written):
 
 def test_a_tsv_file_has_raw_quotes_unless_they_are_a_spreadsheets(written):
     cells = ['"G I G" painted', 'a "word"', '"quoted, ""twice"""', '"', '""', '"a" and "b"']
-    assert [prompt for _, prompt in said(written("\n".join(["Prompt\tNote", *(f"{c}\tx" for c in cells)]), "p.tsv"))] == [
+    assert [prompt for _, prompt in texts_of(written("\n".join(["Prompt\tNote", *(f"{c}\tx" for c in cells)]), "p.tsv"))] == [
         '"G I G" painted', 'a "word"', 'quoted, "twice"', '"', "", '"a" and "b"',
     ]  # fmt: skip
 
@@ -192,16 +192,16 @@ def test_the_parti_prompts_are_read_as_they_stand():
         ('"prompt\na', "never closed"),
     ],
 )
-def test_a_header_that_cannot_be_used_is_told(written, content, words):
+def test_a_header_that_cannot_be_used_is_reported(written, content, words):
     with pytest.raises(CogViewConfigurationError) as caught:
-        said(written(content, "p.csv"))
+        texts_of(written(content, "p.csv"))
     assert words in str(caught.value)
     assert "Name a column 'prompt'" in caught.value.hint
 
 
 def test_a_tsv_header_too(written):
     with pytest.raises(CogViewConfigurationError, match="separated by tabs"):
-        said(written("prompt,size\na,b", "p.tsv"))
+        texts_of(written("prompt,size\na,b", "p.tsv"))
 
 
 # --- JSON lines
@@ -233,10 +233,10 @@ def test_json_lines_are_texts_or_objects(written):
         ("9" * 9_000, "a number that is too long"),
     ],
 )
-def test_json_that_is_no_prompt_is_told(written, line, words):
-    told = problems(written(f'{line}\n"good"\n', "p.jsonl"))
-    assert told.keys() == {1}
-    assert words in told[1]
+def test_json_that_is_not_a_prompt_is_reported(written, line, words):
+    reported = problems(written(f'{line}\n"good"\n', "p.jsonl"))
+    assert reported.keys() == {1}
+    assert words in reported[1]
 
 
 def test_no_more_than_twenty_foreign_names_are_noted(written):
@@ -260,26 +260,26 @@ def test_prompts_can_be_texts_and_dicts():
 
 
 def test_a_dash_is_the_standard_input_and_leaves_it_open(monkeypatch):
-    given = io.BytesIO(b"\xef\xbb\xbfa cat\r\n\r\na dog")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given, "ascii"))
-    assert said("-") == [(1, "a cat"), (3, "a dog")]
-    assert not given.closed
-    given.seek(0)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given, "ascii"))
-    assert said("-", format="jsonl")[0][1].startswith("Not valid JSON")
+    stdin = io.BytesIO(b"\xef\xbb\xbfa cat\r\n\r\na dog")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stdin, "ascii"))
+    assert texts_of("-") == [(1, "a cat"), (3, "a dog")]
+    assert not stdin.closed
+    stdin.seek(0)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stdin, "ascii"))
+    assert texts_of("-", format="jsonl")[0][1].startswith("Not valid JSON")
 
 
-def test_the_format_can_be_said(written):
+def test_the_format_can_be_passed(written):
     path = written("prompt\na cat", "prompts.data")
-    assert said(path, format="csv") == [(2, "a cat")]
+    assert texts_of(path, format="csv") == [(2, "a cat")]
     with pytest.raises(CogViewConfigurationError, match=r"does not name a format of prompts\. Choose one with format="):
-        said(path)
+        texts_of(path)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path):
+def test_a_file_that_cannot_be_read_is_reported(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path, "nul\0.txt"):
         with pytest.raises(CogViewConfigurationError, match="cannot be read"):
-            said(path, format="txt")
+            texts_of(path, format="txt")
 
 
 # --- checked

@@ -42,7 +42,7 @@ class JobStore(S3):
 
     def clear(self):
         self.before = self.after = None  # called with the path of each PUT; `after` may replace the answer
-        self.after_read = None  # called with the path of each GET and HEAD, before its answer is given
+        self.after_read = None  # called with the path of each GET and HEAD, before it is answered
         self.ignores_conditions = False
 
     def __call__(self, environ, start_response):
@@ -89,7 +89,7 @@ def environment(store, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", None)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # it is kept by its options, which lack the environment
     store.clear()
-    store.heard()
+    store.forget_requests()
     yield
     store.clear()
 
@@ -482,7 +482,7 @@ def test_two_workers_killed_and_started_again_pay_for_nothing_twice(store, url):
 # --- what cannot be written or read
 
 
-def test_an_image_that_cannot_be_uploaded_is_kept_and_taken_in_by_the_next_run(store, sandbox, url):
+def test_an_image_that_cannot_be_uploaded_is_kept_and_recovered_by_the_next_run(store, sandbox, url):
     store.before = lambda path: path.endswith(".png")
     report = run(sandbox, url, ["one"])
     assert isinstance(report.stopped, CogViewStorageError)

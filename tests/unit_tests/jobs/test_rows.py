@@ -58,7 +58,7 @@ def test_equal_rows_share_an_image(server, tmp_path):
     assert len(server.sandbox.requests) == 2
 
 
-def test_what_is_not_legal_is_said_of_its_row(server, tmp_path):
+def test_what_is_not_legal_is_reported_for_its_row(server, tmp_path):
     odd = [{"prompt": "a kitten", "size": "3x3"}, {}, {"prompt": ""}, {"prompt": None}, {"prompt": math.nan}]
     odd += [{"prompt": 5}, {"prompt": ["a"]}, {"prompt": b"\xff"}, {"prompt": "a", "n": math.nan}, {"prompt": "\ud800"}]
     results = generate(server, tmp_path, [*odd, *rows(1)])
@@ -93,7 +93,7 @@ def test_workers_that_work_on_the_same_rows_at_once_pay_once(tmp_path):
         assert max(Counter(entry.prompt for entry in server.sandbox.ledger).values()) == 1
 
 
-def test_a_refused_key_is_tried_a_few_times_only_and_said_of_each_row(server, tmp_path):
+def test_a_refused_key_is_tried_a_few_times_only_and_reported_for_each_row(server, tmp_path):
     server.sandbox.fail_next("auth", 100)
     results = generate(server, tmp_path, rows(*range(100)), max_concurrency=2)
     assert {row.status for row in results} == {"not_run"}
@@ -132,7 +132,7 @@ def test_what_may_have_been_charged_is_listed_and_not_sent_again(server, tmp_pat
     assert generate(server, tmp_path, rows(1), retry_unknown=True)[0].status == "made"
 
 
-def test_other_defaults_in_the_same_folder_are_said_and_not_paid_for(server, tmp_path):
+def test_other_defaults_in_the_same_folder_are_reported_and_not_paid_for(server, tmp_path):
     generate(server, tmp_path, rows(1), shards=1)
     [row] = generate(server, tmp_path, rows(2), size="768x1344")
     assert row.status == "not_run"

@@ -38,10 +38,10 @@ class KilledJob:
             [*self.command, *options], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def killed_at(self, pictures: int, jitter: float) -> None:
+    def killed_at(self, images: int, jitter: float) -> None:
         """Kill it shortly after the account was charged for so many images."""
         with self.started() as process:
-            while self.sandbox.images_made < pictures and process.poll() is None:
+            while self.sandbox.images_made < images and process.poll() is None:
                 time.sleep(IDLE)
             # A process that is done before this one runs again has ended well.
             assert process.poll() in (None, 0), process.stderr.read()
@@ -92,7 +92,7 @@ def check(job: KilledJob, count: int, report: dict) -> None:
     for prompt in (prompt for prompt, number in times.items() if number > 1):
         ids = [entry.request_id for entry in ledger if entry.prompt == prompt]
         assert sum(each not in job.listed for each in ids) == 1, (prompt, ids, job.listed)
-    # What is given up is told in the manifest, too.
+    # What is given up is listed in the manifest, too.
     assert {each["request_id"] for line in lines for each in line["given_up"]} == set(job.listed)
     pages = [page.read_text(encoding="utf-8") for page in job.folder.glob("index*.html")]
     assert sum(text.count("<img ") for text in pages) == count

@@ -17,7 +17,7 @@ from tests.unit_tests.limits.servers import RedisServer
 
 
 class Account:
-    """Processes that report to a page, and use what they are told."""
+    """Processes that report to a page, and use the slots that they are allowed."""
 
     def __init__(self, cap: int, *, settle: float = 0) -> None:
         self.cap = cap
@@ -90,11 +90,13 @@ def test_slots_that_are_held_are_not_promised_to_another():
 @settings(deadline=None, max_examples=200)
 @given(
     cap=st.integers(1, 12),
-    steps=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=60),
+    reports=st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=60
+    ),
 )
-def test_together_they_never_have_more_than_the_limit(cap, steps):
+def test_together_they_never_have_more_than_the_limit(cap, reports):
     account = Account(cap)
-    for name, ended, waiting in steps:
+    for name, ended, waiting in reports:
         usage = account.usages.get(name)
         in_flight = max(0, (usage.in_flight if usage else 0) - ended)
         account.report(name, in_flight=in_flight, waiting=waiting)
@@ -131,7 +133,7 @@ def test_who_comes_late_is_not_owed_the_past():
     assert 3 <= account.usages["new"].served <= 6
 
 
-def test_the_slots_of_the_dead_are_kept_for_a_while_and_then_given_away():
+def test_the_slots_of_a_dead_process_are_reserved_for_a_while_and_then_shared():
     account = Account(5)
     account.settled("dead", waiting=5)
     account.fill("dead")
@@ -237,13 +239,13 @@ def test_redis_gives_the_same_answers(server):
     assert source != SCRIPT
     script = store._client.register_script(source)
     order = random.Random(1)
-    for turn in range(12):
+    for round_number in range(12):
         store._client.flushall()
         page, now, epochs = None, 1000.0, {}
         counts: dict[str, list[int]] = {}
         cap = order.choice([1, 3, 5, 20])
         for _ in range(150):
-            now += order.choice([0, 0.25, 1, 3, 6, -4]) if turn % 2 else 0.25
+            now += order.choice([0, 0.25, 1, 3, 6, -4]) if round_number % 2 else 0.25
             name = f"m{order.randrange(6)}"
             count = counts.setdefault(name, [0, 0, 0])
             count[0] += order.randrange(3)

@@ -58,7 +58,7 @@ class Account:
         time.sleep(seconds)
 
     def end(self) -> list[dict[str, Any]]:
-        """Stop all workers. Returns what those that live say."""
+        """Stop all workers. Returns what the living ones report."""
         living = [worker for worker in self.workers if worker.poll() is None]
         for worker in living:
             worker.stdin.write("\n")

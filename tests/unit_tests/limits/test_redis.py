@@ -69,7 +69,7 @@ def test_a_password_that_is_changed_costs_no_call(service, tmp_path):
         assert made.invoke("a foal").images
 
 
-def test_a_full_memory_costs_no_call_and_all_goes_on_when_there_is_room(service, tmp_path):
+def test_a_full_memory_costs_no_call_and_all_goes_on_when_there_is_space(service, tmp_path):
     with RedisServer(tmp_path, "--maxmemory", "1", "--maxmemory-policy", "noeviction") as server:
         store = RedisLimit(server.url)
         with pytest.raises(redis.exceptions.ResponseError, match="maxmemory"):
@@ -89,7 +89,7 @@ def test_answers_that_are_late_cost_no_call(service, tmp_path):
         with pytest.raises(redis.exceptions.TimeoutError):
             store.exchange(ACCOUNTS[0], USAGE)
         assert generator(service, server.url).invoke("a kitten").images
-        # A late answer is not taken for that of a later report.
+        # A late answer is not mistaken for the answer to a later report.
         comes_back(lambda: store.exchange(ACCOUNTS[0], USAGE))
         assert store.exchange(ACCOUNTS[1], LimitUsage("other", 0, 1, 3)).limit == 3
 
@@ -167,7 +167,7 @@ def test_a_node_that_is_lost_costs_no_call_and_is_found_again(service, cluster):
         comes_back(lambda account=account: store.exchange(account, USAGE))
 
 
-def test_a_database_that_a_cluster_does_not_have_is_said(service, cluster):
+def test_a_database_that_a_cluster_does_not_have_is_reported(service, cluster):
     with pytest.raises(CogViewConfigurationError, match="database 0 only"):
         generator(service, cluster[0].url.replace("/0", "/1")).invoke("a kitten")
     assert not service.sandbox.requests

@@ -148,7 +148,7 @@ def test_a_call_that_is_allowed_does_not_wait_for_the_store():
         each.done()
 
 
-def test_all_is_given_back_when_nothing_is_left_to_do():
+def test_all_slots_are_released_when_nothing_is_left_to_do():
     store = Store()
     limiter = limiter_of(store)
     acquire(limiter).done()
@@ -443,7 +443,7 @@ def test_a_folder_that_is_deleted_is_made_again(tmp_path):
     assert store.exchange("0" * 32, LimitUsage("me", 0, 3, 5)).allowance == 1
 
 
-def test_two_limits_on_one_account_are_said(caplog):
+def test_two_limits_on_one_account_are_reported(caplog):
     pages = Pages()
     one, other = limiter_of(Store(pages)), limiter_of(Store(pages))
     low = acquire(one, 2)

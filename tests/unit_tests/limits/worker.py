@@ -1,4 +1,4 @@
-"""One process of the tests on disturbances: makes images until it is told to stop, and says what became of them."""
+"""One process of the tests on disturbances: makes images until it is asked to stop, and prints what became of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def main(url: str, shared: str, limit: int) -> None:
     threading.Thread(target=lambda: (sys.stdin.readline(), stopped.set()), daemon=True).start()
     made, lost = 0, []
 
-    async def draw() -> None:
+    async def generate() -> None:
         nonlocal made
         while not stopped.is_set():
             try:
@@ -30,7 +30,7 @@ async def main(url: str, shared: str, limit: int) -> None:
             except Exception as error:
                 lost.append(repr(error))
 
-    await asyncio.gather(*(draw() for _ in range(2 * limit)))
+    await asyncio.gather(*(generate() for _ in range(2 * limit)))
     print(json.dumps({"made": made, "lost": lost}), flush=True)
 
 

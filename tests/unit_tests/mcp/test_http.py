@@ -171,7 +171,7 @@ async def test_without_a_clear_yes_nothing_is_sent(serve, sandbox, mode, answer)
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_client_that_cannot_ask_is_refused_and_told_why(serve, sandbox, mode):
+async def test_a_client_that_cannot_ask_is_refused_with_the_reason(serve, sandbox, mode):
     served = await asyncio.to_thread(lambda: serve(approve="above=0.05"))
     async with Client(served.url, mode=mode) as client:
         result = await client.call_tool("generate_image", {"prompt": "a kitten"})

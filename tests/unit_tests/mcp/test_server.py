@@ -303,7 +303,7 @@ async def test_without_a_key_each_call_says_how_to_get_one_and_that_there_is_a_s
     assert not folder.exists()
 
 
-async def test_a_folder_that_cannot_be_used_is_said_before_anything_is_sent_and_tried_again(make, sandbox, folder):
+async def test_a_folder_that_cannot_be_used_is_reported_before_anything_is_sent_and_tried_again(make, sandbox, folder):
     folder.write_text("a file")
     async with Client(make().app) as client:
         result = await client.call_tool("generate_image", {"prompt": "a kitten"})

@@ -129,7 +129,7 @@ def test_calls_one_after_the_other_are_one_line_and_the_time_between_them_does_n
         ),
     ],
 )
-def test_the_summary_tells_what_became_of_it(line, output, ended, told):
+def test_the_summary_says_what_became_of_it(line, output, ended, told):
     line.started()
     line.ended(ended)
     assert output.texts[-1] == "0.0 s" + (" · " + told if told else "")
@@ -155,7 +155,7 @@ def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
         assert not each.is_alive()
 
 
-def test_an_output_that_cannot_be_drawn_costs_no_call(line, output, monkeypatch):
+def test_an_output_that_cannot_be_written_costs_no_call(line, output, monkeypatch):
     def broken(text):
         raise OSError
 
@@ -219,7 +219,7 @@ def test_the_function_goes_before_the_environment(monkeypatch):
     assert not shown_at_all(monkeypatch)
 
 
-def test_it_stays_away_where_a_bar_is_drawn(monkeypatch):
+def test_it_stays_away_where_a_bar_is_shown(monkeypatch):
     class Bar:
         shown = True
 
@@ -342,7 +342,7 @@ class TestInANotebook:
         text = output.data["text/plain"]
         assert re.fullmatch(rf"\d+\.\d s · {count} images? · {Decimal('0.06') * count} CNY", text), text
 
-    def test_a_blocked_call_is_told(self, executed):
+    def test_a_blocked_call_is_reported(self, executed):
         (output,) = executed["blocked"].outputs
         assert output.data["text/plain"] == "0.0 s · 1 blocked"
 

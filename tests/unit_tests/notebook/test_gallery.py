@@ -127,7 +127,7 @@ def test_a_result_of_several_images_has_several_tiles():
 
 
 @pytest.mark.parametrize("given", [[1], ["a.png"], [None], [(1, 2, 3)], 5])
-def test_what_it_cannot_show_is_told(given):
+def test_what_it_cannot_show_is_an_error(given):
     with pytest.raises(TypeError):
         gallery(given)
 
@@ -137,7 +137,7 @@ def test_an_empty_one_is_one():
     assert shown(gallery([])).text == "0 images"
 
 
-def test_the_cost_is_told_and_what_is_unknown_is_not_zero():
+def test_the_cost_is_shown_and_what_is_unknown_is_not_zero():
     paid = {"cost": Decimal("0.06"), "currency": "CNY"}
     assert repr(gallery([image(**paid), image(**paid)])) == "Gallery(2 images, 0.12 CNY)"
     assert repr(gallery([image(**paid), image()])) == "Gallery(2 images, 0.06 CNY and 1 of unknown price)"
@@ -175,7 +175,7 @@ def test_files_are_read_when_it_is_made_and_not_when_it_is_shown(tmp_path):
     assert len(Seen((tmp_path / "page.html").read_text()).pictures()) == 3
 
 
-def test_a_file_that_is_gone_is_told_in_its_place(tmp_path):
+def test_a_file_that_is_gone_is_reported_in_its_tile(tmp_path):
     seen = shown(gallery([image(PHOTO, path=tmp_path / "gone.png")]))
     assert "The saved file gone.png cannot be read" in seen.text
 
@@ -242,7 +242,7 @@ twins = pytest.mark.parametrize("twin", ["sync", "async"])
 
 
 @twins
-async def test_every_combination_is_drawn_into_a_labelled_table(twin, sandbox):
+async def test_every_combination_is_generated_into_a_labelled_table(twin, sandbox):
     made = await drawn_by(
         twin, "a fox", sizes=["square", "16:9"], qualities=["standard", "hd"], models=["cogview-4-250304", "glm-image"],
         base_url=sandbox.base_url,
@@ -286,7 +286,7 @@ async def test_a_blocked_one_does_not_cost_the_others(twin, generator, sandbox):
 
 @twins
 @pytest.mark.parametrize("given", [{}, {"sizes": []}, {"sizes": ["square"], "models": ()}])
-async def test_nothing_to_compare_is_told(twin, given, generator):
+async def test_nothing_to_compare_is_an_error(twin, given, generator):
     with pytest.raises(CogViewInvalidRequestError, match="nothing to compare"):
         await drawn_by(twin, "x", generator=generator, **given)
 
@@ -295,7 +295,7 @@ def test_one_name_is_a_list_of_one(generator):
     assert len(compare("x", sizes="square", generator=generator).results) == 1
 
 
-def test_several_images_for_each_combination_stand_in_its_place(generator):
+def test_several_images_for_each_combination_stand_in_its_cell(generator):
     made = compare("x", sizes=["square", "16:9"], generator=generator, n=2)
     assert len(shown(made).pictures()) == 4
     assert len(shown(made).all("td")) == 2

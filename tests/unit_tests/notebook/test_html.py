@@ -76,7 +76,7 @@ def test_a_file_name_is_percent_encoded_and_stays_in_the_folder(tmp_path, name):
     assert not image["src"].startswith(("/", "javascript:"))
 
 
-def test_what_was_not_made_has_its_reason_in_place_of_the_image(tmp_path):
+def test_what_was_not_made_has_its_reason_instead_of_the_image(tmp_path):
     seen = page(tmp_path, Tile("a cat", reason="The content filter blocked the prompt."))
     assert seen.all("img") == []
     assert "The content filter blocked the prompt." in seen.texts

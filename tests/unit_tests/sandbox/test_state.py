@@ -270,7 +270,7 @@ def test_each_key_has_its_own_slots():
         assert (mine.status, yours.status, again.status) == (200, 200, 429)
 
 
-def test_a_limit_can_be_given_by_model():
+def test_a_limit_can_be_set_for_each_model():
     sandbox = Sandbox(in_flight_limit={"CogView-3-Flash": 1, "cogview-4": 2})
     with admit(sandbox, model="cogview-3-flash"), admit(sandbox, model="cogview-4"):
         assert status(sandbox, model="cogview-3-flash") == 429
