@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NAMES = {
     "our_abatch": "**langchain-cogview, `abatch`**",
     "our_astream_many": "**langchain-cogview, `astream_many`**",
-    "our_astream_many_heard": "**langchain-cogview, `astream_many`** with a callback handler",
+    "our_astream_many_with_handler": "**langchain-cogview, `astream_many`** with a callback handler",
     "our_stream_many": "**langchain-cogview, `stream_many`**",
     "our_batch": "**langchain-cogview, `batch`**",
     "our_generator_sync": "**langchain-cogview, `generator.invoke`**",
@@ -167,7 +167,7 @@ def at_once(rounds: int, *, quick: bool) -> None:
 def machinery(rounds: int, *, quick: bool) -> None:
     """Runs that sleep in place of a request."""
     counts, slots = ((100, 200), 20) if quick else ((1000, 10_000), 256)
-    names = ["our_astream_many", "our_abatch", "our_astream_many_heard", "langchain_abatch"]
+    names = ["our_astream_many", "our_abatch", "our_astream_many_with_handler", "langchain_abatch"]
     found = [
         Rounds(names, rounds, lambda name, n=count: fresh("machinery", client=name, count=n, slots=slots))
         for count in counts
@@ -247,9 +247,9 @@ def one_call(rounds: int, *, quick: bool) -> None:
         reported = fresh("per_call", names=names, rounds=rounds, calls=calls)
         missing.update(reported["missing"])
         bare = reported["us"][names[0]]
-        for name, taken in reported["us"].items():
-            ratio = statistics.median(one / other for one, other in zip(taken, bare, strict=True))
-            rows.append([NAMES[name], f"{statistics.median(taken):.0f} µs", f"{ratio:.2f}"])
+        for name, times in reported["us"].items():
+            ratio = statistics.median(one / other for one, other in zip(times, bare, strict=True))
+            rows.append([NAMES[name], f"{statistics.median(times):.0f} µs", f"{ratio:.2f}"])
     table("One call without latency, warm: CPU", ["", "CPU", "over bare httpx"], rows)
 
 

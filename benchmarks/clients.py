@@ -26,7 +26,7 @@ def body(prompt: str) -> dict[str, str]:
 
 
 def tool_call(prompt: str) -> dict[str, Any]:
-    return {"type": "tool_call", "id": "1", "name": "draw", "args": {"prompt": prompt}}
+    return {"type": "tool_call", "id": "1", "name": "generate", "args": {"prompt": prompt}}
 
 
 def _httpx_client(base_url: str, slots: int) -> Any:
@@ -142,12 +142,12 @@ def _by_hand(base_url: str, slots: int) -> tuple[Any, Any]:
 
     client, aclient = _httpx_client(base_url, slots), _httpx_async_client(base_url, slots)
 
-    def draw(prompt: str, **kwargs: Any) -> str:
+    def generate(prompt: str, **kwargs: Any) -> str:
         response = client.post("/images/generations", json=body(prompt))
         response.raise_for_status()
         return response.json()["data"][0]["url"]
 
-    async def adraw(prompt: str, **kwargs: Any) -> str:
+    async def agenerate(prompt: str, **kwargs: Any) -> str:
         response = await aclient.post("/images/generations", json=body(prompt))
         response.raise_for_status()
         return response.json()["data"][0]["url"]
@@ -155,25 +155,25 @@ def _by_hand(base_url: str, slots: int) -> tuple[Any, Any]:
     class Arguments(BaseModel):
         prompt: str
 
-    class DrawTool(BaseTool):
-        name: str = "draw"
-        description: str = "Draws."
+    class GenerateTool(BaseTool):
+        name: str = "generate"
+        description: str = "Generates an image."
         args_schema: Any = Arguments
 
         def _run(self, prompt: str) -> str:
-            return draw(prompt)
+            return generate(prompt)
 
         async def _arun(self, prompt: str) -> str:
-            return await adraw(prompt)
+            return await agenerate(prompt)
 
-    class Draw(Runnable[str, str]):
+    class Generate(Runnable[str, str]):
         def invoke(self, input: str, config: Any = None, **kwargs: Any) -> str:
-            return self._call_with_config(draw, input, config)
+            return self._call_with_config(generate, input, config)
 
         async def ainvoke(self, input: str, config: Any = None, **kwargs: Any) -> str:
-            return await self._acall_with_config(adraw, input, config)
+            return await self._acall_with_config(agenerate, input, config)
 
-    return DrawTool(), Draw()
+    return GenerateTool(), Generate()
 
 
 def hand_tool_sync(base_url: str, slots: int) -> Call:

@@ -100,13 +100,13 @@ def bulk(client: str, slots: int, seconds: float, waves: int, warm: int) -> dict
     """Share of the ideal time, new connections and CPU per call, after some waves that open the connections."""
     with stub.running() as service:
         run, is_async = _run_of(client, service.base_url(seconds), slots)
-        taken: dict[str, float] = {}
+        measured: dict[str, float] = {}
 
         def timed(work: Callable[[], Any]) -> None:
-            taken["connections"] = -service.counts()["connections"]
+            measured["connections"] = -service.counts()["connections"]
             begun, cpu = time.perf_counter(), time.process_time()
             work()
-            taken["seconds"], taken["cpu"] = time.perf_counter() - begun, time.process_time() - cpu
+            measured["seconds"], measured["cpu"] = time.perf_counter() - begun, time.process_time() - cpu
 
         if is_async:
 
@@ -115,19 +115,19 @@ def bulk(client: str, slots: int, seconds: float, waves: int, warm: int) -> dict
                 before = await asyncio.to_thread(service.counts)
                 begun, cpu = time.perf_counter(), time.process_time()
                 await run(slots * waves)
-                taken["seconds"], taken["cpu"] = time.perf_counter() - begun, time.process_time() - cpu
-                taken["connections"] = -before["connections"]
+                measured["seconds"], measured["cpu"] = time.perf_counter() - begun, time.process_time() - cpu
+                measured["connections"] = -before["connections"]
 
             asyncio.run(both())
         else:
             run(slots * warm)
             timed(lambda: run(slots * waves))
-        opened = taken["connections"] + service.counts()["connections"]
+        opened = measured["connections"] + service.counts()["connections"]
         calls = slots * waves
         return {
-            "share": waves * seconds / taken["seconds"],
+            "share": waves * seconds / measured["seconds"],
             "connections": opened / calls,
-            "cpu_us": taken["cpu"] / calls * 1e6,
+            "cpu_us": measured["cpu"] / calls * 1e6,
         }
 
 
@@ -141,9 +141,9 @@ def unbounded(client: str, count: int, seconds: float, slots: int) -> dict[str, 
             results = asyncio.run(generator.abatch(prompts, return_exceptions=True))
         else:
             results = asyncio.run(_all_at_once(service.base_url(seconds), prompts))
-        taken = time.perf_counter() - begun
+        elapsed = time.perf_counter() - begun
         failed = sum(isinstance(result, Exception) for result in results)
-        return {"failed": failed, "over": taken / (-(-count // slots) * seconds), "seconds": taken}
+        return {"failed": failed, "over": elapsed / (-(-count // slots) * seconds), "seconds": elapsed}
 
 
 async def _all_at_once(base_url: str, prompts: list[str]) -> list[Any]:
@@ -204,9 +204,9 @@ def machinery(client: str, count: int, slots: int) -> dict[str, Any]:
         ticking = asyncio.create_task(tick())
         begun = time.perf_counter()
         await run(count)
-        taken = time.perf_counter() - begun
+        elapsed = time.perf_counter() - begun
         ticking.cancel()
-        return {"mb": peak_mb() - before, "share": -(-count // workers) * SLEEP / taken, "lag_ms": max(lags) * 1000}
+        return {"mb": peak_mb() - before, "share": -(-count // workers) * SLEEP / elapsed, "lag_ms": max(lags) * 1000}
 
     return asyncio.run(main())
 
@@ -228,7 +228,7 @@ def _sleeping_runs(client: str, slots: int) -> tuple[Callable[[int], Coroutine[A
         _agenerate = sleep
 
     generator = Sleeping(base_url="sandbox:", download=False, max_concurrency=slots)
-    config: Any = {"callbacks": [AsyncCallbackHandler()]} if client.endswith("_heard") else None
+    config: Any = {"callbacks": [AsyncCallbackHandler()]} if client.endswith("_with_handler") else None
 
     async def astream_many(count: int) -> None:
         async for _ in generator.astream_many((f"a kitten {number}" for number in range(count)), config):
@@ -261,11 +261,11 @@ def images(client: str, count: int, slots: int) -> dict[str, Any]:
         gc.collect()
         memory, cpu, begun = peak_mb(), time.process_time(), time.perf_counter()
         run(count)
-        cpu, taken = time.process_time() - cpu, time.perf_counter() - begun
+        cpu, elapsed = time.process_time() - cpu, time.perf_counter() - begun
         saved = sum(1 for path in Path(folder).rglob("*") if path.is_file())
         if client != "httpx_kept" and saved != count + slots:
             raise AssertionError(f"{saved} images were saved")
-        return {"mb": peak_mb() - memory, "cpu_ms": cpu / count * 1000, "seconds": taken}
+        return {"mb": peak_mb() - memory, "cpu_ms": cpu / count * 1000, "seconds": elapsed}
 
 
 def _image_run(client: str, base_url: str, slots: int, folder: Path) -> Callable[[int], Any]:
@@ -381,21 +381,21 @@ def per_call(names: list[str], rounds: int, calls: int) -> dict[str, Any]:
 
 
 def _cpu_sync(found: dict[str, Callable[[str], Any]], rounds: int, calls: int) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in found}
+    measured: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, call in found.items():
             call("a kitten")
             begun = time.process_time()
             for _ in range(calls):
                 call("a kitten")
-            taken[name].append((time.process_time() - begun) / calls * 1e6)
-    return taken
+            measured[name].append((time.process_time() - begun) / calls * 1e6)
+    return measured
 
 
 def _cpu_async(
     found: dict[str, Callable[[str], Coroutine[Any, Any, Any]]], rounds: int, calls: int
 ) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in found}
+    measured: dict[str, list[float]] = {name: [] for name in found}
 
     async def main() -> None:
         for _ in range(rounds):
@@ -404,10 +404,10 @@ def _cpu_async(
                 begun = time.process_time()
                 for _ in range(calls):
                     await call("a kitten")
-                taken[name].append((time.process_time() - begun) / calls * 1e6)
+                measured[name].append((time.process_time() - begun) / calls * 1e6)
 
     asyncio.run(main())
-    return taken
+    return measured
 
 
 def ceiling(slots: int, calls: int) -> dict[str, Any]:
@@ -424,10 +424,10 @@ def ceiling(slots: int, calls: int) -> dict[str, Any]:
                 each.sendall(request)
             for each in sockets:
                 each.recv(65536)
-        taken = time.perf_counter() - begun
+        elapsed = time.perf_counter() - begun
         for each in sockets:
             each.close()
-        return {"per_second": calls // slots * slots / taken}
+        return {"per_second": calls // slots * slots / elapsed}
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {

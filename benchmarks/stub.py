@@ -3,7 +3,7 @@
     python -m benchmarks.stub
 
 `POST /<seconds>/images/generations` answers after so many seconds, `GET /image-<n>.png` gives a whole PNG of 3 MB at once,
-`GET /counts` tells what was served. It parses no more of HTTP than the clients that are measured send, on asyncio's protocols
+`GET /counts` returns what was served. It parses no more of HTTP than the clients that are measured send, on asyncio's protocols
 and with the collector off, so that it is faster than any of them: `python -m benchmarks` prints how fast.
 """
 
@@ -104,7 +104,7 @@ class Stub(NamedTuple):
     origin: str
 
     def base_url(self, seconds: float = 0) -> str:
-        """Where an image takes so many seconds."""
+        """Base URL of a service that takes so many seconds for an image."""
         return f"{self.origin}/{seconds}"
 
     def counts(self) -> Counter[str]:

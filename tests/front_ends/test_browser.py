@@ -34,7 +34,7 @@ class FrontEnd:
     name: str
     arguments: tuple[str, ...]
     ready: str
-    """What the program prints once it listens."""
+    """What the program prints once it accepts connections."""
     prompt: str
     """Selector of the text field."""
     answers: str

@@ -57,16 +57,16 @@ def test_public_addresses_are_public_in_the_forms_that_networks_use():
 
 
 class Canary:
-    """Listens on loopback, v4 and where there is one v6; whoever connects is noted."""
+    """Listens on loopback, v4 and where there is one v6; whoever connects is recorded."""
 
     def __init__(self):
         self.reached = threading.Event()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._listen)
+        self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
-    def _listen(self):
+    def _accept(self):
         while True:
             try:
                 connection, _ = self._socket.accept()

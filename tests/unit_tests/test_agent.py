@@ -1,4 +1,4 @@
-"""Real agents with a scripted model: they draw, survive what can be survived, and their checkpoints stay small."""
+"""Real agents with a scripted model: they generate images, survive recoverable errors, and their checkpoints stay small."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from tests.conftest import FAKE_KEY
 
 
 class Scripted(FakeMessagesListChatModel):
-    """Says what the script says, whatever tools it is given."""
+    """Says what the script says, whatever tools it has."""
 
     def bind_tools(self, tools, **kwargs):
         return self
@@ -47,8 +47,8 @@ def agent_of(tool, *script, **options):
 
 
 def run(agent, how, **kwargs):
-    given = {"messages": "Draw me a kitten"}
-    return agent.invoke(given, **kwargs) if how == "invoke" else asyncio.run(agent.ainvoke(given, **kwargs))
+    state = {"messages": "Draw me a kitten"}
+    return agent.invoke(state, **kwargs) if how == "invoke" else asyncio.run(agent.ainvoke(state, **kwargs))
 
 
 both = pytest.mark.parametrize("how", ["invoke", "ainvoke"])
@@ -131,9 +131,9 @@ def test_a_tool_node_keeps_the_images_of_parallel_calls_when_one_cannot_be_sent(
     graph = StateGraph(MessagesState)
     graph.add_node("tools", ToolNode([tool]))
     graph.add_edge(START, "tools")
-    given = {"messages": [wants("a kitten", "unreachable", "a foal")]}
+    state = {"messages": [wants("a kitten", "unreachable", "a foal")]}
     graph = graph.compile()
-    output = graph.invoke(given) if how == "invoke" else asyncio.run(graph.ainvoke(given))
+    output = graph.invoke(state) if how == "invoke" else asyncio.run(graph.ainvoke(state))
     assert [message.status for message in output["messages"][1:]] == ["success", "error", "success"]
     assert len(images_from_messages(output)) == len(sent) == 2
 

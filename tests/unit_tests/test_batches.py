@@ -42,12 +42,12 @@ def test_every_input_comes_back_with_its_number_and_a_failure_is_a_value(generat
 @both
 def test_an_endless_iterator_is_read_only_as_far_as_it_is_used(sandbox, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=2)
-    taken = []
+    consumed = []
 
     def endless():
         for number in itertools.count():
-            taken.append(number)
-            yield f"picture {number}"
+            consumed.append(number)
+            yield f"prompt {number}"
 
     async def first_five():
         found = []
@@ -66,7 +66,7 @@ def test_an_endless_iterator_is_read_only_as_far_as_it_is_used(sandbox, how):
     else:
         found = asyncio.run(first_five())
     assert len(found) == 5
-    assert len(taken) <= 5 + 2 * generator.max_workers() + 1
+    assert len(consumed) <= 5 + 2 * generator.max_workers() + 1
 
 
 async def test_an_async_iterable_is_accepted_too(generator):
@@ -156,9 +156,9 @@ async def test_an_async_stream_that_is_left_cancels_what_is_under_way():
 
 def test_work_within_work_that_is_left_does_not_stop_the_work_around_it():
     def outer(number):
-        inner = stream_in_threads(iter([lambda: 1] * 10), 2)
-        next(inner)
-        inner.close()
+        nested = stream_in_threads(iter([lambda: 1] * 10), 2)
+        next(nested)
+        nested.close()
         return number
 
     found = sorted(stream_in_threads([lambda n=n: outer(n) for n in range(8)], 2))
@@ -192,7 +192,7 @@ def test_an_account_of_five_never_sees_a_sixth_request_whichever_way_they_come(w
     with Sandbox(in_flight_limit=5, latency=0.02) as sandbox:
         generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_retries=0)
         other = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_retries=0, size="512x512")
-        prompts = [f"picture {n}" for n in range(24)]
+        prompts = [f"prompt {n}" for n in range(24)]
         if way == "batch":
             generator.batch(prompts, {"max_concurrency": 20})
         elif way == "abatch":
@@ -266,7 +266,7 @@ def test_the_wait_for_a_slot_is_not_part_of_the_time_limit(sandbox):
 def test_a_refused_call_is_sent_again_and_keeps_its_position_in_the_queue():
     with Sandbox(in_flight_limit=2, latency=0.05) as sandbox:
         generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=8)
-        results = generator.batch([f"picture {n}" for n in range(20)], return_exceptions=True)
+        results = generator.batch([f"prompt {n}" for n in range(20)], return_exceptions=True)
         assert not [each for each in results if isinstance(each, Exception)]
         assert sandbox.images_made == 20
 
@@ -279,14 +279,14 @@ def test_a_run_id_is_the_first_ones_alone(generator):
 
 
 class Kept:
-    """A result whose life can be watched."""
+    """A result whose lifetime can be observed."""
 
 
 @both
 def test_a_hundred_thousand_results_are_never_in_hand_at_once(how):
     import weakref
 
-    alive, most, count, places = weakref.WeakSet(), 0, 0, 8
+    alive, most, count, slots = weakref.WeakSet(), 0, 0, 8
 
     def made():
         result = Kept()
@@ -297,7 +297,7 @@ def test_a_hundred_thousand_results_are_never_in_hand_at_once(how):
         return made()
 
     if how == "sync":
-        for _, result in stream_in_threads(itertools.repeat(made, 100_000), places):
+        for _, result in stream_in_threads(itertools.repeat(made, 100_000), slots):
             count += 1
             most = max(most, len(alive))
             del result
@@ -305,14 +305,14 @@ def test_a_hundred_thousand_results_are_never_in_hand_at_once(how):
 
         async def collect():
             nonlocal count, most
-            async for _, result in astream_tasks(itertools.repeat(amade, 100_000), places):
+            async for _, result in astream_tasks(itertools.repeat(amade, 100_000), slots):
                 count += 1
                 most = max(most, len(alive))
                 del result
 
         asyncio.run(collect())
     assert count == 100_000
-    assert most <= 3 * places + 2
+    assert most <= 3 * slots + 2
 
 
 @pytest.mark.parametrize("one", ["a cat", {"prompt": "a cat"}])
@@ -418,18 +418,18 @@ def prompts():
 
 @pytest.mark.parametrize("how", ["batch", "abatch"])
 def test_every_prompt_gets_a_file_of_its_own_that_decodes(sandbox, tmp_path, how):
-    given = prompts()
+    inputs = prompts()
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path, size="640x512")
-    results = generator.batch(given) if how == "batch" else asyncio.run(generator.abatch(given))
-    assert [result.prompt for result in results] == given
+    results = generator.batch(inputs) if how == "batch" else asyncio.run(generator.abatch(inputs))
+    assert [result.prompt for result in results] == inputs
     paths = {result.path for result in results}
     hashes = {result.sha256 for result in results}
-    assert len(paths) == len(hashes) == len(given) == sandbox.images_made
+    assert len(paths) == len(hashes) == len(inputs) == sandbox.images_made
     assert set(tmp_path.iterdir()) == paths
     for path in paths:
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.size == (640, 512)
+        with Image.open(path) as decoded:
+            decoded.load()
+            assert decoded.size == (640, 512)
 
 
 # Fairness inside one application.

@@ -34,8 +34,8 @@ def generator(sandbox):
     return CogViewImageGenerator(base_url=sandbox.base_url, model="glm-image", poll_interval=0.01)
 
 
-def invoked(generator, how, given="a kitten", config=None):
-    return generator.invoke(given, config) if how == "sync" else asyncio.run(generator.ainvoke(given, config))
+def invoked(generator, how, value="a kitten", config=None):
+    return generator.invoke(value, config) if how == "sync" else asyncio.run(generator.ainvoke(value, config))
 
 
 def result_of(task, how, **options):
@@ -166,13 +166,13 @@ def test_where_the_service_does_not_know_the_task_endpoint_the_plain_one_is_used
 
 @both
 def test_submit_gives_a_task_at_once_whose_status_and_result_can_be_asked_for(generator, sandbox, how):
-    given = {"prompt": "[[task-polls:1]] a kitten", "size": "1728x960"}
-    task = generator.submit(given) if how == "sync" else asyncio.run(generator.asubmit(given))
+    value = {"prompt": "[[task-polls:1]] a kitten", "size": "1728x960"}
+    task = generator.submit(value) if how == "sync" else asyncio.run(generator.asubmit(value))
     ask = task.status if how == "sync" else lambda: asyncio.run(task.astatus())
     assert ask() == "processing"
     assert ask() == "succeeded"
     result = result_of(task, how)
-    assert (result.width, result.height, result.prompt) == (1728, 960, given["prompt"])
+    assert (result.width, result.height, result.prompt) == (1728, 960, value["prompt"])
     assert result.image.request_id == sandbox.requests[0].request_id
     assert result_of(task, how).sha256 == result.sha256
     assert sandbox.images_made == 1
@@ -267,16 +267,16 @@ async def test_a_cancelled_wait_for_a_task_logs_its_id(generator, sandbox, caplo
 def test_polls_are_reported_as_progress(generator, how):
     from langchain_core.callbacks import BaseCallbackHandler
 
-    class Heard(BaseCallbackHandler):
+    class Recorder(BaseCallbackHandler):
         def __init__(self):
             self.stages = []
 
         def on_custom_event(self, name, data, **kwargs):
             self.stages.append((name, data.get("stage"), bool(data.get("task_id"))))
 
-    heard = Heard()
-    invoked(generator, how, "[[task-polls:2]]", {"callbacks": [heard]})
-    assert heard.stages == [
+    recorder = Recorder()
+    invoked(generator, how, "[[task-polls:2]]", {"callbacks": [recorder]})
+    assert recorder.stages == [
         ("cogview.progress", "sent", False),
         ("cogview.progress", "processing", True),
         ("cogview.progress", "processing", True),

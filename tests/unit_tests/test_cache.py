@@ -534,7 +534,7 @@ SPOILED = {
     "deep": "[" * 100_000,
     "of another kind": '{"type": "llm"}',
     "of another request": lambda text: text.replace('"key": "', '"key": "0'),
-    "without a picture": lambda text: json.dumps({**json.loads(text), "image": {}}),
+    "without an image": lambda text: json.dumps({**json.loads(text), "image": {}}),
     "with a path for a hash": lambda text: text.replace('"sha256": "', '"sha256": "../../'),
 }
 
@@ -619,15 +619,15 @@ def test_a_cache_that_is_down_is_logged_in_one_line_until_it_works_again(sandbox
         assert not any(record.exc_info for record in caplog.records)
         return caplog.messages
 
-    told = (
+    warning = (
         "The cache could not be read (ConnectionError: redis://cache:6379 refused). "
         "Calls go on without it; this is not logged again until it works."
     )
-    assert lines_of("a fox", "a hare", "an owl") == [told]
+    assert lines_of("a fox", "a hare", "an owl") == [warning]
     cache.works = True
     assert lines_of("a fox", "a fox") == []
     cache.works = False
-    assert lines_of("a fox", "a hare") == [told]
+    assert lines_of("a fox", "a hare") == [warning]
 
 
 @pytest.mark.parametrize(
@@ -709,7 +709,7 @@ async def test_a_cancelled_lookup_ends_at_once():
         await task
 
 
-# What may be given.
+# What may be passed as a cache.
 
 
 @pytest.mark.parametrize(
@@ -864,8 +864,8 @@ def test_the_same_request_is_paid_once(sandbox, tmp_path, how, where):
     cache = InMemoryCache() if where == "memory" else tmp_path / "cache"
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path / "out", cache=cache)
 
-    def invoke(given):
-        return generator.invoke(given) if how == "sync" else asyncio.run(generator.ainvoke(given))
+    def invoke(value):
+        return generator.invoke(value) if how == "sync" else asyncio.run(generator.ainvoke(value))
 
     first, second, third = invoke("a fox"), invoke("a fox"), invoke({"prompt": "a fox", "n": 2})
     assert (first.cached, second.cached, third.cached) == (False, True, False)
@@ -889,20 +889,20 @@ def test_a_cached_image_counts_for_no_budget_and_its_event_says_so(sandbox, tmp_
 
     from langchain_cogview import CogViewImageTool
 
-    class Heard(BaseCallbackHandler):
+    class Recorder(BaseCallbackHandler):
         names = ()
 
         def on_custom_event(self, name, data, **kwargs):
             self.names = (*self.names, (name, data.get("cached")))
 
-    heard = Heard()
+    recorder = Recorder()
     tool = CogViewImageTool(
         base_url=sandbox.base_url, output_dir=tmp_path / "out", cache=tmp_path / "cache", max_images=2
     )
     for _ in range(4):
         assert "Made 1 image" in tool.invoke({"prompt": "a fox"})
-    tool.invoke({"prompt": "a fox"}, {"callbacks": [heard]})
-    assert heard.names == (("cogview.generated", True),)
+    tool.invoke({"prompt": "a fox"}, {"callbacks": [recorder]})
+    assert recorder.names == (("cogview.generated", True),)
     assert "Made 1 image" in tool.invoke({"prompt": "a hare"})
 
 

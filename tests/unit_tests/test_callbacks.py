@@ -1,4 +1,4 @@
-"""What the content filter said reaches whoever asks, and a faulty listener costs nothing."""
+"""What the content filter reports reaches whoever asks, and a faulty handler costs nothing."""
 
 import asyncio
 import json
@@ -106,9 +106,9 @@ def test_max_level_selects_the_severe_ones(generator):
 
 
 async def test_events_come_through_astream_events(generator, tool):
-    for runnable, given, end in ((generator, FLAGGED, "cogview.generated"), (tool, call(BLOCKED), "cogview.progress")):
+    for runnable, value, end in ((generator, FLAGGED, "cogview.generated"), (tool, call(BLOCKED), "cogview.progress")):
         custom = [
-            event async for event in runnable.astream_events(given, version="v2") if event["event"] == "on_custom_event"
+            event async for event in runnable.astream_events(value, version="v2") if event["event"] == "on_custom_event"
         ]
         assert [event["name"] for event in custom] == ["cogview.progress", end, "cogview.content_filter"]
         assert {event["data"]["model"] for event in custom} == {"cogview-4-250304"}
@@ -122,7 +122,7 @@ class Faulty(BaseCallbackHandler):
 
 
 @pytest.mark.parametrize("run", ["invoke", "ainvoke"])
-def test_a_listener_that_raises_costs_no_image(generator, run, caplog):
+def test_a_handler_that_raises_costs_no_image(generator, run, caplog):
     handlers = [Faulty(), ContentFilterCallbackHandler(on_content_filter=lambda event: 1 / 0)]
     result = (
         generator.invoke(FLAGGED, {"callbacks": handlers})
@@ -133,15 +133,15 @@ def test_a_listener_that_raises_costs_no_image(generator, run, caplog):
     assert "cogview.content_filter" in caplog.text
 
 
-def test_an_async_listener_is_awaited(generator):
+def test_an_async_callback_is_awaited(generator):
     got = []
 
-    async def listen(event):
+    async def on_filter(event):
         await asyncio.sleep(0)
         got.append(event["level"])
 
-    asyncio.run(generator.ainvoke(FLAGGED, {"callbacks": [AsyncContentFilterCallbackHandler(listen)]}))
-    generator.invoke(FLAGGED, {"callbacks": [AsyncContentFilterCallbackHandler(listen)]})
+    asyncio.run(generator.ainvoke(FLAGGED, {"callbacks": [AsyncContentFilterCallbackHandler(on_filter)]}))
+    generator.invoke(FLAGGED, {"callbacks": [AsyncContentFilterCallbackHandler(on_filter)]})
     assert got == [3, 3]
 
 
@@ -185,11 +185,11 @@ def test_collecting_leaves_nothing_behind_in_langchain(generator):
     assert len(_configure_hooks) == before
 
 
-def test_a_listener_that_cannot_listen_is_refused_when_it_is_made():
-    async def listen(event): ...
+def test_an_unsuitable_callback_is_refused_when_the_handler_is_made():
+    async def on_filter(event): ...
 
     with pytest.raises(TypeError, match="AsyncContentFilterCallbackHandler"):
-        ContentFilterCallbackHandler(listen)
+        ContentFilterCallbackHandler(on_filter)
     with pytest.raises(TypeError, match="must be a function"):
         AsyncContentFilterCallbackHandler(5)
     with pytest.raises(ValueError, match="max_level"):

@@ -39,7 +39,7 @@ def run(runnable, how, value="draw", config=None):
 
 
 def sub_agent(tool, how):
-    """An agent whose only tool is another agent, which draws."""
+    """An agent whose only tool is another agent, which generates images."""
     inner = agent_of(tool, wants("a kitten", "a puppy"))
 
     @as_tool
@@ -151,7 +151,7 @@ def test_cached_images_are_collected_too(sandbox, tmp_path):
     assert images == [result.image for result in results]
 
 
-class Ear(BaseCallbackHandler):
+class Recorder(BaseCallbackHandler):
     def __init__(self):
         self.events = []
 
@@ -161,10 +161,10 @@ class Ear(BaseCallbackHandler):
 
 
 def test_the_event_says_all_that_an_artifact_says_and_is_plain_json(tool):
-    ear = Ear()
+    recorder = Recorder()
     call = {"type": "tool_call", "name": tool.name, "args": {"prompt": "a kitten"}, "id": "call-1"}
-    message = tool.invoke(call, {"callbacks": [ear]})
-    [event] = ear.events
+    message = tool.invoke(call, {"callbacks": [recorder]})
+    [event] = recorder.events
     fields = set(GeneratedImageArtifact.__annotations__)
     assert set(event) == set(GeneratedEvent.__annotations__) | fields == fields | {"version", "tool_call_id"}
     assert event["tool_call_id"] == "call-1"

@@ -1,4 +1,4 @@
-"""Progress is counted whether or not it is shown, one bar is drawn where somebody watches, and nothing is written elsewhere."""
+"""Progress is counted whether or not it is shown, one bar is shown on a terminal, and nothing is written elsewhere."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ class Terminal(contextlib.AbstractContextManager):
         return self._bytes.decode(errors="replace")
 
     @property
-    def drawings(self):
+    def updates(self):
         return [line.strip() for line in re.split(r"[\r\n]", self.text) if line.strip()]
 
     def wait_for(self, text):
@@ -82,7 +82,7 @@ class Terminal(contextlib.AbstractContextManager):
 
 
 def join_timers():
-    """Wait until what was to be drawn late is drawn."""
+    """Wait until a late update of the bar is written."""
     for thread in threading.enumerate():
         if isinstance(thread, threading.Timer):
             thread.join(DEADLINE)
@@ -156,10 +156,10 @@ def test_a_failure_of_somebody_elses_making_is_counted_once(sandbox, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, rate_limiter=Full(requests_per_second=1))
     handler = ProgressCallbackHandler()
     results = list(WORK[how](generator, {"callbacks": [handler]}))
-    told = handler.failed
+    failed = handler.failed
     for _, result in results:
         handler.count_failure(result)
-    assert told == 6
+    assert failed == 6
     assert handler.failed == 8
     assert sandbox.images_made == 0
 
@@ -212,7 +212,7 @@ def test_every_image_of_real_work_ends_in_one_count(generator, work):
         assert (handler.done, handler.failed, handler.blocked, handler.in_flight) == (4, 3, 1, 0)
         assert (handler.retries, handler.ended) == (1, 8)
         assert (handler.costs.sandbox, handler.costs.uncertain.count) == (4, 1)
-    assert re.match(r"CogView 8/8 \|█+\| .* 1 blocked, 3 failed, sandbox; list price 0.24 CNY$", terminal.drawings[-1])
+    assert re.match(r"CogView 8/8 \|█+\| .* 1 blocked, 3 failed, sandbox; list price 0.24 CNY$", terminal.updates[-1])
 
 
 def test_a_task_is_in_flight_once_however_often_it_is_asked_for():
@@ -232,14 +232,14 @@ def test_a_task_is_in_flight_once_however_often_it_is_asked_for():
 # --- the bar
 
 
-def test_a_bar_is_drawn_on_a_terminal(capsys):
+def test_a_bar_is_shown_on_a_terminal(capsys):
     with Terminal() as terminal, ProgressCallbackHandler(total=12) as handler:
         ids = [new_id() for _ in range(9)]
         SENDER.invoke([progress("sent", each) for each in ids], {"callbacks": [handler]})
         SENDER.invoke([blocked(ids[0]), blocked(ids[1]), unknown(ids[2])], {"callbacks": [handler]})
         SENDER.invoke([generated(each) for each in ids[3:]], {"callbacks": [handler]})
         SENDER.invoke([progress("sent") for _ in range(3)], {"callbacks": [handler]})
-    last = terminal.drawings[-1]
+    last = terminal.updates[-1]
     assert re.fullmatch(
         r"CogView 9/12 \|\S+ *\| \d\d:\d\d<\d\d:\d\d, +[\d.]+(it/s|s/it), 2 blocked, 1 failed, 3 in flight, 0\.36 CNY",
         last,
@@ -254,8 +254,8 @@ def test_the_bar_is_one_line_that_fits_the_terminal():
             for event in (progress("sent"), blocked(), unknown(), generated(cost="1234.56"), generated(cost=None)):
                 handler.on_event(*event)
         assert terminal.text.count("\n") == 1
-        assert {len(line) <= columns for line in terminal.drawings} == {True}
-        assert terminal.drawings[-1].startswith("CogView 4/10 |")
+        assert {len(line) <= columns for line in terminal.updates} == {True}
+        assert terminal.updates[-1].startswith("CogView 4/10 |")
 
 
 def test_the_bar_follows_the_terminals_width():
@@ -263,7 +263,7 @@ def test_the_bar_follows_the_terminals_width():
         handler.on_event(*generated())
         terminal.resize(50)
         handler.on_event(*generated())
-    assert len(terminal.drawings[0]) > 50 >= len(terminal.drawings[-1])
+    assert len(terminal.updates[0]) > 50 >= len(terminal.updates[-1])
 
 
 class Clock:
@@ -282,17 +282,17 @@ def clock(monkeypatch):
     return clock
 
 
-def test_the_time_left_follows_the_mean_and_every_event_may_be_drawn(clock):
+def test_the_time_left_follows_the_mean_and_every_event_may_be_shown(clock):
     with Terminal() as terminal, ProgressCallbackHandler(total=12) as handler:
         handler.on_event(*progress("sent"))
         terminal.wait_for("1 in flight")
-        for clock.now, event, drawn in (
+        for clock.now, event, update in (
             (10.0, generated(), "CogView 1/12"),
             (19.5, progress("sent"), "2 in flight"),
             (20.0, generated(), "CogView 2/12"),
         ):
             handler.on_event(*event)
-            terminal.wait_for(drawn)
+            terminal.wait_for(update)
         terminal.wait_for("00:20<01:40, 10.00s/it")
 
 
@@ -303,14 +303,14 @@ def test_the_bar_shows_the_last_event_though_nothing_follows():
         terminal.wait_for("5 in flight")
 
 
-def test_drawing_is_limited_however_many_events_come():
+def test_updates_are_limited_however_many_events_come():
     with Terminal() as terminal, ProgressCallbackHandler(total=20_000) as handler:
         start = time.monotonic()
         for _ in range(20_000):
             handler.on_event(*generated())
         took = time.monotonic() - start
-    assert terminal.drawings[-1].startswith("CogView 20000/20000 |")
-    assert len(terminal.drawings) <= 2 * took / MIN_INTERVAL + 4
+    assert terminal.updates[-1].startswith("CogView 20000/20000 |")
+    assert len(terminal.updates) <= 2 * took / MIN_INTERVAL + 4
 
 
 def test_events_from_many_threads_move_the_bar_to_the_end():
@@ -327,29 +327,29 @@ def test_events_from_many_threads_move_the_bar_to_the_end():
         for thread in threads:
             thread.join()
         assert handler.ended == 1600
-    assert "CogView 1600/1600 |" in terminal.drawings[-1]
-    assert terminal.drawings[-1].endswith("96.00 CNY")
+    assert "CogView 1600/1600 |" in terminal.updates[-1]
+    assert terminal.updates[-1].endswith("96.00 CNY")
 
 
 def test_without_a_total_there_are_counts_and_speed():
     with Terminal() as terminal, ProgressCallbackHandler(label="Kittens") as handler:
         SENDER.invoke([generated(), generated()], {"callbacks": [handler]})
-    assert re.fullmatch(r"Kittens 2 \[\d\d:\d\d, +[\d.]+(it/s|s/it), 0\.12 CNY\]", terminal.drawings[-1])
+    assert re.fullmatch(r"Kittens 2 \[\d\d:\d\d, +[\d.]+(it/s|s/it), 0\.12 CNY\]", terminal.updates[-1])
 
 
 def test_a_total_that_is_found_later_turns_it_into_a_bar():
     with Terminal() as terminal, ProgressCallbackHandler() as handler:
         handler.on_event(*generated())
         handler.total = 4
-    assert terminal.drawings[0].startswith("CogView 0 [")
-    assert terminal.drawings[-1].startswith("CogView 1/4 |")
+    assert terminal.updates[0].startswith("CogView 0 [")
+    assert terminal.updates[-1].startswith("CogView 1/4 |")
 
 
 def test_a_total_that_was_too_low_grows():
     with Terminal() as terminal, ProgressCallbackHandler(total=2) as handler:
         for _ in range(3):
             handler.on_event(*generated())
-    assert terminal.drawings[-1].startswith("CogView 3/3 |")
+    assert terminal.updates[-1].startswith("CogView 3/3 |")
     assert handler.total == 2
 
 
@@ -359,14 +359,14 @@ def test_skipped_images_move_the_bar_but_do_not_make_it_faster():
         handler.on_event(*progress("sent"))
         handler.skip(50)
         assert handler.skipped == 950
-    assert terminal.drawings[0].startswith("CogView 900/1000 |")
-    assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?it/s, 1 in flight", terminal.drawings[-1])
+    assert terminal.updates[0].startswith("CogView 900/1000 |")
+    assert re.match(r"CogView 950/1000 \|\S+ *\| \d\d:\d\d<\?, +\?it/s, 1 in flight", terminal.updates[-1])
 
 
 def test_images_that_cost_nothing_do_not_speak_of_cost():
     with Terminal() as terminal, ProgressCallbackHandler(total=1) as handler:
         handler.on_event(*generated(sandbox=True))
-    assert terminal.drawings[-1].endswith(("it/s", "s/it"))
+    assert terminal.updates[-1].endswith(("it/s", "s/it"))
 
 
 def test_closing_twice_writes_once_and_later_events_are_still_counted():
@@ -412,9 +412,9 @@ def test_a_pipe_that_breaks_costs_nothing_but_the_bar(caplog, clock):
         with ProgressCallbackHandler(total=3, show=True) as handler:
             SENDER.invoke([generated()], {"callbacks": [handler]})
             os.close(ours)
-            handler.on_event(*progress("sent"))  # too soon after the last update: drawn late
+            handler.on_event(*progress("sent"))  # too soon after the last update: written late
             join_timers()
-            clock.now += 10  # the next event is drawn at once
+            clock.now += 10  # the next event is written at once
             SENDER.invoke([generated(), generated()], {"callbacks": [handler]})
     assert handler.done == 3
     assert caplog.text == ""
@@ -451,7 +451,7 @@ def test_it_can_be_silenced_on_a_terminal():
     assert handler.done == 1
 
 
-def test_it_can_be_drawn_into_a_pipe(capsys):
+def test_it_can_be_written_into_a_pipe(capsys):
     with ProgressCallbackHandler(total=1, show=True) as handler:
         handler.on_event(*generated())
     written = capsys.readouterr()
@@ -513,7 +513,7 @@ def test_a_program_that_ends_without_closing_ends_well_and_prints_its_own_alone(
     code = "for _ in range(3): handler.on_event(*generated())\nprint('mine')"
     with Terminal() as terminal:
         assert in_a_process(code, stderr=terminal.file) == "mine\n"
-    assert terminal.drawings[-1].startswith("CogView 3/3 |")
+    assert terminal.updates[-1].startswith("CogView 3/3 |")
     assert "Error" not in terminal.text
 
 

@@ -52,7 +52,7 @@ async def test_a_cancelled_caller_stops_waiting_and_the_function_ends():
         started.set()
         let_go.wait(LONG)
         ended.set()
-        raise KeyError  # nobody is told
+        raise KeyError  # nobody is notified
 
     task = asyncio.create_task(in_thread(blocks))
     while not started.is_set():
@@ -100,7 +100,7 @@ def test_where_no_thread_can_be_started_the_function_runs_once_all_the_same(monk
 
 
 class Blocking:
-    """A context manager that tells what happens to it, and can be held while it is entered."""
+    """A context manager that records what happens to it, and can be held while it is entered."""
 
     def __init__(self):
         self.enters, self.go, self.seen = threading.Event(), threading.Event(), []

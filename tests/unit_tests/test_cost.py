@@ -1,4 +1,4 @@
-"""What images cost is counted once, exactly, and what is unknown is never taken for nothing."""
+"""What images cost is counted once, exactly, and what is unknown is never counted as nothing."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ from tests.unit_tests.test_agent import agent_of, wants
 
 
 class Payload(dict):
-    """The payload of an event, of which a test can tell whether something still holds it."""
+    """The payload of an event, for a test of whether something still holds it."""
 
 
 def costs_of(*events):
@@ -162,7 +162,7 @@ def test_images_in_flight_are_shown():
     assert str(costs).endswith("; 1 in flight; 1 not received but possibly charged (0.06 CNY)")
 
 
-# --- how it is told
+# --- how it is written
 
 
 def test_the_text_is_one_line_and_names_the_day_of_the_prices():
@@ -182,9 +182,9 @@ def test_an_amount_is_never_written_in_powers_of_ten():
 
 def test_the_dict_is_plain_json():
     costs = costs_of(generated(), generated(model="tomorrow", cost=None), unknown(), blocked(), progress("sent"))
-    told = costs.to_dict()
-    assert json.loads(json.dumps(told)) == told
-    assert told == {
+    values = costs.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values == {
         "images": 2, "cached": 0, "sandbox": 0, "unpriced": 1, "blocked": 1, "failed": 1, "cancelled": 0, "in_flight": 1, "complete": False,
         "amounts": {"CNY": "0.06"},
         "by_model": [
@@ -378,21 +378,21 @@ def test_a_faulty_neighbour_does_not_keep_an_image_from_being_counted():
 
 # --- real work
 
-DRAWN = ["a kitten", {"prompt": "two foals", "n": 2}, "[[content-filter]] x", "[[malformed]] x"]
+INPUTS = ["a kitten", {"prompt": "two foals", "n": 2}, "[[content-filter]] x", "[[malformed]] x"]
 
 
 async def streamed(generator, config):
-    return [each async for each in generator.astream_many(DRAWN, config)]
+    return [each async for each in generator.astream_many(INPUTS, config)]
 
 
 def one_by_one(generator, config):
-    for each in DRAWN:
+    for each in INPUTS:
         with contextlib.suppress(CogViewError):
             generator.invoke(each, config)
 
 
 async def aone_by_one(generator, config):
-    for each in DRAWN:
+    for each in INPUTS:
         with contextlib.suppress(CogViewError):
             await generator.ainvoke(each, config)
 
@@ -400,9 +400,9 @@ async def aone_by_one(generator, config):
 WORK = {
     "invoke": one_by_one,
     "ainvoke": lambda generator, config: asyncio.run(aone_by_one(generator, config)),
-    "batch": lambda generator, config: generator.batch(DRAWN, config, return_exceptions=True),
-    "abatch": lambda generator, config: asyncio.run(generator.abatch(DRAWN, config, return_exceptions=True)),
-    "stream_many": lambda generator, config: list(generator.stream_many(DRAWN, config)),
+    "batch": lambda generator, config: generator.batch(INPUTS, config, return_exceptions=True),
+    "abatch": lambda generator, config: asyncio.run(generator.abatch(INPUTS, config, return_exceptions=True)),
+    "stream_many": lambda generator, config: list(generator.stream_many(INPUTS, config)),
     "astream_many": lambda generator, config: asyncio.run(streamed(generator, config)),
 }
 

@@ -373,27 +373,27 @@ def test_every_price_that_is_accepted_can_be_counted(amount, count):
 
 
 @given(st.lists(st.sampled_from(["reserve", "commit", "dearer", "release", "end"]), max_size=40))
-def test_a_budget_is_never_passed_and_forgets_nothing(steps):
+def test_a_budget_is_never_exceeded_and_forgets_nothing(calls):
     budget, price, dearer = (
         Budget("1.00", "CNY", max_images=7),
         Money(Decimal("0.1"), "CNY"),
         Money(Decimal("0.3"), "CNY"),
     )
     open_, charges, spent = [], [], Decimal(0)
-    for step in steps:
+    for call in calls:
         try:
-            if step == "reserve":
+            if call == "reserve":
                 open_.append(budget.reserve(price, 2))
-            elif step in {"commit", "dearer"} and open_:
-                amount = price if step == "commit" else dearer
+            elif call in {"commit", "dearer"} and open_:
+                amount = price if call == "commit" else dearer
                 charges.append((open_[-1].commit(amount), amount.amount))
                 spent += amount.amount
-            elif step == "release" and charges:
+            elif call == "release" and charges:
                 charge, amount = charges.pop()
                 charge.release()
                 charge.release()
                 spent -= amount
-            elif step == "end" and open_:
+            elif call == "end" and open_:
                 open_.pop().release()
         except CogViewBudgetError:
             pass
@@ -406,11 +406,11 @@ def test_a_budget_is_never_passed_and_forgets_nothing(steps):
 
 class Sent(BaseCallbackHandler):
     def __init__(self):
-        self.told = []
+        self.uncertain = []
 
     def on_custom_event(self, name, data, **kwargs):
         if data.get("stage") == "failed":
-            self.told.append(data["uncertain"])
+            self.uncertain.append(data["uncertain"])
 
 
 def test_the_event_of_a_failure_says_how_many_requests_may_have_been_charged(sandbox):
@@ -422,7 +422,7 @@ def test_the_event_of_a_failure_says_how_many_requests_may_have_been_charged(san
         generator.invoke("x", {"callbacks": [sent]})
     with pytest.raises(CogViewError):
         generator.invoke("[[content-filter]]", {"callbacks": [sent]})
-    assert sent.told == [1, 0]
+    assert sent.uncertain == [1, 0]
 
 
 # --- what is free

@@ -1,4 +1,4 @@
-"""A caller who leaves before anything of the request was sent keeps the allowance; after that, the image counts.
+"""A caller who leaves before anything of the request was sent keeps the budget; after that, the image counts.
 
 The server is the witness: it hangs in the TLS handshake, as a proxy, or once the whole request is there.
 """

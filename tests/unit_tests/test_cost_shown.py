@@ -12,7 +12,7 @@ from langchain_cogview import (
     collect_content_filter_events,
     collect_image_costs,
 )
-from tests.unit_tests.test_events import Heard
+from tests.unit_tests.test_events import Recorder
 
 both = pytest.mark.parametrize("how", ["sync", "async"])
 
@@ -70,12 +70,12 @@ def test_the_sandbox_says_what_the_service_would_have_charged(sandbox, how):
 
 @both
 def test_a_blocked_event_says_that_nothing_was_charged(sandbox, how):
-    heard, generator = Heard(), CogViewImageGenerator(base_url=sandbox.base_url)
-    config, prompt = {"callbacks": [heard]}, "[[content-filter]] a kitten"
+    recorder, generator = Recorder(), CogViewImageGenerator(base_url=sandbox.base_url)
+    config, prompt = {"callbacks": [recorder]}, "[[content-filter]] a kitten"
     with collect_content_filter_events() as events, pytest.raises(CogViewContentFilterError):
         generator.invoke(prompt, config) if how == "sync" else asyncio.run(generator.ainvoke(prompt, config))
     assert events[0]["cost"] == "0"
-    assert [event["cost"] for name, event in heard.events if event.get("stage") == "failed"] == ["0"]
+    assert [event["cost"] for name, event in recorder.events if event.get("stage") == "failed"] == ["0"]
 
 
 @pytest.fixture

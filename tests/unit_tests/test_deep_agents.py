@@ -76,8 +76,8 @@ class Model(GenericFakeChatModel):
 def run(how, backend, *, prompts=("a kitten",), first=None, **options):
     first = first or [call(NAME, prompt, prompt=prompt) for prompt in prompts]
     agent = deep.create_deep_agent(Model(first=first), backend=backend, **options)
-    given = {"messages": "Draw."}
-    return agent.invoke(given, THREAD) if how == "sync" else asyncio.run(agent.ainvoke(given, THREAD))
+    state = {"messages": "Draw."}
+    return agent.invoke(state, THREAD) if how == "sync" else asyncio.run(agent.ainvoke(state, THREAD))
 
 
 def shown(output):
@@ -163,8 +163,8 @@ def test_the_middleware_shows_images_that_are_in_the_agent_files(how):
         middleware=[images],
         checkpointer=InMemorySaver(),
     )
-    given = {"messages": "Draw."}
-    output = agent.invoke(given, THREAD) if how == "sync" else asyncio.run(agent.ainvoke(given, THREAD))
+    state = {"messages": "Draw."}
+    output = agent.invoke(state, THREAD) if how == "sync" else asyncio.run(agent.ainvoke(state, THREAD))
     assert len(shown(output)) == 1
     assert ["image/jpeg"] in seen
 

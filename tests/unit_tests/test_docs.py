@@ -4,7 +4,7 @@ What a block is, by its language and the comment before it:
 
 - `python` runs in this process, in one namespace for each page. If its first line is `# name.py`, it is a file of that name instead.
 - `bash` and `shell` run in a shell, in the page's folder. Port 8765 becomes one that is free.
-- `<!-- run by PATH -->` before it: another test or script runs it. `<!-- not run: REASON -->`: nothing does, for the reason given.
+- `<!-- run by PATH -->` before it: another test or script runs it. `<!-- not run: REASON -->`: nothing does, for that reason.
 - Other languages are not run.
 """
 
@@ -160,11 +160,11 @@ def test_a_block_that_is_not_run_has_a_reason():
         for block in blocks(text):
             if block.runs or page in TRANSLATIONS:
                 continue
-            place = f"{page}:{block.line}"
+            position = f"{page}:{block.line}"
             if runner := re.fullmatch(r"run by (\S+)", block.comment):
-                assert (ROOT / runner[1]).exists(), place
+                assert (ROOT / runner[1]).exists(), position
             else:
-                assert len(block.comment.removeprefix("not run: ")) > 10, place
+                assert len(block.comment.removeprefix("not run: ")) > 10, position
 
 
 def test_what_is_printed_is_checked_for_every_page_with_blocks_that_run():

@@ -202,12 +202,12 @@ def test_processes_share_a_limit_by_postgresql_and_outlive_its_crash(server, pos
         postgres.stop()
         wait_for_images(server, 60)
         postgres.start()
-        said = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
             worker.communicate()
-    assert said == ["[]\n"] * 3  # nothing was lost
+    assert outputs == ["[]\n"] * 3  # nothing was lost
     assert server.sandbox.images_made == 120
     assert before <= 2
     assert len(server.sandbox.requests) - 120 <= 20

@@ -157,10 +157,10 @@ def test_an_unknown_style_is_refused_with_the_known_ones(sandbox):
 
 def test_a_style_leaves_less_room_for_the_prompt(sandbox, tmp_path):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, model="glm-image", style="photo")
-    room = 1000 - len(f" Style: {STYLES['photo']}.")
-    assert f"At most {room} characters." in tool.args["prompt"]["description"]
-    assert "Made 1 image" in tool.invoke({"prompt": "x" * room})
-    assert "No image was made" in tool.invoke({"prompt": "x" * (room + 1)})
+    available = 1000 - len(f" Style: {STYLES['photo']}.")
+    assert f"At most {available} characters." in tool.args["prompt"]["description"]
+    assert "Made 1 image" in tool.invoke({"prompt": "x" * available})
+    assert "No image was made" in tool.invoke({"prompt": "x" * (available + 1)})
     assert sandbox.images_made == 1
 
 

@@ -43,7 +43,7 @@ def test_each_says_what_happened_and_what_to_do(user_messages):
 
 def test_what_happened_is_one_sentence(user_messages):
     more = {name for name, message in user_messages.items() if re.search(r"[\w)]\. [A-Z]", message.happened)}
-    assert more == {"the link has expired"}  # which tells also when
+    assert more == {"the link has expired"}  # which also says when
 
 
 def test_the_request_id_is_there_wherever_a_request_was_on_its_way(user_messages):

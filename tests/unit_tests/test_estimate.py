@@ -1,4 +1,4 @@
-"""What an image costs is said before it is paid for: to the program, to the agent, and to the person who approves it."""
+"""What an image costs is shown before it is paid for: to the program, to the agent, and to the person who approves it."""
 
 import asyncio
 import json

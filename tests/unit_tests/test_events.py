@@ -1,4 +1,4 @@
-"""What a call tells while it goes on, and what it costs: events, results and traces say the same."""
+"""What a call reports while it goes on, and what it costs: events, results and traces say the same."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewIm
 both = pytest.mark.parametrize("how", ["sync", "async"])
 
 
-class Heard(BaseCallbackHandler):
+class Recorder(BaseCallbackHandler):
     def __init__(self):
         self.events = []
 
@@ -29,33 +29,33 @@ class Heard(BaseCallbackHandler):
         return [data.get("stage", name) for name, data in self.events]
 
 
-def invoked(generator, how, given="a kitten", *handlers):
+def invoked(generator, how, value="a kitten", *handlers):
     config = {"callbacks": list(handlers)}
-    return generator.invoke(given, config) if how == "sync" else asyncio.run(generator.ainvoke(given, config))
+    return generator.invoke(value, config) if how == "sync" else asyncio.run(generator.ainvoke(value, config))
 
 
 @both
 def test_an_image_has_an_event_when_it_is_sent_and_one_when_it_is_generated(sandbox, tmp_path, how):
-    heard = Heard()
+    recorder = Recorder()
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path)
-    result = invoked(generator, how, "a kitten", heard)
-    assert heard.names == ["sent", "generated"]
-    payload = heard.events[1][1]
+    result = invoked(generator, how, "a kitten", recorder)
+    assert recorder.names == ["sent", "generated"]
+    payload = recorder.events[1][1]
     assert payload["id"] == result.image.id
     assert payload["path"] == str(result.path)
     assert (payload["cost"], payload["currency"], payload["cached"], payload["sandbox"]) == ("0", "CNY", False, True)
-    assert {data["request_id"] for _, data in heard.events} == {result.request_id}
-    assert all(data["version"] == 1 for _, data in heard.events)
+    assert {data["request_id"] for _, data in recorder.events} == {result.request_id}
+    assert all(data["version"] == 1 for _, data in recorder.events)
 
 
 @both
 def test_a_wait_before_a_retry_is_an_event_with_the_reason(sandbox, how):
-    heard = Heard()
+    recorder = Recorder()
     sandbox.fail_next("rate-limit", retry_after=0)
     sandbox.fail_next("unavailable", retry_after=0)
-    invoked(CogViewImageGenerator(base_url=sandbox.base_url), how, "x", heard)
-    assert heard.names == ["sent", "retry", "retry", "generated"]
-    assert [(data["attempt"], data["error"]) for name, data in heard.events if name == "retry"] == [
+    invoked(CogViewImageGenerator(base_url=sandbox.base_url), how, "x", recorder)
+    assert recorder.names == ["sent", "retry", "retry", "generated"]
+    assert [(data["attempt"], data["error"]) for name, data in recorder.events if name == "retry"] == [
         (1, "CogViewRateLimitError"), (2, "CogViewServerError"),
     ]  # fmt: skip
 
@@ -71,32 +71,32 @@ def test_a_wait_before_a_retry_is_an_event_with_the_reason(sandbox, how):
     ],
 )
 def test_the_event_of_an_image_that_was_not_made_says_why(sandbox, how, prompt, facts):
-    heard = Heard()
+    recorder = Recorder()
     with pytest.raises(CogViewError):
-        invoked(CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0), how, prompt, heard)
-    failed = heard.events[1][1]
+        invoked(CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0), how, prompt, recorder)
+    failed = recorder.events[1][1]
     assert failed["stage"] == "failed"
     assert (failed["blocked"], failed["outcome"], failed["scope"], failed["is_retryable"]) == facts
 
 
 @both
 def test_each_image_of_several_has_its_own_events(sandbox, how):
-    heard = Heard()
-    invoked(CogViewImageGenerator(base_url=sandbox.base_url, n=3), how, "x", heard)
-    assert sorted(heard.names) == ["generated"] * 3 + ["sent"] * 3
+    recorder = Recorder()
+    invoked(CogViewImageGenerator(base_url=sandbox.base_url, n=3), how, "x", recorder)
+    assert sorted(recorder.names) == ["generated"] * 3 + ["sent"] * 3
 
 
 def test_the_tool_hands_its_call_id_on_to_every_event(sandbox, tmp_path):
-    heard = Heard()
+    recorder = Recorder()
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
     call = {"type": "tool_call", "id": "call-7", "name": tool.name, "args": {"prompt": "a kitten"}}
-    tool.invoke(call, {"callbacks": [heard]})
-    assert heard.names == ["sent", "generated"]
-    assert {data["tool_call_id"] for _, data in heard.events} == {"call-7"}
+    tool.invoke(call, {"callbacks": [recorder]})
+    assert recorder.names == ["sent", "generated"]
+    assert {data["tool_call_id"] for _, data in recorder.events} == {"call-7"}
 
 
 def paid(**settings):
-    """A generator whose service is no sandbox: the sandbox on a port, without the header that tells."""
+    """A generator whose service is no sandbox: the sandbox on a port, without the header that identifies it."""
     import httpx
 
     def answer(request):

@@ -1,4 +1,4 @@
-"""Inside a graph, events reach the streams that front ends listen to; outside, nothing of LangGraph is loaded."""
+"""Inside a graph, events reach the streams that front ends read; outside, nothing of LangGraph is loaded."""
 
 import asyncio
 import json

@@ -105,7 +105,7 @@ class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 
 class Fuzzed:
-    """A service that says what it is told to, to both kinds of client."""
+    """A service that sends a chosen reply, to both kinds of client."""
 
     def __init__(self) -> None:
         self.status, self.headers, self.body = 200, {}, b""

@@ -48,8 +48,8 @@ def prompts(sandbox: Sandbox) -> list[str]:
 def test_a_prompt_gives_an_image_with_its_facts(generator, sandbox):
     result = generator.invoke("a kitten")
     image = result.images[0]
-    picture = Image.open(io.BytesIO(image.read()))
-    assert picture.size == (image.width, image.height) == (1024, 1024)
+    decoded = Image.open(io.BytesIO(image.read()))
+    assert decoded.size == (image.width, image.height) == (1024, 1024)
     assert (image.mime_type, image.size_bytes) == ("image/png", len(image.read()))
     assert image.url.startswith("https://sandbox.invalid/")
     assert image.expires_at.timestamp() > time.time()
@@ -64,7 +64,7 @@ CHAT = ChatPromptTemplate.from_messages([("human", "draw {what}")])
 
 
 @pytest.mark.parametrize(
-    ("given", "prompt"),
+    ("value", "prompt"),
     [
         ("draw a cat", "draw a cat"),
         ({"prompt": "draw a cat"}, "draw a cat"),
@@ -77,9 +77,9 @@ CHAT = ChatPromptTemplate.from_messages([("human", "draw {what}")])
         ({"prompt": CHAT.invoke({"what": "a cat"})}, "draw a cat"),
     ],
 )
-def test_every_kind_of_input_paints_its_text_and_nothing_else(generator, sandbox, given, prompt):
-    generator.invoke(given)
-    asyncio.run(generator.ainvoke(given))
+def test_every_kind_of_input_sends_its_text_and_nothing_else(generator, sandbox, value, prompt):
+    generator.invoke(value)
+    asyncio.run(generator.ainvoke(value))
     assert prompts(sandbox) == [prompt, prompt]
 
 
@@ -88,12 +88,12 @@ def test_messages_that_are_left_out_are_reported(generator):
     assert "1 before it were ignored" in result.warnings[0]
 
 
-@pytest.mark.parametrize("given", [42, None, [], ["a"], {"size": "square"}, {"prompt": 3}, {1: 2, "prompt": "x"}, b"x"])
-def test_an_input_that_says_no_prompt_is_refused_before_any_request(generator, sandbox, given):
+@pytest.mark.parametrize("value", [42, None, [], ["a"], {"size": "square"}, {"prompt": 3}, {1: 2, "prompt": "x"}, b"x"])
+def test_an_input_that_says_no_prompt_is_refused_before_any_request(generator, sandbox, value):
     with pytest.raises(CogViewInvalidRequestError, match="Nothing was sent"):
-        generator.invoke(given)
+        generator.invoke(value)
     with pytest.raises(CogViewInvalidRequestError, match="Nothing was sent"):
-        asyncio.run(generator.ainvoke(given))
+        asyncio.run(generator.ainvoke(value))
     assert sandbox.requests == []
 
 
@@ -146,8 +146,8 @@ def test_several_images_are_one_call_each(generator, sandbox):
 def test_images_that_were_made_are_kept_beside_those_that_failed(generator, sandbox, run):
     sandbox.fail_next("content-filter", level=1)
     sandbox.fail_next("balance")
-    given = {"prompt": "a kitten", "n": 4}
-    result = generator.invoke(given) if run == "invoke" else asyncio.run(generator.ainvoke(given))
+    value = {"prompt": "a kitten", "n": 4}
+    result = generator.invoke(value) if run == "invoke" else asyncio.run(generator.ainvoke(value))
     assert len(result.images) == 2
     assert {failure.error for failure in result.failures} == {"CogViewContentFilterError", "CogViewBalanceError"}
     blocked = next(failure for failure in result.failures if failure.content_filter)
@@ -596,7 +596,7 @@ class FaultyEnd(BaseCallbackHandler):
         raise RuntimeError("a faulty listener")
 
 
-def test_a_listener_that_fails_at_the_end_costs_no_image(generator):
+def test_a_handler_that_fails_at_the_end_costs_no_image(generator):
     config = {"callbacks": [FaultyEnd()]}
     assert generator.invoke("x", config).images
     assert asyncio.run(generator.ainvoke("x", config)).images

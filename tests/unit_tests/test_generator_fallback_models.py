@@ -1,4 +1,4 @@
-"""Another model draws when the first did not run, and only then."""
+"""Another model generates the image when the first did not run, and only then."""
 
 import asyncio
 
@@ -15,8 +15,8 @@ from langchain_cogview import (
 both = pytest.mark.parametrize("how", ["sync", "async"])
 
 
-def invoked(generator, how, given="a kitten"):
-    return generator.invoke(given) if how == "sync" else asyncio.run(generator.ainvoke(given))
+def invoked(generator, how, value="a kitten"):
+    return generator.invoke(value) if how == "sync" else asyncio.run(generator.ainvoke(value))
 
 
 def made(sandbox, *others, **settings):

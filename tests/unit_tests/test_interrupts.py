@@ -29,12 +29,12 @@ def sequence(*nodes):
     return graph.compile(checkpointer=InMemorySaver())
 
 
-def resumed(graph, given):
-    graph.invoke(given, THREAD)
+def resumed(graph, value):
+    graph.invoke(value, THREAD)
     return graph.invoke(Command(resume=True), THREAD)
 
 
-def draw_and_ask(generator):
+def generate_and_ask(generator):
     def both_in_one(state):
         artifact = generator.invoke("a kitten").to_artifact()
         return {"artifact": artifact, "approved": interrupt("Good?")}
@@ -43,18 +43,18 @@ def draw_and_ask(generator):
 
 
 def test_an_interrupt_after_the_call_in_one_node_pays_twice(generator, sandbox):
-    resumed(sequence(draw_and_ask(generator)), {})
+    resumed(sequence(generate_and_ask(generator)), {})
     assert len(sandbox.requests) == 2
 
 
 def test_an_interrupt_in_the_next_node_pays_once(generator, sandbox):
-    def draw(state):
+    def generate(state):
         return {"artifact": generator.invoke("a kitten").to_artifact()}
 
     def ask(state):
         return {"approved": interrupt("Good?")}
 
-    output = resumed(sequence(draw, ask), {})
+    output = resumed(sequence(generate, ask), {})
     assert len(sandbox.requests) == 1
     assert ImageResult.from_artifact(output["artifact"]).images
     assert output["approved"] is True
@@ -64,19 +64,19 @@ def test_a_cache_pays_once_even_in_one_node(sandbox, tmp_path):
     generator = CogViewImageGenerator(
         base_url=sandbox.base_url, output_dir=tmp_path / "images", cache=tmp_path / "cache"
     )
-    output = resumed(sequence(draw_and_ask(generator)), {})
+    output = resumed(sequence(generate_and_ask(generator)), {})
     assert len(sandbox.requests) == 1
     assert ImageResult.from_artifact(output["artifact"]).image.cached
 
 
 def test_a_task_pays_once(generator, sandbox):
     @task
-    def draw(prompt):
+    def generate(prompt):
         return generator.invoke(prompt).to_artifact()
 
     @entrypoint(checkpointer=InMemorySaver())
     def review(prompt):
-        artifact = draw(prompt).result()
+        artifact = generate(prompt).result()
         return {"artifact": artifact, "approved": interrupt("Good?")}
 
     output = resumed(review, "a kitten")
@@ -104,7 +104,7 @@ def tool_node(image_tool):
 @pytest.mark.parametrize(("cached", "sent"), [(False, 2), (True, 1)])
 def test_a_tool_node_beside_a_tool_that_interrupts_pays_once_with_a_cache(sandbox, tmp_path, cached, sent):
     cache = {"cache": tmp_path / "cache"} if cached else {}
-    graph, given = tool_node(CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "images", **cache))
-    output = resumed(graph, given)
+    graph, value = tool_node(CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path / "images", **cache))
+    output = resumed(graph, value)
     assert len(sandbox.requests) == sent
     assert len(images_from_messages(output)) == 1

@@ -90,7 +90,7 @@ def wait_until_ready(client, process, log):
 
 @pytest.fixture
 def server(tmp_path):
-    """`langgraph dev` with the graphs above, and the sandbox that they draw in."""
+    """`langgraph dev` with the graphs above, and the sandbox that they generate in."""
     pytest.importorskip("langgraph_api", reason="needs langgraph-cli[inmem]")
     (tmp_path / "graphs.py").write_text(GRAPHS)
     settings = {"dependencies": ["."], "graphs": {name: f"./graphs.py:{name}" for name in NAMES}}

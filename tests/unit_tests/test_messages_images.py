@@ -172,7 +172,7 @@ def test_what_refers_to_itself_comes_to_an_end():
 # --- real agents
 
 
-def drawing(prompt, call_id):
+def image_message(prompt, call_id):
     return AIMessage("", tool_calls=[{"name": "cogview_generate_image", "args": {"prompt": prompt}, "id": call_id}])
 
 
@@ -182,7 +182,9 @@ def image_tool(sandbox):
 
 
 def agent_of(image_tool, calls=1, **options):
-    replies = [message for n in range(calls) for message in (drawing(f"kitten {n}", f"call-{n}"), AIMessage("Done."))]
+    replies = [
+        message for n in range(calls) for message in (image_message(f"kitten {n}", f"call-{n}"), AIMessage("Done."))
+    ]
     return create_agent(Scripted(responses=replies), tools=[image_tool], **options)
 
 
@@ -208,13 +210,13 @@ def test_with_a_checkpointer_the_last_turn_has_its_own_images_alone(image_tool, 
     agent = agent_of(image_tool, 2, checkpointer=InMemorySaver())
     config = {"configurable": {"thread_id": "1"}}
 
-    def turn(text):
+    def ask(text):
         if how == "sync":
             return agent.invoke({"messages": text}, config)
         return asyncio.run(agent.ainvoke({"messages": text}, config))
 
-    turn("first")
-    output = turn("second")
+    ask("first")
+    output = ask("second")
     assert [image.prompt for image in images_from_messages(output)] == ["kitten 0", "kitten 1"]
     assert [image.prompt for image in images_from_messages(output, last_turn=True)] == ["kitten 1"]
     snapshot = agent.get_state(config)

@@ -87,8 +87,8 @@ def model_of(*script, profile=None, **fields):
 
 
 def run(agent, how, messages="Draw me a kitten", config=None):
-    given = {"messages": messages}
-    return agent.invoke(given, config) if how == "sync" else asyncio.run(agent.ainvoke(given, config))
+    state = {"messages": messages}
+    return agent.invoke(state, config) if how == "sync" else asyncio.run(agent.ainvoke(state, config))
 
 
 def blocks(messages):
@@ -124,8 +124,8 @@ def test_a_model_that_takes_images_in_tool_messages_gets_them_there(middleware, 
     (answer,) = (message for message in model.requests[-1] if isinstance(message, ToolMessage))
     assert [block["type"] for block in answer.content] == ["text", "text", "image"]
     assert ids_of(output)[0] in answer.content[1]["text"]
-    picture = Image.open(io.BytesIO(base64.b64decode(answer.content[2]["base64"])))
-    assert (picture.format, answer.content[2]["mime_type"], max(picture.size)) == ("JPEG", "image/jpeg", 512)
+    decoded = Image.open(io.BytesIO(base64.b64decode(answer.content[2]["base64"])))
+    assert (decoded.format, answer.content[2]["mime_type"], max(decoded.size)) == ("JPEG", "image/jpeg", 512)
     assert not blocks(output["messages"])
 
 
@@ -190,7 +190,9 @@ def test_a_model_whose_profile_says_that_it_takes_no_images_gets_none(middleware
 
 @both
 def test_only_the_latest_images_of_many_turns_are_shown(middleware, how):
-    script = [each for turn in range(4) for each in (wants(f"{turn}a", f"{turn}b", f"{turn}c"), AIMessage("Done."))]
+    script = [
+        each for number in range(4) for each in (wants(f"{number}a", f"{number}b", f"{number}c"), AIMessage("Done."))
+    ]
     model = model_of(*script, profile=IN_INPUTS)
     agent = create_agent(model, middleware=[middleware], checkpointer=InMemorySaver())
     for _ in range(4):
@@ -198,7 +200,7 @@ def test_only_the_latest_images_of_many_turns_are_shown(middleware, how):
     assert len(ids_of(output)) == 12
     assert [len(blocks(request)) for request in model.requests] == [0, 2, 2, 2, 2, 2, 2, 2]
     assert all(each in texts(model.requests[-1][-1:]) for each in ids_of(output)[-2:])
-    # The images of the turn before stand where they were made, not behind the user's new question.
+    # The images of the previous turn stand where they were made, not behind the user's new question.
     assert [message.type for message in model.requests[2]][-3:] == ["human", "ai", "human"]
 
 
@@ -245,7 +247,7 @@ def test_a_looked_up_image_is_found_when_the_request_was_trimmed(middleware):
 
 
 def test_a_model_that_finds_no_image_is_not_told_that_none_was_made(middleware):
-    # A summary may have taken the place of the messages with images: another one would be paid for.
+    # A summary may have replaced the messages with images: another one would be paid for.
     model = model_of(looks("3f2a9c1b"), profile=IN_TOOLS)
     output = run(create_agent(model, middleware=[middleware]), "sync")
     assert output["messages"][-2].text.endswith("Its messages have no image.")
@@ -282,9 +284,9 @@ def test_without_langchain_the_error_says_what_to_install():
     assert 'pip install "langchain-cogview[agents]"' in done.stdout
 
 
-def artifact_with(place, content, **changes):
+def artifact_with(path, content, **changes):
     image = {
-        "id": "3f2a9c1b", "url": None, "path": str(place), "request_id": "r", "model": "m", "prompt": "p",
+        "id": "3f2a9c1b", "url": None, "path": str(path), "request_id": "r", "model": "m", "prompt": "p",
         "size_bytes": len(content), "mime_type": "image/png", **changes,
     }  # fmt: skip
     return {
@@ -299,10 +301,10 @@ def artifact_with(place, content, **changes):
 
 def png(side=64, noise=False):
     out = io.BytesIO()
-    picture = (
+    source = (
         Image.frombytes("RGB", (side, side), os.urandom(side * side * 3)) if noise else Image.new("RGB", (side, side))
     )
-    picture.save(out, "PNG")
+    source.save(out, "PNG")
     return out.getvalue()
 
 

@@ -74,8 +74,8 @@ def test_a_deep_agent_sees_its_images_and_shares_the_budget_with_a_sub_agent(san
         ],
         checkpointer=InMemorySaver(),
     )
-    given = {"messages": "Draw"}
-    output = agent.invoke(given, THREAD) if how == "sync" else asyncio.run(agent.ainvoke(given, THREAD))
+    state = {"messages": "Draw"}
+    output = agent.invoke(state, THREAD) if how == "sync" else asyncio.run(agent.ainvoke(state, THREAD))
     assert len(sandbox.requests) == 3
     assert middleware.spent(agent.get_state(THREAD)).count == 3
     answers = [message for message in output["messages"] if isinstance(message, ToolMessage)]

@@ -44,15 +44,15 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def pictures(notebook):
+def images_of(notebook):
     """The bytes of all images in the outputs."""
     found = [IMAGE.findall(output.get("data", {}).get("text/html", "")) for output in outputs(notebook)]
     return [base64.b64decode(content, validate=True) for each in found for content in each]
 
 
-def told(output):
+def content_of(output):
     """What an output says, without the bytes of its images: those depend on the machine's zlib."""
-    shown = {kind: IMAGE.sub("picture", str(value)) for kind, value in output.get("data", {}).items()}
+    shown = {kind: IMAGE.sub("image", str(value)) for kind, value in output.get("data", {}).items()}
     return output.output_type, output.get("name"), output.get("text"), shown
 
 
@@ -90,9 +90,11 @@ def test_they_tell_one_story_in_order():
 def test_the_committed_outputs_are_small_and_hold_no_secret(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.encode()) <= 150_000
-    said = IMAGE.sub("", text)
-    assert not re.search(r"Signature=|Expires=|[0-9a-f]{32}\.[A-Za-z0-9]{16}|widget|[0-9a-f]{12}", said)
-    assert not re.search(r"""(?:^|[\s'"=(])(/[a-z]+/|[A-Z]:\\)|file://|/(?:tmp|home|root|work|Users)/""", said)
+    without_images = IMAGE.sub("", text)
+    assert not re.search(r"Signature=|Expires=|[0-9a-f]{32}\.[A-Za-z0-9]{16}|widget|[0-9a-f]{12}", without_images)
+    assert not re.search(
+        r"""(?:^|[\s'"=(])(/[a-z]+/|[A-Z]:\\)|file://|/(?:tmp|home|root|work|Users)/""", without_images
+    )
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert not [
@@ -102,7 +104,7 @@ def test_the_committed_outputs_are_small_and_hold_no_secret(path):
 
 @every
 def test_every_committed_image_is_whole(path):
-    shown = pictures(nbformat.read(path, as_version=4))
+    shown = images_of(nbformat.read(path, as_version=4))
     assert shown
     for content in shown:
         Image.open(io.BytesIO(content)).load()
@@ -143,7 +145,7 @@ def test_its_links_to_other_notebooks_lead_somewhere(path):
 def test_it_runs_on_the_sandbox_and_gives_what_is_committed(path, renew, tmp_path):
     notebook = renew.settled(renew.executed(path, str(tmp_path)))
     committed = outputs(nbformat.read(path, as_version=4))
-    assert [told(output) for output in outputs(notebook)] == [told(output) for output in committed]
+    assert [content_of(output) for output in outputs(notebook)] == [content_of(output) for output in committed]
 
 
 @pytest.mark.heavy
@@ -153,9 +155,10 @@ def test_with_a_key_it_asks_the_service_and_pays_for_as_many_images_as_it_says(p
     with Sandbox() as sandbox, SandboxServer(sandbox) as service:
         notebook = renew.executed(path, str(tmp_path), ZHIPUAI_API_KEY="k" * 32, COGVIEW_BASE_URL=service.base_url)
         assert outputs(notebook)[0].text == f"Pictures come from {service.base_url}: each is paid for.\n"
-        said = re.search(r"pay for (\w+) (?:images|pictures)", notebook.cells[0].source)[1]
+        number_word = re.search(r"pay for (\w+) (?:images|pictures)", notebook.cells[0].source)[1]
         assert (
-            sandbox.images_made == {"three": 3, "five": 5, "seven": 7, "eight": 8, "twelve": 12, "seventeen": 17}[said]
+            sandbox.images_made
+            == {"three": 3, "five": 5, "seven": 7, "eight": 8, "twelve": 12, "seventeen": 17}[number_word]
         )
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
 
@@ -166,10 +169,10 @@ def test_a_second_renewal_leaves_no_difference(renew, tmp_path, capsys):
     path = written(
         tmp_path,
         "from langchain_cogview import CogViewImageGenerator, gallery\n"
-        "made = CogViewImageGenerator(base_url='sandbox:', output_dir='pictures').invoke({'prompt': 'x', 'n': 2})\n"
+        "made = CogViewImageGenerator(base_url='sandbox:', output_dir='images').invoke({'prompt': 'x', 'n': 2})\n"
         "gallery(made)",
         "made.images[0].show()",
-        "print('slowly', flush=True)\nprint('said')",
+        "print('slowly', flush=True)\nprint('done')",
     )
     renew.main([str(path)])
     first = path.read_bytes()
@@ -177,7 +180,7 @@ def test_a_second_renewal_leaves_no_difference(renew, tmp_path, capsys):
     assert path.read_bytes() == first
     notebook = nbformat.read(path, as_version=4)
     assert [len(cell.outputs) for cell in notebook.cells] == [1, 1, 1]  # without the line of elapsed time
-    assert len(pictures(notebook)) == 3
+    assert len(images_of(notebook)) == 3
     assert capsys.readouterr().out.startswith("scratch.ipynb: ")
 
 
@@ -196,19 +199,19 @@ def test_a_run_sees_neither_keys_nor_proxies(renew, tmp_path, monkeypatch):
 def test_show_puts_every_image_into_the_cells_output(renew, tmp_path):
     code = (
         "from langchain_cogview import CogViewImageGenerator\n"
-        "CogViewImageGenerator(base_url='sandbox:', output_dir='pictures').invoke({'prompt': 'x', 'n': 2}).show()"
+        "CogViewImageGenerator(base_url='sandbox:', output_dir='images').invoke({'prompt': 'x', 'n': 2}).show()"
     )
     notebook = renew.executed(written(tmp_path, code), str(tmp_path))
     assert [output.output_type for output in outputs(notebook)] == ["display_data", "display_data"]
-    assert len(pictures(notebook)) == 2
+    assert len(images_of(notebook)) == 2
 
 
 def test_what_was_printed_in_pieces_stands_together(renew):
     def printed(text, name="stdout"):
         return nbformat.v4.new_output("stream", text=text, name=name)
 
-    picture = nbformat.v4.new_output("display_data", data={"text/plain": "x"})
-    pieces = [printed("a"), printed("b\n"), printed("!", "stderr"), printed("c"), picture, printed("d")]
+    image = nbformat.v4.new_output("display_data", data={"text/plain": "x"})
+    pieces = [printed("a"), printed("b\n"), printed("!", "stderr"), printed("c"), image, printed("d")]
     assert [(each.get("name"), each.get("text")) for each in renew.joined(pieces)] == [
         ("stdout", "ab\n"),
         ("stderr", "!"),
@@ -228,7 +231,7 @@ def test_what_was_printed_in_pieces_stands_together(renew):
 def test_a_browser_shows_every_image_of_the_exported_notebook(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     title, seen = seen_in_a_browser(notebook, tmp_path)
-    count = len(pictures(notebook))
+    count = len(images_of(notebook))
     assert title == "Notebook"
     assert seen == f"{count}/{count}"
 

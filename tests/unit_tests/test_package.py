@@ -24,7 +24,7 @@ def test_public_names_are_all_there():
 
 
 def test_the_layers_keep_their_direction():
-    # In a process of its own: it configures logging, which turns off the loggers that are there.
+    # In a process of its own: it configures logging, which disables the existing loggers.
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

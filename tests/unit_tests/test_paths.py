@@ -43,10 +43,12 @@ def test_a_home_that_is_not_known_is_an_error_of_ours_elsewhere_too(path, genera
             saves.save(path)
 
 
-@pytest.mark.parametrize("given", [str, Path])
-def test_the_home_folder_is_found(sandbox, tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("path_type", [str, Path])
+def test_the_home_folder_is_found(sandbox, tmp_path, monkeypatch, path_type):
     monkeypatch.setenv("HOME", str(tmp_path))
-    generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=given("~/out"), cache=given("~/cache"))
+    generator = CogViewImageGenerator(
+        base_url=sandbox.base_url, output_dir=path_type("~/out"), cache=path_type("~/cache")
+    )
     assert generator.invoke("a fox").path.parent == tmp_path / "out"
     assert (tmp_path / "cache" / "entries").is_dir()
 

@@ -102,12 +102,12 @@ def test_a_connection_is_opened_for_each_slot_and_none_for_each_call(how):
 
 async def test_a_stream_holds_what_is_under_way_and_not_what_went_through(service):
     generator = clients.our_generator(service.base_url(), 16)
-    given = 0
+    started = 0
 
     def prompts(count):
-        nonlocal given
-        for given in range(count):
-            yield f"a kitten {given}"
+        nonlocal started
+        for started in range(count):
+            yield f"a kitten {started}"
 
     async def drained(count):
         async for _ in generator.astream_many(prompts(count)):
@@ -136,7 +136,7 @@ def test_images_are_not_held_while_they_are_saved(service, tmp_path):
     finally:
         tracemalloc.stop()
     assert all(result.images[0].size_bytes > stub.IMAGE_BYTES_AT_LEAST for result in results)
-    assert peak < 12 * 2**20, "24 pictures of 3 MB"
+    assert peak < 12 * 2**20, "24 images of 3 MB"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def run_eagerly(work):
 @pytest.mark.parametrize("download", [False, True])
 def test_a_batch_ends_with_every_result(sandbox, download):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, download=download, max_concurrency=3)
-    prompts = [f"picture {number}" for number in range(12)]
+    prompts = [f"prompt {number}" for number in range(12)]
     assert [result.prompt for result in run_eagerly(generator.abatch(prompts))] == prompts
     assert sandbox.images_made == 12
 
@@ -80,20 +80,20 @@ def test_a_stream_over_hundreds_of_slots_ends_with_every_result(sandbox):
 @eager
 def test_a_job_ends_with_every_image(sandbox, tmp_path):
     report = run_eagerly(
-        arun_job([f"picture {n}" for n in range(6)], tmp_path, base_url=sandbox.base_url, max_concurrency=2)
+        arun_job([f"prompt {n}" for n in range(6)], tmp_path, base_url=sandbox.base_url, max_concurrency=2)
     )
     assert report.images == 6
 
 
 @eager
-@pytest.mark.parametrize("places", [1, 3, 2000])
-def test_work_that_never_waits_neither_hangs_nor_recurses(places):
+@pytest.mark.parametrize("slots", [1, 3, 2000])
+def test_work_that_never_waits_neither_hangs_nor_recurses(slots):
     async def at_once(number):
         return number
 
     async def all_of():
         tasks = ((lambda number=number: at_once(number)) for number in range(5000))
-        return [result async for _, result in astream_tasks(tasks, places)]
+        return [result async for _, result in astream_tasks(tasks, slots)]
 
     assert sorted(run_eagerly(all_of())) == [*range(5000)]
 

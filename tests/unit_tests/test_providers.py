@@ -9,7 +9,7 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool, to_message
-from tests.unit_tests.test_tool import EVERY_PROVIDER_TAKES
+from tests.unit_tests.test_tool import ACCEPTED_BY_EVERY_PROVIDER
 
 pytestmark = pytest.mark.heavy  # the packages take seconds to import
 
@@ -87,7 +87,7 @@ def test_a_provider_is_sent_only_keywords_that_it_takes(service, name, strict):
     (schema,) = schemas(service.bodies[0])
     assert list(schema["properties"]) == ["prompt", "size", "quality"]
     for each in (schema, *schema["properties"].values()):
-        assert {*each} <= EVERY_PROVIDER_TAKES
+        assert {*each} <= ACCEPTED_BY_EVERY_PROVIDER
 
 
 def found(value, test):

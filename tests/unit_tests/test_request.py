@@ -55,10 +55,10 @@ def test_what_people_try_gets_an_answer(name):
 
 
 def test_auto_and_the_words_of_other_image_apis_are_accepted():
-    for said in ("", "auto", "default", "null", None):
-        request = ImageRequest(prompt="x", size=said, quality=said)
+    for value in ("", "auto", "default", "null", None):
+        request = ImageRequest(prompt="x", size=value, quality=value)
         assert (request.size, request.quality) == (None, None)
-    assert [ImageRequest(prompt="x", quality=said).quality for said in ("HD", "high", "low")] == [
+    assert [ImageRequest(prompt="x", quality=value).quality for value in ("HD", "high", "low")] == [
         "hd",
         "hd",
         "standard",

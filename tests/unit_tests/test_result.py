@@ -116,7 +116,7 @@ def test_the_artifact_has_the_documented_keys(result):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "value",
     [
         None,
         {},
@@ -127,9 +127,9 @@ def test_the_artifact_has_the_documented_keys(result):
         "x",
     ],
 )
-def test_what_is_not_an_artifact_is_an_error(given):
+def test_what_is_not_an_artifact_is_an_error(value):
     with pytest.raises(CogViewInvalidRequestError):
-        ImageResult.from_artifact(given)
+        ImageResult.from_artifact(value)
 
 
 def test_a_pickled_result_keeps_its_bytes(result):

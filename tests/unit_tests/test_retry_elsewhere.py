@@ -40,9 +40,9 @@ class State(TypedDict, total=False):
 
 def graph_of(work, **policy):
     graph = StateGraph(State)
-    graph.add_node("draw", work, retry_policy=RetryPolicy(**AT_ONCE, **policy))
-    graph.add_edge(START, "draw")
-    graph.add_edge("draw", END)
+    graph.add_node("generate", work, retry_policy=RetryPolicy(**AT_ONCE, **policy))
+    graph.add_edge(START, "generate")
+    graph.add_edge("generate", END)
     return graph.compile()
 
 
@@ -50,12 +50,12 @@ def graph_of(work, **policy):
 def test_the_default_policy_of_langgraph_repeats_no_node_that_may_have_been_paid(kind):
     runs = []
 
-    def draw(state):
+    def generate(state):
         runs.append(1)
         raise kind("It failed.")
 
     with pytest.raises(kind):
-        graph_of(draw).invoke({})
+        graph_of(generate).invoke({})
     assert len(runs) == (3 if kind.is_retryable else 1)
 
 
@@ -64,17 +64,17 @@ def test_the_default_policy_of_langgraph_repeats_no_node_that_may_have_been_paid
 def test_a_node_that_fails_for_good_sends_its_request_once(sandbox, prompt, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
 
-    def draw(state):
+    def generate(state):
         generator.invoke(state["prompt"])
 
-    async def adraw(state):
+    async def agenerate(state):
         await generator.ainvoke(state["prompt"])
 
     with pytest.raises(CogViewError):
         if how == "invoke":
-            graph_of(draw).invoke({"prompt": prompt})
+            graph_of(generate).invoke({"prompt": prompt})
         else:
-            asyncio.run(graph_of(adraw).ainvoke({"prompt": prompt}))
+            asyncio.run(graph_of(agenerate).ainvoke({"prompt": prompt}))
     assert len(sandbox.requests) == FINAL[prompt]
 
 
@@ -113,7 +113,7 @@ def test_a_batch_of_which_a_part_was_paid_is_repeated_by_nobody(sandbox, how, pr
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
     inputs = ["a kitten", prompt, "a foal"]
 
-    def draw(state):
+    def generate(state):
         done = getattr(generator, how)(inputs)
         if how == "abatch":
             asyncio.run(done)
@@ -128,7 +128,7 @@ def test_a_batch_of_which_a_part_was_paid_is_repeated_by_nobody(sandbox, how, pr
     for policy in ({}, {"retry_on": is_retryable}):
         sandbox.reset()
         with pytest.raises(CogViewBatchError, match="1 of the 3 inputs failed") as caught:
-            graph_of(draw, **policy).invoke({})
+            graph_of(generate, **policy).invoke({})
         assert (len(sandbox.requests), sandbox.images_made) == (3, 2)
         assert [type(result).__name__ for result in caught.value.batch_results][::2] == ["ImageResult", "ImageResult"]
         assert caught.value.__cause__ is caught.value.batch_results[1]
@@ -183,12 +183,12 @@ def test_tenacity_takes_the_predicate(sandbox):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, max_retries=0)
 
     @tenacity.retry(retry=tenacity.retry_if_exception(is_retryable), stop=tenacity.stop_after_attempt(3), reraise=True)
-    def draw(prompt):
+    def generate(prompt):
         return generator.invoke(prompt)
 
     for prompt, sent in (("[[server-error]]", 1), ("[[content-filter]]", 2), ("[[busy]]", 5)):
         with pytest.raises(CogViewError):
-            draw(prompt)
+            generate(prompt)
         assert len(sandbox.requests) == sent
 
 

@@ -113,11 +113,9 @@ def test_a_link_with_the_keys_id_in_its_path_stays_whole():
 
 def test_storage_options_appear_in_no_form_of_generator_result_or_artifact(sandbox):
     options = {"token": "storage-secret-1234"}
-    generator = CogViewImageGenerator(
-        base_url=sandbox.base_url, output_dir="memory://pictures", storage_options=options
-    )
+    generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir="memory://images", storage_options=options)
     result = generator.invoke("a kitten")
-    assert result.uri.startswith("memory://pictures/")
+    assert result.uri.startswith("memory://images/")
     assert result.read().startswith(b"\x89PNG")
     forms = (
         repr(generator), dumps(generator), str(generator.model_dump()), repr(result), json.dumps(result.to_artifact()),

@@ -93,7 +93,7 @@ def leaks(error):
                 )
         with contextlib.suppress(Exception):
             shown["its pickle"] = [repr(pickle.dumps(each))]
-        found += [place for place, texts in shown.items() if any(SECRET in text for text in texts)]
+        found += [location for location, texts in shown.items() if any(SECRET in text for text in texts)]
     return found
 
 
@@ -257,8 +257,12 @@ def test_no_configured_key_is_shown_by_frames_of_ours(configurable, how):
     with pytest.raises(Exception) as caught:
         call()
     # LangChain's own frames hold the configuration that the caller passed.
-    assert not [place for place in leaks(caught.value) if "langchain_cogview" in place or " of " not in place]
-    assert not [place for place in leaks(caught.value) if any(ours in place for ours in ("generator.py", "request.py"))]
+    assert not [
+        location for location in leaks(caught.value) if "langchain_cogview" in location or " of " not in location
+    ]
+    assert not [
+        location for location in leaks(caught.value) if any(ours in location for ours in ("generator.py", "request.py"))
+    ]
 
 
 def dumps_of(made):
@@ -369,9 +373,14 @@ def request_of(connection):
 def replying(status, *lines, body=None):
     def answer(connection):
         authorization = re.search(rb"(?i)authorization: ([^\r]+)", request_of(connection))[1]
-        said = (body or b'{"error":{"code":"1000","message":"You sent KEY"}}').replace(b"KEY", authorization)
-        head = [f"HTTP/1.1 {status} x".encode(), *lines, b"Content-Length: %d" % len(said), b"X-Was: " + authorization]
-        connection.sendall(b"\r\n".join([*head, b"", said]).replace(b"KEY", authorization))
+        content = (body or b'{"error":{"code":"1000","message":"You sent KEY"}}').replace(b"KEY", authorization)
+        head = [
+            f"HTTP/1.1 {status} x".encode(),
+            *lines,
+            b"Content-Length: %d" % len(content),
+            b"X-Was: " + authorization,
+        ]
+        connection.sendall(b"\r\n".join([*head, b"", content]).replace(b"KEY", authorization))
 
     return answer
 

@@ -54,13 +54,13 @@ class State(TypedDict, total=False):
 
 
 def state_after(generator, allowed):
-    def draw(state):
+    def generate(state):
         result = generator.invoke("a kitten")
         return {"result": result, "artifact": result.to_artifact()}
 
     graph = StateGraph(State)
-    graph.add_node("draw", draw)
-    graph.add_edge(START, "draw")
+    graph.add_node("generate", generate)
+    graph.add_edge(START, "generate")
     serde = JsonPlusSerializer(allowed_msgpack_modules=allowed)
     graph = graph.compile(checkpointer=InMemorySaver(serde=serde))
     graph.invoke({}, THREAD)
@@ -91,8 +91,8 @@ class State(TypedDict, total=False):
     result: ImageResult
 
 graph = StateGraph(State)
-graph.add_node("draw", lambda state: {"result": CogViewImageGenerator(base_url="sandbox:").invoke("x")})
-graph.add_edge(START, "draw")
+graph.add_node("generate", lambda state: {"result": CogViewImageGenerator(base_url="sandbox:").invoke("x")})
+graph.add_edge(START, "generate")
 graph = graph.compile(checkpointer=InMemorySaver())
 thread = {"configurable": {"thread_id": "1"}}
 graph.invoke({}, thread)

@@ -209,11 +209,13 @@ def test_celerys_soft_time_limit_ends_a_task_and_the_note_says_what_may_have_bee
             cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
             check=False, timeout=400, start_new_session=True,
         )  # fmt: skip
-        told = json.loads((tmp_path / "told.json").read_text()) if (tmp_path / "told.json").exists() else done.stderr
-        assert told["error"] == "SoftTimeLimitExceeded"
+        report = (
+            json.loads((tmp_path / "report.json").read_text()) if (tmp_path / "report.json").exists() else done.stderr
+        )
+        assert report["error"] == "SoftTimeLimitExceeded"
         assert server.posts == 1
-        assert server.requests[0].json()["request_id"] in told["notes"]
-        assert ("may have been made and charged" if stage == "reply" else server.image_url) in told["notes"]
+        assert server.requests[0].json()["request_id"] in report["notes"]
+        assert ("may have been made and charged" if stage == "reply" else server.image_url) in report["notes"]
 
 
 def signals_nobody(connection, request):
@@ -234,22 +236,22 @@ app = Celery("work", broker="filesystem://", broker_transport_options={
     "control_folder": str(folder / "kept"),
 })
 
-@app.task(name="draw", soft_time_limit=10, time_limit=300)
-def draw():
-    told = {}
+@app.task(name="generate", soft_time_limit=10, time_limit=300)
+def generate():
+    report = {}
     try:
         CogViewImageGenerator(base_url=base_url, api_key="any", timeout=300).invoke("a kitten")
     except BaseException as error:
-        told = {"error": type(error).__name__, "notes": " ".join(getattr(error, "__notes__", []))}
-    (folder / "told.part").write_text(json.dumps(told))
-    (folder / "told.part").rename(folder / "told.json")
+        report = {"error": type(error).__name__, "notes": " ".join(getattr(error, "__notes__", []))}
+    (folder / "report.part").write_text(json.dumps(report))
+    (folder / "report.part").rename(folder / "report.json")
 
 def stop():
-    while not (folder / "told.json").exists():
+    while not (folder / "report.json").exists():
         threading.Event().wait(0.1)
     os.killpg(0, signal.SIGKILL)  # the session is the worker's own
 
-draw.apply_async()
+generate.apply_async()
 threading.Thread(target=stop, daemon=True).start()
 app.worker_main(["worker", "--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "ERROR"])
 """

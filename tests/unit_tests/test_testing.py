@@ -9,9 +9,9 @@ from langchain_cogview.testing import SandboxChatModel
 
 
 @tool
-def weather(place: str) -> str:
-    """Say the weather of a place."""
-    return place
+def weather(city: str) -> str:
+    """Say the weather of a city."""
+    return city
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])

@@ -35,8 +35,8 @@ def call(**args):
     return {"type": "tool_call", "id": "call-1", "name": "cogview_generate_image", "args": args}
 
 
-def run(tool, given, how):
-    return tool.invoke(given) if how == "invoke" else asyncio.run(tool.ainvoke(given))
+def run(tool, value, how):
+    return tool.invoke(value) if how == "invoke" else asyncio.run(tool.ainvoke(value))
 
 
 both = pytest.mark.parametrize("how", ["invoke", "ainvoke"])
@@ -61,11 +61,11 @@ def test_a_tool_call_gives_a_short_text_and_the_result_as_artifact(tool, tmp_pat
 def test_the_model_is_told_that_the_user_sees_the_image_only_where_the_application_says_so(sandbox, tmp_path, how):
     unknown = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path)
     shown = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, shown_to_user=True)
-    for tool, is_told in ((unknown, False), (shown, True)):
+    for tool, expected in ((unknown, False), (shown, True)):
         text = run(tool, call(prompt="a kitten"), how).content
-        assert ("The user already sees it. Do not write a link" in text) is is_told
-        assert ("The application shows the image to the user" in tool.description) is is_told
-        assert ("by id or path" in text) is not is_told
+        assert ("The user already sees it. Do not write a link" in text) is expected
+        assert ("The application shows the image to the user" in tool.description) is expected
+        assert ("by id or path" in text) is not expected
         assert "shown" not in text
     assert CogViewImageTool(base_url="sandbox:", shown_to_user=True, description="Draws.").description == "Draws."
 
@@ -231,9 +231,9 @@ QUALITIES = {
 }
 
 
-@pytest.mark.parametrize("said", [each for each in UNSPECIFIED if each is not None])
-def test_an_author_may_say_auto_too(said):
-    tool = CogViewImageTool(base_url="sandbox:", size=said, quality=said)
+@pytest.mark.parametrize("value", [each for each in UNSPECIFIED if each is not None])
+def test_an_author_may_say_auto_too(value):
+    tool = CogViewImageTool(base_url="sandbox:", size=value, quality=value)
     assert (tool.generator.size, tool.generator.quality) == (None, None)
     assert CogViewImageGenerator(base_url="sandbox:", quality="High").quality == "hd"
 
@@ -241,22 +241,22 @@ def test_an_author_may_say_auto_too(said):
 @both
 def test_what_models_send_for_an_argument_that_they_leave_out_costs_no_turn(sandbox, tmp_path, how):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, size="1344x768", quality="hd")
-    for said in UNSPECIFIED:
-        assert run(tool, call(prompt="x", size=said, quality=said), how).status == "success", said
+    for value in UNSPECIFIED:
+        assert run(tool, call(prompt="x", size=value, quality=value), how).status == "success", value
     assert {(request.size, request.body["quality"]) for request in sandbox.requests} == {("1344x768", "hd")}
     assert len(sandbox.requests) == len(UNSPECIFIED)
 
 
 def test_a_size_that_models_put_otherwise_costs_no_turn(tool, sandbox):
-    for said, size in SIZES.items():
-        assert tool.invoke(call(prompt="x", size=said)).status == "success", said
-        assert sandbox.requests[-1].size == size, said
+    for value, size in SIZES.items():
+        assert tool.invoke(call(prompt="x", size=value)).status == "success", value
+        assert sandbox.requests[-1].size == size, value
 
 
 def test_a_quality_that_models_put_otherwise_costs_no_turn(tool, sandbox):
-    for said, quality in QUALITIES.items():
-        assert tool.invoke(call(prompt="x", quality=said)).status == "success", said
-        assert sandbox.requests[-1].body["quality"] == quality, said
+    for value, quality in QUALITIES.items():
+        assert tool.invoke(call(prompt="x", quality=value)).status == "success", value
+        assert sandbox.requests[-1].body["quality"] == quality, value
 
 
 @both
@@ -268,8 +268,8 @@ def test_langchain_reads_the_annotations_of_a_run(tool, how, caplog):
 
 def test_a_model_with_one_quality_takes_every_word_for_one(sandbox):
     tool = CogViewImageTool(base_url=sandbox.base_url, download=False, model="glm-image")
-    for said in (*QUALITIES, *UNSPECIFIED):
-        assert tool.invoke(call(prompt="x", quality=said)).status == "success", said
+    for value in (*QUALITIES, *UNSPECIFIED):
+        assert tool.invoke(call(prompt="x", quality=value)).status == "success", value
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(sandbox):
@@ -280,7 +280,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(sandbox):
     assert sandbox.requests == []
 
 
-EVERY_PROVIDER_TAKES = {"type", "properties", "required", "enum", "description", "additionalProperties"}
+ACCEPTED_BY_EVERY_PROVIDER = {"type", "properties", "required", "enum", "description", "additionalProperties"}
 
 
 @pytest.mark.parametrize("strict", [None, True], ids=["plain", "strict"])
@@ -291,7 +291,7 @@ def test_the_schema_has_only_keywords_that_every_provider_takes(model, strict):
         tool = CogViewImageTool(base_url="sandbox:", model=model)
     parameters = convert_to_openai_tool(tool, strict=strict)["function"]["parameters"]
     properties = parameters["properties"].values()
-    assert {key for schema in (parameters, *properties) for key in schema} <= EVERY_PROVIDER_TAKES
+    assert {key for schema in (parameters, *properties) for key in schema} <= ACCEPTED_BY_EVERY_PROVIDER
     assert {schema["type"] for schema in properties} == {"string"}
     assert parameters["required"] == (["prompt", "size", "quality"] if strict else ["prompt"])
 

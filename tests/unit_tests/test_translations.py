@@ -1,4 +1,4 @@
-"""The Chinese README and pages say what the English ones say: the same parts in the same places, whatever their wording."""
+"""The Chinese README and pages say what the English ones say: the same parts in the same order, whatever their wording."""
 
 import posixpath
 import re
@@ -345,7 +345,7 @@ def test_other_words_are_no_difference():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "difference"),
     [
         (
             "## 还有",
@@ -381,9 +381,9 @@ def test_other_words_are_no_difference():
         ("[English](README.md)", "[English](README.zh.md)", "lacks a link to README.md"),
     ],
 )
-def test_a_difference_is_reported_with_its_position(before, after, told):
+def test_a_difference_is_reported_with_its_position(before, after, difference):
     assert before in TRANSLATION
-    assert told in "\n".join(compared(TRANSLATION.replace(before, after)))
+    assert difference in "\n".join(compared(TRANSLATION.replace(before, after)))
 
 
 def test_a_broken_anchor_of_the_english_readme_is_reported():

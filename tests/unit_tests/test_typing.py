@@ -80,8 +80,8 @@ def test_mypy_refuses_what_does_not_exist(tmp_path):
     settings = tmp_path / "mypy.ini"  # without pydantic's plugin: users need none
     settings.write_text("[mypy]\ndisable_error_code = import-untyped\nfollow_imports = silent\n")
     command = [sys.executable, "-m", "mypy", "--config-file", str(settings), "--cache-dir", str(tmp_path), str(TYPED)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    assert sorted({int(line) for line in re.findall(r"typed\.py:(\d+): error", told)}) == REFUSED, told
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    assert sorted({int(line) for line in re.findall(r"typed\.py:(\d+): error", output)}) == REFUSED, output
 
 
 @pytest.mark.heavy
@@ -90,8 +90,8 @@ def test_pyright_refuses_what_does_not_exist(tmp_path):
     include = {"include": [str(TYPED)], "typeCheckingMode": "standard", "pythonVersion": "3.11"}
     settings.write_text(json.dumps(include))
     command = [sys.executable, "-m", "basedpyright", "--project", str(settings), "--pythonpath", sys.executable]
-    told = json.loads(subprocess.run([*command, "--outputjson"], capture_output=True, text=True, check=False).stdout)
-    errors = [each for each in told["generalDiagnostics"] if each["severity"] == "error"]
+    output = json.loads(subprocess.run([*command, "--outputjson"], capture_output=True, text=True, check=False).stdout)
+    errors = [each for each in output["generalDiagnostics"] if each["severity"] == "error"]
     assert sorted({each["range"]["start"]["line"] + 1 for each in errors}) == REFUSED, errors
 
 

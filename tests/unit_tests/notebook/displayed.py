@@ -18,7 +18,7 @@ EVIL = (
 )
 OURS = {"div", "figure", "figcaption", "img", "b", "span", "a", "table", "tr", "th", "td"}
 OUR_ATTRIBUTES = {"class", "style", "src", "alt", "width", "height", "href", "target", "rel"}
-LEFT_IN_PLACE = {  # by JupyterLab's sanitizer, in a notebook that is not trusted
+KEPT_STYLES = {  # by JupyterLab's sanitizer, in a notebook that is not trusted
     "background-color", "border", "border-collapse", "border-radius", "color", "display", "font-family", "font-size",
     "font-weight", "height", "line-height", "margin", "max-width", "opacity", "overflow", "overflow-wrap", "padding",
     "text-align", "vertical-align", "width",
@@ -58,15 +58,15 @@ class Seen(HTMLParser):
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
 
-    def pictures(self):
+    def images(self):
         """The embedded images, decoded."""
         found = []
         for attributes in self.all("img"):
             head, data = attributes["src"].split(",", 1)
-            picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-            assert head == f"data:image/{picture.format.lower()};base64"
-            picture.load()
-            found.append(picture)
+            decoded = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+            assert head == f"data:image/{decoded.format.lower()};base64"
+            decoded.load()
+            found.append(decoded)
         return found
 
 
@@ -83,7 +83,7 @@ def assert_harmless(text, *more_tags):
         assert attributes.get("href", "https://").startswith(("https://", "http://"))
         style = attributes.get("style") or ""
         assert "url(" not in style
-        assert {each.split(":")[0] for each in style.split(";") if each} <= LEFT_IN_PLACE
+        assert {each.split(":")[0] for each in style.split(";") if each} <= KEPT_STYLES
     return seen
 
 
@@ -93,9 +93,9 @@ def photo(seed=0, side=1024):
     coarse = Image.effect_noise((side // 8, side // 8), 70).resize((side, side))
     fine = Image.effect_noise((side, side), 25)
     tint = Image.new("RGB", (side, side), tuple(chance.randrange(256) for _ in range(3)))
-    picture = Image.blend(Image.merge("RGB", (coarse, fine, coarse)), tint, 0.5)
+    blended = Image.blend(Image.merge("RGB", (coarse, fine, coarse)), tint, 0.5)
     out = io.BytesIO()
-    picture.save(out, "PNG", compress_level=1)
+    blended.save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 
@@ -104,10 +104,15 @@ PHOTO = photo()
 
 def image(content=None, **facts):
     """An image as a call gives it."""
-    told = {"id": "1", "request_id": "1", "model": "cogview-4-250304", "prompt": "a kitten", **facts}
+    fields = {"id": "1", "request_id": "1", "model": "cogview-4-250304", "prompt": "a kitten", **facts}
     if content is not None:
-        told |= {"sha256": hashlib.sha256(content).hexdigest(), "width": 1024, "height": 1024, "mime_type": "image/png"}
-    return GeneratedImage(**told)
+        fields |= {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "width": 1024,
+            "height": 1024,
+            "mime_type": "image/png",
+        }
+    return GeneratedImage(**fields)
 
 
 def result(*images, **facts):

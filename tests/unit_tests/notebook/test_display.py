@@ -49,26 +49,26 @@ def size(something):
 
 
 def test_the_last_line_of_a_cell_shows_the_image_and_its_caption(generator):
-    drawn = generator.invoke({"prompt": "a red fox", "size": "16:9"})
-    seen = shown(drawn)
-    assert [picture.size for picture in seen.pictures()] == [(1344, 768)]
+    generated = generator.invoke({"prompt": "a red fox", "size": "16:9"})
+    seen = shown(generated)
+    assert [decoded.size for decoded in seen.images()] == [(1344, 768)]
     assert "a red fox" in seen.text
     for fact in (
         "cogview-4-250304",
         "1344×768",
         "standard",
         "sandbox, no cost",
-        f"link expires {drawn.expires_at:%Y-%m-%d}",
+        f"link expires {generated.expires_at:%Y-%m-%d}",
     ):
         assert fact in seen.text
-    plain = drawn._repr_mimebundle_()["text/plain"]
-    assert plain.startswith(repr(drawn))
+    plain = generated._repr_mimebundle_()["text/plain"]
+    assert plain.startswith(repr(generated))
     assert "link expires" in plain
-    assert drawn.url not in json.dumps(drawn._repr_mimebundle_())
+    assert generated.url not in json.dumps(generated._repr_mimebundle_())
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "expected"),
     [
         ({"cost": Decimal("0.06"), "currency": "CNY"}, "0.06 CNY"),
         ({"cost": Decimal(0), "currency": "CNY"}, "no cost"),
@@ -81,13 +81,13 @@ def test_the_last_line_of_a_cell_shows_the_image_and_its_caption(generator):
         ({"content_filter": (ContentFilter("assistant", 2),)}, "content filter: image (level 2, moderate)"),
     ],
 )
-def test_the_caption_tells(facts, told):
-    assert told in shown(image(**facts)).text
+def test_the_caption_has_the_facts(facts, expected):
+    assert expected in shown(image(**facts)).text
 
 
 def test_a_flagged_image_has_a_badge(generator):
     seen = shown(generator.invoke("[[flagged:2]] a kitten"))
-    assert len(seen.pictures()) == 1
+    assert len(seen.images()) == 1
     assert "content filter: image (level 2, moderate)" in seen.text
 
 
@@ -95,15 +95,15 @@ def test_a_large_image_is_shown_small():
     large = with_content(image(PHOTO), PHOTO, None)
     assert len(PHOTO) > 1_000_000
     assert size(large) <= 60_000
-    (picture,) = shown(large).pictures()
-    assert picture.width > 250
+    (decoded,) = shown(large).images()
+    assert decoded.width > 250
 
 
 @pytest.mark.parametrize("prompt", ["猫" * 2000, "😀" * 2000, "<&\"'" * 800, "\x00" * 500 + "x", EVIL * 5])
 def test_one_image_is_at_most_60_kilobytes_whatever_the_texts_are(prompt):
     facts = {"prompt": prompt, "model": prompt, "quality": prompt, "size": prompt, "warnings": (prompt,) * 3}
     one = with_content(image(PHOTO, **facts), PHOTO, None)
-    assert len(shown(one).pictures()) == 1
+    assert len(shown(one).images()) == 1
     assert size(one) <= 60_000
     assert size(result(one)) <= 60_000
     assert size(image(url="https://x/" + "y" * 1500, **facts)) <= 60_000
@@ -137,16 +137,16 @@ def test_what_was_made_in_a_notebook_is_shown_though_its_file_is_gone(saved, mon
     be_a_kernel(monkeypatch)
     remember([saved])
     saved.path.unlink()
-    assert len(shown_from_memory(saved).pictures()) == 1
-    assert len(shown_from_memory(result(saved, saved)).pictures()) == 2
+    assert len(shown_from_memory(saved).images()) == 1
+    assert len(shown_from_memory(result(saved, saved)).images()) == 2
 
 
 def test_an_image_read_from_an_artifact_finds_its_preview(tmp_path, sandbox, monkeypatch):
     be_a_kernel(monkeypatch)
-    drawn = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
-    asyncio.run(aremember(drawn.images))
-    back = ImageResult.from_artifact(json.loads(json.dumps(drawn.to_artifact())))
-    assert len(shown_from_memory(back).pictures()) == 1
+    generated = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
+    asyncio.run(aremember(generated.images))
+    back = ImageResult.from_artifact(json.loads(json.dumps(generated.to_artifact())))
+    assert len(shown_from_memory(back).images()) == 1
 
 
 def test_an_artifact_from_elsewhere_is_a_text_with_the_path(saved):
@@ -203,8 +203,8 @@ def test_outside_a_notebook_nothing_is_made_or_loaded(saved):
         "from langchain_cogview.notebook.previews import remember\n"
         "from langchain_cogview.notebook.display import show_status\n"
         "with show_status() as report:\n"
-        "    drawn = report(CogViewImageGenerator(base_url='sandbox:').invoke('x'))\n"
-        "remember(drawn.images)\n"
+        "    result = report(CogViewImageGenerator(base_url='sandbox:').invoke('x'))\n"
+        "remember(result.images)\n"
         "print(sorted({'PIL', 'IPython', 'tqdm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
@@ -224,14 +224,14 @@ def test_an_image_that_cannot_be_previewed_costs_nobody_anything(saved, monkeypa
 
 def test_several_images_stand_side_by_side_with_their_numbers(generator):
     seen = shown(generator.invoke({"prompt": EVIL, "n": 3}))
-    assert len(seen.pictures()) == 3
+    assert len(seen.images()) == 3
     assert [seen.texts.count(number) for number in "012"] == [1, 1, 1]
 
 
 def test_failures_stand_beside_the_images(generator, sandbox):
     sandbox.fail_next("content-filter")
     seen = shown(generator.invoke({"prompt": "x", "n": 2}))
-    assert len(seen.pictures()) == 1
+    assert len(seen.images()) == 1
     assert "The content filter blocked the prompt" in seen.text
 
 
@@ -241,7 +241,7 @@ def test_the_images_of_a_result_are_at_most_150_kilobytes(count, monkeypatch):
     failures = [ImageFailure(index=1, error="X", message=EVIL, hint="猫" * 500)] * 3
     many = result(*images, failures=failures)
     assert size(many) <= 150_000
-    assert len(shown(many).pictures()) == count
+    assert len(shown(many).images()) == count
 
 
 # --- without Pillow
@@ -275,9 +275,9 @@ def test_images_of_every_mode_are_made_small(mode):
     grey = Image.effect_noise((900, 300), 90)
     (Image.new("I;16", (900, 300)) if mode == "I;16" else grey.convert("RGB").convert(mode)).save(out, form)
     made = make_preview(out.getvalue(), min(20_000, len(out.getvalue()) - 1))
-    picture = Image.open(io.BytesIO(made.content))
-    assert picture.mode in {"RGB", "L"}
-    assert picture.width == pytest.approx(3 * picture.height, abs=3)
+    decoded = Image.open(io.BytesIO(made.content))
+    assert decoded.mode in {"RGB", "L"}
+    assert decoded.width == pytest.approx(3 * decoded.height, abs=3)
 
 
 def test_what_is_transparent_is_seen_on_white():
@@ -289,8 +289,8 @@ def test_what_is_transparent_is_seen_on_white():
     clear.putalpha(0)
     out = io.BytesIO()
     clear.save(out, "PNG")
-    picture = Image.open(io.BytesIO(make_preview(out.getvalue(), 20_000).content))
-    assert min(picture.convert("L").getextrema()) > 250
+    decoded = Image.open(io.BytesIO(make_preview(out.getvalue(), 20_000).content))
+    assert min(decoded.convert("L").getextrema()) > 250
 
 
 @pytest.mark.parametrize(
@@ -321,10 +321,10 @@ def test_what_is_held_is_bounded_and_the_oldest_goes_first():
 def test_an_image_stays_equal_and_pickles_whatever_was_shown(generator):
     import pickle
 
-    drawn = generator.invoke("a kitten")
-    before = pickle.dumps(drawn)
-    drawn._repr_mimebundle_()
-    assert pickle.dumps(drawn) == before
+    generated = generator.invoke("a kitten")
+    before = pickle.dumps(generated)
+    generated._repr_mimebundle_()
+    assert pickle.dumps(generated) == before
 
 
 def test_without_a_notebook_show_opens_the_systems_viewer(saved, monkeypatch):
@@ -333,8 +333,8 @@ def test_without_a_notebook_show_opens_the_systems_viewer(saved, monkeypatch):
     opened = []
 
     class Viewer(ImageShow.Viewer):
-        def show_image(self, picture, **options):
-            opened.append(picture.size)
+        def show_image(self, decoded, **options):
+            opened.append(decoded.size)
             return 1
 
     monkeypatch.setattr(ImageShow, "_viewers", [Viewer()])
@@ -354,18 +354,18 @@ def test_in_a_real_kernel_saved_images_are_seen_and_show_reads_the_file(tmp_path
             "from langchain_cogview import CogViewImageGenerator, ImageResult\n"
             "from langchain_cogview.notebook.previews import HELD, aremember, in_kernel, remember\n"
             "assert in_kernel()\n"
-            "generator = CogViewImageGenerator(base_url='sandbox:', output_dir='pictures')\n"
-            "drawn = generator.invoke('a kitten')\n"
-            "remember(drawn.images)\n"
+            "generator = CogViewImageGenerator(base_url='sandbox:', output_dir='images')\n"
+            "result = generator.invoke('a kitten')\n"
+            "remember(result.images)\n"
             "other = await generator.ainvoke('a fox')\n"
             "await aremember(other.images)\n"
             "None"
         ),
-        "ImageResult.from_artifact(drawn.to_artifact())",
+        "ImageResult.from_artifact(result.to_artifact())",
         "other.images[0]",
-        "HELD.clear()\nHELD.get(drawn.sha256)",
-        "ImageResult.from_artifact(drawn.to_artifact()).show()",
-        "drawn.path.unlink()\ndrawn",
+        "HELD.clear()\nHELD.get(result.sha256)",
+        "ImageResult.from_artifact(result.to_artifact()).show()",
+        "result.path.unlink()\nresult",
     ]
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("COGVIEW_STATUS_LINE", "off")

@@ -22,7 +22,7 @@ BLOCKED = CogViewContentFilterError()
 
 
 class Output:
-    """Records the texts of one output, in place of a notebook's."""
+    """Records the texts of one output, instead of a notebook's."""
 
     def __init__(self):
         self.texts = []
@@ -104,7 +104,7 @@ def test_calls_one_after_the_other_are_one_line_and_the_time_between_them_does_n
 
 
 @pytest.mark.parametrize(
-    ("ended", "told"),
+    ("ended", "summary"),
     [
         (result(image(sandbox=True, cost=Decimal(0), currency="CNY")), "1 image · sandbox, no cost"),
         (result(image(cached=True, cost=Decimal(0), currency="CNY")), "1 image · no cost"),
@@ -129,10 +129,10 @@ def test_calls_one_after_the_other_are_one_line_and_the_time_between_them_does_n
         ),
     ],
 )
-def test_the_summary_says_what_became_of_it(line, output, ended, told):
+def test_the_summary_says_what_became_of_it(line, output, ended, summary):
     line.started()
     line.ended(ended)
-    assert output.texts[-1] == "0.0 s" + (" · " + told if told else "")
+    assert output.texts[-1] == "0.0 s" + (" · " + summary if summary else "")
 
 
 def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
@@ -187,8 +187,8 @@ def test_many_threads_count_right(line, output):
 def shown_at_all(monkeypatch, config=None):
     opened = []
     monkeypatch.setattr(display, "open_output", lambda text: opened.append(text) or opened.append)
-    with display.show_status(config) as told:
-        assert told(drawn := result(image())) is drawn
+    with display.show_status(config) as report:
+        assert report(shown := result(image())) is shown
     display._LINES.clear()
     return bool(opened)
 
@@ -262,32 +262,32 @@ from langchain_cogview import CogViewContentFilterError
 from langchain_cogview.notebook import display
 from tests.unit_tests.notebook.displayed import image, result
 display.TICK = 0.05
-def draw(wait=0.12):
-    with display.show_status() as told:
+def generate(wait=0.12):
+    with display.show_status() as report:
         threading.Event().wait(wait)
-        return told(result(image(cost=Decimal("0.06"), currency="CNY")))
-async def adraw(wait=0.12):
-    with display.show_status() as told:
+        return report(result(image(cost=Decimal("0.06"), currency="CNY")))
+async def agenerate(wait=0.12):
+    with display.show_status() as report:
         await asyncio.sleep(wait)
-        return told(result(image(cost=Decimal("0.06"), currency="CNY")))
+        return report(result(image(cost=Decimal("0.06"), currency="CNY")))
 """
 CELLS = {
-    "one call": ("draw()\nNone", 1),
-    "one after the other": ("for _ in range(3): draw(0.02)", 3),
+    "one call": ("generate()\nNone", 1),
+    "one after the other": ("for _ in range(3): generate(0.02)", 3),
     "threads of their own": (
         (
-            "threads = [threading.Thread(target=draw) for _ in range(4)]\n"
+            "threads = [threading.Thread(target=generate) for _ in range(4)]\n"
             "[each.start() for each in threads]\n[each.join() for each in threads]\nNone"
         ),
         4,
     ),
     "threads in a context of the caller": (
-        "with ThreadPoolExecutor(3) as pool:\n    [pool.submit(copy_context().run, draw) for _ in range(3)]\nNone",
+        "with ThreadPoolExecutor(3) as pool:\n    [pool.submit(copy_context().run, generate) for _ in range(3)]\nNone",
         3,
     ),
-    "await": ("await adraw()\nNone", 1),
-    "tasks": ("await asyncio.gather(*(adraw() for _ in range(5)))\nNone", 5),
-    "threads of an async cell": ("await asyncio.gather(*(asyncio.to_thread(draw) for _ in range(2)))\nNone", 2),
+    "await": ("await agenerate()\nNone", 1),
+    "tasks": ("await asyncio.gather(*(agenerate() for _ in range(5)))\nNone", 5),
+    "threads of an async cell": ("await asyncio.gather(*(asyncio.to_thread(generate) for _ in range(2)))\nNone", 2),
 }
 
 
@@ -301,10 +301,10 @@ def executed(tmp_path_factory):
     cells.append(
         "done = threading.Event()\n"
         "def late():\n"
-        "    with display.show_status() as told:\n"
+        "    with display.show_status() as report:\n"
         "        started.set()\n"
         "        done.wait(300)\n"
-        "        told(result(image(sandbox=True)))\n"
+        "        report(result(image(sandbox=True)))\n"
         "started = threading.Event()\n"
         "thread = threading.Thread(target=copy_context().run, args=(late,))\n"
         "thread.start()\n"

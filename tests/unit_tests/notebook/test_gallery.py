@@ -65,7 +65,7 @@ def test_a_batch_with_failures_is_shown_whole_and_numbered(generator):
     results = generator.batch(["a fox", "[[content-filter:1]] x", "[[balance]] y", "a cat"], return_exceptions=True)
     made = gallery(results)
     seen = shown(made)
-    assert len(seen.pictures()) == 2
+    assert len(seen.images()) == 2
     assert [bold for bold in seen.texts if bold in {"0", "1", "2", "3", "Blocked", "Failed"}] == [
         "0", "Blocked", "1", "Failed", "2", "3",
     ]  # fmt: skip
@@ -86,20 +86,20 @@ def test_a_number_that_stream_many_gave_stays():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "as_input",
     [
-        lambda drawn: drawn,
-        lambda drawn: [drawn],
-        lambda drawn: drawn.images,
-        lambda drawn: drawn.images[0],
-        lambda drawn: drawn.to_artifact(),
-        lambda drawn: json.loads(json.dumps([drawn.to_artifact()])),
-        lambda drawn: iter([drawn]),
+        lambda generated: generated,
+        lambda generated: [generated],
+        lambda generated: generated.images,
+        lambda generated: generated.images[0],
+        lambda generated: generated.to_artifact(),
+        lambda generated: json.loads(json.dumps([generated.to_artifact()])),
+        lambda generated: iter([generated]),
     ],
 )
-def test_it_takes_results_images_and_artifacts(given, sandbox, tmp_path):
-    drawn = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
-    assert len(shown(gallery(given(drawn))).pictures()) == 1
+def test_it_takes_results_images_and_artifacts(as_input, sandbox, tmp_path):
+    generated = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path).invoke("a kitten")
+    assert len(shown(gallery(as_input(generated))).images()) == 1
 
 
 def test_it_takes_an_agents_output(generator):
@@ -126,10 +126,10 @@ def test_a_result_of_several_images_has_several_tiles():
     assert {"0", "1.1", "1.2", "1.3"} <= set(seen.texts)
 
 
-@pytest.mark.parametrize("given", [[1], ["a.png"], [None], [(1, 2, 3)], 5])
-def test_what_it_cannot_show_is_an_error(given):
+@pytest.mark.parametrize("items", [[1], ["a.png"], [None], [(1, 2, 3)], 5])
+def test_what_it_cannot_show_is_an_error(items):
     with pytest.raises(TypeError):
-        gallery(given)
+        gallery(items)
 
 
 def test_an_empty_one_is_one():
@@ -152,7 +152,7 @@ def test_it_is_at_most_150_kilobytes(count, tmp_path):
     made = gallery(photos(tmp_path, min(count, 12), prompt="😀" * 500) * (count // 12 or 1))
     assert size(made) <= 150_000
     seen = shown(made)
-    assert len(seen.pictures()) == min(12 * (count // 12) or 1, 100)
+    assert len(seen.images()) == min(12 * (count // 12) or 1, 100)
     if count == 300:
         assert "the last 200 are not shown here: save('gallery.html') writes all" in seen.text
 
@@ -170,9 +170,9 @@ def test_files_are_read_when_it_is_made_and_not_when_it_is_shown(tmp_path):
     made = gallery(photos(tmp_path, 3))
     for path in tmp_path.iterdir():
         path.unlink()
-    assert len(shown(made).pictures()) == 3
+    assert len(shown(made).images()) == 3
     made.save(tmp_path / "page")
-    assert len(Seen((tmp_path / "page.html").read_text()).pictures()) == 3
+    assert len(Seen((tmp_path / "page.html").read_text()).images()) == 3
 
 
 def test_a_file_that_is_gone_is_reported_in_its_tile(tmp_path):
@@ -181,17 +181,17 @@ def test_a_file_that_is_gone_is_reported_in_its_tile(tmp_path):
 
 
 def test_an_image_that_was_not_fetched_is_not_fetched(sandbox):
-    drawn = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("x")
+    generated = CogViewImageGenerator(base_url=sandbox.base_url, download=False).invoke("x")
     before = len(sandbox.requests)
-    seen = shown(gallery([drawn]))
+    seen = shown(gallery([generated]))
     assert len(sandbox.requests) == before
-    assert seen.all("a")[0]["href"] == drawn.url
+    assert seen.all("a")[0]["href"] == generated.url
 
 
 def test_without_pillow_small_originals_are_shown_and_others_named(generator, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    drawn = generator.invoke("x")
-    made = gallery([drawn, with_content(image(PHOTO), PHOTO, None)])
+    generated = generator.invoke("x")
+    made = gallery([generated, with_content(image(PHOTO), PHOTO, None)])
     html = made._repr_mimebundle_()["text/html"]
     assert html.count("<img") == 1
     assert "needs Pillow" in html
@@ -202,12 +202,12 @@ def test_without_pillow_small_originals_are_shown_and_others_named(generator, mo
 
 def test_the_saved_page_stands_alone(tmp_path):
     made = gallery([*photos(tmp_path, 2, prompt=EVIL), BLOCKED])
-    path = made.save(str(tmp_path / "pictures.html"), title=EVIL)
-    assert path == tmp_path / "pictures.html"
+    path = made.save(str(tmp_path / "page.html"), title=EVIL)
+    assert path == tmp_path / "page.html"
     text = path.read_text(encoding="utf-8")
     seen = assert_harmless(text, *OF_A_PAGE)
-    assert len(seen.pictures()) == 2
-    assert min(picture.width for picture in seen.pictures()) > 200
+    assert len(seen.images()) == 2
+    assert min(decoded.width for decoded in seen.images()) > 200
     assert "http" not in text.replace("http-equiv", "")
     assert str(tmp_path) not in text
 
@@ -234,17 +234,17 @@ def test_the_contact_sheet_of_a_job_is_harmless_too(tmp_path):
 # --- compare
 
 
-async def drawn_by(twin, *args, **kwargs):
-    return await acompare(*args, **kwargs) if twin == "async" else await asyncio.to_thread(compare, *args, **kwargs)
+async def compared(how, *args, **kwargs):
+    return await acompare(*args, **kwargs) if how == "async" else await asyncio.to_thread(compare, *args, **kwargs)
 
 
-twins = pytest.mark.parametrize("twin", ["sync", "async"])
+both = pytest.mark.parametrize("how", ["sync", "async"])
 
 
-@twins
-async def test_every_combination_is_generated_into_a_labelled_table(twin, sandbox):
-    made = await drawn_by(
-        twin, "a fox", sizes=["square", "16:9"], qualities=["standard", "hd"], models=["cogview-4-250304", "glm-image"],
+@both
+async def test_every_combination_is_generated_into_a_labelled_table(how, sandbox):
+    made = await compared(
+        how, "a fox", sizes=["square", "16:9"], qualities=["standard", "hd"], models=["cogview-4-250304", "glm-image"],
         base_url=sandbox.base_url,
     )  # fmt: skip
     seen = shown(made)
@@ -262,33 +262,33 @@ async def test_every_combination_is_generated_into_a_labelled_table(twin, sandbo
     assert "a fox" in seen.text
 
 
-@twins
-async def test_an_illegal_combination_sends_nothing(twin, sandbox):
-    made = await drawn_by(twin, "a fox", sizes=["100x100", "nonsense"], base_url=sandbox.base_url)
+@both
+async def test_an_illegal_combination_sends_nothing(how, sandbox):
+    made = await compared(how, "a fox", sizes=["100x100", "nonsense"], base_url=sandbox.base_url)
     assert sandbox.requests == []
     assert repr(made) == "Gallery(0 images, 2 failed)"
     assert "nearest legal size is 512x512" in shown(made).text
 
 
-@twins
-async def test_one_kind_of_setting_is_one_row(twin, generator):
-    made = await drawn_by(twin, "x", qualities=("standard", "hd"), generator=generator, size="512x512")
+@both
+async def test_one_kind_of_setting_is_one_row(how, generator):
+    made = await compared(how, "x", qualities=("standard", "hd"), generator=generator, size="512x512")
     assert len(shown(made).all("tr")) == 2
     assert [(each.size, each.quality) for each in made.results] == [("512x512", "standard"), ("512x512", "hd")]
 
 
-@twins
-async def test_a_blocked_one_does_not_cost_the_others(twin, generator, sandbox):
+@both
+async def test_a_blocked_one_does_not_cost_the_others(how, generator, sandbox):
     sandbox.fail_next("content-filter")
-    made = await drawn_by(twin, "x", sizes=["square", "16:9"], generator=generator)
+    made = await compared(how, "x", sizes=["square", "16:9"], generator=generator)
     assert repr(made) == "Gallery(1 image, 1 blocked, sandbox; list price 0.06 CNY)"
 
 
-@twins
-@pytest.mark.parametrize("given", [{}, {"sizes": []}, {"sizes": ["square"], "models": ()}])
-async def test_nothing_to_compare_is_an_error(twin, given, generator):
+@both
+@pytest.mark.parametrize("settings", [{}, {"sizes": []}, {"sizes": ["square"], "models": ()}])
+async def test_nothing_to_compare_is_an_error(how, settings, generator):
     with pytest.raises(CogViewInvalidRequestError, match="nothing to compare"):
-        await drawn_by(twin, "x", generator=generator, **given)
+        await compared(how, "x", generator=generator, **settings)
 
 
 def test_one_name_is_a_list_of_one(generator):
@@ -297,7 +297,7 @@ def test_one_name_is_a_list_of_one(generator):
 
 def test_several_images_for_each_combination_stand_in_its_cell(generator):
     made = compare("x", sizes=["square", "16:9"], generator=generator, n=2)
-    assert len(shown(made).pictures()) == 4
+    assert len(shown(made).images()) == 4
     assert len(shown(made).all("td")) == 2
     assert isinstance(made, Gallery)
 

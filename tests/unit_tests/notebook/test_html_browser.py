@@ -108,7 +108,7 @@ def test_an_exported_notebook_shows_image_and_caption(evil, tmp_path):
         nbformat.v4.new_output("display_data", data=each._repr_mimebundle_())
         for each in (result(with_content(image(PHOTO, prompt="a red fox"), PHOTO, None)), gallery(evil))
     ]
-    cell = nbformat.v4.new_code_cell("draw.invoke('a red fox')", outputs=outputs)
+    cell = nbformat.v4.new_code_cell("generator.invoke('a red fox')", outputs=outputs)
     html, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
     html = html.replace("<title>Notebook</title>", f"<title>{TITLE}</title>").replace("</body>", f"{COUNTED}</body>")
     path = tmp_path / "notebook.html"
