@@ -2,9 +2,9 @@
 
     python -m benchmarks.growth --prompts 100000 --dry-run 1000000
 
-Each figure is measured in a process of its own; the service is the sandbox, which runs in another process, unless
-`--in-process` says otherwise. A resume is ready when the first call of the new prompt starts; the time begins at the call of `run_job`. Memory is the
-peak of the resident set of the process, Python and the imported packages included.
+Each figure is measured in a process of its own; the service is the sandbox, which runs in another process, unless `--in-
+process` says otherwise. A resume is ready when the first call of the new prompt starts; the time begins at the call of
+`run_job`. Memory is the peak of the resident set of the process, Python and the imported packages included.
 """
 
 from __future__ import annotations
