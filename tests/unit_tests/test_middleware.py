@@ -284,9 +284,9 @@ def test_without_langchain_the_error_says_what_to_install():
     assert 'pip install "langchain-cogview[agents]"' in done.stdout
 
 
-def artifact_with(path, content, **changes):
+def artifact_with(location, content, **changes):
     image = {
-        "id": "3f2a9c1b", "url": None, "path": str(path), "request_id": "r", "model": "m", "prompt": "p",
+        "id": "3f2a9c1b", "url": None, "path": str(location), "request_id": "r", "model": "m", "prompt": "p",
         "size_bytes": len(content), "mime_type": "image/png", **changes,
     }  # fmt: skip
     return {

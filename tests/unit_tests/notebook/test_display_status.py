@@ -311,7 +311,7 @@ def executed(tmp_path_factory):
         "started.wait(300)\nNone"
     )
     cells.append("done.set()\nthread.join(300)")
-    cells.append("display.status_line(False)\ndraw()\nNone")
+    cells.append("display.status_line(False)\ngenerate()\nNone")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
