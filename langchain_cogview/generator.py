@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, 
 
 from langchain_cogview.api.redaction import SafeErrors, attempt, with_secret_key
 from langchain_cogview.api.settings import Service, find_service, find_shared_limit, preload, service_warnings
-from langchain_cogview.batches import BatchRunnable, logged_handler_errors, traced_config
+from langchain_cogview.batches import BatchRunnable, RecentImages, logged_handler_errors, traced_config
 from langchain_cogview.budget import Budget, Reservation, reserved
 from langchain_cogview.catalog import Quality, Region, model_info, price_of
 from langchain_cogview.concurrency import Priority
@@ -30,7 +30,6 @@ from langchain_cogview.images.backend import BackendFolder
 from langchain_cogview.notebook.display import show_status
 from langchain_cogview.notebook.previews import aremember, remember
 from langchain_cogview.pools import in_tasks, in_threads
-from langchain_cogview.recent import RecentImages
 from langchain_cogview.request import (
     REQUEST_DEFAULTS,
     FolderCheck,

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import pytest
 
 from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewImageGenerator
-from langchain_cogview.recent import MAX_NAMED
+from langchain_cogview.batches import MAX_NAMED
 from langchain_cogview.sandbox import Sandbox, SandboxServer
 from tests.unit_tests.cli.test_command import KEY
 
