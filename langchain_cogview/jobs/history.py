@@ -102,6 +102,11 @@ class FinishedPrompts:
         index = self._indices.get(_short(key))
         return None if index is None else self._at(index)
 
+    def outcome(self, key: str) -> PromptOutcome | None:
+        """Return what became of a prompt; None if it has no record."""
+        index = self._indices.get(_short(key))
+        return None if index is None else self._outcomes[index]
+
     def outcomes(self) -> Counter[PromptOutcome]:
         """Return how many prompts ended in the same way."""
         return Counter(self._outcomes)

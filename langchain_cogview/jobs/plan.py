@@ -462,11 +462,11 @@ class Backlog:
                 yield self.prompts.items[position]
 
     def _is_complete(self, key: str, n: int) -> bool:
-        finished = self.history.finished.get(key)
-        if finished is None or finished.outcome.made < n or key in self.history.open:
+        outcome = self.history.finished.outcome(key)
+        if outcome is None or outcome.made < n or key in self.history.open:
             return False
         self.skipped += 1
-        self.ready += finished.outcome.made
+        self.ready += outcome.made
         return True
 
     def uses_sandbox(self, generator: CogViewImageGenerator) -> bool:

@@ -92,10 +92,11 @@ class PromptFile:
 
     def _txt(self, file: TextIO) -> Iterator[PromptLine]:
         for number, text, problem in self._lines(file):
-            if text.lstrip().startswith("#"):
+            begun = text.lstrip()
+            if begun.startswith("#"):
                 self.comments += 1
             else:
-                prompt = text.replace("\\#", "#", 1) if text.lstrip().startswith("\\#") else text
+                prompt = text.replace("\\#", "#", 1) if begun.startswith("\\#") else text
                 yield PromptLine(number, {"prompt": prompt}, problem=problem)
 
     def _jsonl(self, file: TextIO) -> Iterator[PromptLine]:
