@@ -9,6 +9,7 @@ loop that runs already. Nothing but loopback is asked.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import socket
 import ssl
@@ -307,6 +308,7 @@ class Message:
     request_id: bool
 
 
+@functools.cache
 def message_of(name: str) -> Message:
     """Provoke a scenario and return its message; moments and paths are replaced, because they differ each time."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as parts:

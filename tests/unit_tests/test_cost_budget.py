@@ -143,7 +143,14 @@ def test_an_unknown_price_behind_a_binding_is_refused_when_the_tool_is_made(gene
         CogViewImageTool(generator=generator.bind(model="cogview-3"), budget=1)
 
 
+@pytest.fixture
+def no_waits(monkeypatch):
+    """Between attempts for which no reply asks for a wait."""
+    monkeypatch.setattr("random.uniform", lambda least, most: least)
+
+
 @both
+@pytest.mark.usefixtures("no_waits")
 def test_each_post_that_may_be_charged_counts(sandbox, tmp_path, how):
     tool = CogViewImageTool(
         base_url=sandbox.base_url, output_dir=tmp_path, max_images=2, retry_unknown=True, max_retries=5
@@ -156,6 +163,7 @@ def test_each_post_that_may_be_charged_counts(sandbox, tmp_path, how):
 
 
 @both
+@pytest.mark.usefixtures("no_waits")
 def test_what_was_charged_before_the_image_came_counts_too(sandbox, tmp_path, how):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, budget=Decimal("0.18"), retry_unknown=True)
     sandbox.fail_next("server-error")
@@ -298,6 +306,7 @@ def test_parallel_calls_of_an_agent_stay_within_the_limit(tmp_path):
 
 
 @both
+@pytest.mark.usefixtures("no_waits")
 def test_a_job_counts_each_post_that_may_be_charged_over_all_runs(sandbox, tmp_path, how):
     from langchain_cogview import arun_job
 
@@ -325,6 +334,7 @@ def test_a_job_counts_each_post_that_may_be_charged_over_all_runs(sandbox, tmp_p
 
 
 @both
+@pytest.mark.usefixtures("no_waits")
 def test_the_costs_count_each_post_that_may_have_been_charged(sandbox, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, retry_unknown=True, max_retries=2)
     sandbox.fail_next("server-error", times=3)

@@ -119,7 +119,7 @@ def abandoned():
     loops = []
 
     def abandon(server, *prompts):
-        for limit in (1, 10, 100):  # a busy machine may use a short time limit up before anything is sent
+        for limit in (0.3, 1, 10, 100):  # a busy machine may use a short time limit up before anything is sent
             generator = generator_for(server, max_concurrency=1, timeout=limit)
             loop = asyncio.new_event_loop()
 
@@ -206,7 +206,8 @@ def test_a_call_in_an_abandoned_loop_holds_its_slot_no_longer_than_its_time_limi
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-def test_calls_that_wait_in_an_abandoned_loop_do_not_stand_in_the_way(how, abandoned):
+def test_calls_that_wait_in_an_abandoned_loop_do_not_stand_in_the_way(how, abandoned, monkeypatch):
+    monkeypatch.setattr("langchain_cogview.api.limiter._PICK_UP_SECONDS", 0.5)
     with FaultServer(first_hangs) as server:
         patient = generator_for(server, max_concurrency=1, timeout=200)
         abandoned(server, "left", *(f"waits {n}" for n in range(4)))

@@ -264,7 +264,9 @@ def test_a_reply_of_a_megabyte_is_searched_in_time_and_memory():
 
 
 def error_of(status, body, key=FAKE_KEY):
-    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body.encode()))
+    # No time limit allows such a wait: what says that too many requests are in flight is not sent again.
+    reply = {"status_code": status, "content": body.encode(), "headers": {"Retry-After": "3600"}}
+    transport = httpx.MockTransport(lambda request: httpx.Response(**reply))
     with httpx.Client(transport=transport) as client:
         generator = CogViewImageGenerator(api_key=key, http_client=client, max_retries=0, download=False)
         with pytest.raises(CogViewError) as caught:

@@ -267,7 +267,7 @@ def test_langchain_reads_the_annotations_of_a_run(tool, how, caplog):
 
 
 def test_a_model_with_one_quality_takes_every_word_for_one(sandbox):
-    tool = CogViewImageTool(base_url=sandbox.base_url, download=False, model="glm-image")
+    tool = CogViewImageTool(base_url=sandbox.base_url, download=False, model="glm-image", poll_interval=0.01)
     for value in (*QUALITIES, *UNSPECIFIED):
         assert tool.invoke(call(prompt="x", quality=value)).status == "success", value
 

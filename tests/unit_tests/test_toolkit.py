@@ -21,7 +21,7 @@ SLOW = "[[slow:2]] a kitten"
 
 
 def toolkit_of(sandbox, folder, **settings):
-    return CogViewToolkit(base_url=sandbox.base_url, output_dir=folder, **settings)
+    return CogViewToolkit(base_url=sandbox.base_url, output_dir=folder, **{"poll_interval": 0.01, **settings})
 
 
 def called(tool, how, config=None, **args):

@@ -135,12 +135,12 @@ def test_without_colours_the_line_of_an_image_has_only_the_link(tmp_path):
 
 
 def test_while_an_image_is_made_the_terminal_shows_the_seconds(tmp_path):
-    arguments = (*module(), "a kitten [[slow:2]]", "-o", "kitten.png", "--sandbox")
-    seen, code = on_a_terminal(*arguments, folder=tmp_path, NO_COLOR="1")
+    arguments = ("-o", "kitten.png", "--sandbox")
+    seen, code = on_a_terminal(*module(), "a kitten [[slow:2]]", *arguments, folder=tmp_path, NO_COLOR="1")
     assert code == 0
     assert re.search(r"\r\S Making the image 1 s\x1b\[K", seen)
     assert re.search(r"\r\x1b\[K[^\r]*kitten\.png", seen)  # its line is empty before the result is written
-    plain, _ = on_a_terminal(*arguments, folder=tmp_path, TERM="dumb")
+    plain, _ = on_a_terminal(*module(), "a kitten [[slow:0.5]]", *arguments, folder=tmp_path, TERM="dumb")
     assert "Making" not in plain
 
 
