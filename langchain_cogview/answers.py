@@ -255,10 +255,10 @@ def text_for_model(result: ImageResult, *, shown_to_user: bool = False, unseen: 
     images = []
     for image in result.images[:3]:
         facts = [f"{image.width}x{image.height}" if image.width else image.size or ""]
-        place = str(image.path or virtual_path(image.uri or ""))
-        if place:
+        location = str(image.path or virtual_path(image.uri or ""))
+        if location:
             facts.append(
-                f"saved as {place if len(place) <= _PATH_CHARACTERS // min(count, 3) else PurePath(place).name}"
+                f"saved as {location if len(location) <= _PATH_CHARACTERS // min(count, 3) else PurePath(location).name}"
             )
         images.append(f"{image.id} ({', '.join(fact for fact in facts if fact)})")
     more = f" and {count - 3} more" if count > 3 else ""  # noqa: PLR2004

@@ -457,7 +457,7 @@ class RecentImages:
 
     @contextmanager
     def call(self) -> Iterator[Callable[[ImageResult], ImageResult]]:
-        """Count a call, and tell its error about the images of others.
+        """Count a call, and add a note about the images of other calls to its error.
 
         Yields:
             A function to which the result of the call is passed.

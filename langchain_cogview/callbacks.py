@@ -240,7 +240,7 @@ class ProgressCallbackHandler(EventHandler):
         self._tqdm = _tqdm(show)
         self._bar: Any = None
         self._late: threading.Timer | None = None
-        # Held while an event is counted and drawn; the late update acquires it too.
+        # Held while an event is counted and shown; the late update acquires it too.
         self._lock = threading.RLock()
 
     @property

@@ -252,7 +252,7 @@ class EventDispatcher:
                 logger.warning(_HANDLER_FAILED, name, exc_info=True)
 
     def answered(self, request_id: str) -> None:
-        """Tell the handlers of this package that a request was answered: its slot is free, and its image is downloaded.
+        """Notify the handlers of this package that a request was answered: its slot is free, and its image is downloaded.
 
         Args:
             request_id: Id of the request.

@@ -87,7 +87,7 @@ class PendingImage:
         return sum(image.size_bytes or 0 for image in images if image.path is None and image.uri is None)
 
     def announce(self) -> None:
-        """Tell the waiting start that the paid request is on its way."""
+        """Notify the waiting start that the paid request is on its way."""
         if not self.announced.done():
             self.announced.set_result(None)
 

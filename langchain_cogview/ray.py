@@ -169,12 +169,12 @@ class _Environment(dict[str, Any]):
     """Ray's runtime environment with the key. A pickle of it has no key: where it is loaded, it has the key of that process."""
 
     def __init__(self, env_vars: dict[str, str]) -> None:
-        self._given = env_vars
+        self._env_vars = env_vars
         passed = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
         super().__init__(env_vars={**passed, **env_vars})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Environment, ({name: value for name, value in self._given.items() if name not in _VARIABLES},)
+        return _Environment, ({name: value for name, value in self._env_vars.items() if name not in _VARIABLES},)
 
 
 # --- Ray Data

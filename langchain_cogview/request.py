@@ -57,7 +57,7 @@ REQUEST_DEFAULTS: Final = ("model", "size", "quality", "n", "user_id", "watermar
 """The arguments of a request for which a generator has defaults."""
 _DAY = 86_400
 
-NOT_TAKEN: Final[dict[str, str]] = {
+UNSUPPORTED_ARGUMENTS: Final[dict[str, str]] = {
     "seed": "The endpoint takes no seed: the same prompt makes a different image each time. Set output_dir to keep an image.",
     "negative_prompt": "The endpoint takes no negative prompt: describe in the prompt what the image should show.",
     "response_format": "The endpoint always answers with a URL; the bytes are fetched for you: result.images[0].read().",
@@ -82,7 +82,7 @@ _PREDICATES: Final[dict[str, str]] = {
     "Input should be ": "must be ",
     "String should have ": "must have ",
 }
-"""Beginnings of texts of pydantic, and what is said of the argument instead."""
+"""Beginnings of texts of pydantic, and what the error says of the argument instead."""
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> str:
@@ -96,8 +96,8 @@ def unknown_argument(name: str, known: Iterable[str]) -> str:
         The message, which never has the argument's value.
     """
     shown = printable(str(name), 60)
-    if name in NOT_TAKEN:
-        return f"There is no argument {shown!r}. {NOT_TAKEN[name]}"
+    if name in UNSUPPORTED_ARGUMENTS:
+        return f"There is no argument {shown!r}. {UNSUPPORTED_ARGUMENTS[name]}"
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     hint = f"Did you mean {close[0]!r}?" if close else f"Known arguments: {', '.join(sorted(known))}."
     return f"There is no argument {shown!r}. {hint}"
@@ -133,7 +133,10 @@ def describe_validation(error: ValidationError) -> str:
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             name = printable(str(item["loc"][-1]), 60)
-            lines.append(f"There is no argument {name!r}." + (f" {NOT_TAKEN[name]}" if name in NOT_TAKEN else ""))
+            lines.append(
+                f"There is no argument {name!r}."
+                + (f" {UNSUPPORTED_ARGUMENTS[name]}" if name in UNSUPPORTED_ARGUMENTS else "")
+            )
             continue
         start = next((start for start in _PREDICATES if text.startswith(start)), None)
         if start and where:

@@ -501,11 +501,11 @@ class ImageResult(BaseModel):
         target = Path(path)
         folder = os.path.isdir(os.path.expanduser(target))  # noqa: PTH111, PTH112  which raise for no name
         saved, errors = [], []
-        taken: set[str] = set()
+        used: set[str] = set()
         for number, image in enumerate(self.images, 1):
             name = safe_name(image.id).lower() if folder else ""
-            suffix = next(text for text in chain([""], (f"-{copy}" for copy in count(2))) if name + text not in taken)
-            taken.add(name + suffix)
+            suffix = next(text for text in chain([""], (f"-{copy}" for copy in count(2))) if name + text not in used)
+            used.add(name + suffix)
             try:
                 saved.append(save_as(target, as_named(target, image.read()), name=image.id, suffix=suffix))
             except CogViewError as error:  # the others are saved all the same

@@ -319,7 +319,7 @@ class Endpoint:
     def _as_ours(self, error: Exception, progress: Progress, limit: float | None) -> CogViewError:
         if isinstance(error, CogViewError):
             return error
-        said = redactor(self.api_key).text(str(error))
+        reason = redactor(self.api_key).text(str(error))
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             fault = Fault.TIMEOUT
         elif isinstance(error, _SETTINGS):
@@ -327,12 +327,12 @@ class Endpoint:
         elif isinstance(error, httpx.ProxyError):
             fault = Fault.PROXY
         elif isinstance(error, _NOT_HTTP):
-            fault = Fault.BROKEN if "disconnected" in said.lower() else Fault.NOT_HTTP
-        elif "CERTIFICATE_VERIFY_FAILED" in said:
+            fault = Fault.BROKEN if "disconnected" in reason.lower() else Fault.NOT_HTTP
+        elif "CERTIFICATE_VERIFY_FAILED" in reason:
             fault = Fault.UNTRUSTED
         else:
             fault = Fault.BROKEN
-        detail = f"{type(error).__name__}: {said}".rstrip(": ")
+        detail = f"{type(error).__name__}: {reason}".rstrip(": ")
         return transport_error(fault, progress.phase(error), detail=detail, limit=limit)
 
 

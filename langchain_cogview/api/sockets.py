@@ -121,10 +121,10 @@ class TLSChannel:
             return True
         return self._channel.get_extra_info(info)
 
-    async def _run(self, step: Callable[[], Any]) -> Any:
+    async def _run(self, operation: Callable[[], Any]) -> Any:
         while True:
             try:
-                result = step()
+                result = operation()
             except ssl.SSLWantReadError:
                 await self._flush()
                 self._feed(await self._channel.receive())

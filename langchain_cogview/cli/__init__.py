@@ -461,8 +461,8 @@ def _generate(prompt: str, output: str | None, settings: dict[str, Any], display
         print_stderr(*(f"Content filter: {entry}" for entry in image.content_filter))
     for item in result.warnings:
         print_warning(item)
-    said = shows_on_terminal() and output != "-" and not display.as_json  # in the line of the image
-    print_stderr("Sandbox: this is a placeholder, not a real image." if result.sandbox and not said else "")
+    is_marked = shows_on_terminal() and output != "-" and not display.as_json  # in the line of the image
+    print_stderr("Sandbox: this is a placeholder, not a real image." if result.sandbox and not is_marked else "")
     for failure in result.failures:
         which, kind = f"Image {failure.index + 1} of {generator.n}", error_class(failure.error)
         hint = hint_of(kind, failure.hint)
@@ -540,7 +540,7 @@ def _target(output: str | None) -> Path | None:
             mode = target.stat().st_mode
             problem = problem or ("" if S_ISREG(mode) or S_ISDIR(mode) else "it is neither a file nor a folder")
         folder = target if target.is_dir() else target.parent
-        there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             problem = problem or f"{there.absolute()} is not a folder that can be written to"
     except (OSError, RuntimeError, ValueError) as error:
@@ -561,13 +561,13 @@ def _save(image: GeneratedImage, number: int, target: Path | None, codes: list[i
     target = target or Path(name)
     if number > 1 and target.name != name and not target.is_dir():
         target = target.with_stem(f"{target.stem}-{number}")
-    for place in (target, Path(name), None) if image.local_bytes() is not None else ():
+    for candidate in (target, Path(name), None) if image.local_bytes() is not None else ():
         try:
-            path = image.save(place or Path(tempfile.gettempdir(), name))
+            path = image.save(candidate or Path(tempfile.gettempdir(), name))
         except (CogViewStorageError, OSError) as error:
             print_stderr(f"Error: {getattr(error, 'message', error)}")
             continue
-        if place is not target:
+        if candidate is not target:
             print_stderr(f"The image was generated and saved as {path}")
             codes.append(6)
         return path

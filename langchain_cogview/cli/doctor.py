@@ -77,13 +77,13 @@ EXTRAS: Final = {
 }
 PROBE: Final = {"model": "cogview-doctor-probe"}
 """Body of the probe: a model that does not exist, and no prompt."""
-STEP_SECONDS: Final = 5.0
+PHASE_SECONDS: Final = 5.0
 _ABSENT: Final = "not installed"
 _KEY_SHOWN_FROM: Final = 16  # characters; four characters of a shorter key would reveal too much
 _UNUSED_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "ZAI_BASE_URL", "ZHIPUAI_API_BASE")
 _SKEW_SECONDS: Final = 60
 _KEY_IS_GOOD: Final = {"1210", "1211", "1212", "1213", "1214", "1215", "1231", "1261"}
-_STEPS: Final = (  # suffix of httpcore's event name, and the name of the finding
+_PHASES: Final = (  # suffix of httpcore's event name, and the name of the finding
     ("connect_tcp", "connect"),
     ("start_tls", "TLS"),
     ("receive_response_headers", "HTTP answer"),
@@ -137,7 +137,7 @@ class Diagnosis:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Names of what failed, each once; every step of the network is `network`."""
+        """Names of what failed, each once; every check of the network is `network`."""
         failed = (item.name for item in self.findings if item.state == "failed")
         return tuple(dict.fromkeys("network" if name in _NETWORK else name for name in failed))
 
@@ -326,8 +326,8 @@ def _certificates(url: httpx.URL) -> Iterator[Finding]:
         yield _failed("certificates", error)
         return
     settings = {name: os.environ[name] for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)}
-    missing = [name for name, place in settings.items() if not os.access(place, os.R_OK)]
-    text = ", ".join(f"{name}={place}" for name, place in settings.items()) or "the built-in ones"
+    missing = [name for name, path in settings.items() if not os.access(path, os.R_OK)]
+    text = ", ".join(f"{name}={path}" for name, path in settings.items()) or "the built-in ones"
     if missing:
         yield Finding("certificates", "note", f"{text}.", f"{missing[0]} does not name a readable file or folder.")
     else:
@@ -367,7 +367,7 @@ def network(service: Target) -> Iterator[Finding]:
     first = httpx.URL(proxy) if proxy else url
     begun = time.monotonic()
     try:
-        addresses = resolve(first.host, first.port or 443, None, Deadline(STEP_SECONDS))
+        addresses = resolve(first.host, first.port or 443, None, Deadline(PHASE_SECONDS))
     except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
         hint = "Check the DNS settings, the base URL and the proxy settings."
         kind = CogViewConnectionError.__name__
@@ -377,9 +377,9 @@ def network(service: Target) -> Iterator[Finding]:
         return
     text = f"{first.host}{' (the proxy)' if proxy else ''} has {len(addresses)} address(es)."
     yield Finding("look-up", "ok", text, seconds=time.monotonic() - begun)
-    steps: list[Finding] = []
-    judged = list(probe(service, steps))
-    yield from steps
+    phases: list[Finding] = []
+    judged = list(probe(service, phases))
+    yield from phases
     yield from judged
 
 
@@ -388,13 +388,13 @@ class _ProbeTrace:
     """Observes one request, through httpcore's trace and the reply.
 
     Attributes:
-        steps: Findings about the phases of the request.
+        phases: Findings about the phases of the request.
         proxied: Whether a proxy is used.
         begun: When each phase started, on the monotonic clock, in seconds.
         date: The `Date` header of the reply.
     """
 
-    steps: list[Finding]
+    phases: list[Finding]
     proxied: bool
     begun: dict[str, float] = field(default_factory=dict)
     date: str | None = None
@@ -407,46 +407,46 @@ class _ProbeTrace:
             self.on_event(event, info)
             trace(event, info)
 
-        limits = dict.fromkeys(request.extensions["timeout"], STEP_SECONDS)
+        limits = dict.fromkeys(request.extensions["timeout"], PHASE_SECONDS)
         request.extensions.update(trace=on_trace, timeout=limits)
         if not has_key:
             del request.headers["Authorization"]
 
     def on_event(self, event: str, info: dict[str, Any]) -> None:
         name, _, end = event.rpartition(".")
-        step = next((shown for traced, shown in _STEPS if name.endswith(traced)), None)
+        phase = next((shown for traced, shown in _PHASES if name.endswith(traced)), None)
         if name.endswith("send_request_headers") and getattr(info.get("request"), "method", b"CONNECT") != b"CONNECT":
             self.begun["HTTP answer"] = time.monotonic()  # the API's answer, not a proxy's
-        if step is None or (step == "HTTP answer" and step not in self.begun):
+        if phase is None or (phase == "HTTP answer" and phase not in self.begun):
             return
-        if end == "started" and step != "HTTP answer":
-            self.begun[step] = time.monotonic()
+        if end == "started" and phase != "HTTP answer":
+            self.begun[phase] = time.monotonic()
         elif end in {"complete", "failed"}:
-            self.add_step(step, info, failed=end == "failed")
+            self.add_phase(phase, info, failed=end == "failed")
 
-    def add_step(self, step: str, info: dict[str, Any], *, failed: bool) -> None:
-        seconds = time.monotonic() - self.begun.pop(step, time.monotonic())
+    def add_phase(self, phase: str, info: dict[str, Any], *, failed: bool) -> None:
+        seconds = time.monotonic() - self.begun.pop(phase, time.monotonic())
         if failed:
-            said = printable(str(info.get("exception", "")) or "no answer in time")
-            self.steps.append(
-                Finding(step, "failed", f"{said}.", seconds=seconds, error=CogViewConnectionError.__name__)
+            reason = printable(str(info.get("exception", "")) or "no answer in time")
+            self.phases.append(
+                Finding(phase, "failed", f"{reason}.", seconds=seconds, error=CogViewConnectionError.__name__)
             )
             return
         text = {"connect": "to the proxy" if self.proxied else "connected", "TLS": "the certificate is trusted"}
-        self.steps.append(Finding(step, "ok", f"{text.get(step, 'the API answers')}.", seconds=seconds))
+        self.phases.append(Finding(phase, "ok", f"{text.get(phase, 'the API answers')}.", seconds=seconds))
 
 
-def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
+def probe(service: Target, phases: list[Finding]) -> Iterator[Finding]:
     """Send a request that must be refused, and judge the refusal.
 
     Args:
         service: The API and its key.
-        steps: Findings about the phases of the request are added here.
+        phases: Findings about the phases of the request are added here.
 
     Yields:
         The findings about the clock and the key.
     """
-    trace = _ProbeTrace(steps, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
+    trace = _ProbeTrace(phases, proxied=not is_sandbox(service.base_url) and proxy_for(service.url) is not None)
     send = sender(service.base_url)
 
     def sent(request: httpx.Request) -> httpx.Response:
@@ -464,16 +464,16 @@ def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
     )
     begun = time.monotonic()
     try:
-        endpoint.exchange(Call("POST", "/images/generations", dict(PROBE)), Deadline(4 * STEP_SECONDS), read_reply)
+        endpoint.exchange(Call("POST", "/images/generations", dict(PROBE)), Deadline(4 * PHASE_SECONDS), read_reply)
         refusal = None
     except CogViewError as error:
         refusal = error
-        for step in list(trace.begun):
-            trace.add_step(step, {}, failed=True)
+        for phase in list(trace.begun):
+            trace.add_phase(phase, {}, failed=True)
     yield from _clock(trace.date)
     took = time.monotonic() - begun
     if refusal is not None and refusal.status is None:
-        yield from _unreached(refusal, steps, took)
+        yield from _unreached(refusal, phases, took)
     else:
         finding = _judge_refusal(refusal, service.key is not None, took)
         if finding.state == "ok" and is_sandbox(service.base_url):  # which has no key to accept
@@ -483,15 +483,15 @@ def probe(service: Target, steps: list[Finding]) -> Iterator[Finding]:
         yield finding
 
 
-def _unreached(error: CogViewError, steps: list[Finding], took: float) -> Iterator[Finding]:
+def _unreached(error: CogViewError, phases: list[Finding], took: float) -> Iterator[Finding]:
     """Yield what failed without an answer. What an image's error says about charges does not apply to the probe."""
     detail = f" ({error.detail})" if error.detail else ""
     sent = error.may_have_been_charged
     message = "The probe got no answer, or a broken one." if sent else error.message
     hint = "Try again later, and check the proxy settings and the base URL." if sent else error.hint
     kind = CogViewConnectionError.__name__ if sent else type(error).__name__
-    failed = [item for item in steps if item.state == "failed"]
-    steps[:] = [item for item in steps if item.state != "failed"]
+    failed = [item for item in phases if item.state == "failed"]
+    phases[:] = [item for item in phases if item.state != "failed"]
     name = failed[-1].name if failed else "API"
     yield Finding(name, "failed", f"{message}{detail}", hint, failed[-1].seconds if failed else took, kind)
 
@@ -500,21 +500,21 @@ def _judge_refusal(refusal: CogViewError | None, has_key: bool, took: float) -> 
     if refusal is None:
         text = "The service answered the probe, which it must refuse, with an image: this is not the provider's API."
         return Finding("probe", "failed", text, "Check the base URL.", took, CogViewMalformedReplyError.__name__)
-    said = ", ".join(filter(None, (refusal.code and f"code {refusal.code}", f"HTTP {refusal.status}")))
+    answer = ", ".join(filter(None, (refusal.code and f"code {refusal.code}", f"HTTP {refusal.status}")))
     if refusal.code in _KEY_IS_GOOD and isinstance(refusal, CogViewInvalidRequestError | CogViewNotFoundError):
         if not has_key:
-            return Finding("probe", "skipped", f"The API answers ({said}); there is no key to check.", seconds=took)
-        text = f"The key is accepted; the request itself was refused, as expected ({said}). No image was generated."
+            return Finding("probe", "skipped", f"The API answers ({answer}); there is no key to check.", seconds=took)
+        text = f"The key is accepted; the request itself was refused, as expected ({answer}). No image was generated."
         return Finding("probe", "ok", text, seconds=took)
     if not has_key and isinstance(refusal, CogViewAuthenticationError):
-        return Finding("probe", "skipped", f"The API answers ({said}) and asks for a key.", seconds=took)
+        return Finding("probe", "skipped", f"The API answers ({answer}) and asks for a key.", seconds=took)
     if refusal.may_have_been_charged or (isinstance(refusal, CogViewInvalidRequestError) and refusal.code is None):
         busy = (refusal.status or 0) >= 500  # noqa: PLR2004
-        text = f"The host answers, but not as the API does ({said})."
+        text = f"The host answers, but not as the API does ({answer})."
         hint = "Try again later." if busy else "Check the base URL: it may belong to another service or a login page."
         kind = CogViewServerError if busy else CogViewConfigurationError
         return Finding("probe", "failed", text, hint, took, kind.__name__)
-    return Finding("probe", "failed", f"{refusal.message} ({said})", refusal.hint, took, type(refusal).__name__)
+    return Finding("probe", "failed", f"{refusal.message} ({answer})", refusal.hint, took, type(refusal).__name__)
 
 
 def _clock(date: str | None) -> Iterator[Finding]:

@@ -175,12 +175,12 @@ def run_command(work: Callable[[], int]) -> NoReturn:
             code = work()
         except CogViewError as error:
             facts = (error.code and f"code {error.code}", error.status and f"HTTP {error.status}", error.detail)
-            said = ", ".join(fact for fact in facts if fact)
+            details = ", ".join(fact for fact in facts if fact)
             print_stderr(
                 f"Error: {error.message}",
                 _without(hint_of(type(error), error.hint), _warnings),
                 *getattr(error, "__notes__", ()),
-                said and f"Details: {said}",
+                details and f"Details: {details}",
                 error.request_id and f"Request id: {error.request_id}",
             )
             code = exit_code(type(error))

@@ -61,7 +61,7 @@ class Fact:
         name: What it is about.
         documented: What is documented or was recorded by others.
         seen: What was seen now.
-        agrees: Whether both are the same; None if that cannot be said.
+        agrees: Whether both are the same; None if that is unknown.
     """
 
     name: str
@@ -142,12 +142,12 @@ class PaidCheck:
         try:
             body = self._body(optional=True)
             sent = self._send(body)
-            taken = Fact(names, "taken", "taken", agrees=True)
+            fact = Fact(names, "taken", "taken", agrees=True)
         except CogViewInvalidRequestError as error:  # refused, so that nothing is charged
             body = self._body(optional=False)
             sent = self._send(body)
-            taken = Fact(names, "taken", f"refused ({_answer(error)}); without them an image is made", agrees=False)
-        yield taken
+            fact = Fact(names, "taken", f"refused ({_answer(error)}); without them an image is made", agrees=False)
+        yield fact
         yield from self._facts_of_reply(sent, body)
         yield from self._facts_of_download(sent.reply)
 

@@ -123,11 +123,11 @@ def _wrapped_line(line: str, width: int, hang: int | None) -> str:
     return "\n".join([*lines, current])
 
 
-def _pieces(word: str, room: int) -> list[str]:
+def _pieces(word: str, width: int) -> list[str]:
     """Return a word in one piece, or its characters if it is too wide and has wide ones, which may be broken anywhere."""
     if (
         word.isascii()
-        or columns_of(word) <= room
+        or columns_of(word) <= width
         or not any(unicodedata.east_asian_width(c) in {"W", "F"} for c in word)
     ):
         return [word]

@@ -313,10 +313,10 @@ def image_access(
     Raises:
         CogViewConfigurationError: An argument cannot be used.
     """
-    given: list[Any] = [] if storage is None else [storage]
+    items: list[Any] = [] if storage is None else [storage]
     if isinstance(storage, Iterable) and not isinstance(storage, str) and not hasattr(storage, "upload_files"):
-        given = list(storage)
-    urls = [item for item in given if isinstance(item, str)]
+        items = list(storage)
+    urls = [item for item in items if isinstance(item, str)]
     if storage_options and not urls:
         raise CogViewConfigurationError(
             "storage_options were passed without storage.",
@@ -327,7 +327,7 @@ def image_access(
         raise CogViewConfigurationError(
             "storage names a folder on this machine.", hint="Pass a folder on this machine as within=."
         )
-    folders = [remote_folder(item, storage_options) if isinstance(item, str) else _made(item) for item in given]
+    folders = [remote_folder(item, storage_options) if isinstance(item, str) else _made(item) for item in items]
     hosts = (allowed_image_hosts,) if isinstance(allowed_image_hosts, str) else allowed_image_hosts
     return ImageAccess(
         allowed_hosts=None if hosts is None else tuple(hosts),

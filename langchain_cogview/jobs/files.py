@@ -54,7 +54,7 @@ class ImageFolders:
             self._count = len(last.names())
 
     def next(self, images: int) -> str:
-        """Return the folder for the images of one call; no other call gets their places."""
+        """Return the folder for the images of one call; no other call gets the same names."""
         with self._lock:
             if self._count + images > MAX_FILES:
                 self._number, self._count = self._number + 1, 0
@@ -136,8 +136,8 @@ def save_image(folder: JobFolder, subfolder: str, image: GeneratedImage) -> Save
 def is_in_folder(folder: JobFolder, file: str) -> bool:
     """Return whether a file is durable in this folder, and not in another folder at the same path."""
     try:
-        with folder.place_of(file) as (place, name):
-            place.sync(name)
+        with folder.parent_of(file) as (parent, name):
+            parent.sync(name)
     except (FileNotFoundError, CogViewConfigurationError):
         return False
     return True
@@ -160,8 +160,8 @@ def write_image(folder: JobFolder, subfolder: str, image: GeneratedImage, conten
     info = inspect(io.BytesIO(content))
     sha256 = hashlib.sha256(content).hexdigest()
     try:
-        with folder.subfolder(subfolder, create=True) if subfolder else contextlib.nullcontext(folder) as place:
-            name = place.add(image_names(image.request_id[:8], sha256, info.extension), content)
+        with folder.subfolder(subfolder, create=True) if subfolder else contextlib.nullcontext(folder) as parent:
+            name = parent.add(image_names(image.request_id[:8], sha256, info.extension), content)
     except OSError as error:
         failure = write_error(folder.path, error)
         raise failure from None
@@ -226,7 +226,7 @@ def _files(folder: JobFolder) -> Iterator[tuple[str, str]]:
 
 def _whole(folder: JobFolder, file: str, start_of_hash: str) -> tuple[ImageInfo, str, int] | None:
     try:
-        with folder.place_of(file) as (place, name), os.fdopen(place.open(name), "rb") as content:
+        with folder.parent_of(file) as (parent, name), os.fdopen(parent.open(name), "rb") as content:
             size = content.seek(0, os.SEEK_END)
             if size > MAX_IMAGE_BYTES:
                 return None
@@ -261,7 +261,7 @@ def spare_descriptors() -> int | None:
         import resource  # noqa: PLC0415  not on Windows
 
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        taken = len(list(Path("/dev/fd").iterdir()))
+        open_files = len(list(Path("/dev/fd").iterdir()))
     except (ImportError, OSError) as error:
         return 0 if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} else None
-    return None if limit == resource.RLIM_INFINITY else max(0, limit - taken)
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - open_files)

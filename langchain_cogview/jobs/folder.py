@@ -106,7 +106,7 @@ class JobFolder:
         return JobFolder(self.path / name, opened=(descriptor, _identity(facts)))
 
     @contextlib.contextmanager
-    def place_of(self, file: str) -> Iterator[tuple[JobFolder, str]]:
+    def parent_of(self, file: str) -> Iterator[tuple[JobFolder, str]]:
         """Yield the folder of an image file, which is this one or a sub-folder, and the file's name in it."""
         subfolder, _, name = file.rpartition("/")
         if not subfolder:

@@ -142,12 +142,12 @@ class FinishedPrompts:
         """Return the records of a snapshot in the order of the prompts; nothing is copied."""
         if self._order:
             for index in range(len(self._order), len(self)):
-                insort(self._order, index, key=self._place)
+                insort(self._order, index, key=self._sort_key)
         else:
-            self._order.extend(sorted(range(len(self)), key=self._place))
+            self._order.extend(sorted(range(len(self)), key=self._sort_key))
         return map(self._at, self._order)
 
-    def _place(self, index: int) -> tuple[int, int, int]:
+    def _sort_key(self, index: int) -> tuple[int, int, int]:
         return self._sources[index], self._lines[index], self._starts[index]
 
     def by_line(self) -> Iterator[Finished]:
@@ -201,7 +201,7 @@ class History:
     files: array[int] = field(default_factory=lambda: array("q"))  # hashes of the image files in the manifest
     sandbox: bool = False  # whether the sandbox answered
 
-    def take(self, start: int, size: int, values: Mapping[str, Any]) -> None:
+    def add_line(self, start: int, size: int, values: Mapping[str, Any]) -> None:
         """Add a checked line of the manifest, which begins at byte `start` and has `size` bytes."""
         key, images, failures = values["key"], values["images"], values["failures"]
         paid = [image["model"] for image in images if not image["cached"]]
@@ -284,7 +284,7 @@ def read_history(attempts: RecordFile, manifest: RecordFile) -> History:
     history = History()
     ended: set[int] = set()  # 64 bits of a keyed hash each: no two requests of a job share them
     for record in manifest.records():
-        history.take(*record)
+        history.add_line(*record)
         key = record.values["key"]
         for request_id in record.values["request_ids"]:
             ended.add(hash((key, request_id)))

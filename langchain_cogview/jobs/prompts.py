@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from langchain_cogview.catalog import money_text
 from langchain_cogview.errors import CogViewConfigurationError, printable
-from langchain_cogview.request import NOT_TAKEN, ImageRequest, unknown_argument
+from langchain_cogview.request import UNSUPPORTED_ARGUMENTS, ImageRequest, unknown_argument
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -230,7 +230,7 @@ class PromptFile:
             self._others.add(name)
             if len(self._others) > 20:  # noqa: PLR2004  a file may have thousands of columns
                 continue
-            close = unknown_argument(name, _ARGUMENTS) if name in NOT_TAKEN else ""
+            close = unknown_argument(name, _ARGUMENTS) if name in UNSUPPORTED_ARGUMENTS else ""
             self.notes.append(
                 f"The {kind} {printable(name, 60)!r} is not an argument; it is copied to the manifest. {close}".strip()
             )
@@ -325,11 +325,11 @@ class _Bounded:
     def __init__(self, file: TextIO) -> None:
         self._file = file
         self.problem: str | None = None
-        self._taken = 0
+        self._length = 0
 
     def begin(self) -> None:
         """Start a new record."""
-        self.problem, self._taken = None, 0
+        self.problem, self._length = None, 0
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -341,8 +341,8 @@ class _Bounded:
         if problem := _line_problem(text, self._file):
             self.problem = self.problem or problem
             text = text if len(text) <= MAX_LINE else "\n"  # a line that is cut may open a quote and never close it
-        self._taken += len(text)
-        if self._taken > MAX_LINE + 2:
+        self._length += len(text)
+        if self._length > MAX_LINE + 2:
             self.problem = self.problem or (
                 f"With the lines that its quoted cell spans, it has more than {MAX_LINE:,} characters."
             )

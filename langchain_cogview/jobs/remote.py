@@ -307,7 +307,7 @@ class RemoteJob:
             found = True
             if _is_end(values):
                 position = RecordFile.append(manifest, values)
-                history.take(*position, values)
+                history.add_line(*position, values)
             else:
                 RecordFile.append(attempts, values)
                 with suppress(KeyError):  # the request has ended already

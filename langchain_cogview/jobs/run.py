@@ -299,8 +299,8 @@ class JobRun:
         sandbox = self.backlog.uses_sandbox(self.generator)
         records = []
         for recovered in call.work_item.recovered:
-            with self.folder.place_of(recovered.file) as (place, name):
-                place.sync(name)
+            with self.folder.parent_of(recovered.file) as (parent, name):
+                parent.sync(name)
             price = self.generator.price(recovered.attempt.model)
             records.append(recovered_record(recovered, price[0] if price else None, sandbox=sandbox))
         self.finish(call, records, [], {*call.sent})
@@ -390,7 +390,7 @@ class JobRun:
         if not failures and isinstance(outcome, CogViewStoppedError):
             return
         none_ran = isinstance(outcome, Exception) and all(item.outcome is Outcome.NOT_RUN for item in failures)
-        # A full account answers, and has room again once other processes with the same key have finished.
+        # A full account answers, and accepts requests again once other processes with the same key have finished.
         is_full = none_ran and bool(failures) and all(item.code == ACCOUNT_LIMIT for item in failures)
         with self._lock:
             self._not_run = self._not_run + (not is_full) if none_ran else 0
@@ -459,7 +459,7 @@ class JobRun:
         }
         position = self.manifest.append(values)
         with self._lock:
-            self.backlog.history.take(*position, values)
+            self.backlog.history.add_line(*position, values)
             is_page_full = self.sheet.count(len(images) + len(failures))
             self.made += len(images)
             for image in images:

@@ -227,11 +227,13 @@ def _shards(parent: JobFolder) -> list[Shard]:
 # --- workers
 
 
-def job_generator(given: CogViewImageGenerator | None, settings: dict[str, Any], folder: Path) -> CogViewImageGenerator:
+def job_generator(
+    generator: CogViewImageGenerator | None, settings: dict[str, Any], folder: Path
+) -> CogViewImageGenerator:
     """Return the generator of a job, which saves in its folder.
 
     Args:
-        given: The generator of the caller; None to make one.
+        generator: The generator of the caller; None to make one.
         settings: Its settings; none with a generator of the caller.
         folder: The job's folder.
 
@@ -240,14 +242,14 @@ def job_generator(given: CogViewImageGenerator | None, settings: dict[str, Any],
     """
     from langchain_cogview.generator import CogViewImageGenerator  # noqa: PLC0415
 
-    if given is None:
+    if generator is None:
         return CogViewImageGenerator(**settings, output_dir=folder)
     if settings:
         raise CogViewConfigurationError(
             f"The setting {next(iter(settings))!r} cannot be combined with a generator, which has its own settings.",
             hint="Set it on the generator.",
         )
-    return given.model_copy(update={"output_dir": folder, "download": True, "storage_options": None})
+    return generator.model_copy(update={"output_dir": folder, "download": True, "storage_options": None})
 
 
 class Workers:

@@ -18,8 +18,8 @@ MIN_PROBE_SUCCESSES: Final = 30
 """The fewest successes before the limit rises to that level. Without this minimum, an account that accepts one request at a time
 would have one request in eleven refused."""
 LEASE_SECONDS: Final = 5.0
-"""A process that has not reported for this long is taken for dead. Its slots are not given away earlier, because the service may
-still be working for it."""
+"""A process that has not reported for this long is considered dead. Its slots are not granted to others earlier, because the
+service may still be working for it."""
 SETTLE_SECONDS: Final = 2.0
 """In the first seconds of an empty page nobody gets more than it uses, or 1: others may not have reported yet."""
 _MAX_SUCCESSES: Final = 1000

@@ -152,7 +152,7 @@ class SharedAllowance(AdaptiveLimit):
         usage, now = self._reported, time.monotonic()
         try:
             share = self._store.exchange(self._account, usage)
-            limiter.adjust(lambda: self._take(share, now))
+            limiter.adjust(lambda: self._apply(share, now))
         except CogViewConfigurationError as error:
             if self._share is None:
                 self.due = math.inf
@@ -192,7 +192,7 @@ class SharedAllowance(AdaptiveLimit):
     def _forget(self) -> None:
         self._reported = LimitUsage(self._member, 0, 0, 1, refusals=self._refusals)
 
-    def _take(self, answer: LimitShare, asked_at: float) -> None:
+    def _apply(self, answer: LimitShare, asked_at: float) -> None:
         # Converted first: a store of somebody else's can answer anything.
         allowance, limit, cap, epoch = map(int, (answer.allowance, answer.limit, answer.cap, answer.epoch))
         share = LimitShare(allowance, limit, cap, epoch, max(float(answer.seconds), MIN_SECONDS))

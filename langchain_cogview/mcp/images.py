@@ -427,10 +427,10 @@ class ServerImages(PendingImages):
     def _open(self, folder: ServerFolder, sent: dict[str, Any]) -> ServerImage | None:
         """Return what becomes of a request that has no end in the records; None while another server works on it."""
         if not folder.is_own:
-            for taken in self.records.adopt():  # that server has ended in the meantime
-                self._resume(taken)
-                if taken.folder.path == folder.folder.path:
-                    return self._after(taken, sent)
+            for adopted in self.records.adopt():  # that server has ended in the meantime
+                self._resume(adopted)
+                if adopted.folder.path == folder.folder.path:
+                    return self._after(adopted, sent)
             return None
         return self._after(folder, sent)
 

@@ -196,7 +196,7 @@ class ServerFolder:
         """
         with self._lock:
             position = self._manifest.append(values)
-            self.history.take(*position, values)
+            self.history.add_line(*position, values)
             self._remember(values, position)
             self.sent.pop(values["key"], None)
 
@@ -250,7 +250,7 @@ class ServerRecords:
                     f"{MAX_SERVERS} servers use this folder already; nothing was sent.",
                     hint="Choose another --output-dir.",
                 )
-            self._take(self.path / f"server-{number:03}")
+            self._adopt(self.path / f"server-{number:03}")
 
     def adopt(self) -> list[ServerFolder]:
         """Lock the folders of servers that have ended.
@@ -260,22 +260,22 @@ class ServerRecords:
         """
         known = {each.folder.path for each in self.own}
         paths = sorted(path for path in self.path.glob("server-[0-9][0-9][0-9]") if path not in known)
-        return [taken for path in paths if (taken := self._take(path)) is not None]
+        return [adopted for path in paths if (adopted := self._adopt(path)) is not None]
 
-    def _take(self, path: Path) -> ServerFolder | None:
+    def _adopt(self, path: Path) -> ServerFolder | None:
         folder = JobFolder(path, create=True)
         try:
             folder.lock()
-            taken = ServerFolder(folder, is_own=True)
+            adopted = ServerFolder(folder, is_own=True)
         except FolderInUseError:
             folder.close()
             return None
         except BaseException:
             folder.close()
             raise
-        self.own.append(taken)
+        self.own.append(adopted)
         self._others.pop(path.name, None)
-        return taken
+        return adopted
 
     def others(self) -> list[ServerFolder]:
         """Read the records of the other servers that run.

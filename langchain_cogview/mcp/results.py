@@ -214,8 +214,8 @@ def listed(records: list[dict[str, Any]]) -> CallToolResult:
     items = [_item(record) for record in records]
     lines = [f"{len(items)} image{'' if len(items) == 1 else 's'}, the newest first."]
     for item in items:
-        place = f", {item['path']}" if item["path"] else ""
-        lines.append(f"{item['id']}: {item['status']}{place}, {item['prompt']!r}")
+        path = f", {item['path']}" if item["path"] else ""
+        lines.append(f"{item['id']}: {item['status']}{path}, {item['prompt']!r}")
     structured = {"status": "listed", "images": items}
     return CallToolResult(content=[TextContent(type="text", text="\n".join(lines))], structured_content=structured)
 

@@ -211,7 +211,7 @@ def _model(kind: Any) -> Any:
 
 
 def _output(kind: type, *statuses: str) -> dict[str, Any]:
-    """Return the schema of a result: its artifact, or what is said while there is none, distinguished by `status`."""
+    """Return the schema of a result: its artifact, or what is answered while there is none, distinguished by `status`."""
     schema: dict[str, Any] = _untitled(_model(kind).model_json_schema())
     for definition in schema.get("$defs", {}).values():
         definition.pop("required", None)  # later versions may leave something out

@@ -269,7 +269,7 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
             model: The chat model.
 
         Returns:
-            The place; nowhere for a model that has refused images.
+            The placement; `Placement.NONE` for a model that has refused images.
         """
         return Placement.NONE if sight.model_key(model) in self._blind else sight.placement_of(model, self.see)
 

@@ -98,7 +98,7 @@ def placement_of(model: Any, see: Literal["auto", "always", "never"]) -> Placeme
         see: `auto`: by the model's profile, and nowhere without one; `always`: at least in messages of the user; `never`.
 
     Returns:
-        The place.
+        The placement.
     """
     if see == "never":
         return Placement.NONE
@@ -171,12 +171,12 @@ class Shown(NamedTuple):
     """An image that belongs into a request.
 
     Attributes:
-        place: Place of its tool message.
+        message_index: Index of its tool message among the messages.
         image: The image; None for one that the model asked for and that is not known, or is one too many.
         asked: Whether the model asked to see it again.
     """
 
-    place: int
+    message_index: int
     image: GeneratedImage | None
     asked: bool
 
@@ -215,7 +215,7 @@ def images_in(messages: Sequence[Any], access: ImageAccess) -> Iterator[tuple[in
         access: What the images may be read from.
 
     Yields:
-        The place of the tool message, and the image.
+        The index of the tool message, and the image.
     """
     for index in range(len(messages) - 1, -1, -1):
         message = messages[index]
@@ -382,7 +382,7 @@ def with_images(
             continue
         name = plain_id(each.image.id) if each.image else ""
         thumbnail = thumbnails.get(each.image.id) if each.image and placed is not Placement.NONE else None
-        index = each.place
+        index = each.message_index
         if thumbnail is None:
             blocks.setdefault(index, []).append(_text(f"Image {name} cannot be shown to you.".replace("  ", " ")))
             continue
@@ -401,7 +401,7 @@ def with_images(
 
 
 def _end_of_answers(messages: Sequence[BaseMessage], index: int) -> int:
-    """Return the place of the last tool message of a step: providers take nothing else between parallel answers."""
+    """Return the index of the last tool message of a step: providers take nothing else between parallel answers."""
     while index + 1 < len(messages) and isinstance(messages[index + 1], ToolMessage):
         index += 1
     return index

@@ -111,9 +111,9 @@ class Sandbox:
             your own lets a test pass hours in no time.
 
     Attributes:
-        name: The name, as given or generated.
-        latency: As given; it can be changed at any time.
-        clock: As given.
+        name: The name, as passed or generated.
+        latency: As passed; it can be changed at any time.
+        clock: As passed.
 
     Raises:
         ValueError: The name is invalid or in use, the latency or limit is invalid, or a model is unknown.

@@ -123,7 +123,7 @@ class History(Generic[RecordT]):
 
     Args:
         max_records: The greatest number of records.
-        max_bytes: The memory that they may take, by the sizes that `append` is given.
+        max_bytes: The memory that they may take, by the sizes that `append` receives.
     """
 
     def __init__(self, max_records: int, max_bytes: int) -> None:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from langchain_cogview import CogViewImageGenerator, CogViewImageTool, CogViewInvalidRequestError, ImageRequest
 from langchain_cogview.catalog import model_info, parse_quality, parse_size
-from langchain_cogview.request import NOT_TAKEN, checked_request
+from langchain_cogview.request import UNSUPPORTED_ARGUMENTS, checked_request
 
 
 def test_sizes_are_turned_into_legal_ones_of_the_model():
@@ -46,11 +46,11 @@ def test_a_wrong_argument_is_named_with_its_rule(values, text):
         ImageRequest(**values)
 
 
-@pytest.mark.parametrize("name", NOT_TAKEN)
+@pytest.mark.parametrize("name", UNSUPPORTED_ARGUMENTS)
 def test_what_people_try_gets_an_answer(name):
     with pytest.raises(CogViewInvalidRequestError) as caught:
         checked_request({"prompt": "x", name: "SECRET VALUE"})
-    assert NOT_TAKEN[name] in str(caught.value)
+    assert UNSUPPORTED_ARGUMENTS[name] in str(caught.value)
     assert "SECRET VALUE" not in str(caught.value)
 
 

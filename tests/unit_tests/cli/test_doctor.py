@@ -274,7 +274,7 @@ def test_a_proxy_is_used_and_one_that_refuses_is_reported(key, monkeypatch):
 
 
 def test_no_answer_is_5_and_speaks_of_no_charge(key, monkeypatch):
-    monkeypatch.setattr("langchain_cogview.cli.doctor.STEP_SECONDS", 1.0)
+    monkeypatch.setattr("langchain_cogview.cli.doctor.PHASE_SECONDS", 1.0)
     quiet = socket.create_server(("127.0.0.1", 0))
     with quiet:
         result = doctor("--base-url", f"http://127.0.0.1:{quiet.getsockname()[1]}/v4")
