@@ -120,11 +120,11 @@ def in_bulk(rounds: int, *, quick: bool) -> None:
         [
             NAMES[name],
             *(
-                f"{each.median(name, 'share'):.0%}, {each.median(name, 'connections'):.2f}, "
-                f"{each.median(name, 'cpu_us'):.0f} µs"
-                if name in each.reported
-                else each.unfinished.get(name, "–")
-                for each in found.values()
+                f"{item.median(name, 'share'):.0%}, {item.median(name, 'connections'):.2f}, "
+                f"{item.median(name, 'cpu_us'):.0f} µs"
+                if name in item.reported
+                else item.unfinished.get(name, "–")
+                for item in found.values()
             ),
         ]
         for name in names
@@ -176,8 +176,8 @@ def machinery(rounds: int, *, quick: bool) -> None:
         [
             NAMES[name],
             *(
-                f"{each.median(name, 'mb'):.1f} MB, {each.median(name, 'share'):.0%}, {each.median(name, 'lag_ms'):.0f} ms"
-                for each in found
+                f"{item.median(name, 'mb'):.1f} MB, {item.median(name, 'share'):.0%}, {item.median(name, 'lag_ms'):.0f} ms"
+                for item in found
             ),
         ]
         for name in names
@@ -219,11 +219,11 @@ def start(rounds: int, *, quick: bool) -> None:
     count = 10 if quick else 1000
     made = Rounds(["construct"], rounds, lambda name: fresh(name, count=count))
     others = Rounds(["httpx_clients"], rounds, lambda name: fresh(name, count=min(count, 50)))
-    for name, each, text in (
+    for name, item, text in (
         ("construct", made, f"**a `CogViewImageGenerator`, of {count:,}**"),
         ("httpx_clients", others, "an `httpx.Client`"),
     ):
-        rows.append([text, f"{each.median(name, 'ms'):.2f} ms"])
+        rows.append([text, f"{item.median(name, 'ms'):.2f} ms"])
     table("Before the first call", ["", "time"], rows)
     reported = found.reported["tool"][0]
     one = made.reported["construct"][0]
@@ -253,7 +253,7 @@ def one_call(rounds: int, *, quick: bool) -> None:
     table("One call without latency, warm: CPU", ["", "CPU", "over bare httpx"], rows)
 
 
-FIGURES = {each.__name__: each for each in (in_bulk, at_once, machinery, images, start, one_call)}
+FIGURES = {item.__name__: item for item in (in_bulk, at_once, machinery, images, start, one_call)}
 
 
 def main() -> None:

@@ -84,8 +84,11 @@ def measure_job(count: int, folder: Path, base_url: str) -> None:
     prompts = folder / "prompts.txt"
     write_prompts(prompts, count)
     first = child("job", str(prompts), str(folder / "job"), base_url)
-    each = 1000 * first["seconds"] / count
-    print(f"| {count:,} prompts | {first['seconds']:.0f} s ({each:.1f} ms each) | {first['peak']:.0f} MB |", flush=True)
+    milliseconds = 1000 * first["seconds"] / count
+    print(
+        f"| {count:,} prompts | {first['seconds']:.0f} s ({milliseconds:.1f} ms each) | {first['peak']:.0f} MB |",
+        flush=True,
+    )
     write_prompts(prompts, count + 1)
     again = child("job", str(prompts), str(folder / "job"), base_url)
     ready = f"{again['ready']:.1f} s to the first call (CPU {again['cpu']:.1f} s), {again['seconds']:.1f} s in all"

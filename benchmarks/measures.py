@@ -420,19 +420,19 @@ def ceiling(slots: int, calls: int) -> dict[str, Any]:
         sockets = [socket.create_connection((host, int(port))) for _ in range(slots)]
         begun = time.perf_counter()
         for _ in range(calls // slots):
-            for each in sockets:
-                each.sendall(request)
-            for each in sockets:
-                each.recv(65536)
+            for item in sockets:
+                item.sendall(request)
+            for item in sockets:
+                item.recv(65536)
         elapsed = time.perf_counter() - begun
-        for each in sockets:
-            each.close()
+        for item in sockets:
+            item.close()
         return {"per_second": calls // slots * slots / elapsed}
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each
-    for each in (
+    item.__name__: item
+    for item in (
         bulk, unbounded, batch_48, apart, machinery, images, start, construct, httpx_clients, per_call, ceiling,
     )
 }  # fmt: skip

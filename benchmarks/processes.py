@@ -42,7 +42,7 @@ generator = CogViewImageGenerator(base_url=url, api_key="benchmark", shared_limi
 
 async def main():
     ends, lost = [], []
-    async for _, result in generator.astream_many([f"{number} {each}" for each in range(count)]):
+    async for _, result in generator.astream_many([f"{number} {index}" for index in range(count)]):
         if isinstance(result, Exception):
             print(f"lost: {result!r}", file=sys.stderr)
         (lost if isinstance(result, Exception) else ends).append(time.time())
@@ -110,10 +110,10 @@ def burst(processes: int, limit: int, latency: float, prompts: int, shared: str)
         early.append(len(sandbox.requests) - sandbox.images_made)
 
     with SandboxServer(sandbox) as server:
-        each = prompts // processes
+        share = prompts // processes
         workers = [
             subprocess.Popen(
-                [sys.executable, "-c", WORKER, server.base_url, shared, str(limit), str(number), str(each)],
+                [sys.executable, "-c", WORKER, server.base_url, shared, str(limit), str(number), str(share)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -130,9 +130,9 @@ def burst(processes: int, limit: int, latency: float, prompts: int, shared: str)
             worker.stdin.flush()
         reports = [json.loads(worker.communicate()[0]) for worker in workers]
     ends = [report["ends"] for report in reports]
-    first = min(max(each) for each in ends)
-    counts = [sum(end <= first for end in each) for each in ends]
-    steady = sum(started + WARM_UP < end <= first for each in ends for end in each)
+    first = min(max(item) for item in ends)
+    counts = [sum(end <= first for end in item) for item in ends]
+    steady = sum(started + WARM_UP < end <= first for item in ends for end in item)
     made = sum(map(len, ends))
     timer.join()
     refused = len(sandbox.requests) - sandbox.images_made
@@ -193,7 +193,7 @@ def gunicorn(workers: int, requests: int, bursts: int, shared: str) -> dict[str,
             app.terminate()
             app.wait()
     ideal = -(-requests // limit) * latency
-    return {"failed": failed, "times": [each / ideal for each in seconds[1:]]}
+    return {"failed": failed, "times": [item / ideal for item in seconds[1:]]}
 
 
 def members(count: int, limit: int, latency: float, seconds: float, url: str) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def members(count: int, limit: int, latency: float, seconds: float, url: str) ->
         limiters = [new(number) for number in range(count)]
         end = time.monotonic() + seconds
         calls = [call(number, limiter, end) for number, limiter in enumerate(limiters) for _ in range(4)]
-        tasks = [asyncio.create_task(each) for each in calls]
+        tasks = [asyncio.create_task(item) for item in calls]
         await asyncio.sleep(2 * latency)
         before, cpu, begun = sum(served), _cpu(client), time.monotonic()
         await asyncio.sleep(seconds - 2 * latency)
@@ -274,7 +274,7 @@ def main() -> None:
                     rounds = [
                         burst(chosen.processes, limit, latency, prompts, stores[store]) for _ in range(chosen.rounds)
                     ]
-                    got = {figure: statistics.median(each[figure] for each in rounds) for figure in rounds[0]}
+                    got = {figure: statistics.median(item[figure] for item in rounds) for figure in rounds[0]}
                     print(
                         f"| {name} | {store} | {got['share']:.1%} | {got['steady']:.1%} | {got['lost']:.0f} | "
                         f"{got['refused']:.0f} | {got['later']:.1%} | {got['fair']:.0%} | {got['cpu']:.1f} s |",
@@ -294,7 +294,7 @@ def main() -> None:
             for store in chosen.limits:
                 got = gunicorn(8, 40, 3, stores[store])
                 print(
-                    f"| {store} | {got['failed']} | {', '.join(f'{each:.2f}' for each in got['times'])} |", flush=True
+                    f"| {store} | {got['failed']} | {', '.join(f'{item:.2f}' for item in got['times'])} |", flush=True
                 )
 
 

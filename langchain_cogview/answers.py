@@ -204,7 +204,7 @@ def _replaced(result: ImageResult, images: Sequence[GeneratedImage]) -> ImageRes
     of_images = {note for image in result.images for note in image.warnings}
     notes = [
         *(note for note in result.warnings if note not in of_images),
-        *(each for image in images for each in image.warnings),
+        *(item for image in images for item in image.warnings),
     ]
     return result.model_copy(update={"images": tuple(images), "warnings": tuple(dict.fromkeys(notes))})
 

@@ -320,7 +320,7 @@ def is_unspecified(text: str) -> bool:
         True for `""`, `"auto"`, `"null"` and similar; False for every other text, even an unknown word.
     """
     word = _plain(text).partition("(")[0].strip()
-    return any(each in _UNSPECIFIED for each in (word, _OF_A_SIZE.sub("", word), _OF_A_QUALITY.sub("", word)))
+    return any(item in _UNSPECIFIED for item in (word, _OF_A_SIZE.sub("", word), _OF_A_QUALITY.sub("", word)))
 
 
 def _plain(text: str) -> str:

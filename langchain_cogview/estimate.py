@@ -121,8 +121,8 @@ class Estimate:
         images = "1 image" if self.n == 1 else f"{self.n} images"
         facts = ", ".join(filter(None, (images, self.size, self.quality, self.model)))
         cost = f"list price {self.total} as of {PRICES_AS_OF}" if self.price.amount else str(self.total)
-        each = f" ({self.price} each)" if self.n > 1 and self.price.amount else ""
-        money = f"sandbox, nothing is charged; {cost}{each}" if self.sandbox else f"{cost}{each}"
+        each_image = f" ({self.price} each)" if self.n > 1 and self.price.amount else ""
+        money = f"sandbox, nothing is charged; {cost}{each_image}" if self.sandbox else f"{cost}{each_image}"
         spent = f" Spent so far: {self.spent}." if self.spent.currency else ""
         left = [] if self.left is None else [f"{self.left}"]
         left += (

@@ -198,8 +198,8 @@ class PendingImages:
         """
         image_id = image.id
         with self._lock:
-            for each in (image_id, *others):
-                self._images[each] = image
+            for item in (image_id, *others):
+                self._images[item] = image
             self._forget()
         return image_id
 
@@ -215,7 +215,7 @@ class PendingImages:
 
     def _forget(self) -> None:
         images = list(dict.fromkeys(self._images.values()))
-        held = sum(each.held_bytes for each in images)
+        held = sum(item.held_bytes for item in images)
         for image in images:
             is_one_too_many = len(self._images) > MAX_REMEMBERED and image.result.done()
             if is_one_too_many or (held > MAX_HELD_BYTES and image.held_bytes):

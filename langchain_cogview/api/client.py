@@ -525,7 +525,7 @@ def _no_slot(deadline: Deadline, *, cancelled: bool = False) -> CogViewError:
 
 def _with_facts(error: CogViewError, body: dict[str, Any], attempts: _Attempts) -> CogViewError:
     """Return the error to raise after all attempts, with the facts about the call."""
-    unknown = [each for each in attempts.waited_for if each.outcome is Outcome.UNKNOWN]
+    unknown = [item for item in attempts.waited_for if item.outcome is Outcome.UNKNOWN]
     if unknown and error.outcome is not Outcome.UNKNOWN:
         # An earlier attempt may have been charged, whatever a later refusal says.
         unknown[-1].add_note(f"A later attempt ended with: {error}")

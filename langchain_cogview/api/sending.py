@@ -109,7 +109,7 @@ def _rebuilt(client: Any, request: httpx.Request) -> Any:
     return client.build_request(
         request.method,
         str(request.url),
-        headers=[each for each in request.headers.multi_items() if each[0] not in {"host", "content-length"}],
+        headers=[item for item in request.headers.multi_items() if item[0] not in {"host", "content-length"}],
         content=request.content or None,
         extensions=request.extensions,
     )
@@ -118,7 +118,7 @@ def _rebuilt(client: Any, request: httpx.Request) -> Any:
 def _response(theirs: Any, stream: httpx.SyncByteStream | httpx.AsyncByteStream) -> httpx.Response:
     headers = theirs.headers.multi_items()
     if theirs.is_stream_consumed:  # a hook of the client's has read, and decoded, the body
-        headers = [each for each in headers if each[0].lower() != "content-encoding"]
+        headers = [item for item in headers if item[0].lower() != "content-encoding"]
     return httpx.Response(theirs.status_code, headers=headers, stream=stream, extensions=theirs.extensions)
 
 

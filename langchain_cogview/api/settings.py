@@ -271,7 +271,7 @@ def _missing_after_pickle(region: Region) -> tuple[str, str]:
 def _missing(region: Region) -> tuple[str, str]:
     """Return the message and the hint for a missing key."""
     other: Region = "international" if region == "china" else "china"
-    ways = ", or ".join(f"{KEY_VARIABLES[each]} to a key from {_CONSOLES[each]}" for each in (region, other))
+    ways = ", or ".join(f"{KEY_VARIABLES[item]} to a key from {_CONSOLES[item]}" for item in (region, other))
     hint = f"Set {ways}; or pass api_key=...; or try it without a key: base_url='sandbox:'."
     if not os.environ.get(KEY_VARIABLES[other]):
         return f"There is no API key for the region {region!r}.", hint

@@ -314,8 +314,8 @@ class _Idle(Generic[ConnectionT]):
     def close(self) -> None:
         """Close all idle connections."""
         connections, self._connections = self._connections, {}
-        for each in connections.values():
-            for connection in each:
+        for item in connections.values():
+            for connection in item:
                 connection.close()
 
 
@@ -381,8 +381,8 @@ class _LoopConnections:
     def close(self) -> None:
         """Close all connections, also those in use by a loop that is gone."""
         self.idle.close()
-        for each in list(self.open_sockets):
-            each.close()
+        for item in list(self.open_sockets):
+            item.close()
         self.open_sockets.clear()
 
 

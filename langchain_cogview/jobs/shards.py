@@ -213,7 +213,7 @@ def begun_count(folder: Path) -> int | None:
 def _shards(parent: JobFolder) -> list[Shard]:
     # The shards of a job's folder that have begun, in order.
     found = filter(None, map(SHARD_FOLDER.fullmatch, parent.names()))
-    shards = sorted((Shard(int(each[1]), int(each[2])) for each in found), key=lambda shard: shard.number)
+    shards = sorted((Shard(int(item[1]), int(item[2])) for item in found), key=lambda shard: shard.number)
     where = printable(str(parent.path), 120)
     if not shards:
         raise CogViewConfigurationError(f"There are no shards in {where}.", hint="Run a job with shard='1/20' first.")
@@ -396,7 +396,7 @@ def _copied(prompts: PromptSource, form: str | None) -> tuple[str, str, Any]:
     if isinstance(prompts, str | Path):
         path = Path(prompts).expanduser()
         return path.name, form or path.suffix.lower().lstrip("."), _blocks(path)
-    lines = ({"prompt": each} if isinstance(each, str) else dict(each) for each in prompts)
+    lines = ({"prompt": item} if isinstance(item, str) else dict(item) for item in prompts)
     return "prompts.jsonl", "jsonl", (json.dumps(line, default=str).encode() + b"\n" for line in lines)
 
 

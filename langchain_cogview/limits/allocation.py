@@ -212,20 +212,20 @@ def allocate(
     born, limit, members = _read(page, now)
     if born is None:
         born = now
-    for name, each in list(members.items()):
-        each.seen = min(each.seen, now)  # a clock that was set back
-        if now - each.seen > LEASE_SECONDS:
+    for name, item in list(members.items()):
+        item.seen = min(item.seen, now)  # a clock that was set back
+        if now - item.seen > LEASE_SECONDS:
             del members[name]
     me = _entered(members, usage, now)
-    cap = min((each.cap for each in members.values() if each.demand), default=me.cap)
+    cap = min((item.cap for item in members.values() if item.demand), default=me.cap)
     _learn(limit, members, me, usage, cap)
     total = int(min(limit.value, cap))
     fair = _fair_share(members, usage.member, total)
-    free = total - sum(each.held for name, each in members.items() if name != usage.member)
+    free = total - sum(item.held for name, item in members.items() if name != usage.member)
     target = max(0, min(fair, free))
     # At most twice as many as before, so that processes that begin together find each other.
     me.allowance = min(target, max(1, me.in_flight if now - born < settle else 2 * me.held))
-    wanting = sum(each.demand > each.allowance for each in members.values())
+    wanting = sum(item.demand > item.allowance for item in members.values())
     # Who gets less than its share waits for a slot of another process, and asks more often.
     seconds = min(max(0.002 * wanting, 0.01), 0.5) if target < fair else min(max(0.0125 * wanting, 0.05), 2.0)
     share = LimitShare(me.allowance, total, cap, limit.epoch, seconds)
@@ -239,7 +239,7 @@ def _entered(members: dict[str, _Member], usage: LimitUsage, now: float) -> _Mem
         me = _Member(0, 0, 0, usage.cap, now, usage.served, 0, 0, usage.refusals)
     if not me.demand and usage.demand:
         # Who comes, or comes back, is not owed the slots of the time when it wanted none.
-        me.served = max(me.served, min((each.served for each in members.values() if each.demand), default=0))
+        me.served = max(me.served, min((item.served for item in members.values() if item.demand), default=0))
     me.served += max(0, usage.served - me.reported)
     me.reported, me.seen, me.cap = usage.served, now, max(1, usage.cap)
     me.in_flight, me.demand = usage.in_flight, usage.demand
@@ -251,15 +251,15 @@ def _learn(limit: AdaptiveLimit, members: dict[str, _Member], me: _Member, usage
     """Take the reporter's refusals and successes into account."""
     if usage.refusals > me.refusals:
         epoch = limit.epoch
-        in_flight = sum(each.in_flight for each in members.values())
+        in_flight = sum(item.in_flight for item in members.values())
         limit.record_refusal(min(usage.refused_epoch, epoch), cap, in_flight)
         if limit.epoch != epoch:
-            for each in members.values():
-                each.successes = 0
+            for item in members.values():
+                item.successes = 0
     me.refusals = usage.refusals
     if usage.epoch != limit.epoch:
         return
-    demand = sum(each.demand for each in members.values())
+    demand = sum(item.demand for item in members.values())
     for _ in range(min(usage.successes - me.successes, _MAX_SUCCESSES)):
         limit.record_success(limit.epoch, cap, demand - 1)
     me.successes = max(me.successes, usage.successes)
@@ -267,7 +267,7 @@ def _learn(limit: AdaptiveLimit, members: dict[str, _Member], me: _Member, usage
 
 def _fair_share(members: dict[str, _Member], member: str, total: int) -> int:
     # The slots that a process would have if nobody held more than its share.
-    demands = [each.demand for each in members.values()]
+    demands = [item.demand for item in members.values()]
     level, above = 0, total + 1  # the highest level at which all fit, found by halving
     while above - level > 1:
         middle = (level + above) // 2
@@ -279,15 +279,15 @@ def _fair_share(members: dict[str, _Member], member: str, total: int) -> int:
     if me.demand <= level:
         return me.demand
     left = total - sum(min(demand, level) for demand in demands)
-    ahead = sum(each.demand > level and (each.served, name) < (me.served, member) for name, each in members.items())
+    ahead = sum(item.demand > level and (item.served, name) < (me.served, member) for name, item in members.items())
     return level + (ahead < left)
 
 
 def _read(page: Any, now: float) -> tuple[float | None, AdaptiveLimit, dict[str, _Member]]:
     try:
-        born, epoch, value, refused_at, successes, step = (_number(each) for each in page["limit"])
+        born, epoch, value, refused_at, successes, step = (_number(item) for item in page["limit"])
         rows = page["members"]
-        members = {str(name): _Member(*(_number(each) for each in row)) for name, row in rows.items()}
+        members = {str(name): _Member(*(_number(item) for item in row)) for name, row in rows.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return None, AdaptiveLimit(0), {}
     limit = AdaptiveLimit(epoch, value or math.inf, refused_at or math.inf, successes, max(1, step))
@@ -301,8 +301,8 @@ def _number(value: Any) -> Any:
 
 
 def _written(born: float, limit: AdaptiveLimit, members: dict[str, _Member]) -> dict[str, Any]:
-    value, refused_at = (0 if math.isinf(each) else int(each) for each in (limit.value, limit.refused_at))
+    value, refused_at = (0 if math.isinf(item) else int(item) for item in (limit.value, limit.refused_at))
     return {
         "limit": [born, limit.epoch, value, refused_at, limit.successes, min(limit.step, 2**20)],
-        "members": {name: [getattr(each, column) for column in _COLUMNS] for name, each in members.items()},
+        "members": {name: [getattr(item, column) for column in _COLUMNS] for name, item in members.items()},
     }

@@ -246,7 +246,7 @@ class RedisLimit:
             if str(error).removeprefix("ERR ").startswith(_REFUSALS):
                 raise self._unusable(error) from None
             raise
-        allowance, limit, cap, epoch, seconds = (float(each) for each in answer)
+        allowance, limit, cap, epoch, seconds = (float(item) for item in answer)
         return LimitShare(int(allowance), int(limit), int(cap), int(epoch), seconds)
 
     def _unusable(self, error: Exception) -> CogViewConfigurationError:

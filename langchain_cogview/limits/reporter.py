@@ -271,7 +271,7 @@ class _Reporter:
 
     def _run(self) -> None:
         while True:
-            due = min((each.due for each in list(self._allowances)), default=math.inf)
+            due = min((item.due for item in list(self._allowances)), default=math.inf)
             try:
                 timeout = None if math.isinf(due) else max(0.0, due - time.monotonic())
                 allowance = self._changed.get(timeout=timeout) if timeout != 0.0 else self._changed.get_nowait()
@@ -282,16 +282,16 @@ class _Reporter:
                 allowance.schedule(time.monotonic())
                 del allowance
             now = time.monotonic()
-            for each in list(self._allowances):
-                if each.due <= now:
-                    each.report()
+            for item in list(self._allowances):
+                if item.due <= now:
+                    item.report()
 
     def _leave(self) -> None:
         if self.process != os.getpid():
             return
-        for each in list(self._allowances):
+        for item in list(self._allowances):
             try:
-                each.leave()
+                item.leave()
             except Exception:  # noqa: BLE001  the store forgets this process by itself
                 return
 

@@ -157,11 +157,11 @@ class ServerImages(PendingImages):
             A budget.
         """
         budget = self.tool.limits()
-        others = sum((each.spent() for each in self.records.others()), Counter())
+        others = sum((item.spent() for item in self.records.others()), Counter())
         with self._starting:
             if not self._counted.get(""):  # what was spent before this process began
                 self._counted[""] = 1
-                for model, count in sum((each.spent() for each in self.records.own), Counter()).items():
+                for model, count in sum((item.spent() for item in self.records.own), Counter()).items():
                     budget.commit(price_of(self.tool.generator, model), count)
             for model in {*others, *self._counted} - {""}:
                 change = others[model] - self._counted[model]
@@ -220,7 +220,7 @@ class ServerImages(PendingImages):
         """
         with self._lock:
             images = self._unanswered.get(tuple(arguments.values()), [])
-            images[:] = [each for each in images if not self._is_settled(each)]
+            images[:] = [item for item in images if not self._is_settled(item)]
             for image in images:
                 if not image.waiting or time.monotonic() - image.started > JOIN_SECONDS:
                     image.waiting += 1
@@ -275,8 +275,8 @@ class ServerImages(PendingImages):
         try:
             _, artifact = answer(result, "text", shown_to_user=False)  # an image that is in memory only is saved
             result = self.read({"artifact": artifact})
-            records = [image_record(each, each.path.name if each.path else f"{each.id}.link") for each in result.images]
-            values = self._record(image, records, [], [*sent, *(each.request_id for each in result.images)])
+            records = [image_record(item, item.path.name if item.path else f"{item.id}.link") for item in result.images]
+            values = self._record(image, records, [], [*sent, *(item.request_id for item in result.images)])
             folder.note_ended({**values, "artifact": artifact, "is_answered": image.waiting > 0})
         except (CogViewError, OSError) as error:  # the image is paid for, and its request is recorded
             logger.warning("The end of image %s could not be recorded: %s", image.key, error)

@@ -82,7 +82,7 @@ class ServerFolder:
             self._files.close()
             opened = (attempts_of, manifest_of)
             self._attempts, self._manifest = (
-                self._files.enter_context(each(self.folder, writable=self.is_own)) for each in opened
+                self._files.enter_context(item(self.folder, writable=self.is_own)) for item in opened
             )
             self.history = read_history(self._attempts, self._manifest)
             if self.is_own:
@@ -258,7 +258,7 @@ class ServerRecords:
         Returns:
             Those that were not locked before.
         """
-        known = {each.folder.path for each in self.own}
+        known = {item.folder.path for item in self.own}
         paths = sorted(path for path in self.path.glob("server-[0-9][0-9][0-9]") if path not in known)
         return [adopted for path in paths if (adopted := self._adopt(path)) is not None]
 
@@ -283,12 +283,12 @@ class ServerRecords:
         Returns:
             Their folders, which this process only reads.
         """
-        own = {each.folder.path.name for each in self.own}
+        own = {item.folder.path.name for item in self.own}
         for path in sorted(self.path.glob("server-[0-9][0-9][0-9]")):
             if path.name not in own and path.name not in self._others:
                 self._others[path.name] = ServerFolder(JobFolder(path), is_own=False)
-        for each in self._others.values():
-            each.refresh()
+        for item in self._others.values():
+            item.refresh()
         return list(self._others.values())
 
     def all(self) -> list[ServerFolder]:
@@ -298,7 +298,7 @@ class ServerRecords:
 
     def spent(self) -> Counter[str]:
         """Return how many images all servers have paid for, or may have, by model."""
-        return sum((each.spent() for each in self.all()), Counter())
+        return sum((item.spent() for item in self.all()), Counter())
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -333,7 +333,7 @@ class ServerRecords:
         """
         with self.exclusive():
             folders = [*self.own, *self.others()]
-            check(sum((each.spent() for each in folders), Counter()))
+            check(sum((item.spent() for item in folders), Counter()))
             folders[0].note_sent(request, request_id, model)
 
     def recover(
@@ -357,5 +357,5 @@ class ServerRecords:
 
     def close(self) -> None:
         """Release all locks."""
-        for each in [*self.own, *self._others.values()]:
-            each.close()
+        for item in [*self.own, *self._others.values()]:
+            item.close()

@@ -151,9 +151,9 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
                 f"{names} cannot be passed together with tool= or tools=.", hint="Set it on the tool."
             )
         own = [*([tool] if tool else []), *(tools or ())]
-        for each in own:
-            _counting(each, limits)  # which checks that the prices are known
-            image_tool = _image_tool(each)
+        for item in own:
+            _counting(item, limits)  # which checks that the prices are known
+            image_tool = _image_tool(item)
             if image_tool and image_tool.content_format != "text":
                 raise CogViewConfigurationError(
                     f"content_format={image_tool.content_format!r} would put images into the state of the agent, where a chat "
@@ -165,7 +165,7 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
         self._access = access
         self._ledger = Ledger()
         self._blind: dict[str, None] = {}
-        self._names = ", ".join(f"`{each.name}`" for each in own)
+        self._names = ", ".join(f"`{item.name}`" for item in own)
         self._look = None if self.see == "never" else _look_tool((), access)
         self.tools = [*own, *([self._look] if self._look else [])]
 
@@ -359,7 +359,7 @@ class _ModelCall:
         history = _messages(request.state)
         keep = middleware.keep if self._placement is not Placement.NONE else 0
         self._shown: list[Shown] = sight.shown_images(self._messages, history, keep, middleware._access)  # noqa: SLF001
-        found = [each.image for each in self._shown if each.image]
+        found = [item.image for item in self._shown if item.image]
         self.images = found if self._placement is not Placement.NONE else []
         """The images of which thumbnails are needed."""
 
@@ -375,7 +375,7 @@ class _ModelCall:
         request = self._request
         tools = request.tools
         if placement is Placement.NONE:
-            tools = [each for each in tools if getattr(each, "name", None) != LOOK_NAME]
+            tools = [item for item in tools if getattr(item, "name", None) != LOOK_NAME]
         return request.override(
             messages=sight.with_images(self._messages, self._shown, thumbnails, placement),  # type: ignore[arg-type]
             system_message=sight.with_paragraph(request.system_message, self._middleware.paragraph(placement)),

@@ -266,6 +266,6 @@ class Ledger:
             if key is not None:
                 self._conversations[key] = conversation
                 if len(self._conversations) > self._limit:
-                    idle = (name for name, each in self._conversations.items() if not each.running)
+                    idle = (name for name, item in self._conversations.items() if not item.running)
                     self._conversations.pop(next(idle, None), None)
             return conversation

@@ -76,7 +76,7 @@ def model_key(model: Any) -> str:
         Its class and its model's name.
     """
     inner = list(_unwrapped(model))[-1]
-    names = (getattr(inner, each, None) for each in ("model_name", "model", "model_id", "deployment_name"))
+    names = (getattr(inner, item, None) for item in ("model_name", "model", "model_id", "deployment_name"))
     name = next(filter(None, names), None)
     return f"{type(inner).__module__}.{type(inner).__qualname__}:{name if isinstance(name, str) else ''}"[:300]
 
@@ -376,13 +376,13 @@ def with_images(
         The messages to send.
     """
     blocks: dict[int, list[Any]] = {}
-    for each in shown:
-        placed = placement if placement is not Placement.NONE or each.asked else None
+    for item in shown:
+        placed = placement if placement is not Placement.NONE or item.asked else None
         if placed is None:
             continue
-        name = plain_id(each.image.id) if each.image else ""
-        thumbnail = thumbnails.get(each.image.id) if each.image and placed is not Placement.NONE else None
-        index = each.message_index
+        name = plain_id(item.image.id) if item.image else ""
+        thumbnail = thumbnails.get(item.image.id) if item.image and placed is not Placement.NONE else None
+        index = item.message_index
         if thumbnail is None:
             blocks.setdefault(index, []).append(_text(f"Image {name} cannot be shown to you.".replace("  ", " ")))
             continue

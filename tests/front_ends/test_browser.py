@@ -149,7 +149,7 @@ def browser() -> Any:
         opened.close()
 
 
-@pytest.fixture(params=FRONT_ENDS, ids=lambda each: each.name)
+@pytest.fixture(params=FRONT_ENDS, ids=lambda item: item.name)
 def chat(request: pytest.FixtureRequest, tmp_path: Path, browser: Any) -> Any:
     """The page of a running app, and how it is used."""
     front_end: FrontEnd = request.param
@@ -303,6 +303,6 @@ def test_the_component_for_agent_chat_ui_shows_each_image_with_its_prompt(tmp_pa
         )
         look(page, "agent-chat-ui-component")
         urls = page.evaluate("[...document.images].map(each => each.src)")
-        assert urls == [each["props"]["url"] for each in json.loads(messages)]
+        assert urls == [item["props"]["url"] for item in json.loads(messages)]
         assert page.locator("figcaption").all_inner_texts() == ["a red fox", "a blue hare"]
         page.close()

@@ -218,8 +218,8 @@ def test_an_entry_of_a_cache_with_odd_values_is_an_image_or_passed_over(image, f
 def test_an_event_with_odd_values_is_an_image_or_passed_over(image, folder):
     handler = ImageCallbackHandler()
     handler.on_custom_event("cogview.generated", image, run_id=1)
-    for each in handler.images:
-        check_image(each, folder)
+    for item in handler.images:
+        check_image(item, folder)
 
 
 class HostileError(Exception):

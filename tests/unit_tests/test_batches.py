@@ -24,7 +24,7 @@ def all_of(generator, how, inputs, config=None, **kwargs):
         return list(generator.stream_many(inputs, config, **kwargs))
 
     async def collected():
-        return [each async for each in generator.astream_many(inputs, config, **kwargs)]
+        return [item async for item in generator.astream_many(inputs, config, **kwargs)]
 
     return asyncio.run(collected())
 
@@ -52,8 +52,8 @@ def test_an_endless_iterator_is_read_only_as_far_as_it_is_used(sandbox, how):
     async def first_five():
         found = []
         stream = generator.astream_many(endless())
-        async for each in stream:
-            found.append(each)
+        async for item in stream:
+            found.append(item)
             if len(found) == 5:
                 break
         await stream.aclose()
@@ -75,7 +75,7 @@ async def test_an_async_iterable_is_accepted_too(generator):
             await asyncio.sleep(0)
             yield animal
 
-    found = dict([each async for each in generator.astream_many(prompts())])
+    found = dict([item async for item in generator.astream_many(prompts())])
     assert [found[0].prompt, found[1].prompt] == ["a fox", "a hare"]
 
 
@@ -97,13 +97,13 @@ def test_what_the_iterable_raises_comes_after_everything_that_was_read(generator
     found = []
     with pytest.raises(LookupError, match="no more prompts"):
         if how == "sync":
-            for each in generator.stream_many(prompts()):
-                found.append(each)
+            for item in generator.stream_many(prompts()):
+                found.append(item)
         else:
 
             async def collect():
-                async for each in generator.astream_many(prompts()):
-                    found.append(each)
+                async for item in generator.astream_many(prompts()):
+                    found.append(item)
 
             asyncio.run(collect())
     assert sorted(number for number, _ in found) == [0, 1]
@@ -171,17 +171,17 @@ def test_batch_as_completed_gives_all_results_and_then_raises_with_every_one(gen
     found = []
     with pytest.raises(CogViewContentFilterError) as caught:
         if how == "sync":
-            for each in generator.batch_as_completed(prompts):
-                found.append(each)
+            for item in generator.batch_as_completed(prompts):
+                found.append(item)
         else:
 
             async def collect():
-                async for each in generator.abatch_as_completed(prompts):
-                    found.append(each)
+                async for item in generator.abatch_as_completed(prompts):
+                    found.append(item)
 
             asyncio.run(collect())
     assert sorted(number for number, _ in found) == [0, 2]
-    assert [type(each).__name__ for each in caught.value.batch_results] == [
+    assert [type(item).__name__ for item in caught.value.batch_results] == [
         "ImageResult", "CogViewContentFilterError", "ImageResult",
     ]  # fmt: skip
     assert len(list(generator.batch_as_completed(prompts, return_exceptions=True))) == 3
@@ -199,7 +199,7 @@ def test_an_account_of_five_never_sees_a_sixth_request_whichever_way_they_come(w
             asyncio.run(generator.abatch(prompts))
         elif way in ("stream", "astream"):
             results = all_of(generator, "sync" if way == "stream" else "async", prompts)
-            assert not [each for _, each in results if isinstance(each, Exception)]
+            assert not [item for _, item in results if isinstance(item, Exception)]
         elif way == "n":
             generator.bind(n=24).invoke("x")
         elif way == "an":
@@ -208,13 +208,13 @@ def test_an_account_of_five_never_sees_a_sixth_request_whichever_way_they_come(w
             one = (lambda g: g.invoke("x")) if way == "threads" else (lambda g: asyncio.run(g.ainvoke("x")))
             failed = []
 
-            def work(each):
+            def work(item):
                 try:
-                    one(each)
+                    one(item)
                 except CogViewError as error:
                     failed.append(error)
 
-            threads = [threading.Thread(target=work, args=(each,)) for each in (generator, other) * 12]
+            threads = [threading.Thread(target=work, args=(item,)) for item in (generator, other) * 12]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -257,7 +257,7 @@ def test_the_wait_for_a_slot_is_not_part_of_the_time_limit(sandbox):
             base_url=sandbox.base_url, download=False, max_concurrency=1, timeout=3 * latency, max_retries=0
         )
         results = generator.batch([f"image {n}" for n in range(6)], return_exceptions=True)
-        failed = [each for each in results if isinstance(each, Exception)]
+        failed = [item for item in results if isinstance(item, Exception)]
         if not failed:  # else a busy machine may have needed all the time for one call
             break
     assert not failed
@@ -267,7 +267,7 @@ def test_a_refused_call_is_sent_again_and_keeps_its_position_in_the_queue():
     with Sandbox(in_flight_limit=2, latency=0.05) as sandbox:
         generator = CogViewImageGenerator(base_url=sandbox.base_url, download=False, max_concurrency=8)
         results = generator.batch([f"prompt {n}" for n in range(20)], return_exceptions=True)
-        assert not [each for each in results if isinstance(each, Exception)]
+        assert not [item for item in results if isinstance(item, Exception)]
         assert sandbox.images_made == 20
 
 
@@ -369,7 +369,7 @@ async def test_a_task_that_cancels_itself_ends_the_stream_and_is_not_passed_over
         return "fine"
 
     with pytest.raises(asyncio.CancelledError):
-        _ = [each async for each in astream_tasks([cancelled, fine], 1)]
+        _ = [item async for item in astream_tasks([cancelled, fine], 1)]
 
 
 class Twice(BaseRateLimiter):

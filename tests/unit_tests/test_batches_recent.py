@@ -39,8 +39,8 @@ def test_a_pool_of_threads_that_raises_names_all_images_that_were_made(sandbox, 
 async def test_gather_names_those_that_end_later_too(sandbox):
     generator = CogViewImageGenerator(base_url=sandbox.base_url)
     results = await asyncio.gather(*map(generator.ainvoke, PROMPTS), return_exceptions=True)
-    (error,) = [each for each in results if isinstance(each, Exception)]
-    urls = [image.url for each in results if not isinstance(each, Exception) for image in each.images]
+    (error,) = [item for item in results if isinstance(item, Exception)]
+    urls = [image.url for item in results if not isinstance(item, Exception) for image in item.images]
     assert len(urls) == len(PROMPTS) - 1
     assert all(url in notes(error) for url in urls)
     assert notes(error).count("made by other calls") == 1

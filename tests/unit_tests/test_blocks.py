@@ -176,7 +176,7 @@ def test_a_chain_puts_every_image_before_a_chat_model(sandbox, how):
     assert run(chain, how, {"animal": "a heron"}).content == "A heron."
     (message,) = model._requests[0]
     assert isinstance(message, HumanMessage)
-    assert [each["type"] for each in message.content] == ["image", "image"]
+    assert [item["type"] for item in message.content] == ["image", "image"]
 
 
 @both
@@ -187,7 +187,7 @@ def test_a_chain_chooses_the_text_and_the_kind_of_block(sandbox, how):
     (message,) = model._requests[0]
     assert message.content[0] == {"type": "text", "text": "Is it a heron?"}
     assert message.content[1]["mime_type"] == "image/jpeg"
-    assert [each["type"] for each in message.content_blocks] == ["text", "image"]
+    assert [item["type"] for item in message.content_blocks] == ["text", "image"]
 
 
 @both
@@ -216,9 +216,9 @@ def test_a_tool_puts_images_before_the_model_and_none_into_the_artifact(
 ):
     tool = CogViewImageTool(base_url=sandbox.base_url, output_dir=tmp_path, content_format=content_format, n=2)
     message = run(tool, how, tool_call(tool))
-    assert [each["type"] for each in message.content] == ["text", "image", "image"]
-    assert {each["mime_type"] for each in message.content[1:]} == {mime_type}
-    assert [each["id"] for each in message.content[1:]] == [each["id"] for each in message.artifact["images"]]
+    assert [item["type"] for item in message.content] == ["text", "image", "image"]
+    assert {item["mime_type"] for item in message.content[1:]} == {mime_type}
+    assert [item["id"] for item in message.content[1:]] == [item["id"] for item in message.artifact["images"]]
     assert "cannot see" not in message.content[0]["text"]
     assert not message.artifact["warnings"]
     assert len(str(message.artifact)) < 4000

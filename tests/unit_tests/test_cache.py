@@ -40,10 +40,10 @@ class SQLite(BaseCache):
     def lookup(self, prompt, llm_string):
         with closing(sqlite3.connect(self.path)) as base:
             row = base.execute("SELECT value FROM entry WHERE prompt = ? AND llm = ?", (prompt, llm_string)).fetchone()
-        return [Generation.model_validate(each) for each in json.loads(row[0])] if row else None
+        return [Generation.model_validate(item) for item in json.loads(row[0])] if row else None
 
     def update(self, prompt, llm_string, return_val):
-        value = json.dumps([each.model_dump() for each in return_val])
+        value = json.dumps([item.model_dump() for item in return_val])
         with closing(sqlite3.connect(self.path)) as base, base:
             base.execute("REPLACE INTO entry VALUES (?, ?, ?)", (prompt, llm_string, value))
 
@@ -225,7 +225,7 @@ def test_neither_bytes_nor_key_are_in_a_langchain_cache(sandbox):
     class Seen(InMemoryCache):
         def update(self, prompt, llm_string, return_val):
             super().update(prompt, llm_string, return_val)
-            self.texts = [prompt, llm_string, *(each.text for each in return_val)]
+            self.texts = [prompt, llm_string, *(item.text for item in return_val)]
 
     cache = Seen()
     Caller(sandbox, cache, api_key="0123456789abcdef.secret").image("a kitten")
@@ -851,7 +851,7 @@ def test_many_entries_are_found_without_listing_any(sandbox, tmp_path, monkeypat
 def test_sync_and_async_have_the_same_arguments():
     request = CachedRequest(image_cache(InMemoryCache()), ImageRequest(prompt="a kitten"), "sandbox:")
     for name in ("lookup", "store"):
-        pair = [list(inspect.signature(getattr(request, each)).parameters) for each in (name, f"a{name}")]
+        pair = [list(inspect.signature(getattr(request, item)).parameters) for item in (name, f"a{name}")]
         assert pair[0] == pair[1]
 
 

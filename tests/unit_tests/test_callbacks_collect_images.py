@@ -114,7 +114,7 @@ def test_batches_and_parallel_runs_are_collected_once_each(generator, how):
             results = asyncio.run(work())
     made = [image for result in results for image in result.images]
     assert sorted(images, key=id) == sorted(made, key=id)
-    assert all(any(image is each for each in made) for image in images)
+    assert all(any(image is item for item in made) for image in images)
 
 
 def test_what_is_collected_can_be_read_when_service_and_link_are_gone(sandbox, generator):
@@ -182,5 +182,5 @@ def test_an_event_of_somebody_else_is_read_as_foreign_data(caplog):
     image = {"id": "a", "request_id": "r", "model": "m", "prompt": "p"}
     for data in (image, {**image, "width": "\ud800"}, {}, None, 5, [image]):
         handler.on_custom_event("cogview.generated", data, run_id=1)
-    assert [each.id for each in handler.images] == ["a"]
+    assert [item.id for item in handler.images] == ["a"]
     assert "An image was not collected" in caplog.text

@@ -96,8 +96,8 @@ def _ordinary_terminal(monkeypatch):
 # --- what is counted
 
 RUNS = {
-    "invoke": lambda inputs, config: [SENDER.invoke(each, config) for each in inputs],
-    "ainvoke": lambda inputs, config: [asyncio.run(SENDER.ainvoke(each, config)) for each in inputs],
+    "invoke": lambda inputs, config: [SENDER.invoke(item, config) for item in inputs],
+    "ainvoke": lambda inputs, config: [asyncio.run(SENDER.ainvoke(item, config)) for item in inputs],
     "batch": lambda inputs, config: SENDER.batch(inputs, config),
     "abatch": lambda inputs, config: asyncio.run(SENDER.abatch(inputs, config)),
 }
@@ -167,8 +167,8 @@ def test_a_failure_of_somebody_elses_making_is_counted_once(sandbox, how):
 def test_what_is_remembered_of_failures_is_bounded():
     handler = ProgressCallbackHandler()
     ids = [new_id() for _ in range(10_010)]
-    for each in ids:
-        handler.on_event(*failed(each))
+    for item in ids:
+        handler.on_event(*failed(item))
     handler.count_failure(CogViewOutcomeUnknownError(request_id=ids[-1]))
     assert handler.failed == 10_010
     handler.count_failure(CogViewOutcomeUnknownError(request_id=ids[0]))
@@ -190,7 +190,7 @@ INPUTS = [
 
 
 async def streamed(generator, config):
-    return [each async for each in generator.astream_many(INPUTS, config)]
+    return [item async for item in generator.astream_many(INPUTS, config)]
 
 
 WORK = {
@@ -235,9 +235,9 @@ def test_a_task_is_in_flight_once_however_often_it_is_asked_for():
 def test_a_bar_is_shown_on_a_terminal(capsys):
     with Terminal() as terminal, ProgressCallbackHandler(total=12) as handler:
         ids = [new_id() for _ in range(9)]
-        SENDER.invoke([progress("sent", each) for each in ids], {"callbacks": [handler]})
+        SENDER.invoke([progress("sent", item) for item in ids], {"callbacks": [handler]})
         SENDER.invoke([blocked(ids[0]), blocked(ids[1]), unknown(ids[2])], {"callbacks": [handler]})
-        SENDER.invoke([generated(each) for each in ids[3:]], {"callbacks": [handler]})
+        SENDER.invoke([generated(item) for item in ids[3:]], {"callbacks": [handler]})
         SENDER.invoke([progress("sent") for _ in range(3)], {"callbacks": [handler]})
     last = terminal.updates[-1]
     assert re.fullmatch(

@@ -190,7 +190,7 @@ def test_threads_with_one_key_run_one_after_another_in_the_order_of_coming():
     waiters = [Waiter(flights).in_line(number) for number in (1, 2, 3)]
     for number, waiter in enumerate(waiters):
         assert waiter.has.wait(LONG)
-        assert [each.has.is_set() for each in waiters[number + 1 :]] == [False] * (2 - number)
+        assert [item.has.is_set() for item in waiters[number + 1 :]] == [False] * (2 - number)
         waiter.leave()
     assert flights._queues == {}
 

@@ -152,7 +152,7 @@ def test_an_unknown_outcome_in_the_sandbox_costs_nothing():
 def test_images_in_flight_are_shown():
     ids = [new_id() for _ in range(4)]
     costs = costs_of(
-        *[progress("sent", each) for each in ids], progress("sent", ids[0]), progress("processing", ids[1])
+        *[progress("sent", item) for item in ids], progress("sent", ids[0]), progress("processing", ids[1])
     )
     assert costs.in_flight == 4
     costs.on_event(*generated(ids[0]))
@@ -256,12 +256,12 @@ def test_many_threads_lose_nothing():
 # --- runs
 
 RUNS = {
-    "invoke": lambda runnable, inputs, config: [runnable.invoke(each, config) for each in inputs],
-    "ainvoke": lambda runnable, inputs, config: [asyncio.run(runnable.ainvoke(each, config)) for each in inputs],
+    "invoke": lambda runnable, inputs, config: [runnable.invoke(item, config) for item in inputs],
+    "ainvoke": lambda runnable, inputs, config: [asyncio.run(runnable.ainvoke(item, config)) for item in inputs],
     "batch": lambda runnable, inputs, config: runnable.batch(inputs, config),
     "abatch": lambda runnable, inputs, config: asyncio.run(runnable.abatch(inputs, config)),
     "batch as completed": lambda runnable, inputs, config: list(runnable.batch_as_completed(inputs, config)),
-    "stream": lambda runnable, inputs, config: [list(runnable.stream(each, config)) for each in inputs],
+    "stream": lambda runnable, inputs, config: [list(runnable.stream(item, config)) for item in inputs],
 }
 every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 
@@ -310,7 +310,7 @@ def test_a_block_opened_inside_a_run_hands_an_event_to_the_outer_block_once(coll
 
     with collect() as outer:
         RunnableLambda(inner).invoke([generated(), event])
-    counts = [each.images if collect is collect_image_costs else len(each) for each in (outer, *inners)]
+    counts = [item.images if collect is collect_image_costs else len(item) for item in (outer, *inners)]
     assert counts == [1, 1]
 
 
@@ -382,19 +382,19 @@ INPUTS = ["a kitten", {"prompt": "two foals", "n": 2}, "[[content-filter]] x", "
 
 
 async def streamed(generator, config):
-    return [each async for each in generator.astream_many(INPUTS, config)]
+    return [item async for item in generator.astream_many(INPUTS, config)]
 
 
 def one_by_one(generator, config):
-    for each in INPUTS:
+    for item in INPUTS:
         with contextlib.suppress(CogViewError):
-            generator.invoke(each, config)
+            generator.invoke(item, config)
 
 
 async def aone_by_one(generator, config):
-    for each in INPUTS:
+    for item in INPUTS:
         with contextlib.suppress(CogViewError):
-            await generator.ainvoke(each, config)
+            await generator.ainvoke(item, config)
 
 
 WORK = {

@@ -184,7 +184,7 @@ def test_an_image_that_is_collected_later_is_in_the_agent_files(how, model):
 @both
 def test_an_image_that_is_collected_where_no_graph_runs_is_in_a_temporary_folder(how):
     toolkit = CogViewToolkit(base_url="sandbox:", output_dir=deep.StateBackend(), model="cogview-4")
-    tools = {each.name: each for each in toolkit.get_tools()}
+    tools = {item.name: item for item in toolkit.get_tools()}
     start, get = tools["cogview_start_image"], tools["cogview_get_image"]
 
     async def acollected():

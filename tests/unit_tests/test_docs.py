@@ -96,7 +96,7 @@ class Block:
 
 def blocks(text: str) -> list[Block]:
     found = re.finditer(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [Block(each[2], each[3], each[1] or "", text[: each.start(2)].count("\n") + 1) for each in found]
+    return [Block(item[2], item[3], item[1] or "", text[: item.start(2)].count("\n") + 1) for item in found]
 
 
 def free_port() -> str:

@@ -47,7 +47,7 @@ def test_each_answer_has_the_image_of_its_turn_as_markdown(module_of):
     first, second = ask(chat.graph, "a red fox", "a blue hare")
     answers = [output["messages"][-1].text for output in (first, second)]
     urls = [re.findall(r"!\[[^\]]*\]\(([^)]+)\)", answer) for answer in answers]
-    assert [len(each) for each in urls] == [1, 1] and urls[0] != urls[1]
+    assert [len(item) for item in urls] == [1, 1] and urls[0] != urls[1]
     assert answers[1].startswith("Here is your image.")
     assert [message.type for message in second["messages"]] == ["human", "ai", "tool", "ai"] * 2
 
@@ -71,8 +71,8 @@ def test_a_blocked_prompt_and_an_error_are_read_and_the_thread_goes_on(module_of
 
 def test_each_component_belongs_to_the_answer_of_its_turn(module_of):
     first, second = ask(module_of("chat_ui_graph").graph, "a red fox", "a blue hare")
-    assert [each["props"]["caption"] for each in second["ui"]] == ["a red fox", "a blue hare"]
-    assert [each["metadata"]["message_id"] for each in second["ui"]] == [
+    assert [item["props"]["caption"] for item in second["ui"]] == ["a red fox", "a blue hare"]
+    assert [item["metadata"]["message_id"] for item in second["ui"]] == [
         output["messages"][-1].id for output in (first, second)
     ]
     assert "![" not in second["messages"][-1].text

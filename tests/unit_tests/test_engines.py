@@ -31,9 +31,9 @@ PATIENCE = 300
 def block(beginning: str) -> str:
     """The block of the page that begins so; it runs as it stands."""
     [found] = [
-        each
-        for each in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-        if each.startswith(beginning)
+        item
+        for item in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+        if item.startswith(beginning)
     ]
     return found
 
@@ -142,7 +142,7 @@ class PostgresServer:
             self.process = None
 
 
-NOBODY = next((each.pw_name for each in pwd.getpwall() if each.pw_name in {"postgres", "nobody"}), None)
+NOBODY = next((item.pw_name for item in pwd.getpwall() if item.pw_name in {"postgres", "nobody"}), None)
 
 
 @pytest.fixture

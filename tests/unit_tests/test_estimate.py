@@ -124,7 +124,7 @@ def test_only_what_costs_more_together_is_asked_for(tool, sandbox, above, prompt
 
 def test_started_images_are_asked_for_by_what_they_cost_together(tool, sandbox):
     toolkit = CogViewToolkit(tool=tool)
-    calls = [{"name": "cogview_start_image", "args": {"prompt": each}, "id": each} for each in "ab"]
+    calls = [{"name": "cogview_start_image", "args": {"prompt": item}, "id": item} for item in "ab"]
     asks = AIMessage("", tool_calls=calls)
     approval = HumanInTheLoopMiddleware({"cogview_start_image": spending_approval(toolkit.tool, above="0.11")})
     model = Scripted(responses=[asks, AIMessage("Done.")])

@@ -392,8 +392,8 @@ def test_traces_carry_provider_and_model(generator):
     names, metadata, _ = zip(*recorder.runs, strict=True)
     assert names == ("CogViewImageGenerator",) * 3
     assert metadata[0]["mine"] == 1
-    assert [each["ls_model_name"] for each in metadata] == ["cogview-4-250304", "glm-image", "cogview-4"]
-    assert {each["ls_provider"] for each in metadata} == {"zhipuai"}
+    assert [item["ls_model_name"] for item in metadata] == ["cogview-4-250304", "glm-image", "cogview-4"]
+    assert {item["ls_provider"] for item in metadata} == {"zhipuai"}
 
 
 async def test_events_of_the_run_are_streamed(generator):

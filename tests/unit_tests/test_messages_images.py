@@ -192,8 +192,8 @@ def agent_of(image_tool, calls=1, **options):
 def test_the_chunks_of_a_stream_hold_each_image_once(image_tool, mode):
     chunks = list(agent_of(image_tool).stream({"messages": "draw"}, stream_mode=mode))
     assert [image.prompt for image in images_from_messages(chunks)] == ["kitten 0"]
-    each = [image for chunk in chunks for image in images_from_messages(chunk)]
-    assert {image.prompt for image in each} == {"kitten 0"}
+    images = [image for chunk in chunks for image in images_from_messages(chunk)]
+    assert {image.prompt for image in images} == {"kitten 0"}
 
 
 async def test_async_streams_with_subgraphs_are_read_chunk_by_chunk(image_tool):

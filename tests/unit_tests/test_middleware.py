@@ -60,7 +60,7 @@ class Scripted(FakeMessagesListChatModel):
         return self._requests
 
     def bind_tools(self, tools, **kwargs):
-        self._tools.append([each.name for each in tools])
+        self._tools.append([item.name for item in tools])
         return self
 
     def _generate(self, messages, *args, **kwargs):
@@ -79,7 +79,7 @@ def wants(*prompts, name=NAME, **args):
 
 
 def looks(*ids):
-    return AIMessage("", tool_calls=[call("look_at_image", each, id=each) for each in ids])
+    return AIMessage("", tool_calls=[call("look_at_image", item, id=item) for item in ids])
 
 
 def model_of(*script, profile=None, **fields):
@@ -138,7 +138,7 @@ def test_a_model_that_takes_images_of_users_only_gets_them_after_all_answers(mid
     assert kinds == ["system", "human", "ai", "tool", "tool", "tool", "ai", "human"]
     shown = model.requests[-1][-1]
     assert len(blocks([shown])) == 2
-    assert all(each in shown.text for each in ids_of(output)[1:])
+    assert all(item in shown.text for item in ids_of(output)[1:])
     assert ids_of(output)[0] not in shown.text
     assert "the user did not write it" in shown.text
     assert [message.type for message in output["messages"]] == ["human", "ai", "tool", "tool", "tool", "ai"]
@@ -191,7 +191,7 @@ def test_a_model_whose_profile_says_that_it_takes_no_images_gets_none(middleware
 @both
 def test_only_the_latest_images_of_many_turns_are_shown(middleware, how):
     script = [
-        each for number in range(4) for each in (wants(f"{number}a", f"{number}b", f"{number}c"), AIMessage("Done."))
+        item for number in range(4) for item in (wants(f"{number}a", f"{number}b", f"{number}c"), AIMessage("Done."))
     ]
     model = model_of(*script, profile=IN_INPUTS)
     agent = create_agent(model, middleware=[middleware], checkpointer=InMemorySaver())
@@ -199,7 +199,7 @@ def test_only_the_latest_images_of_many_turns_are_shown(middleware, how):
         output = run(agent, how, config=THREAD)
     assert len(ids_of(output)) == 12
     assert [len(blocks(request)) for request in model.requests] == [0, 2, 2, 2, 2, 2, 2, 2]
-    assert all(each in texts(model.requests[-1][-1:]) for each in ids_of(output)[-2:])
+    assert all(item in texts(model.requests[-1][-1:]) for item in ids_of(output)[-2:])
     # The images of the previous turn stand where they were made, not behind the user's new question.
     assert [message.type for message in model.requests[2]][-3:] == ["human", "ai", "human"]
 

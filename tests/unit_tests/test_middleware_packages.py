@@ -56,7 +56,7 @@ def test_a_deep_agent_sees_its_images_and_shares_the_budget_with_a_sub_agent(san
     middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, max_images=3)
     painter = model_of(wants("a", "b"), AIMessage("Painted."), wants("c", "d"), AIMessage("Painted."))
     script = [
-        AIMessage("", tool_calls=[call("task", each, description="Paint.", subagent_type="painter")]) for each in "xy"
+        AIMessage("", tool_calls=[call("task", item, description="Paint.", subagent_type="painter")]) for item in "xy"
     ]
     model = model_of(wants("a kitten"), *script, wants("a foal"), profile=IN_TOOLS)
     agent = deepagents.create_deep_agent(

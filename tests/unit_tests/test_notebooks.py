@@ -47,7 +47,7 @@ def outputs(notebook):
 def images_of(notebook):
     """The bytes of all images in the outputs."""
     found = [IMAGE.findall(output.get("data", {}).get("text/html", "")) for output in outputs(notebook)]
-    return [base64.b64decode(content, validate=True) for each in found for content in each]
+    return [base64.b64decode(content, validate=True) for item in found for content in item]
 
 
 def content_of(output):
@@ -212,7 +212,7 @@ def test_what_was_printed_in_pieces_stands_together(renew):
 
     image = nbformat.v4.new_output("display_data", data={"text/plain": "x"})
     pieces = [printed("a"), printed("b\n"), printed("!", "stderr"), printed("c"), image, printed("d")]
-    assert [(each.get("name"), each.get("text")) for each in renew.joined(pieces)] == [
+    assert [(item.get("name"), item.get("text")) for item in renew.joined(pieces)] == [
         ("stdout", "ab\n"),
         ("stderr", "!"),
         ("stdout", "c"),

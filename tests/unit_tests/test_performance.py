@@ -143,7 +143,7 @@ def test_images_are_not_held_while_they_are_saved(service, tmp_path):
     "figure",
     [
         "one_call",
-        *(pytest.param(each, marks=pytest.mark.heavy) for each in ("machinery", "in_bulk", "at_once", "images", "start")),
+        *(pytest.param(item, marks=pytest.mark.heavy) for item in ("machinery", "in_bulk", "at_once", "images", "start")),
     ],
 )  # fmt: skip
 def test_the_benchmark_runs_and_prints_its_table(figure):

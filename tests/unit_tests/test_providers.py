@@ -68,10 +68,10 @@ def schemas(value):
     if isinstance(value, dict):
         if "properties" in value:
             yield value
-        for each in value.values():
-            yield from schemas(each)
-    for each in value if isinstance(value, list) else ():
-        yield from schemas(each)
+        for item in value.values():
+            yield from schemas(item)
+    for item in value if isinstance(value, list) else ():
+        yield from schemas(item)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -86,29 +86,29 @@ def test_a_provider_is_sent_only_keywords_that_it_takes(service, name, strict):
         model.invoke("Draw a kitten.")
     (schema,) = schemas(service.bodies[0])
     assert list(schema["properties"]) == ["prompt", "size", "quality"]
-    for each in (schema, *schema["properties"].values()):
-        assert {*each} <= ACCEPTED_BY_EVERY_PROVIDER
+    for item in (schema, *schema["properties"].values()):
+        assert {*item} <= ACCEPTED_BY_EVERY_PROVIDER
 
 
 def found(value, test):
     """Every dict in a request that passes a test."""
     if isinstance(value, dict) and test(value):
         yield value
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from found(each, test)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from found(item, test)
 
 
 def sent_images(name, body):
     """Bytes and type of each image in a request, as the provider's API names them."""
     if name == "anthropic":
-        sources = [each["source"] for each in found(body, lambda part: part.get("type") == "image")]
-        return [(each["data"], each["media_type"]) for each in sources]
+        sources = [item["source"] for item in found(body, lambda part: part.get("type") == "image")]
+        return [(item["data"], item["media_type"]) for item in sources]
     if name == "google":
         parts = found(body, lambda part: "inlineData" in part or "inline_data" in part)
-        data = [each.get("inlineData") or each["inline_data"] for each in parts]
-        return [(each["data"], each.get("mimeType") or each["mime_type"]) for each in data]
-    urls = [each["image_url"] for each in found(body, lambda part: "image_url" in part)]
-    urls = [each["url"] if isinstance(each, dict) else each for each in urls]
+        data = [item.get("inlineData") or item["inline_data"] for item in parts]
+        return [(item["data"], item.get("mimeType") or item["mime_type"]) for item in data]
+    urls = [item["image_url"] for item in found(body, lambda part: "image_url" in part)]
+    urls = [item["url"] if isinstance(item, dict) else item for item in urls]
     return [(url.partition(",")[2], url.partition(";")[0].removeprefix("data:")) for url in urls]
 
 

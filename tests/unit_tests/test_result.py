@@ -95,15 +95,15 @@ def test_save_into_a_folder_that_cannot_be_written_is_our_error(result, tmp_path
 
 
 def test_the_artifact_is_plain_json_without_bytes_and_comes_back_equal(result, saved):
-    for each in (result, saved):
-        artifact = each.to_artifact()
+    for item in (result, saved):
+        artifact = item.to_artifact()
         text = json.dumps(artifact)
         assert json.loads(text) == artifact
         assert len(text) < 3000
         assert (artifact["type"], artifact["version"]) == ("cogview.image_result", 1)
         back = ImageResult.from_artifact(json.loads(text))
-        assert back == each
-        assert hash(back.images[0]) == hash(each.images[0])
+        assert back == item
+        assert hash(back.images[0]) == hash(item.images[0])
     assert ImageResult.from_artifact(saved.to_artifact()).read() == saved.read()
 
 

@@ -31,14 +31,14 @@ keys = st.from_regex(r"[0-9a-f]{32}\.[A-Za-z0-9]{16}", fullmatch=True)
 @given(keys, st.sampled_from([CogViewImageGenerator, CogViewImageTool]))
 def test_no_form_of_an_object_shows_its_key(key, make):
     made = make(api_key=key)
-    for each in (made, copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+    for item in (made, copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         forms = (
-            repr(each),
-            str(each),
-            dumps(each),
-            json.dumps(dumpd(each), default=str),
-            str(each.model_dump()),
-            str(pickle.dumps(each)),
+            repr(item),
+            str(item),
+            dumps(item),
+            json.dumps(dumpd(item), default=str),
+            str(item.model_dump()),
+            str(pickle.dumps(item)),
         )
         assert all(key not in form and key.split(".")[1] not in form for form in forms)
 

@@ -58,32 +58,32 @@ def reprs(value, seen, depth=0):
         inner = list(getattr(value, "__dict__", {}).values())
     else:
         inner = []
-    for each in inner[:100]:
-        yield from reprs(each, seen, depth + 1)
+    for item in inner[:100]:
+        yield from reprs(item, seen, depth + 1)
 
 
 def chain(error):
     """An exception and all that it carries along."""
     found, seen = [error], set()
     while found:
-        each = found.pop()
-        if each is None or id(each) in seen:
+        item = found.pop()
+        if item is None or id(item) in seen:
             continue
-        seen.add(id(each))
-        yield each
-        found += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
-        if hasattr(each, "errors") and callable(each.errors):
-            found += [entry["ctx"]["error"] for entry in each.errors() if "error" in entry.get("ctx", {})]
+        seen.add(id(item))
+        yield item
+        found += [item.__cause__, item.__context__, *getattr(item, "exceptions", ())]
+        if hasattr(item, "errors") and callable(item.errors):
+            found += [entry["ctx"]["error"] for entry in item.errors() if "error" in entry.get("ctx", {})]
 
 
 def leaks(error):
     """Where the key is to be seen in an exception."""
     found, seen = [], {}
-    for each in chain(error):
-        shown = {"the exception": list(reprs(each, seen))}
-        if hasattr(each, "errors") and callable(each.errors):
-            shown["errors()"] = [*reprs(each.errors(), seen), each.json()]
-        for frame, line in traceback.walk_tb(each.__traceback__):
+    for item in chain(error):
+        shown = {"the exception": list(reprs(item, seen))}
+        if hasattr(item, "errors") and callable(item.errors):
+            shown["errors()"] = [*reprs(item.errors(), seen), item.json()]
+        for frame, line in traceback.walk_tb(item.__traceback__):
             code = frame.f_code
             if code.co_filename in CALLERS or "pluggy" in code.co_filename or "_pytest" in code.co_filename:
                 continue
@@ -92,7 +92,7 @@ def leaks(error):
                     reprs(value, seen)
                 )
         with contextlib.suppress(Exception):
-            shown["its pickle"] = [repr(pickle.dumps(each))]
+            shown["its pickle"] = [repr(pickle.dumps(item))]
         found += [location for location, texts in shown.items() if any(SECRET in text for text in texts)]
     return found
 
@@ -238,7 +238,7 @@ def test_a_key_in_another_field_is_not_in_its_error(field):
             caught.append(error)
     assert caught
     # Nor a part of it that is cut off.
-    assert not [each for each in map(str, caught) if KEY[:20] in each]
+    assert not [item for item in map(str, caught) if KEY[:20] in item]
 
 
 @pytest.mark.parametrize("configurable", [{"key": f"{KEY}\n"}, {"key": KEY, "size": "2000x7"}, {"key": [KEY]}])
@@ -285,8 +285,8 @@ def test_no_dump_of_an_object_shows_the_key(make, sandbox, tmp_path):
         made = make(api_key=KEY, base_url=server.base_url, output_dir=tmp_path)
         for state in ("new", "used"):
             copies = (made, copy.copy(made), copy.deepcopy(made), made.model_copy(), pickle.loads(pickle.dumps(made)))
-            for each in copies:
-                assert not [text for text in dumps_of(each) if SECRET in text], state
+            for item in copies:
+                assert not [text for text in dumps_of(item) if SECRET in text], state
             made.invoke("a kitten" if make is CogViewImageGenerator else {"prompt": "a kitten"})
     file = io.StringIO()
     rich.inspect(made, console=Console(file=file, width=300), all=True)

@@ -152,7 +152,7 @@ def test_the_schema_offers_what_the_model_allows_and_nothing_else(model):
     assert parameters["properties"]["size"]["enum"] == list(info.sizes)
     quality = parameters["properties"]["quality"]
     assert quality.get("enum") or [quality["const"]] == list(info.qualities)
-    assert all(each["description"] for each in parameters["properties"].values())
+    assert all(item["description"] for item in parameters["properties"].values())
     assert "anyOf" not in json.dumps(parameters)
     assert len(json.dumps(parameters)) < 1500
 
@@ -231,7 +231,7 @@ QUALITIES = {
 }
 
 
-@pytest.mark.parametrize("value", [each for each in UNSPECIFIED if each is not None])
+@pytest.mark.parametrize("value", [item for item in UNSPECIFIED if item is not None])
 def test_an_author_may_say_auto_too(value):
     tool = CogViewImageTool(base_url="sandbox:", size=value, quality=value)
     assert (tool.generator.size, tool.generator.quality) == (None, None)

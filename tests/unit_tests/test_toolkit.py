@@ -65,7 +65,7 @@ def test_every_id_that_the_model_reads_finds_the_image(sandbox, tmp_path, how, m
     ids.append(waiting.artifact["id"])
     made = called(get, how, id=ids[1])
     ids.append(images_from_messages(made)[0].id)
-    assert all(called(get, how, id=each).artifact == made.artifact for each in ids)
+    assert all(called(get, how, id=item).artifact == made.artifact for item in ids)
     assert len(sandbox.downloads) == sandbox.images_made == 1
 
 
@@ -138,8 +138,8 @@ def test_images_that_are_in_no_folder_do_not_fill_the_memory(sandbox, monkeypatc
     monkeypatch.setattr("langchain_cogview.pending.MAX_HELD_BYTES", 20_000)  # an image of the sandbox has 15 kB
     start, get, *_ = toolkit_of(sandbox, None).get_tools()
     ids = [called(start, "sync", prompt=prompt).artifact["id"] for prompt in "abcd"]
-    assert all("Made 1 image" in called(get, "sync", id=each).content for each in ids)  # none is lost before that
-    assert [called(get, "sync", id=each).status for each in ids] == ["error", "error", "error", "success"]
+    assert all("Made 1 image" in called(get, "sync", id=item).content for item in ids)  # none is lost before that
+    assert [called(get, "sync", id=item).status for item in ids] == ["error", "error", "error", "success"]
 
 
 @both

@@ -139,7 +139,7 @@ def first_difference(first, second):
         if left != right:
             return number, left, right
     number = min(len(first), len(second))
-    return number + 1, *((each[number] if number < len(each) else "nothing") for each in (first, second))
+    return number + 1, *((item[number] if number < len(item) else "nothing") for item in (first, second))
 
 
 def differences(english, chinese):
@@ -154,12 +154,12 @@ def differences(english, chinese):
 
 
 def in_headings(english, chinese):
-    signatures = [[(each.level, *map(str, each.parts)) for each in readme.sections] for readme in (english, chinese)]
+    signatures = [[(item.level, *map(str, item.parts)) for item in readme.sections] for readme in (english, chinese)]
     for kind, start, end, other_start, other_end in SequenceMatcher(None, *signatures, autojunk=False).get_opcodes():
         if kind != "equal":
             ranges = (english.sections[start:end], chinese.sections[other_start:other_end])
             left, right = (
-                ", ".join(f"{'#' * each.level} {each.title!r} (line {each.line})" for each in sections) or "none"
+                ", ".join(f"{'#' * item.level} {item.title!r} (line {item.line})" for item in sections) or "none"
                 for sections in ranges
             )
             after = english.sections[start - 1].title if start else "nothing"

@@ -91,8 +91,8 @@ def test_pyright_refuses_what_does_not_exist(tmp_path):
     settings.write_text(json.dumps(include))
     command = [sys.executable, "-m", "basedpyright", "--project", str(settings), "--pythonpath", sys.executable]
     output = json.loads(subprocess.run([*command, "--outputjson"], capture_output=True, text=True, check=False).stdout)
-    errors = [each for each in output["generalDiagnostics"] if each["severity"] == "error"]
-    assert sorted({each["range"]["start"]["line"] + 1 for each in errors}) == REFUSED, errors
+    errors = [item for item in output["generalDiagnostics"] if item["severity"] == "error"]
+    assert sorted({item["range"]["start"]["line"] + 1 for item in errors}) == REFUSED, errors
 
 
 @pytest.mark.parametrize(

@@ -692,8 +692,8 @@ def test_threads_and_loops_at_once_never_exceed_the_cap_and_all_get_through(limi
         asyncio.run(in_tasks())
 
     with ThreadPoolExecutor(7) as pool:
-        for each in [pool.submit(work) for work in [in_threads] * 4 + [in_a_loop] * 3]:
-            each.result(PATIENCE)
+        for item in [pool.submit(work) for work in [in_threads] * 4 + [in_a_loop] * 3]:
+            item.result(PATIENCE)
     assert most == 3
     assert len(through) == 1400
     assert (limiter.in_flight, limiter.waiting) == (0, 0)
@@ -864,7 +864,7 @@ def test_many_accounts_are_forgotten_but_not_those_in_use():
     unused = weakref.ref(limiter_for(URL, "cogview-4", "unused"))
     last = [weakref.ref(limiter_for(URL, "cogview-4", str(number))) for number in range(2 * MAX_LIMITERS)]
     assert unused() is None
-    assert [each() is not None for each in last] == [False] * MAX_LIMITERS + [True] * MAX_LIMITERS
+    assert [item() is not None for item in last] == [False] * MAX_LIMITERS + [True] * MAX_LIMITERS
     assert limiter_for(URL, "cogview-4", "held") is held
     assert limiter_for(URL, "cogview-4", "busy").in_flight == 1
     busy.release()

@@ -201,7 +201,7 @@ def test_blanks_in_a_body_are_a_body(how):
         b"HTTP/1.1 200 OK\r\nContent-Length: 8192\r\n\r\n" + body,
     ):
         with FaultServer(saying(reply)) as server:
-            assert [each.content for each in ask(server.base_url, how, 2)] == [body] * 2
+            assert [item.content for item in ask(server.base_url, how, 2)] == [body] * 2
             assert server.connections == 1
 
 

@@ -49,7 +49,7 @@ def test_stdout_is_the_page_alone_and_stderr_says_what_is_done_and_what_came_of_
     assert blocked.startswith("Line 4 was not generated: 'x [[content-filter]]'. The content filter blocked the prompt")
     assert summary.startswith("2 prompts made, 1 blocked; list price 0.12 CNY, nothing is charged; ")
     assert len(manifest(folder)) == 3
-    assert {each.suffix for each in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html"}
+    assert {item.suffix for item in (folder / "out").iterdir()} == {".png", ".jsonl", ".json", ".html"}
 
 
 def test_all_made_is_0_and_again_says_that_it_was_done(batch, folder, sandbox):
@@ -148,7 +148,7 @@ def test_a_dry_run_needs_no_key_sends_nothing_and_creates_nothing(folder):
     )
     abroad = cogview("batch", "p.txt", "-o", "out", "--dry-run", "--region", "international", "--model", "glm-image")
     assert abroad.stdout.endswith("3 images, 0.045 USD.\n")
-    assert [each.name for each in folder.iterdir()] == ["p.txt"]
+    assert [item.name for item in folder.iterdir()] == ["p.txt"]
 
 
 def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
@@ -180,7 +180,7 @@ def test_a_dry_run_counts_everything_that_is_bad_by_its_line(folder):
     as_json = cogview("batch", "p.csv", "-o", "out", "--dry-run", "--json", "--skip-bad")
     plan = json.loads(as_json.stdout)
     assert as_json.exit_code == 0
-    assert [each["line"] for each in plan["problems"]] == [2, 4, 7, 8]
+    assert [item["line"] for item in plan["problems"]] == [2, 4, 7, 8]
     assert (plan["duplicates"], plan["images"], plan["cost"]) == ([6], 2, {"CNY": "0.12"})
 
 
@@ -460,7 +460,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
         again = command(*arguments, "--json", folder=folder, env=with_a_key())
         report = json.loads(again.stdout)
         assert again.returncode == 7
-        assert (report["made"], report["skipped"], [each["line"] for each in report["unknown"]]) == (
+        assert (report["made"], report["skipped"], [item["line"] for item in report["unknown"]]) == (
             3 - before,
             before,
             [3],

@@ -82,7 +82,7 @@ def test_the_installed_command_writes_the_path_and_nothing_else_to_stdout(tmp_pa
     done = command("A cute little kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, by=(str(SCRIPT),))
     assert (done.returncode, done.stdout, done.stderr) == (0, "kitten.png\n", SANDBOX_NOTE)
     assert size_of(tmp_path / "kitten.png") == (1024, 1024)
-    assert [each.name for each in tmp_path.iterdir()] == ["kitten.png"]
+    assert [item.name for item in tmp_path.iterdir()] == ["kitten.png"]
 
 
 def test_json_is_the_only_thing_on_stdout_and_is_the_artifact(tmp_path):
@@ -213,7 +213,7 @@ def test_every_command_says_the_same_piped_and_on_a_terminal(tmp_path, arguments
     assert (piped.returncode, seen_code) == (code, code)
     assert ("Error: " in piped.stderr) == (piped.stdout == "")
     words = {text: sorted(normal(text).split()) for text in (piped.stdout + piped.stderr, seen)}
-    assert len({str(each) for each in words.values()}) == 1
+    assert len({str(item) for item in words.values()}) == 1
 
 
 def normal(text: str) -> str:
@@ -416,7 +416,7 @@ def test_without_o_the_name_is_made_of_the_id(folder):
 def test_of_several_each_has_its_line_and_its_number(folder):
     result = generate("a cat", "-o", "cat", "--n", "3")
     assert result.stdout == "cat.png\ncat-2.png\ncat-3.png\n"
-    assert {each.name for each in folder.iterdir()} == {"cat.png", "cat-2.png", "cat-3.png"}
+    assert {item.name for item in folder.iterdir()} == {"cat.png", "cat-2.png", "cat-3.png"}
 
 
 def test_a_folder_is_made_and_filled(folder):
@@ -455,7 +455,7 @@ def test_a_path_that_cannot_work_is_reported_before_anything_is_sent(folder, san
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: The image cannot be written to ")
     assert result.stderr.endswith("\nNothing was sent. Choose another file or folder with -o.\n")
-    assert [each.name for each in folder.iterdir()] == ["file.txt"]
+    assert [item.name for item in folder.iterdir()] == ["file.txt"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
@@ -720,7 +720,7 @@ def test_images_that_were_made_are_kept_when_others_fail_and_the_highest_code_co
     result = cogview("a cat", "-o", "cat.png", "--n", "3", "--base-url", sandbox.base_url)
     lines = ["cat.png", "cat-2.png", "cat-3.png"][: 3 - len(faults)]
     assert (result.exit_code, result.stdout.splitlines()) == (code, lines)
-    assert {each.name for each in folder.iterdir()} == {*lines}
+    assert {item.name for item in folder.iterdir()} == {*lines}
     assert result.stderr.count(" of 3 was not generated. ") == result.stderr.count("Request id: ") == len(faults)
     for text in words:
         assert f" of 3 was not generated. {text}" in result.stderr

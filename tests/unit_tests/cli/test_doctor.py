@@ -34,7 +34,7 @@ def key(monkeypatch):
 
 
 def states(diagnosis):
-    return {each.name: each.state for each in diagnosis.findings}
+    return {item.name: item.state for item in diagnosis.findings}
 
 
 def doctor(*arguments, **options):
@@ -50,7 +50,7 @@ def doctor(*arguments, **options):
 def test_each_check_is_reported_with_its_time_and_no_image_is_made(server, sandbox, key):
     diagnosis = diagnose(base_url=server.base_url)
     assert diagnosis.first_failed is None
-    names = [each.name for each in diagnosis.findings]
+    names = [item.name for item in diagnosis.findings]
     assert names[:3] == ["versions", "packages", "extras"]
     assert [name for name in names if name in {"look-up", "connect", "HTTP answer", "clock", "probe"}] == [
         "look-up",
@@ -59,7 +59,7 @@ def test_each_check_is_reported_with_its_time_and_no_image_is_made(server, sandb
         "clock",
         "probe",
     ]
-    timed = {each.name for each in diagnosis.findings if each.seconds is not None}
+    timed = {item.name for item in diagnosis.findings if item.seconds is not None}
     assert timed == {"look-up", "connect", "HTTP answer", "probe"}
     (request,) = sandbox.requests
     assert request.body == {"model": "cogview-doctor-probe"}
@@ -145,7 +145,7 @@ def test_json_is_the_findings_and_nothing_else(server, key):
     result = doctor("--json", "--base-url", server.base_url)
     report = json.loads(result.stdout)
     assert report["ok"] is True
-    assert {each["state"] for each in report["findings"]} <= {"ok", "note", "skipped"}
+    assert {item["state"] for item in report["findings"]} <= {"ok", "note", "skipped"}
     assert {*report["findings"][0]} == {"name", "state", "text", "hint", "seconds", "error"}
 
 
@@ -269,7 +269,7 @@ def test_a_proxy_is_used_and_one_that_refuses_is_reported(key, monkeypatch):
     assert "to the proxy" in str(diagnosis)
     assert diagnosis.first_failed.error == "CogViewConnectionError"
     assert "proxy" in diagnosis.first_failed.text
-    assert [each.split(b"\r\n")[0] for each in proxy.got] == [b"CONNECT api.invalid:443 HTTP/1.1"]
+    assert [item.split(b"\r\n")[0] for item in proxy.got] == [b"CONNECT api.invalid:443 HTTP/1.1"]
     assert FAKE_KEY.encode() not in proxy.got[0]
 
 

@@ -221,4 +221,4 @@ def test_on_a_real_terminal_only_our_own_sequences_are_written(tmp_path):
     seen, code = on_a_terminal(*module(), "batch", "p.txt", "-o", name, "--sandbox", "--no-progress", folder=tmp_path)
     assert code == 0
     assert odd(seen) == []
-    assert [each for each in os.listdir(tmp_path) if each == name]
+    assert [item for item in os.listdir(tmp_path) if item == name]

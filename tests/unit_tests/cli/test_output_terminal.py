@@ -62,9 +62,9 @@ def test_kitty_gets_png_in_chunks_and_answers_nothing(form):
     content = encoded_image(form, (200, 100))
     keys, data = kitty_pieces(inline_image(Terminal.KITTY, content, (200, 100), AVAILABLE))
     assert keys[0] == {"a": "T", "f": "100", "q": "2", "c": "60", "m": "1"}
-    assert [each for each in keys[1:-1] if each != {"m": "1"}] == []
+    assert [item for item in keys[1:-1] if item != {"m": "1"}] == []
     assert keys[-1] == {"m": "0"}
-    assert all(len(each) == 4096 for each in data[:-1])
+    assert all(len(item) == 4096 for item in data[:-1])
     assert 0 < len(data[-1]) <= 4096
     sent = base64.b64decode("".join(data))
     assert sent.startswith(b"\x89PNG")

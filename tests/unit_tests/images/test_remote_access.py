@@ -352,7 +352,7 @@ def test_images_with_the_same_id_do_not_replace_each_other(tmp_path):
 def test_a_preview_is_found_by_what_was_read_and_not_by_what_an_artifact_claims(tmp_path):
     honest = with_content(GeneratedImage(**RECORD, **facts(OTHER)), OTHER)
     claims = with_content(GeneratedImage(**{**RECORD, "id": "b2"}, **facts(OTHER)), PNG)
-    sources = [[each["src"] for each in shown(one).all("img")] for one in (claims, honest, claims)]
+    sources = [[item["src"] for item in shown(one).all("img")] for one in (claims, honest, claims)]
     assert sources[0] == sources[2] != sources[1]
 
 

@@ -62,7 +62,7 @@ def test_a_folder_with_other_files_is_refused_and_used_when_the_caller_agrees(ru
             job()
         assert "into_existing=True" in caught.value.hint
     assert sandbox.requests == []
-    assert [each.name for each in out.iterdir()] == ["notes.txt"]
+    assert [item.name for item in out.iterdir()] == ["notes.txt"]
     assert run(into_existing=True).made == 1
     assert run().skipped == 1  # from now on it is the job's
     assert (out / "notes.txt").read_text() == "mine"
@@ -353,7 +353,7 @@ def test_a_job_that_runs_out_of_room_stops_cleanly_and_goes_on_later(command):
     assert job.paid() == Counter(job.prompts)
     plan = plan_job(job.folder / "p.txt", job.folder / "out", base_url=job.base_url, api_key="any", **SMALL)
     assert plan.done + len(plan.unknown) == 20
-    assert [each.request_id for each in plan.unknown if each.request_id not in stderr] == []
+    assert [item.request_id for item in plan.unknown if item.request_id not in stderr] == []
 
 
 def test_a_folder_that_is_deleted_meanwhile_stops_the_job_and_says_where_what_was_paid_is(run, out, sandbox, caplog):
@@ -423,8 +423,8 @@ def paths_in(value: object, path: tuple = ()) -> Iterator[tuple]:
     """The way to each value within a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, each in items:
-        yield from paths_in(each, (*path, name))
+    for name, item in items:
+        yield from paths_in(item, (*path, name))
 
 
 ODD = st.one_of(
@@ -447,7 +447,7 @@ def changed(begun: Begun, data: st.DataObject) -> dict[str, str | bytes]:
     values = copy.deepcopy(begun.files[name])
     number = data.draw(st.integers(0, len(values) - 1))
     way = data.draw(st.sampled_from(["value", "gone", "line", "cut", "double", "bytes"]))
-    *path, last = data.draw(st.sampled_from([each for each in paths_in(values[number]) if each]))
+    *path, last = data.draw(st.sampled_from([item for item in paths_in(values[number]) if item]))
     within = values[number]
     for name in path:
         within = within[name]

@@ -36,4 +36,4 @@ def test_what_is_added_later_is_not_in_a_snapshot():
     finished.add("b", Finished(7, 7, 1, outcomes[1]))
     finished.add("a", Finished(14, 7, 2, outcomes[1]))
     assert list(snapshot.in_order()) == [Finished(0, 7, 2, outcomes[0])]
-    assert [each.start for each in finished.snapshot().in_order()] == [7, 14]
+    assert [item.start for item in finished.snapshot().in_order()] == [7, 14]

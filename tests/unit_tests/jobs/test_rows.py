@@ -89,7 +89,7 @@ def test_workers_that_work_on_the_same_rows_at_once_pay_once(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        assert [{row.status for row in each} for each in results] == [{"made"}] * 4
+        assert [{row.status for row in item} for item in results] == [{"made"}] * 4
         assert max(Counter(entry.prompt for entry in server.sandbox.ledger).values()) == 1
 
 
@@ -117,7 +117,7 @@ def test_no_network_ends_after_a_few(server, tmp_path):
 def test_arguments_in_other_words_are_paid_for_once(server, tmp_path, arguments):
     row = {"prompt": "a kitten", **arguments}
     first = generate(server, tmp_path, [row])
-    assert [each.status for each in first] == ["made"]
+    assert [item.status for item in first] == ["made"]
     assert generate(server, tmp_path, [row]) == first
     assert len(server.sandbox.requests) == 1
 

@@ -434,7 +434,7 @@ def test_a_request_without_an_end_is_listed_and_repeated_only_when_asked_for(run
     (lost,) = [line["request_ids"][0] for line in lines(out) if line["arguments"]["prompt"] == "a cat"]
     lose(out, "a cat")
     report = run(prompts)
-    assert [(each.line, each.prompt, each.request_id) for each in report.unknown] == [(1, "a cat", lost)]
+    assert [(item.line, item.prompt, item.request_id) for item in report.unknown] == [(1, "a cat", lost)]
     assert (report.made, report.skipped, report.left, report.failed) == (0, 1, 0, 0)
     assert lost in str(report)
     assert sandbox.images_made == 2
@@ -458,7 +458,7 @@ def test_a_file_that_is_not_the_image_of_its_name_is_none(run, out, sandbox):
     paths[2].write_bytes(owl)  # whole, but another's: the hash is in the name
     forget(out, *prompts)
     report = run(prompts)
-    assert [each.line for each in report.unknown] == [1, 2, 3]
+    assert [item.line for item in report.unknown] == [1, 2, 3]
     assert [line["line"] for line in lines(out)] == [4]
 
 
@@ -479,18 +479,18 @@ def test_a_task_that_the_service_is_making_is_had_without_paying(run, out, sandb
     big = {"model": "glm-image", "size": "1056x1568", "poll_interval": 0.01}
     report = run(["a cat", "a dog", "a hare"], **big)
     assert report.made == 3
-    assert sum("task_id" in each for each in attempts(out)) == 3
+    assert sum("task_id" in item for item in attempts(out)) == 3
     lose(out, "a cat", "a dog")
     path = out / "attempts.jsonl"
     path.write_text(
         "".join(
-            json.dumps(each | ({"task_id": "gone"} if "task_id" in each and each["key"] == _key(out, "a dog") else {}))
+            json.dumps(item | ({"task_id": "gone"} if "task_id" in item and item["key"] == _key(out, "a dog") else {}))
             + "\n"
-            for each in attempts(out)
+            for item in attempts(out)
         )
     )
     report = run(["a cat", "a dog", "a hare"], **big)
-    assert (report.made, report.skipped, [each.line for each in report.unknown]) == (1, 2 - 1, [2])
+    assert (report.made, report.skipped, [item.line for item in report.unknown]) == (1, 2 - 1, [2])
     assert sandbox.images_made == 3
     assert (len(lines(out)), len([*out.glob(IMAGES)])) == (2, 2)
     assert run(["a cat", "a dog", "a hare"], retry_unknown=True, **big).made == 1
@@ -498,7 +498,7 @@ def test_a_task_that_the_service_is_making_is_had_without_paying(run, out, sandb
 
 
 def _key(folder, prompt):
-    return next(each["key"] for each in attempts(folder) if each.get("prompt") == prompt)
+    return next(item["key"] for item in attempts(folder) if item.get("prompt") == prompt)
 
 
 def test_a_task_of_a_fallback_model_is_had_without_paying(run, out, sandbox):
@@ -506,7 +506,7 @@ def test_a_task_of_a_fallback_model_is_had_without_paying(run, out, sandbox):
     sandbox.fail_next("busy")
     assert run(["a cat"], **settings).made == 1
     lose(out, "a cat")
-    assert [each["model"] for each in attempts(out)] == ["cogview-4-250304", "glm-image", "glm-image"]
+    assert [item["model"] for item in attempts(out)] == ["cogview-4-250304", "glm-image", "glm-image"]
     assert run(["a cat"], **settings).made == 1
     assert sandbox.images_made == 1
     ((image,),) = [line["images"] for line in lines(out)]
@@ -616,7 +616,7 @@ def test_of_several_images_none_of_which_was_made_each_has_its_own_end(run, out,
     assert (report.blocked, report.unknown) == (1, ())
     assert report.errors == {"CogViewContentFilterError": 1, "CogViewBusyError": 1}
     (line,) = lines(out)
-    assert (line["status"], [each["error"] for each in line["failures"]]) == ("blocked", ["CogViewContentFilterError"])
+    assert (line["status"], [item["error"] for item in line["failures"]]) == ("blocked", ["CogViewContentFilterError"])
     assert run(prompts).images == 1  # the one that did not run
     assert sandbox.images_made == 1
     assert run(prompts, retry_failed=True).made == 1
@@ -634,7 +634,7 @@ def test_of_two_images_the_blocked_one_is_not_unknown_for_the_other_is(run, out,
     assert line["request_ids"] == [failure["request_id"]] != [report.unknown[0].request_id]
     assert run(prompts, retry_unknown=True).images == 1
     (line,) = lines(out)
-    assert [each["request_id"] for each in line["given_up"]] == [report.unknown[0].request_id]
+    assert [item["request_id"] for item in line["given_up"]] == [report.unknown[0].request_id]
 
 
 def test_what_stops_the_job_is_reported_though_another_image_of_the_prompt_failed_otherwise(run, sandbox):
@@ -996,7 +996,7 @@ def test_a_job_that_is_cancelled_can_be_gone_on_with(sandbox, out):
 
     asyncio.run(cancelled())
     report = run_job(prompts, out, base_url=sandbox.base_url, progress=False, **SMALL)
-    assert (report.skipped, [each.line for each in report.unknown]) == (2, [3, 4])
+    assert (report.skipped, [item.line for item in report.unknown]) == (2, [3, 4])
 
 
 def test_the_job_does_not_hold_up_the_event_loop(sandbox, out):

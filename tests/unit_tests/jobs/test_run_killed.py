@@ -52,7 +52,7 @@ class KilledJob:
     def list_unknown(self) -> None:
         """What the next run would list."""
         plan = plan_job(self.prompts, self.folder, base_url=self.base_url, api_key="any", size="512x512")
-        self.listed |= {each.request_id: each.prompt for each in plan.unknown}
+        self.listed |= {item.request_id: item.prompt for item in plan.unknown}
 
     def finished(self, *options: str) -> dict:
         with self.started(*options) as process:
@@ -91,9 +91,9 @@ def check(job: KilledJob, count: int, report: dict) -> None:
     assert len(times) == count
     for prompt in (prompt for prompt, number in times.items() if number > 1):
         ids = [entry.request_id for entry in ledger if entry.prompt == prompt]
-        assert sum(each not in job.listed for each in ids) == 1, (prompt, ids, job.listed)
+        assert sum(item not in job.listed for item in ids) == 1, (prompt, ids, job.listed)
     # What is given up is listed in the manifest, too.
-    assert {each["request_id"] for line in lines for each in line["given_up"]} == set(job.listed)
+    assert {item["request_id"] for line in lines for item in line["given_up"]} == set(job.listed)
     pages = [page.read_text(encoding="utf-8") for page in job.folder.glob("index*.html")]
     assert sum(text.count("<img ") for text in pages) == count
 

@@ -70,7 +70,7 @@ def test_another_division_of_the_same_folder_is_refused_and_leaves_nothing(sandb
     for shard in ("1/2", None):
         with pytest.raises(CogViewConfigurationError, match=r"divided into 3 shards, not 2|holds no job"):
             run(sandbox, tmp_path, shard)
-    assert [each.name for each in tmp_path.iterdir()] == ["shard-1-of-3"]
+    assert [item.name for item in tmp_path.iterdir()] == ["shard-1-of-3"]
     assert len(sandbox.requests) == made
     assert run(sandbox, tmp_path, "2/3").made
 

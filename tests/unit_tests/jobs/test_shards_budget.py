@@ -92,7 +92,7 @@ def test_a_plan_counts_what_other_shards_spent_and_changes_nothing(sandbox, tmp_
 
 def test_without_a_budget_there_is_no_page(sandbox, tmp_path):
     run(sandbox, tmp_path, "1/2")
-    assert [each.name for each in tmp_path.iterdir()] == ["shard-1-of-2"]
+    assert [item.name for item in tmp_path.iterdir()] == ["shard-1-of-2"]
 
 
 @pytest.mark.parametrize("budget", [None, 20 * PRICE])
@@ -219,7 +219,7 @@ def test_many_processes_that_are_killed_and_begun_again_spend_the_budget_exactly
     with SandboxServer(Sandbox(latency=0.05, in_flight_limit=100)) as server:
         for number in range(4):
             arguments = [[str(tmp_path), f"{shard}/4", server.base_url, "1.50"] for shard in (1, 2, 3, 4)]
-            workers = [subprocess.Popen([sys.executable, "-c", WORKER, *each]) for each in arguments]
+            workers = [subprocess.Popen([sys.executable, "-c", WORKER, *item]) for item in arguments]
             before = len(server.sandbox.requests)
             while len(server.sandbox.requests) == before and any(worker.poll() is None for worker in workers):
                 threading.Event().wait(0.01)

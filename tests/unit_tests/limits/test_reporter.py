@@ -144,8 +144,8 @@ def test_a_call_that_is_allowed_does_not_wait_for_the_store():
     slot = limiter.acquire(5, deadline=Deadline(PATIENCE))  # the store hangs meanwhile
     assert slot
     store.open.set()
-    for each in (first, slot):
-        each.done()
+    for item in (first, slot):
+        item.done()
 
 
 def test_all_slots_are_released_when_nothing_is_left_to_do():

@@ -58,8 +58,8 @@ def serve(sandbox, tmp_path):
         return served[-1]
 
     yield start
-    for each in served:
-        each.close()
+    for item in served:
+        item.close()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -44,8 +44,8 @@ def make(sandbox, folder):
         return made[-1]
 
     yield server
-    for each in made:
-        end(each)
+    for item in made:
+        end(item)
 
 
 def end(server):

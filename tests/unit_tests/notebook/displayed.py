@@ -83,7 +83,7 @@ def assert_harmless(text, *more_tags):
         assert attributes.get("href", "https://").startswith(("https://", "http://"))
         style = attributes.get("style") or ""
         assert "url(" not in style
-        assert {each.split(":")[0] for each in style.split(";") if each} <= KEPT_STYLES
+        assert {item.split(":")[0] for item in style.split(";") if item} <= KEPT_STYLES
     return seen
 
 

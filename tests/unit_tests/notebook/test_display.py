@@ -237,7 +237,7 @@ def test_failures_stand_beside_the_images(generator, sandbox):
 
 @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.heavy), 100])
 def test_the_images_of_a_result_are_at_most_150_kilobytes(count, monkeypatch):
-    images = [with_content(image(each), each, None) for each in (photo(seed, 256) for seed in range(count))]
+    images = [with_content(image(item), item, None) for item in (photo(seed, 256) for seed in range(count))]
     failures = [ImageFailure(index=1, error="X", message=EVIL, hint="猫" * 500)] * 3
     many = result(*images, failures=failures)
     assert size(many) <= 150_000

@@ -86,7 +86,7 @@ def test_show_adds_to_the_cells_output_also_from_another_thread(generator, monke
     in_cell[0] = False  # as marimo answers in a thread of the cell's
     image.show()
     assert len(outputs) == 2
-    assert all("data:image/png;base64," in each for each in outputs)
+    assert all("data:image/png;base64," in item for item in outputs)
 
 
 def test_marimo_is_not_loaded_to_find_out():

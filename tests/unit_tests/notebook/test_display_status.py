@@ -149,10 +149,10 @@ def test_the_time_goes_on_while_the_call_blocks(output, monkeypatch):
     line.started()
     assert ticked.wait(60)
     line.ended()
-    ticking = [each for each in threading.enumerate() if each.name == "cogview-status-line"]
-    for each in ticking:
-        each.join(60)
-        assert not each.is_alive()
+    ticking = [item for item in threading.enumerate() if item.name == "cogview-status-line"]
+    for item in ticking:
+        item.join(60)
+        assert not item.is_alive()
 
 
 def test_an_output_that_cannot_be_written_costs_no_call(line, output, monkeypatch):
@@ -172,10 +172,10 @@ def test_many_threads_count_right(line, output):
             line.ended(result(image(**PAID)))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for item in threads:
+        item.start()
+    for item in threads:
+        item.join()
     assert " · 400 images · 24.00 CNY" in output.texts[-1]
     assert "in flight" not in output.texts[-1]
     assert output.opened == 1

@@ -76,7 +76,7 @@ def test_a_batch_with_failures_is_shown_whole_and_numbered(generator):
 
 def test_what_stream_many_gives_is_put_in_order(generator):
     made = gallery([(2, result(image(id="c"))), (0, BLOCKED), (1, result(image(id="b")))])
-    assert [getattr(each, "image", None) and each.image.id for each in made.results] == [None, "b", "c"]
+    assert [getattr(item, "image", None) and item.image.id for item in made.results] == [None, "b", "c"]
     seen = shown(gallery(generator.stream_many(["x", "y", "z"])))
     assert [text for text in seen.texts if text in "012"] == ["0", "1", "2"]
 
@@ -248,11 +248,11 @@ async def test_every_combination_is_generated_into_a_labelled_table(how, sandbox
         base_url=sandbox.base_url,
     )  # fmt: skip
     seen = shown(made)
-    assert [each for each in seen.texts if each in {"square", "16:9"}] == ["square", "16:9"]
+    assert [item for item in seen.texts if item in {"square", "16:9"}] == ["square", "16:9"]
     labels = ["cogview-4-250304 · standard", "cogview-4-250304 · hd", "glm-image · standard", "glm-image · hd"]
-    assert [each for each in seen.texts if each in labels] == labels
+    assert [item for item in seen.texts if item in labels] == labels
     assert len(seen.all("tr")) == 5
-    assert [(each.model, each.size, each.quality) for each in made.results if isinstance(each, ImageResult)] == [
+    assert [(item.model, item.size, item.quality) for item in made.results if isinstance(item, ImageResult)] == [
         ("cogview-4-250304", "1024x1024", "standard"), ("cogview-4-250304", "1344x768", "standard"),
         ("cogview-4-250304", "1024x1024", "hd"), ("cogview-4-250304", "1344x768", "hd"),
         ("glm-image", "1280x1280", "hd"), ("glm-image", "1728x960", "hd"),
@@ -274,7 +274,7 @@ async def test_an_illegal_combination_sends_nothing(how, sandbox):
 async def test_one_kind_of_setting_is_one_row(how, generator):
     made = await compared(how, "x", qualities=("standard", "hd"), generator=generator, size="512x512")
     assert len(shown(made).all("tr")) == 2
-    assert [(each.size, each.quality) for each in made.results] == [("512x512", "standard"), ("512x512", "hd")]
+    assert [(item.size, item.quality) for item in made.results] == [("512x512", "standard"), ("512x512", "hd")]
 
 
 @both

@@ -77,7 +77,7 @@ def test_a_script_would_be_seen(tmp_path):
 def test_no_prompt_can_do_anything_in_a_notebooks_outputs(evil, generator, tmp_path):
     table = compare(EVIL, sizes=["square", EVIL], qualities=[EVIL, "hd"], generator=generator)
     shown = [evil[0], evil[0].images[0], *evil[1:4], gallery(evil), gallery(evil * 10), table]
-    html = "".join(each._repr_mimebundle_()["text/html"] for each in shown)
+    html = "".join(item._repr_mimebundle_()["text/html"] for item in shown)
     dom = opened(in_a_page(tmp_path / "page.html", html), tmp_path / "profile")
     assert f"<title>{TITLE}</title>" in dom
     assert 'data-seen="14/14"' in dom
@@ -105,8 +105,8 @@ def test_no_prompt_can_do_anything_in_a_contact_sheet(tmp_path):
 def test_an_exported_notebook_shows_image_and_caption(evil, tmp_path):
     nbconvert = pytest.importorskip("nbconvert")
     outputs = [
-        nbformat.v4.new_output("display_data", data=each._repr_mimebundle_())
-        for each in (result(with_content(image(PHOTO, prompt="a red fox"), PHOTO, None)), gallery(evil))
+        nbformat.v4.new_output("display_data", data=item._repr_mimebundle_())
+        for item in (result(with_content(image(PHOTO, prompt="a red fox"), PHOTO, None)), gallery(evil))
     ]
     cell = nbformat.v4.new_code_cell("generator.invoke('a red fox')", outputs=outputs)
     html, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
