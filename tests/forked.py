@@ -21,17 +21,25 @@ _started = {}
 
 def python() -> tuple[str, ...]:
     """The first words of a command line, before `-m MODULE`, `-c CODE` or the path of a script."""
+    import atexit
     import subprocess
     import tempfile
 
-    if os.getpid() not in _started:
+    pid = os.getpid()
+    if pid not in _started:
         address = os.path.join(tempfile.mkdtemp(prefix="forked-"), "socket")
         command = [sys.executable, __file__, "serve", address]
         # The server ends with this process: the pipe to its standard input is then closed.
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         server.stdout.readline()
-        _started[os.getpid()] = address, server
-    return (sys.executable, "-I", "-S", __file__, "run", _started[os.getpid()][0])
+        _started[pid] = address
+
+        @atexit.register
+        def end() -> None:
+            if os.getpid() == pid:  # and not in a fork of it
+                server.communicate()
+
+    return (sys.executable, "-I", "-S", __file__, "run", _started[pid])
 
 
 def serve(address: str) -> None:

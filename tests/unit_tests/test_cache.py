@@ -254,7 +254,8 @@ def test_a_file_that_is_not_as_it_was_is_downloaded_again_while_the_url_is_valid
 
 @HOWS
 @pytest.mark.parametrize("harm", ["deleted", "changed", "cut", "replaced by a folder"])
-def test_without_file_and_url_it_is_no_hit(sandbox, how, harm, tmp_path):
+def test_without_file_and_url_it_is_no_hit(sandbox, how, harm, tmp_path, monkeypatch):
+    monkeypatch.setattr("langchain_cogview.images.download.WAITS", (0.0,) * 4)
     caller = Caller(sandbox, SQLite(tmp_path / "cache.db"), how, output_dir=tmp_path / "out")
     made = caller.image("a kitten")
     spoil(made.path, harm)
