@@ -72,7 +72,7 @@ class ReplyGuard:
     def expect_reply(self) -> None:
         """A request is about to be sent; what is received from now on is its reply."""
         self._is_head = True
-        self._is_request_sent = False
+        self._is_chunked = self._is_request_sent = False
         self._head_size = 0
         self._unproductive = 0
         self._tail = b""
@@ -136,21 +136,27 @@ class ReplyGuard:
     def _body_piece(self, max_bytes: int) -> bytes:
         size = min(max(len(self._waiting) - self._at - 1, 1), max_bytes)
         piece = self._waiting[self._at : self._at + size]
-        if self._BLANKS.search(self._tail + piece):
+        if self._is_chunked and self._BLANKS.search(self._tail + piece):
             piece = piece[: self._PIECE]
             self._unproductive += len(piece)
             if self._unproductive > self._MOST_BETWEEN_CHUNKS:
                 raise httpcore.RemoteProtocolError("There is too much between two chunks of the reply.")
         return piece
 
-    def head_was_read(self, status: int) -> None:
+    def head_was_read(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Httpcore has read the head of the reply; the body follows.
+
+        Args:
+            status: The status of the reply.
+            headers: Its headers.
 
         Raises:
             httpcore.ReadError: When the reply is a success that came before the request was sent: it answers another request.
         """
         self._is_head = False
         self._tail = b""
+        # Blanks between chunks take h11 long to read; where the length is known, the body may have any number of them.
+        self._is_chunked = any(name.lower() == b"transfer-encoding" for name, _ in headers)
         if 200 <= status < 300 and not self._is_request_sent:  # noqa: PLR2004
             raise httpcore.ReadError("The server answered with a success before it had the whole request.")
 

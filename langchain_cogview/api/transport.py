@@ -181,7 +181,7 @@ class _SyncConnection(_Connection):
         with _Ours():
             response = self._http.handle_request(_httpcore_request(request))
             if self.backend.stream:
-                self.backend.stream.guard.head_was_read(response.status)
+                self.backend.stream.guard.head_was_read(response.status, response.headers)
         return response
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ class _AsyncConnection(_Connection):
         with _Ours():
             response = await self._http.handle_async_request(_httpcore_request(request))
             if self.backend.stream:
-                self.backend.stream.guard.head_was_read(response.status)
+                self.backend.stream.guard.head_was_read(response.status, response.headers)
         return response
 
     def close(self) -> None:

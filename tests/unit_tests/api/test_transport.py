@@ -209,7 +209,7 @@ def test_the_head_comes_alone_and_the_last_byte_too():
     guard = ReplyGuard()
     guard.put(SIZED)
     assert guard.take(2**16) == SIZED[:-3]
-    guard.head_was_read(404)
+    guard.head_was_read(404, [(b"Content-Length", b"3")])
     assert [guard.take(2**16), guard.take(2**16), guard.is_empty] == [b"ab", b"c", True]
 
 
