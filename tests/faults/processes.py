@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import forked
 from tests.faults.reply_table import KEY
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +17,7 @@ SECRET = KEY.split(".")[1]
 
 def child(*arguments: object, python: tuple[str, ...] = (), **more: Any) -> subprocess.Popen[str]:
     """One of `tests.faults.children`, with the key in its environment; with options of Python in an interpreter of its own."""
-    program = (sys.executable, *python) if python else forked.python()
+    program = (sys.executable, *python)
     return subprocess.Popen(
         [*program, "-m", "tests.faults.children", *map(str, arguments)],
         cwd=ROOT,

@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import sys
 
 import httpx
 import pytest
@@ -23,7 +24,6 @@ from langchain_cogview import (
 from langchain_cogview.api.tasks import _Polls
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.sandbox import SandboxServer
-from tests import forked
 
 TASK_ROUTE, PLAIN_ROUTE = "/api/paas/v4/async/images/generations", "/api/paas/v4/images/generations"
 both = pytest.mark.parametrize("how", ["sync", "async"])
@@ -241,7 +241,7 @@ def test_another_process_finishes_what_this_one_asked_for(tmp_path):
             "print(task.result().path.name)"
         )
         done = subprocess.run(
-            [*forked.python(), "-c", code, task.id, server.base_url],
+            [sys.executable, "-c", code, task.id, server.base_url],
             cwd=tmp_path,
             capture_output=True,
             text=True,

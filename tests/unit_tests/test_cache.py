@@ -24,7 +24,6 @@ from langchain_cogview.cache import UNDATED_URL_LIFETIME, CachedRequest, CacheKe
 from langchain_cogview.concurrency import Deadline
 from langchain_cogview.errors import CogViewError
 from langchain_cogview.images.download import fetch
-from tests import forked
 
 HOWS = pytest.mark.parametrize("how", ["sync", "async"])
 
@@ -758,8 +757,8 @@ for number in range(int(sys.argv[2])):
 """
 
 
-def child(*arguments, by=(sys.executable,)):
-    return subprocess.Popen([*by, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+def child(*arguments):
+    return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
 class Offline:
@@ -772,7 +771,7 @@ def test_another_process_finds_what_this_one_stored(tmp_path):
     caller = Caller(Offline, tmp_path / "cache")
     for number in range(3):
         caller.image(f"kitten {number}", size="512x512")
-    out, _ = child(tmp_path / "cache", 4, by=forked.python()).communicate(timeout=200)
+    out, _ = child(tmp_path / "cache", 4).communicate(timeout=200)
     assert out.split() == ["True", "True", "True", "False"]
     assert caller.image("kitten 3", size="512x512").cached
 

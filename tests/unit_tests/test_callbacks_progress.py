@@ -24,7 +24,6 @@ from nbclient import NotebookClient
 from langchain_cogview import CogViewImageGenerator, Sandbox
 from langchain_cogview.callbacks import MIN_INTERVAL, ProgressCallbackHandler, collect_image_costs, interactive
 from langchain_cogview.errors import CogViewContentFilterError, CogViewInvalidRequestError, CogViewOutcomeUnknownError
-from tests import forked
 from tests.unit_tests.simulated_events import SENDER, blocked, failed, generated, new_id, progress, retry, unknown
 
 DEADLINE = 60.0
@@ -499,7 +498,7 @@ handler = ProgressCallbackHandler(total=3)
 
 def in_a_process(code, *, stderr, **variables):
     return subprocess.run(
-        [*forked.python(), "-c", SCRIPT.format(code)],
+        [sys.executable, "-c", SCRIPT.format(code)],
         env={**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path), **variables},
         stdout=subprocess.PIPE,
         stderr=stderr,

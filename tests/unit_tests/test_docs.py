@@ -12,7 +12,6 @@ import contextlib
 import os
 import pkgutil
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -27,7 +26,6 @@ import langchain_cogview
 from langchain_cogview import errors
 from langchain_cogview.catalog import MODELS, PRICES_AS_OF
 from langchain_cogview.sandbox import faults
-from tests import forked
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -110,12 +108,7 @@ def free_port() -> str:
 def run_in_a_shell(code: str, folder: Path) -> str:
     """Run a block as a reader does, in a terminal with this environment's programs."""
     port = free_port()
-    programs = folder.with_name(f"{folder.name}-programs")  # the command, from a process that has the package loaded
-    programs.mkdir(exist_ok=True)
-    installed = Path(sys.executable).with_name("cogview")
-    (programs / "cogview").write_text(f'#!/bin/sh\nexec {shlex.join([*forked.python(), str(installed)])} "$@"\n')
-    (programs / "cogview").chmod(0o755)
-    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     shell = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", code.replace("8765", port)],

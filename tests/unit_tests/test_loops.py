@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from langchain_cogview import CogViewImageGenerator
-from tests import forked
 from tests.conftest import FAKE_KEY
 from tests.faults.server import FaultServer
 from tests.faults.tokens import named_image
@@ -38,7 +37,7 @@ from langchain_cogview import CogViewImageGenerator
 generator = CogViewImageGenerator(base_url={server.base_url!r}, api_key={FAKE_KEY!r}, timeout=100, download=False)
 """
     return subprocess.run(
-        [*((sys.executable, *options) if options else forked.python()), "-c", begin + textwrap.dedent(code)],
+        [sys.executable, *options, "-c", begin + textwrap.dedent(code)],
         cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
 

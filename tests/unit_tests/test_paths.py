@@ -3,6 +3,7 @@
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from langchain_cogview import (
     run_job,
 )
 from langchain_cogview.errors import CogViewStorageError
-from tests import forked
 
 NOBODY = "~nobody-has-this-name/x"
 NO_HOME = pytest.mark.parametrize("path", [NOBODY, Path(NOBODY)], ids=["text", "path"])
@@ -80,7 +80,7 @@ for text in (tool.invoke({"prompt": "a fox"}), asyncio.run(tool.ainvoke({"prompt
     print(text)
 """
     done = subprocess.run(
-        [*forked.python(), "-c", program, str(tmp_path)],
+        [sys.executable, "-c", program, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-from tests import forked
-
 TESTS = """
 import pytest
 from langchain_cogview import CogViewContentFilterError, CogViewImageGenerator, CogViewImageTool
@@ -39,9 +37,9 @@ def test_a_tool_saves_in_the_folder_of_the_test(cogview_sandbox, tmp_path):
 """
 
 
-def run(folder, *arguments, by):
+def run(folder, *arguments):
     return subprocess.run(
-        [*by, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -52,14 +50,14 @@ def run(folder, *arguments, by):
 def test_a_test_gets_a_sandbox_of_its_own_by_naming_the_fixture(tmp_path, monkeypatch):
     monkeypatch.setenv("ZHIPUAI_API_KEY", "0123456789abcdef0123456789abcdef.0123456789abcdef")
     (tmp_path / "test_mine.py").write_text(TESTS)
-    done = run(tmp_path, by=[sys.executable])
+    done = run(tmp_path)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
 
 
 def test_a_tool_without_a_folder_leaves_nothing_in_the_working_folder(tmp_path):
     (tmp_path / "test_mine.py").write_text(FOLDER)
-    done = run(tmp_path, f"--basetemp={tmp_path / 'temporary'}", by=forked.python())
+    done = run(tmp_path, f"--basetemp={tmp_path / 'temporary'}")
     assert done.returncode == 0, done.stdout
     assert not (tmp_path / "cogview_images").exists()
 
@@ -69,5 +67,5 @@ def test_nothing_of_the_package_is_imported_where_no_test_asks_for_it(tmp_path):
         "import sys\n\n\ndef test_x():\n    ours = {name for name in sys.modules if name.startswith('langchain')}\n"
         "    assert ours <= {'langchain_cogview', 'langchain_cogview.pytest_plugin'}, ours\n"
     )
-    done = run(tmp_path, "-p", "no:anyio", "-p", "no:langsmith_plugin", by=[sys.executable])
+    done = run(tmp_path, "-p", "no:anyio", "-p", "no:langsmith_plugin")
     assert done.returncode == 0, done.stdout

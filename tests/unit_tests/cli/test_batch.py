@@ -14,7 +14,7 @@ import pytest
 
 from langchain_cogview import cli
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from tests.unit_tests.cli.test_command import KEY, cogview, command, module, on_a_terminal
+from tests.unit_tests.cli.test_command import KEY, MODULE, cogview, command, on_a_terminal
 
 PROMPTS = "a cat\n\na dog\nx [[content-filter]]\n"
 
@@ -130,7 +130,7 @@ def test_every_record_of_a_job_in_the_sandbox_says_so_even_where_it_is_blocked(f
 def test_a_terminal_without_tqdm_says_in_one_line_how_to_get_the_bar(folder):
     (folder / "p.txt").write_text("a cat\n")
     (folder / "tqdm.py").write_text("raise ImportError")  # in the first folder that `python -m` imports from
-    arguments = (*module(), "batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
+    arguments = (*MODULE, "batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
     seen, code = on_a_terminal(*arguments, folder=folder)
     assert code == 0
     assert seen.count("The progress bar needs tqdm.") == 1
@@ -405,12 +405,12 @@ def test_the_word_batch_can_still_be_painted(folder):
 def test_on_a_terminal_there_is_a_bar_which_can_be_left_out(folder):
     pytest.importorskip("tqdm")
     arguments = ("batch", "p.txt", "-o", "out", "--sandbox", "--size", "640x512")
-    seen, code = on_a_terminal(*module(), *arguments, folder=folder)
+    seen, code = on_a_terminal(*MODULE, *arguments, folder=folder)
     assert code == 3
     assert "3/3" in seen
     assert "1 blocked" in seen
     shutil.rmtree(folder / "out")
-    seen, code = on_a_terminal(*module(), *arguments, "--no-progress", folder=folder)
+    seen, code = on_a_terminal(*MODULE, *arguments, "--no-progress", folder=folder)
     assert code == 3
     assert "\r" not in seen
     assert "\x1b[" not in seen
@@ -423,7 +423,7 @@ def with_a_key() -> dict[str, str]:
 def started(*arguments: str, folder: Path) -> subprocess.Popen:
     """The real command, under way, which minds Ctrl-C as in a terminal."""
     return subprocess.Popen(
-        [*module(), *arguments],
+        [*MODULE, *arguments],
         cwd=folder,
         env=with_a_key(),
         stdout=subprocess.PIPE,

@@ -27,7 +27,6 @@ from langchain_cogview import CogViewImageGenerator, ImageFailure, ImageResult, 
 from langchain_cogview.cli import output as shell
 from langchain_cogview.concurrency import CancelToken
 from langchain_cogview.images import store
-from tests.forked import python
 
 KEY = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 SANDBOX_NOTE = "Sandbox: this is a placeholder, not a real image.\n"
@@ -35,20 +34,10 @@ SCRIPT = Path(sysconfig.get_path("scripts"), "cogview")
 MODULE = (sys.executable, "-m", "langchain_cogview.cli")
 
 
-def module() -> tuple[str, ...]:
-    """The same command in a process that has the package loaded."""
-    return (*python(), "-m", "langchain_cogview.cli")
-
-
-def script() -> tuple[str, ...]:
-    """The installed command in a process that has the package loaded."""
-    return (*python(), str(SCRIPT))
-
-
-def command(*arguments: str, folder: Path, by: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+def command(*arguments: str, folder: Path, by: tuple[str, ...] = MODULE, **options) -> subprocess.CompletedProcess:
     """The command in a process of its own, piped."""
     options = {"text": True, "capture_output": True, **options}
-    return subprocess.run([*(by or module()), *arguments], cwd=folder, timeout=300, check=False, **options)
+    return subprocess.run([*by, *arguments], cwd=folder, timeout=300, check=False, **options)
 
 
 @pytest.fixture
@@ -123,24 +112,24 @@ def without_spinner(seen: str) -> str:
 
 @pytest.mark.parametrize("plain", [{"TERM": "dumb"}, {"TERM": "dumb", "NO_COLOR": "1"}])
 def test_on_a_dumb_terminal_an_image_is_one_plain_line_with_its_size_time_and_cost(tmp_path, plain):
-    seen, code = on_a_terminal(*script(), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, **plain)
+    seen, code = on_a_terminal(str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox", folder=tmp_path, **plain)
     assert code == 0
     assert re.fullmatch(rf"kitten\.png  {FACTS}\n", seen)
 
 
 def test_without_colours_the_line_of_an_image_has_only_the_link(tmp_path):
-    arguments = (*script(), "a kitten", "-o", "kitten.png", "--sandbox")
+    arguments = (str(SCRIPT), "a kitten", "-o", "kitten.png", "--sandbox")
     seen, _ = on_a_terminal(*arguments, folder=tmp_path, NO_COLOR="1")
     assert re.fullmatch(rf"{re.escape(link(tmp_path / 'kitten.png'))}  {FACTS}\n", without_spinner(seen))
 
 
 def test_while_an_image_is_made_the_terminal_shows_the_seconds(tmp_path):
     arguments = ("-o", "kitten.png", "--sandbox")
-    seen, code = on_a_terminal(*module(), "a kitten [[slow:2]]", *arguments, folder=tmp_path, NO_COLOR="1")
+    seen, code = on_a_terminal(*MODULE, "a kitten [[slow:2]]", *arguments, folder=tmp_path, NO_COLOR="1")
     assert code == 0
     assert re.search(r"\r\S Making the image 1 s\x1b\[K", seen)
     assert re.search(r"\r\x1b\[K[^\r]*kitten\.png", seen)  # its line is empty before the result is written
-    plain, _ = on_a_terminal(*module(), "a kitten [[slow:0.5]]", *arguments, folder=tmp_path, TERM="dumb")
+    plain, _ = on_a_terminal(*MODULE, "a kitten [[slow:0.5]]", *arguments, folder=tmp_path, TERM="dumb")
     assert "Making" not in plain
 
 
@@ -149,8 +138,8 @@ ERRORS = [("a cat", "--size", "1000x1000", "--sandbox"), ("a cat", "--no-such-op
 
 @pytest.mark.parametrize("arguments", ERRORS)
 def test_an_error_and_a_usage_error_have_the_same_mark_and_colour_on_a_terminal(tmp_path, arguments):
-    coloured, code = on_a_terminal(*module(), *arguments, folder=tmp_path, COLUMNS="60")
-    plain, _ = on_a_terminal(*module(), *arguments, folder=tmp_path, COLUMNS="60", NO_COLOR="1")
+    coloured, code = on_a_terminal(*MODULE, *arguments, folder=tmp_path, COLUMNS="60")
+    plain, _ = on_a_terminal(*MODULE, *arguments, folder=tmp_path, COLUMNS="60", NO_COLOR="1")
     assert code == 2
     assert coloured.startswith("\x1b[1;31m✗ Error:\x1b[0m ")
     assert plain == re.sub(r"\x1b\[[\d;]*m", "", coloured)
@@ -174,7 +163,7 @@ def test_a_terminal_without_these_characters_gets_an_ascii_mark(tmp_path):
 )
 def test_a_terminal_that_can_shows_each_image_above_its_link(tmp_path, environment, form):
     prompt = "\x1b]0;a hostile prompt\x07"
-    arguments = (*module(), prompt, "-o", "kitten.png", "--n", "2", "--sandbox")
+    arguments = (*MODULE, prompt, "-o", "kitten.png", "--n", "2", "--sandbox")
     seen, code = on_a_terminal(*arguments, folder=tmp_path, **environment)
     first, second = (re.escape(link(tmp_path / name)) for name in ("kitten.png", "kitten-2.png"))
     assert code == 0
@@ -187,7 +176,7 @@ def test_a_terminal_that_can_shows_each_image_above_its_link(tmp_path, environme
 
 
 def test_json_on_a_terminal_is_json(tmp_path):
-    arguments = (*module(), "a kitten", "-o", "kitten.png", "--sandbox", "--json")
+    arguments = (*MODULE, "a kitten", "-o", "kitten.png", "--sandbox", "--json")
     seen, code = on_a_terminal(*arguments, folder=tmp_path, TERM="xterm-kitty")
     assert code == 0
     assert json.loads(without_spinner(seen).replace(SANDBOX_NOTE, ""))["images"][0]["path"] == "kitten.png"
@@ -209,7 +198,7 @@ def test_json_on_a_terminal_is_json(tmp_path):
 def test_every_command_says_the_same_piped_and_on_a_terminal(tmp_path, arguments, code):
     (tmp_path / "prompts.txt").write_text("a fox\na hare\n")
     piped = command(*arguments, folder=tmp_path)
-    seen, seen_code = on_a_terminal(*module(), *arguments, folder=tmp_path)
+    seen, seen_code = on_a_terminal(*MODULE, *arguments, folder=tmp_path)
     assert (piped.returncode, seen_code) == (code, code)
     assert ("Error: " in piped.stderr) == (piped.stdout == "")
     words = {text: sorted(normal(text).split()) for text in (piped.stdout + piped.stderr, seen)}
@@ -222,8 +211,8 @@ def normal(text: str) -> str:
 
 
 def test_help_is_plain_when_piped_and_may_be_styled_on_a_terminal(tmp_path):
-    piped = command("--help", folder=tmp_path, by=MODULE, env=dict(os.environ) | {"FORCE_COLOR": "1"})
-    seen, code = on_a_terminal(*module(), "--help", folder=tmp_path)
+    piped = command("--help", folder=tmp_path, env=dict(os.environ) | {"FORCE_COLOR": "1"})
+    seen, code = on_a_terminal(*MODULE, "--help", folder=tmp_path)
     assert piped.returncode == code == 0
     assert piped.stderr == ""
     assert piped.stdout.isascii()
@@ -272,7 +261,7 @@ def on_a_terminal(*arguments: str, folder: Path, **more: str) -> tuple[str, int]
 
 def test_ctrl_c_ends_with_130_and_says_that_it_may_cost(tmp_path):
     process = subprocess.Popen(
-        [*module(), "a cat [[slow:60]]", "--model", "cogview-3", "--sandbox"],
+        [*MODULE, "a cat [[slow:60]]", "--model", "cogview-3", "--sandbox"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -539,7 +528,7 @@ def test_bytes_go_with_nothing_else_and_nothing_is_sent(folder, sandbox, more):
 
 
 def test_bytes_are_not_thrown_at_a_terminal(tmp_path):
-    seen, code = on_a_terminal(*module(), "a cat", "-o", "-", "--sandbox", folder=tmp_path)
+    seen, code = on_a_terminal(*MODULE, "a cat", "-o", "-", "--sandbox", folder=tmp_path)
     assert code == 2
     assert "pipe it, or name a file." in " ".join(seen.replace("│", "").split())
     assert "PNG" not in seen
@@ -623,13 +612,15 @@ def test_a_viewer_that_fails_is_a_warning(tmp_path):
 )
 def test_the_shell_completes_commands_and_options_with_and_without_generate(tmp_path, words, number, expected):
     asked = {"_COGVIEW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
-    done = command(folder=tmp_path, by=script(), env=dict(os.environ) | asked)
+    done = command(folder=tmp_path, by=(str(SCRIPT),), env=dict(os.environ) | asked)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, expected, "")
 
 
 @pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
 def test_completion_is_shown_for_each_shell(tmp_path, shell_name):
-    done = command(folder=tmp_path, by=script(), env=dict(os.environ) | {"_COGVIEW_COMPLETE": f"source_{shell_name}"})
+    done = command(
+        folder=tmp_path, by=(str(SCRIPT),), env=dict(os.environ) | {"_COGVIEW_COMPLETE": f"source_{shell_name}"}
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "_COGVIEW_COMPLETE=complete_" in done.stdout
 
@@ -637,7 +628,7 @@ def test_completion_is_shown_for_each_shell(tmp_path, shell_name):
 def test_the_options_for_completion_are_no_prompt(tmp_path):
     help_page = command("--help", folder=tmp_path).stdout
     assert "--install-completion" in help_page
-    done = command("--show-completion", folder=tmp_path, by=script())
+    done = command("--show-completion", folder=tmp_path, by=(str(SCRIPT),))
     assert "was not made" not in done.stderr
     assert "API key" not in done.stderr
 

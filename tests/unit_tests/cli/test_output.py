@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from langchain_cogview import ProgressCallbackHandler, Sandbox, cli, plan_job, run_job
 from langchain_cogview.text import printable, visible
-from tests.unit_tests.cli.test_command import module, on_a_terminal
+from tests.unit_tests.cli.test_command import MODULE, on_a_terminal
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x08\x7f\x9b31m\r\u202e\u2066\u2069\u200e\u200f\u061c\u2028\u2029\ud800\udc80\x00\ufeff\u200d"
 HOSTILE = st.text(alphabet=st.one_of(st.sampled_from(EVIL), st.sampled_from("ab猫 \t.-=")), min_size=1, max_size=12)
@@ -218,7 +218,7 @@ def test_text_is_broken_between_words_and_a_url_is_left_whole():
 def test_on_a_real_terminal_only_our_own_sequences_are_written(tmp_path):
     (tmp_path / "p.txt").write_text("a \x1b[2J\u202e cat\n")
     name = "\x1b[2J\x07out"
-    seen, code = on_a_terminal(*module(), "batch", "p.txt", "-o", name, "--sandbox", "--no-progress", folder=tmp_path)
+    seen, code = on_a_terminal(*MODULE, "batch", "p.txt", "-o", name, "--sandbox", "--no-progress", folder=tmp_path)
     assert code == 0
     assert odd(seen) == []
     assert [item for item in os.listdir(tmp_path) if item == name]

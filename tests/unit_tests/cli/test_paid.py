@@ -12,7 +12,7 @@ import pytest
 from langchain_cogview.sandbox.server import SandboxServer
 from tests.conftest import FAKE_KEY, FIXTURES
 from tests.host import Host, http
-from tests.unit_tests.cli.test_command import module
+from tests.unit_tests.cli.test_command import MODULE
 from tests.unit_tests.cli.test_doctor import doctor
 
 FACT = re.compile(r"- \[(same|differs|seen)\] [^.]+\. Documented: .+\. Seen: .+\.")
@@ -84,7 +84,7 @@ def test_it_asks_with_the_price_and_pays_for_nothing_without_a_yes(server, sandb
     environment = dict(os.environ) | {"ZAI_API_KEY": FAKE_KEY, "TERM": "dumb", "COLUMNS": "200"}
     arguments = ("doctor", "--paid", "--base-url", server.base_url, "--region", "international")
     process = subprocess.Popen(
-        [*module(), *arguments],
+        [*MODULE, *arguments],
         stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder,
     )  # fmt: skip
     os.write(ours, f"{answer}\n".encode())

@@ -31,7 +31,6 @@ from langchain_cogview.images.download import afetch, fetch
 from langchain_cogview.images.formats import MAX_IMAGE_BYTES, ImageInfo
 from langchain_cogview.images.remote import RemoteFolder, remote_folder
 from langchain_cogview.images.store import ImageFile
-from tests import forked
 from tests.faults.server import IMAGE, FaultServer, good_image
 
 PNG = ImageInfo("image/png", ".png", 1, 1)
@@ -305,9 +304,9 @@ for what in remote_folder, RemoteFolder("s3://bucket").read:
     assert all('pip install "langchain-cogview[storage]"' in line for line in lines)
 
 
-def python(program, *arguments, by=(sys.executable,)):
+def python(program, *arguments):
     done = subprocess.run(
-        [*by, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -330,7 +329,7 @@ def test_another_process_reads_an_image_by_its_uri_alone(server, bucket):
     uri = asyncio.run(uploaded("sync", remote_folder(f"s3://{bucket}/a b"), IMAGE))[0]
     assert server.names(bucket) == [uri.removeprefix(f"s3://{bucket}/")]
     program = "import hashlib, sys; from langchain_cogview.images.remote import RemoteFolder; print(hashlib.sha256(RemoteFolder(sys.argv[1]).read(sys.argv[1])).hexdigest())"
-    assert python(program, uri, by=forked.python()).strip() == hashlib.sha256(IMAGE).hexdigest()
+    assert python(program, uri).strip() == hashlib.sha256(IMAGE).hexdigest()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
@@ -349,7 +348,7 @@ if not child:
     os._exit(0 if same else 1)
 print(os.waitpid(child, 0)[1])
 """
-    assert python(program, f"s3://{bucket}", by=forked.python()).strip() == "0"
+    assert python(program, f"s3://{bucket}").strip() == "0"
     assert server.names(bucket) == ["child.png", "parent.png"]
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from langchain_cogview.images.formats import ImageInfo
 from langchain_cogview.images.store import ImageFile, write_whole
-from tests import forked
 
 PNG = ImageInfo("image/png", ".png", 1, 1)
 
@@ -196,7 +195,7 @@ def test_a_kill_where_there_are_no_hard_links_leaves_whole_or_empty_files(tmp_pa
             file.save(ImageInfo("image/png", ".png", 1, 1))
             file.close()
     """
-    ended = subprocess.run([*forked.python(), "-c", textwrap.dedent(program)], check=False, timeout=400)
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=400)
     assert ended.returncode == -signal.SIGKILL
     sizes = {path.stat().st_size for path in tmp_path.glob("*.png")}
     assert 100_000 in sizes

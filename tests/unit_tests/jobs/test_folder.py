@@ -24,7 +24,7 @@ from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageEr
 from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.sandbox import SandboxServer
 from tests.unit_tests.cli.test_batch import with_a_key
-from tests.unit_tests.cli.test_command import MODULE, module
+from tests.unit_tests.cli.test_command import MODULE
 
 SMALL = {"size": "640x512"}
 NAMES = (
@@ -257,7 +257,7 @@ class Command:
     def started(self, *options: str, output: str = "out", limits: Callable[[], object] | None = None):
         arguments = ("batch", "p.txt", "-o", output, "--size", "640x512", "--base-url", self.base_url, "--no-progress")
         return subprocess.Popen(
-            [*(MODULE if limits else module()), *arguments, *options],  # limits hold for the process itself
+            [*MODULE, *arguments, *options],
             cwd=self.folder,
             env=with_a_key(),
             stdout=subprocess.PIPE,

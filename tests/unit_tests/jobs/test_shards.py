@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -14,7 +15,6 @@ from langchain_cogview.jobs import JobReport, arun_job, merge_shards, run_shards
 from langchain_cogview.jobs.folder import JobFolder
 from langchain_cogview.jobs.manifest import manifest_of
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from tests import forked
 from tests.unit_tests.cli.test_command import KEY, cogview
 
 PROMPTS = [f"a kitten, number {number}" for number in range(40)]
@@ -100,7 +100,7 @@ def test_several_workers_share_the_shards(tmp_path, monkeypatch):
     prompts.write_text("\n".join(PROMPTS))
     with SandboxServer(Sandbox(latency=0.01, in_flight_limit=100)) as server:
         command = [
-            *forked.python(), "-m", "langchain_cogview.cli", "batch", str(prompts), "-o", str(tmp_path / "job"),
+            sys.executable, "-m", "langchain_cogview.cli", "batch", str(prompts), "-o", str(tmp_path / "job"),
             "--shards", "8", "--base-url", server.base_url, "--no-progress",
         ]  # fmt: skip
         workers = [

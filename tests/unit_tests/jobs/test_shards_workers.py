@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections import Counter
 from decimal import Decimal
 
@@ -14,7 +15,6 @@ from langchain_cogview import CogViewConfigurationError
 from langchain_cogview.jobs import merge_shards, run_job, run_shards, work_on_shards
 from langchain_cogview.jobs.shards import DIVISION
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from tests import forked
 from tests.unit_tests.cli.test_command import KEY, cogview
 
 PROMPTS = [f"a kitten, number {number}" for number in range(24)]
@@ -158,7 +158,7 @@ def test_the_command_works_in_several_processes_and_says_when_all_is_finished(tm
     monkeypatch.setenv("ZHIPUAI_API_KEY", KEY)
     with SandboxServer(Sandbox(latency=0.01, in_flight_limit=100)) as server:
         begun(server, tmp_path, count=6, api_key=KEY)
-        command = [*forked.python(), "-m", "langchain_cogview.cli", "work", str(tmp_path)]
+        command = [sys.executable, "-m", "langchain_cogview.cli", "work", str(tmp_path)]
         command += ["--base-url", server.base_url, "--no-progress"]
         workers = [
             subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ})

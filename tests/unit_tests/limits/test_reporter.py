@@ -21,7 +21,6 @@ from langchain_cogview.limits import LimitShare, LimitUsage, SharedLimit, alloca
 from langchain_cogview.limits.machine import MachineLimit
 from langchain_cogview.limits.reporter import SharedAllowance
 from langchain_cogview.sandbox import Sandbox, SandboxServer
-from tests import forked
 
 PATIENCE = 60.0
 
@@ -336,7 +335,7 @@ def test_another_process_of_the_machine_is_seen(server, monkeypatch, tmp_path):
         "print(len(generator.batch(['a kitten'] * 20)))"
     )
     workers = [
-        subprocess.Popen([*forked.python(), "-c", code, server.base_url], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", code, server.base_url], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     assert [worker.communicate()[0].strip() for worker in workers] == ["20"] * 3
@@ -375,7 +374,7 @@ def test_a_process_that_ends_gives_its_slots_back_at_once(tmp_path):
         "limiter = limiter_for('http://127.0.0.1:1', 'cogview-4', 'key', MachineLimit(Path(sys.argv[1])))\n"
         "slots = [limiter.acquire(5) for _ in range(5)]\n"
     )
-    subprocess.run([*forked.python(), "-c", code, str(tmp_path)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
     [page] = tmp_path.iterdir()
     [member] = json.loads(page.read_text())["members"].values()
     assert member[:3] == [0, 0, 0]  # in flight, wanted, allowed

@@ -18,8 +18,6 @@ pytest.importorskip("mcp")
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
-from tests import forked
-
 COMMAND = [sys.executable, "-m", "langchain_cogview.cli", "mcp"]
 INITIALIZE = {
     "jsonrpc": "2.0", "id": 0, "method": "initialize",
@@ -46,9 +44,9 @@ def environment(service=None):
 class Process:
     """A server whose standard streams the test holds, so that it sees every byte."""
 
-    def __init__(self, folder, *options, env, by=(sys.executable,)):
+    def __init__(self, folder, *options, env):
         self.process = subprocess.Popen(
-            [*by, "-m", "langchain_cogview.cli", "mcp", "--output-dir", str(folder), *options],
+            [*COMMAND, "--output-dir", str(folder), *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
         )  # fmt: skip
         self.send(INITIALIZE)
@@ -99,7 +97,7 @@ async def test_the_command_serves_the_sdks_client(tmp_path, mode):
 
 
 def test_garbage_is_answered_or_ignored_and_the_server_goes_on(tmp_path):
-    server = Process(tmp_path, "--sandbox", env=environment(), by=forked.python())
+    server = Process(tmp_path, "--sandbox", env=environment())
     for garbage in (
         b"\xff\xfe garbage",
         b"{",
