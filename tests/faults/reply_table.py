@@ -12,7 +12,7 @@ from tests.faults.server import Connection, Fault, FaultServer, Request
 
 KEY: Final = "0123456789abcdef0123456789abcdef.0123456789abcdef"
 SERVER_WORDS: Final = "Xyzzy-says-the-server"
-SHORT: Final = 0.25
+SHORT: Final = 0.5
 """Time limit in seconds for faults that last until the limit."""
 AMPLE: Final = 100.0
 """Time limit in seconds for what ends by itself, however busy the machine is."""

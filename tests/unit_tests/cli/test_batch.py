@@ -470,7 +470,7 @@ def test_a_signal_ends_it_with_130_and_the_same_command_goes_on(folder, number):
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.heavy), signal.SIGTERM])
 def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(folder, number):
-    (folder / "p.txt").write_text("".join(f"prompt {n} [[slow:1]]\n" for n in range(12)))
+    (folder / "p.txt").write_text("".join(f"prompt {n} [[slow:3]]\n" for n in range(12)))
     with Sandbox() as sandbox, SandboxServer(sandbox) as server:
         arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")
         process = started(*arguments, folder=folder)
@@ -490,7 +490,7 @@ def test_one_signal_lets_what_is_under_way_end_so_that_nothing_paid_is_lost(fold
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)])
 def test_what_waits_when_a_signal_comes_is_not_sent_and_not_called_failed(folder, number):
-    prompts = [f"prompt {n} [[slow:1]]" for n in range(4)]
+    prompts = [f"prompt {n} [[slow:2]]" for n in range(4)]
     (folder / "p.txt").write_text("\n".join(prompts))
     with Sandbox(in_flight_limit=1) as sandbox, SandboxServer(sandbox) as server:
         arguments = ("batch", "p.txt", "-o", "out", "--size", "640x512", "--base-url", server.base_url, "--no-progress")

@@ -517,13 +517,13 @@ def test_a_task_that_does_not_end_is_given_up_when_asked_for(run, out, sandbox):
     big = {"model": "glm-image", "size": "1056x1568", "poll_interval": 0.01}
     sandbox.fail_next("task-polls", polls=10**6)
     for _ in range(2):
-        report = run(["a cat"], **big, timeout=0.5)
+        report = run(["a cat"], **big, timeout=1)
         assert (report.made, report.left, len(report.unknown)) == (0, 0, 1)
         assert report.errors == {"CogViewTaskUnfinishedError": 1}
     assert len(sandbox.ledger) == 1
     plan = plan_job(["a cat"], out, base_url=sandbox.base_url, retry_unknown=True, **big)
     assert "1 image in progress at the service will be polled; what does not end" in str(plan)
-    again = run(["a cat"], **big, timeout=2, retry_unknown=True)
+    again = run(["a cat"], **big, timeout=5, retry_unknown=True)
     assert (again.made, again.unknown) == (1, ())
     assert len(sandbox.ledger) == 2
     (line,) = lines(out)
