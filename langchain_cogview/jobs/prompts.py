@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from pydantic import BaseModel
 
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 
 PromptFormat = Literal["txt", "csv", "tsv", "jsonl"]
+_FORMATS: Final = get_args(PromptFormat)
 PromptSource = str | Path | Iterable[str | Mapping[str, Any]]
 """A file (`-` is the standard input), or the prompts themselves, each a string or a dict of arguments."""
 MAX_LINE: Final = 100_000
-"""Maximum length of a line, or of the lines that a quoted cell spans, in characters."""
+"""Maximum length of a line, of the lines that a quoted cell spans, or of a prompt of a list, in characters."""
+_MAX_DEPTH: Final = 100
+"""How deeply the other keys of a prompt may be nested: a manifest is read where less of the stack is left."""
 MAX_LISTED: Final = 20
+_TOO_LONG: Final = f"It has more than {MAX_LINE:,} characters."
 _ENDINGS: Final[dict[str, PromptFormat]] = {
     ".txt": "txt",
     ".csv": "csv",
@@ -75,10 +79,10 @@ class PromptFile:
 
     def __iter__(self) -> Iterator[PromptLine]:
         if not isinstance(self._source, str | Path):
-            _refuse_one(self._source)
+            refuse_one(self._source)
             yield from self._from_values(self._source)
             return
-        form = self._format or _format_of(self._source)
+        form = format_of(self._source, self._format)
         with _opened(self._source) as file:
             text = io.TextIOWrapper(
                 file, "utf-8-sig", "surrogateescape", newline="" if form == "csv" else None, write_through=True
@@ -132,6 +136,8 @@ class PromptFile:
             json.dumps(extra)
         except (TypeError, ValueError, RecursionError):
             return PromptLine(number, arguments, problem="A value beside its arguments cannot be written as JSON.")
+        if _is_deeper(extra, _MAX_DEPTH):
+            return PromptLine(number, arguments, problem="A value beside its arguments is nested too deeply.")
         return PromptLine(number, arguments, extra)
 
     def _from_values(self, values: Iterable[str | Mapping[str, Any]]) -> Iterator[PromptLine]:
@@ -139,7 +145,8 @@ class PromptFile:
             if isinstance(value, str) and not value.strip():
                 self.blank += 1
             else:
-                yield self._of_value(number, value)
+                line = self._of_value(number, value)
+                yield line if line.problem or _length(line) <= MAX_LINE else PromptLine(number, problem=_TOO_LONG)
 
     def _csv(self, file: TextIO) -> Iterator[PromptLine]:
         bounded = _Bounded(file)
@@ -243,7 +250,7 @@ def _exists(source: str | Path) -> bool:
         return False
 
 
-def _refuse_one(source: Any) -> None:
+def refuse_one(source: Any) -> None:
     """Raise if the source is a single prompt or not a collection of prompts.
 
     Iterating over a mapping, bytes or a model would send its keys, bytes or fields as prompts.
@@ -258,7 +265,23 @@ def _refuse_one(source: Any) -> None:
         )
 
 
-def _format_of(source: str | Path) -> PromptFormat:
+def format_of(source: str | Path, form: PromptFormat | None = None) -> PromptFormat:
+    """Return the format of a file of prompts.
+
+    Args:
+        source: The file; `-` is the standard input.
+        form: The format that the caller chose; None to take it from the file's extension.
+
+    Raises:
+        CogViewConfigurationError: The extension names no format, or the caller's choice is none.
+    """
+    if form is not None:
+        if form not in _FORMATS:
+            raise CogViewConfigurationError(
+                f"format is one of {', '.join(map(repr, _FORMATS))}, not {printable(repr(form), 40)}.",
+                hint="Leave it out to take the format from the file's extension.",
+            )
+        return form
     if str(source) == "-":
         return "txt"
     form = _ENDINGS.get(Path(source).suffix.lower())
@@ -286,7 +309,7 @@ def _opened(source: str | Path) -> Iterator[BinaryIO]:
         else:
             file = Path(source).expanduser().open("rb")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise CogViewConfigurationError(
             f"The file of prompts, {name}, cannot be read: {reason}.", hint="Check the path."
         ) from None
@@ -309,12 +332,25 @@ def _opened(source: str | Path) -> Iterator[BinaryIO]:
             file.detach()
 
 
+def _length(line: PromptLine) -> int:
+    # In characters, about as the line would have in a file.
+    texts = sum(len(value) for value in line.arguments.values() if isinstance(value, str | bytes))
+    return texts + (len(json.dumps(line.extra, ensure_ascii=False)) if line.extra else 0)
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list | tuple):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+
+
 def _line_problem(text: str, file: TextIO) -> str | None:
     """Return what is wrong with a line, or None; skip the rest of a line that is too long."""
     if len(text.rstrip("\r\n")) > MAX_LINE:
         while text and not text.endswith(("\n", "\r")):
             text = file.readline(MAX_LINE)
-        return f"It has more than {MAX_LINE:,} characters."
+        return _TOO_LONG
     wrong = _NOT_UTF_8.search(text)
     return f"Not valid UTF-8 at character {wrong.start() + 1}." if wrong else None
 

@@ -259,6 +259,32 @@ def test_prompts_can_be_texts_and_dicts():
     assert file.blank == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * (MAX_LINE + 1),
+        {"prompt": "x" * (MAX_LINE + 1)},
+        {"prompt": "a cat", "thumbnail": "x" * MAX_LINE},
+        {"prompt": "a cat", "ids": [*range(MAX_LINE)]},
+    ],
+    ids=["text", "prompt", "text beside it", "list beside it"],
+)
+def test_a_prompt_of_a_list_is_no_longer_than_a_line_of_a_file(value):
+    # A manifest whose line is too long could not be read again.
+    assert problems(["a cat", value, "a dog"]) == {2: "It has more than 100,000 characters."}
+
+
+@pytest.mark.parametrize("container", [lambda inner: [inner], lambda inner: {"a": inner}, lambda inner: (inner,)])
+def test_what_is_nested_so_deeply_that_a_manifest_might_not_be_read_again_is_reported(container):
+    inner = 1
+    for _ in range(99):
+        inner = container(inner)
+    assert problems([{"prompt": "a cat", "notes": inner}]) == {}
+    assert problems([{"prompt": "a cat", "notes": container(inner)}]) == {
+        1: "A value beside its arguments is nested too deeply."
+    }
+
+
 def test_a_dash_is_the_standard_input_and_leaves_it_open(monkeypatch):
     stdin = io.BytesIO(b"\xef\xbb\xbfa cat\r\n\r\na dog")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stdin, "ascii"))
@@ -274,6 +300,12 @@ def test_the_format_can_be_passed(written):
     assert texts_of(path, format="csv") == [(2, "a cat")]
     with pytest.raises(CogViewConfigurationError, match=r"does not name a format of prompts\. Choose one with format="):
         texts_of(path)
+
+
+@pytest.mark.parametrize("form", ["xml", "TXT", "", 5, ["txt"]])
+def test_a_format_that_does_not_exist_is_refused_with_those_that_do(written, form):
+    with pytest.raises(CogViewConfigurationError, match="format is one of 'txt', 'csv', 'tsv', 'jsonl', not"):
+        texts_of(written("a cat"), format=form)
 
 
 def test_a_file_that_cannot_be_read_is_reported(tmp_path):
