@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 
 from langchain_cogview.catalog import model_info
 from langchain_cogview.errors import CogViewConfigurationError, CogViewInvalidRequestError, printable
-from langchain_cogview.jobs.prompts import bullet_list, count_text, read_prompts
+from langchain_cogview.jobs.prompts import bullet_list, count_text, file_name, read_prompts
 from langchain_cogview.request import ImageRequest, checked_prompt, describe_validation
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def checked_items(
 
 def _name_of(source: PromptSource) -> str | None:
     """Return the name of a file of prompts, for people; None for a list and for the standard input."""
-    return printable(Path(source).name, 200) if isinstance(source, str | Path) and str(source) != "-" else None
+    return file_name(source) if isinstance(source, str | Path) and str(source) != "-" else None
 
 
 class _Form(NamedTuple):

@@ -10,14 +10,16 @@ import csv
 import io
 import json
 import re
+import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from langchain_cogview.catalog import money_text
 from langchain_cogview.errors import CogViewConfigurationError, printable
@@ -45,6 +47,7 @@ _ENDINGS: Final[dict[str, PromptFormat]] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
+_BLOCK: Final = 1 << 20
 _NOT_UTF_8: Final = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of such bytes
 _UTF_16: Final = (b"\xff\xfe", b"\xfe\xff")
 _ARGUMENTS: Final = frozenset(ImageRequest.model_fields)
@@ -435,6 +438,60 @@ def read_prompts(source: PromptSource, *, format: PromptFormat | None = None) ->
         CogViewConfigurationError: Raised on iteration: the file cannot be read, its format is unknown, or its header is wrong.
     """
     return PromptFile(source, format=format)
+
+
+# --- a copy of the prompts
+
+
+def can_be_read_once(source: str | Path) -> bool:
+    """Return whether a file of prompts is the standard input, a pipe or a device, which give their text only once."""
+    if str(source) == "-":
+        return True
+    try:
+        mode = Path(source).expanduser().stat().st_mode
+    except (OSError, ValueError, RuntimeError):  # reading it says what is wrong
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def copied_prompts(source: PromptSource, form: PromptFormat | None) -> tuple[str, PromptFormat, Generator[bytes]]:
+    """Return a copy of the prompts that gives the same job: each prompt on its line, and what is not valid not valid.
+
+    Args:
+        source: A file or a list, which was checked before.
+        form: As for `read_prompts`.
+
+    Returns:
+        The name of the copy, its format, and its content.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        return file_name(path) or "prompts", format_of(path, form), _blocks(path)
+    return "prompts.jsonl", "jsonl", _json_lines(source)
+
+
+def file_name(source: str | Path) -> str:
+    """Return the name of a file of prompts as the manifest has it."""
+    return printable(Path(source).name, 200)
+
+
+def _blocks(path: Path) -> Generator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _json_lines(source: PromptSource) -> Generator[bytes]:
+    written = 0
+    for line in read_prompts(source):
+        text = "null"  # no prompt
+        if not line.problem:
+            with suppress(ValueError, RecursionError):  # arguments that are not valid
+                values = {**line.extra, **to_jsonable_python(line.arguments, fallback=str)}
+                text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+        # Blank prompts of the list are blank lines.
+        yield b"\n" * (line.number - written - 1) + text.encode("utf-8", "backslashreplace") + b"\n"
+        written = line.number
 
 
 # --- words

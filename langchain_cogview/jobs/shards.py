@@ -39,7 +39,7 @@ from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.ledger import locked_parent
 from langchain_cogview.jobs.manifest import MANIFEST, attempts_of, manifest_of
 from langchain_cogview.jobs.plan import job_settings
-from langchain_cogview.jobs.prompts import cost_text, count_text, read_prompts
+from langchain_cogview.jobs.prompts import can_be_read_once, copied_prompts, cost_text, count_text, refuse_one
 from langchain_cogview.jobs.remote import SETTINGS_NAME, remote_job
 from langchain_cogview.jobs.report import ContactSheet, compact
 from langchain_cogview.text import visible
@@ -57,8 +57,8 @@ _TEXT: Final = re.compile(r"([0-9]{1,5})/([0-9]{1,5})")
 DIVISION: Final = "shards.json"
 _PROMPTS: Final = "shards-prompts"
 """The folder of the copy, which has the name of the file, as the manifest has it."""
+_NAME: Final = r"\A[^/\x00]{1,255}\z" if os.sep == "/" else r"\A[^/\\:\x00]{1,255}\z"
 _MAX_BYTES: Final = 1 << 20
-_BLOCK: Final = 1 << 20
 OPTIONS: Final = frozenset(
     {
         *("limit", "budget", "retry_failed", "retry_unknown", "unique", "skip_bad", "format", "progress", "config"),
@@ -188,9 +188,9 @@ def local_folder(output_dir: str | Path) -> Path:
         )
     try:
         return Path(output_dir).expanduser().resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError) as error:
         raise CogViewConfigurationError(
-            f"The folder cannot be found: {error}.", hint="Choose another folder."
+            f"The folder cannot be found: {printable(str(error)).rstrip('.')}.", hint="Choose another folder."
         ) from None
 
 
@@ -259,11 +259,14 @@ class Workers:
         folder: The folder of the job.
         count: The number of shards.
         generator: Generates the images.
+
+    Raises:
+        CogViewConfigurationError: The count is not one.
     """
 
     def __init__(self, folder: Path, count: int, generator: CogViewImageGenerator) -> None:
         self._folder = folder
-        self._count = count
+        self._count = Shard.of(f"1/{count}").count
         self._generator = generator
 
     @classmethod
@@ -297,16 +300,17 @@ class Workers:
         """Return prompts and options with which the folder keeps what further workers need, once a shard was accepted.
 
         Raises:
-            CogViewConfigurationError: The prompts can be read only once.
+            CogViewConfigurationError: The prompts can be read only once, or are no list.
         """
-        if str(prompts) == "-":
+        if not isinstance(prompts, str | Path):
+            refuse_one(prompts)
+            prompts = list(prompts)
+        elif can_be_read_once(prompts):
+            source = "the standard input" if str(prompts) == "-" else printable(str(prompts), 120)
             raise CogViewConfigurationError(
-                "A job in shards reads its prompts several times, and the standard input can be read once; nothing was sent.",
+                f"A job in shards reads its prompts several times, and {source} can be read once; nothing was sent.",
                 hint="Write the prompts to a file.",
             )
-        if not isinstance(prompts, str | Path):
-            read_prompts(prompts)  # refuses what is no collection
-            prompts = list(prompts)
         keep = [partial(_keep, self._folder, prompts, self._count, options, self._generator)]
         on_plan = options.get("on_plan")
 
@@ -325,7 +329,7 @@ class Workers:
             The report of each shard that was worked on.
         """
         reports: list[JobReport] = []
-        left = [Shard.of(f"{number}/{self._count}") for number in range(1, max(self._count, 1) + 1)]
+        left = [Shard.of(f"{number}/{self._count}") for number in range(1, self._count + 1)]
         held: list[Shard] = []
         while left:
             shard = left.pop(0)
@@ -352,7 +356,7 @@ class _Division(BaseModel):
     type: Literal["cogview.shards"] = "cogview.shards"
     version: Literal[1] = 1
     count: int = Field(ge=1, le=MAX_SHARDS)
-    prompts: Annotated[str, Field(pattern=r"\A[^/\\\x00]{1,255}\z")]
+    prompts: Annotated[str, Field(pattern=_NAME)]
     format: Literal["txt", "csv", "tsv", "jsonl"]
     service: str
     options: dict[str, str | bool | None]
@@ -362,7 +366,7 @@ class _Division(BaseModel):
 def _keep(
     folder: Path, prompts: PromptSource, count: int, options: dict[str, Any], generator: CogViewImageGenerator
 ) -> None:
-    name, form, content = _copied(prompts, options.get("format"))
+    name, form, content = copied_prompts(prompts, options.get("format"))
     settings = generator.model_dump(include=set(_SETTINGS), exclude_none=True, mode="json")
     settings["region"] = generator.resolved_region
     if is_sandbox(generator.resolved_base_url):
@@ -371,7 +375,7 @@ def _keep(
     division = _Division(
         count=count,
         prompts=name,
-        format=form,  # type: ignore[arg-type]
+        format=form,
         service=job_settings(generator)["service"],
         options={key: str(value) if isinstance(value, int | float | Decimal) and value is not True else value
                  for key, value in kept.items()},
@@ -390,20 +394,6 @@ def _keep(
             parent.replace(DIVISION, [json.dumps(division.model_dump(), indent=1).encode() + b"\n"])
         except OSError as error:
             raise write_error(folder / DIVISION, error) from None
-
-
-def _copied(prompts: PromptSource, form: str | None) -> tuple[str, str, Any]:
-    if isinstance(prompts, str | Path):
-        path = Path(prompts).expanduser()
-        return path.name, form or path.suffix.lower().lstrip("."), _blocks(path)
-    lines = ({"prompt": item} if isinstance(item, str) else dict(item) for item in prompts)
-    return "prompts.jsonl", "jsonl", (json.dumps(line, default=str).encode() + b"\n" for line in lines)
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            yield block
 
 
 def _read(path: Path) -> tuple[_Division, Path]:

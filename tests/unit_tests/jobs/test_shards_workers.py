@@ -42,6 +42,8 @@ def test_a_worker_needs_the_folder_alone_and_finishes_the_job(sandbox, tmp_path)
         ("ein Fuchs.csv", "prompt,size\na kitten,square\na foal,16:9\n"),
         ("p.jsonl", '{"prompt": "a kitten", "n": 2}\n"a foal"\n'),
         ("p.list", "a kitten\na foal\n"),
+        ("p.NDJSON", '"a kitten"\n"a foal"\n'),
+        pytest.param("a\\b.txt", "a kitten\na foal\n", marks=pytest.mark.skipif(os.sep != "/", reason="a folder here")),
     ],
 )
 def test_the_copy_of_the_prompts_gives_the_same_job(sandbox, tmp_path, name, text):
@@ -55,6 +57,41 @@ def test_the_copy_of_the_prompts_gives_the_same_job(sandbox, tmp_path, name, tex
     assert len(sandbox.requests) == sent
     merged = merge_shards(tmp_path / "job")
     assert {json.loads(line)["source"] for line in merged.manifest.read_text().splitlines()} == {name}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+def test_a_file_whose_name_is_not_text_has_a_copy_too(sandbox, tmp_path):
+    prompts = tmp_path / os.fsdecode(b"\xff kittens.txt")
+    prompts.write_text("a kitten\na foal\n")
+    begun(sandbox, tmp_path / "job", prompts, 2)
+    assert sum(report.made for report in work_on_shards(tmp_path / "job", progress=False)) == 2
+
+
+def test_the_copy_of_a_list_gives_the_same_job(sandbox, tmp_path):
+    # Blank, not valid in several ways, of other types than JSON has, and not UTF-8.
+    values = ["a kitten", "", 7, {"prompt": b"a foal"}, {"prompt": "a hare", "o": {1}}, b"a fox", {"prompt": b"\xff"}]
+    values += [{"prompt": "a cat", "n": Decimal(2), "note": "\ud800"}, {"prompt": "a dog", 1: (2, None)}]
+    run_shards(values, tmp_path, 2, base_url=sandbox.base_url, progress=False, skip_bad=True)
+    sent = sorted(request.body["prompt"] for request in sandbox.requests)
+    assert sent == ["a cat", "a cat", "a dog", "a foal", "a kitten"]
+    reports = work_on_shards(tmp_path, progress=False)
+    assert sum(report.skipped for report in reports) == 4
+    assert {report.bad for report in reports} == {4}
+    assert len(sandbox.requests) == len(sent)
+
+
+@pytest.mark.parametrize("prompts", [{"prompt": "a kitten", "size": "square"}, b"p.txt", None, 5])
+def test_what_is_no_list_of_prompts_is_refused(sandbox, tmp_path, prompts):
+    with pytest.raises(CogViewConfigurationError, match="must be a list of strings and dicts"):
+        begun(sandbox, tmp_path / "job", prompts)
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, "two", None])
+def test_what_is_no_number_of_shards_is_refused(sandbox, tmp_path, count):
+    with pytest.raises(CogViewConfigurationError, match="shard is a number and a count"):
+        begun(sandbox, tmp_path / "job", count=count)
+    assert not (tmp_path / "job").exists()
 
 
 def test_the_copy_follows_the_file(sandbox, tmp_path):
@@ -142,6 +179,14 @@ def test_a_link_in_place_of_the_copy_is_not_read(sandbox, tmp_path):
 def test_the_standard_input_is_refused(sandbox, tmp_path):
     with pytest.raises(CogViewConfigurationError, match="standard input can be read once"):
         begun(sandbox, tmp_path / "job", "-")
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_is_refused_and_not_waited_for(sandbox, tmp_path):
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(CogViewConfigurationError, match=r"p\.txt can be read once"):
+        begun(sandbox, tmp_path / "job", tmp_path / "p.txt")
     assert not (tmp_path / "job").exists()
 
 
