@@ -308,6 +308,7 @@ def plan_job(
         CogViewConfigurationError: As for `run_job`.
     """
     try:
+        _refuse_limit(limit)
         job = _Job(output_dir, generator, settings, shard)
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
@@ -447,10 +448,7 @@ class _Job:
         self, retry: dict[str, bool], *, limit: int | None, budget: Any, skip_bad: bool, into_existing: bool
     ) -> Iterator[JobRun]:
         # The folder is locked first; what is recovered in it is in the manifest before anything is sent.
-        if limit is not None and (not isinstance(limit, int) or limit < 0):
-            raise CogViewConfigurationError(
-                f"limit must be a number of prompts, 0 or more, not {limit!r:.40}.", hint=""
-            )
+        _refuse_limit(limit)
         if not skip_bad:
             self.prompts.refuse_problems()
         with self.locked_folder(budget, into_existing=into_existing) as folder, contextlib.ExitStack() as stack:
@@ -521,6 +519,11 @@ async def _off_the_loop(calls: Iterator[Callable[[], Any]]) -> AsyncIterator[Cal
 def _raise_error(result: Any) -> None:
     if isinstance(result, Exception):  # only an error of the job itself
         raise result
+
+
+def _refuse_limit(limit: int | None) -> None:
+    if limit is not None and (not isinstance(limit, int) or limit < 0):
+        raise CogViewConfigurationError(f"limit must be a number of prompts, 0 or more, not {limit!r:.40}.", hint="")
 
 
 def _refuse_other_settings(folder: str, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

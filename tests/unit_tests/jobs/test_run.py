@@ -337,6 +337,13 @@ def test_the_folder_is_a_local_one_or_the_url_of_a_store(folder, sandbox):
             run_job(["a cat"], url, base_url=sandbox.base_url)
 
 
+@pytest.mark.parametrize("folder", [None, 5, b"job", "~no-such-user/job"])
+def test_a_folder_that_is_no_path_is_refused(sandbox, folder):
+    with pytest.raises(CogViewConfigurationError, match=r"The folder cannot be found: .*[^.]\. Choose another folder"):
+        run_job(["a cat"], folder, base_url=sandbox.base_url, progress=False)
+    assert not sandbox.requests
+
+
 def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_sent(run, tmp_path, sandbox):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CogViewStorageError, match="cannot be written"):
@@ -822,9 +829,11 @@ def test_limit_generates_at_most_so_many(run, sandbox):
 
 
 @pytest.mark.parametrize("limit", [-1, 1.5, "3"])
-def test_a_limit_is_a_number(run, sandbox, limit):
+def test_a_limit_is_a_number(run, sandbox, out, limit):
     with pytest.raises(CogViewConfigurationError, match="limit must be a number of prompts"):
         run(["a cat"], limit=limit)
+    with pytest.raises(CogViewConfigurationError, match="limit must be a number of prompts"):
+        plan_job(["a cat"], out, limit=limit, base_url=sandbox.base_url)
 
 
 @pytest.mark.parametrize("budget", ["0.18", 0.18, Decimal("0.239")])
