@@ -13,7 +13,7 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AsyncExitStack, aclosing, closing, contextmanager
+from contextlib import AsyncExitStack, aclosing, closing, contextmanager, suppress
 from functools import partial
 from typing import Any, Final, cast
 
@@ -22,7 +22,7 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensur
 from langchain_core.runnables.config import get_config_list, merge_configs
 
 from langchain_cogview.catalog import DEFAULT_MODEL
-from langchain_cogview.concurrency import PRIORITY, batch_work, raised_by_signal
+from langchain_cogview.concurrency import PRIORITY, batch_work, in_thread, raised_by_signal
 from langchain_cogview.errors import CogViewBatchError, CogViewError, is_retryable, printable
 from langchain_cogview.notebook.display import BatchResults
 from langchain_cogview.pools import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
@@ -125,6 +125,23 @@ def progress_bar(
                 handler.count_failure(result)
 
         yield merge_configs(config, {"callbacks": [handler]}), count
+
+
+async def load_progress_bar(progress: bool | None) -> None:  # noqa: FBT001
+    """Load in a thread what `progress_bar` needs: the first import of its package reads files.
+
+    Args:
+        progress: As for `progress_bar`.
+    """
+    if progress is not False:
+        await in_thread(_load_progress_bar, progress)
+
+
+def _load_progress_bar(progress: bool | None) -> None:  # noqa: FBT001
+    from langchain_cogview.callbacks import ProgressCallbackHandler  # noqa: PLC0415
+
+    with suppress(ImportError):  # of the extra; showing the bar says so
+        ProgressCallbackHandler(show=progress)
 
 
 def _ignore(result: Any) -> None:
@@ -264,6 +281,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
         """
         config = without_key(config)
         check_many(inputs)
+        await load_progress_bar(progress)
         with progress_bar(self._count(inputs), config, progress) as (shared, count):
             config_of = _configs(shared)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_core.runnables import ensure_config
 from langchain_core.runnables.config import merge_configs
 
+from langchain_cogview.batches import load_progress_bar
 from langchain_cogview.catalog import currency_of
 from langchain_cogview.concurrency import entered_in_thread, in_thread
 from langchain_cogview.errors import CogViewConfigurationError, printable
@@ -206,6 +207,7 @@ async def arun_job(
         run.stop_event = stop
         if on_plan:
             on_plan(job.plan)
+        await load_progress_bar(progress)
         with run.cancel_token(), job.with_progress(progress, config) as run_config:
             for calls in run.passes(run.acollect, run.agenerate, run_config):
                 chosen = _off_the_loop(calls) if job.ledger else calls

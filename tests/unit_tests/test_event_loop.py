@@ -85,6 +85,32 @@ print(sorted(name for name in seen if name.partition(".")[0] in heavy))
         assert python(program, folder).split("\n")[:3] == ["CogViewConnectionError", "[True]", "[]"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "[found async for found in CogViewImageGenerator(base_url='sandbox:').astream_many(['a fox'], progress=True)]",
+        "await arun_job(['a fox'], sys.argv[1], base_url='sandbox:', progress=True)",
+    ],
+    ids=["astream_many", "arun_job"],
+)
+def test_a_progress_bar_is_loaded_in_a_thread(call, tmp_path):
+    program = f"""
+import asyncio, sys
+from blockbuster import blockbuster_ctx
+from langchain_cogview import CogViewImageGenerator
+from langchain_cogview.jobs import arun_job
+
+async def main():
+    with blockbuster_ctx():
+        {call}
+
+assert "tqdm" not in sys.modules
+asyncio.run(main())
+print("tqdm" in sys.modules)
+"""
+    assert python(program, tmp_path / "job") == "True\n"
+
+
 WAYS = {
     "a folder": lambda path: {"output_dir": path / "out"},
     "memory": lambda path: {},
