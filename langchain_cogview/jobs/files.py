@@ -21,6 +21,7 @@ from langchain_cogview.images.store import IMAGE_NAME, image_names, write_whole
 from langchain_cogview.jobs.folder import SUBFOLDER, write_error
 from langchain_cogview.jobs.manifest import MAX_URL, image_record, undownloaded_record
 from langchain_cogview.result import GeneratedImage
+from langchain_cogview.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,7 +249,8 @@ def recovered_record(recovered: RecoveredImage, price: Decimal | None, *, sandbo
         sha256=recovered.sha256,
         request_id=recovered.attempt.request_id,
         model=recovered.attempt.model,
-        prompt=recovered.attempt.prompt,
+        # Another program may have written unpaired surrogates, which no image has.
+        prompt=visible(recovered.attempt.prompt),
         cost=Decimal(0) if sandbox else price,
         sandbox=sandbox,
     )

@@ -386,6 +386,15 @@ def test_a_folder_that_another_process_is_writing_to_is_refused(out, sandbox):
 # --- going on
 
 
+def test_an_image_is_entered_whatever_text_its_request_was_recorded_with(run, out, sandbox):
+    run(["a cat"])
+    forget(out, "a cat")
+    (attempt,) = map(json.loads, (out / "attempts.jsonl").read_text().splitlines())
+    (out / "attempts.jsonl").write_text(json.dumps({**attempt, "prompt": "\ud800\x1b[2J"}) + "\n")
+    report = run(["a cat"])
+    assert (report.made, report.stopped, sandbox.images_made) == (1, None, 1)
+
+
 def test_an_image_whose_line_was_not_written_is_entered_without_paying(run, out, sandbox):
     run(["a cat", "a dog", "a hare"])
     files = {path.name for path in out.glob(IMAGES)}
