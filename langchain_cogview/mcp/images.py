@@ -7,15 +7,20 @@ import logging
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import ValidationError
 
 from langchain_cogview.answers import answer
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.budget import JOURNAL, Budget
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.errors import (
+    CogViewConfigurationError,
+    CogViewContentFilterError,
     CogViewError,
     CogViewOutcomeUnknownError,
     CogViewTaskUnfinishedError,
@@ -30,7 +35,7 @@ from langchain_cogview.jobs.manifest import failure_record, image_record, manife
 from langchain_cogview.jobs.plan import price_of
 from langchain_cogview.mcp.records import Request, ServerFolder, ServerRecords
 from langchain_cogview.pending import PendingImage, PendingImages, UnknownImageError
-from langchain_cogview.request import ImageRequest
+from langchain_cogview.request import ImageRequest, describe_validation
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 from langchain_cogview.tasks import ImageTask
 
@@ -131,6 +136,8 @@ class ServerImages(PendingImages):
         self.tool = tool
         self.folder = Path(str(tool.generator.output_dir)).absolute()
         self.sandbox = is_sandbox(tool.generator.resolved_base_url)
+        generator = tool.generator
+        self._access = ImageAccess(generator.resolved_base_url, generator.allowed_image_hosts)
         self.records = ServerRecords(self.folder, sandbox=self.sandbox)
         self._counted: Counter[str] = Counter()
         self._unanswered: dict[tuple[Any, ...], list[ServerImage]] = {}
@@ -274,11 +281,11 @@ class ServerImages(PendingImages):
     ) -> ImageResult:
         try:
             _, artifact = answer(result, "text", shown_to_user=False)  # an image that is in memory only is saved
-            result = self.read({"artifact": artifact})
+            result = ImageResult.read_artifact(artifact, self._access)  # which may be in a temporary folder
             records = [image_record(item, item.path.name if item.path else f"{item.id}.link") for item in result.images]
             values = self._record(image, records, [], [*sent, *(item.request_id for item in result.images)])
             folder.note_ended({**values, "artifact": artifact, "is_answered": image.waiting > 0})
-        except (CogViewError, OSError) as error:  # the image is paid for, and its request is recorded
+        except (CogViewError, OSError, ValidationError) as error:  # the image is paid for, and its request is recorded
             logger.warning("The end of image %s could not be recorded: %s", image.key, error)
         return result
 
@@ -317,14 +324,15 @@ class ServerImages(PendingImages):
 
         for sent, found, record in list(self.records.recover(folder, price, sandbox=self.sandbox)):
             image = self._image_of(sent)
-            made = GeneratedImage.model_validate(
-                {**record, "id": sent["request_id"][:8], "prompt": sent["prompt"], "path": self.folder / found.file}
-                | {
-                    "list_price": price(found.attempt.model),
-                    "currency": price_of(generator, found.attempt.model).currency,
-                }
-                | {"size": sent.get("size"), "quality": sent.get("quality")}
-            )
+            with self._refusing_damage(folder, sent):
+                made = GeneratedImage.model_validate(
+                    {**record, "id": sent["request_id"][:8], "prompt": sent["prompt"], "path": self.folder / found.file}
+                    | {
+                        "list_price": price(found.attempt.model),
+                        "currency": price_of(generator, found.attempt.model).currency,
+                    }
+                    | {"size": sent.get("size"), "quality": sent.get("quality")}
+                )
             result = ImageResult(
                 images=(made,),
                 failures=(),
@@ -352,6 +360,18 @@ class ServerImages(PendingImages):
                     image.announce()
                     self._remember_unanswered(image)
 
+    @contextlib.contextmanager
+    def _refusing_damage(self, folder: ServerFolder, sent: Mapping[str, Any]) -> Iterator[None]:
+        # The records have the right types, but their values may be those of no request.
+        try:
+            yield
+        except ValidationError as error:
+            raise CogViewConfigurationError(
+                f"The record of the image {printable(sent['key'], 40)} in {printable(str(folder.folder.path), 120)} is damaged: "
+                f"{printable(describe_validation(error), 120)} Nothing was sent.",
+                hint="Delete its lines, or restore them.",
+            ) from None
+
     def _image_of(self, sent: Mapping[str, Any]) -> ServerImage:
         arguments = {name: sent.get(name) for name in ("prompt", "model", "size", "quality")}
         return ServerImage(arguments, sent["key"])
@@ -363,12 +383,9 @@ class ServerImages(PendingImages):
     def _collect_task(self, folder: ServerFolder, sent: Mapping[str, Any]) -> ServerImage:
         image = self._image_of(sent)
         arguments = {name: value for name, value in image.arguments.items() if value is not None}
-        task = ImageTask(
-            sent["task_id"],
-            generator=self.tool.generator,
-            request=ImageRequest.model_validate(arguments),
-            request_id=sent["request_id"],
-        )
+        with self._refusing_damage(folder, sent):
+            request = ImageRequest.model_validate(arguments)
+        task = ImageTask(sent["task_id"], generator=self.tool.generator, request=request, request_id=sent["request_id"])
         image.announce()
 
         def collect() -> ImageResult:
@@ -392,8 +409,8 @@ class ServerImages(PendingImages):
         Raises:
             CogViewInvalidRequestError: The record is damaged.
         """
-        access = ImageAccess(self.tool.generator.resolved_base_url, self.tool.generator.allowed_image_hosts)
-        return ImageResult.read_artifact(record["artifact"], access)
+        # Another program may have written it: no file outside the folder is read.
+        return ImageResult.read_artifact(record["artifact"], replace(self._access, within=self.folder))
 
     # --- finding
 
@@ -517,6 +534,6 @@ def _error_of(record: Mapping[str, Any]) -> CogViewError:
     failure = record["failures"][0] if record["failures"] else {"error": "", "message": "No image was made."}
     kind = error_class(failure["error"]) or CogViewError
     facts: dict[str, Any] = {name: failure.get(name) for name in ("code", "status", "request_id")}
-    if failure.get("content_filter"):
+    if failure.get("content_filter") and issubclass(kind, CogViewContentFilterError):
         facts["content_filter"] = read_entries(failure["content_filter"])
     return kind(failure["message"], **facts)

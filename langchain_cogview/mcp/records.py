@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from langchain_cogview.errors import CogViewConfigurationError
 from langchain_cogview.jobs.files import recovered_images, recovered_record
-from langchain_cogview.jobs.folder import FolderInUseError, JobFolder
+from langchain_cogview.jobs.folder import DamagedRecordError, FolderInUseError, JobFolder, RecordFile
 from langchain_cogview.jobs.history import read_history
-from langchain_cogview.jobs.manifest import attempts_of, manifest_of, now
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, attempts_line, manifest_line, now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from langchain_cogview.jobs.files import RecoveredImage
-    from langchain_cogview.jobs.folder import RecordFile
     from langchain_cogview.jobs.history import History
 
 SERVICE_FOLDER: Final = ".cogview-mcp"
 SANDBOX_FOLDER: Final = ".cogview-mcp-sandbox"
 MAX_SERVERS: Final = 100
 """The largest number of servers that use one folder at the same time."""
+_ARGUMENTS: Final = ("model", "size", "quality")
 _LOCK_SECONDS: Final = 30.0
 _LOCK_POLL_SECONDS: Final = 0.02
 
@@ -75,14 +75,14 @@ class ServerFolder:
             CogViewStorageError: A file cannot be read.
         """
         with self._lock:
-            names = ("attempts.jsonl", "manifest.jsonl")
-            sizes = tuple(_size(self.folder.path / name) for name in names)
+            sizes = tuple(_size(self.folder.path / name) for name in (ATTEMPTS, MANIFEST))
             if self._sizes == sizes or (self.is_own and self._sizes != (-1, -1)):
                 return
             self._files.close()
-            opened = (attempts_of, manifest_of)
+            opened = ((ATTEMPTS, _attempts_line), (MANIFEST, _manifest_line))
             self._attempts, self._manifest = (
-                self._files.enter_context(item(self.folder, writable=self.is_own)) for item in opened
+                self._files.enter_context(RecordFile(self.folder, name, parse, writable=self.is_own))
+                for name, parse in opened
             )
             self.history = read_history(self._attempts, self._manifest)
             if self.is_own:
@@ -205,6 +205,35 @@ class ServerFolder:
         with self._lock:
             self._files.close()
             self.folder.close()
+
+
+# A job does not read what the server adds to its records, so these are checked here. Another program may have written them.
+
+
+def _attempts_line(raw: bytes) -> dict[str, Any]:
+    values = attempts_line(raw)
+    _check_types(values, dict.fromkeys((*_ARGUMENTS, "at"), str))
+    return values
+
+
+def _manifest_line(raw: bytes) -> dict[str, Any]:
+    values = manifest_line(raw)
+    _check_types(values["arguments"], dict.fromkeys(_ARGUMENTS, str))
+    _check_types(values, {"artifact": dict, "is_answered": bool})
+    images = (values.get("artifact") or {}).get("images", [])
+    if not isinstance(images, list):
+        raise DamagedRecordError("images: not a list")
+    for image in images:
+        if not isinstance(image, dict) or not image.get("id"):
+            raise DamagedRecordError("images: not an image with an id")
+        _check_types(image, {"id": str, "path": str, "mime_type": str, "size_bytes": int})
+    return values
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        if values.get(name) is not None and not isinstance(values[name], kind):
+            raise DamagedRecordError(f"{name}: of another type than {kind.__name__}")
 
 
 def _size(path: Path) -> int:

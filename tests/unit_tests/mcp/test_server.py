@@ -341,6 +341,78 @@ async def test_damaged_records_refuse_paid_requests_and_name_the_line(make, sand
     assert sandbox.images_made == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"artifact": []},
+        {"artifact": {"images": "x"}},
+        {"artifact": {"images": [1]}},
+        {"artifact": {"images": [{"id": 1}]}},
+        {"artifact": {"images": [{}]}},
+        {"artifact": {"images": [{"id": "a", "path": 1}]}},
+        {"is_answered": "no"},
+        {"arguments": {"prompt": "a kitten", "size": []}},
+        {"arguments": {"prompt": "a kitten", "model": 1}},
+    ],
+    ids=str,
+)
+async def test_records_of_other_types_are_damage_too(make, sandbox, folder, change):
+    server = make()
+    async with Client(server.app) as client:
+        await client.call_tool("generate_image", {"prompt": "a kitten"})
+    await asyncio.to_thread(end, server)
+    manifest = next(folder.glob(".cogview-mcp-sandbox/*/manifest.jsonl"))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "is_answered": False, **change}) + "\n")
+    async with Client(make().app) as client:
+        for tool, arguments in (("generate_image", {"prompt": "a dog"}), ("list_images", {})):
+            result = await client.call_tool(tool, arguments)
+            assert result.is_error and "is damaged (" in text_of(result)
+        assert len((await client.list_resources()).resources) == 1
+    assert sandbox.images_made == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 1}, {"size": "1x1"}, {"quality": {}}, {"quality": "x"}, {"model": 5}, {"at": []}, {"prompt": "\ud800"}],
+    ids=str,
+)
+@pytest.mark.parametrize("task", [False, True], ids=["saved", "task"])
+async def test_a_request_without_an_end_that_is_of_no_request_costs_nothing(make, sandbox, folder, change, task):
+    server = make()
+    async with Client(server.app) as client:
+        await client.call_tool("generate_image", {"prompt": "a kitten"})
+    await asyncio.to_thread(end, server)
+    next(folder.glob(".cogview-mcp-sandbox/*/manifest.jsonl")).write_bytes(b"")
+    attempts = next(folder.glob(".cogview-mcp-sandbox/*/attempts.jsonl"))
+    sent = {**json.loads(attempts.read_text()), **change}
+    lines = [sent, {"key": sent["key"], "request_id": sent["request_id"], "task_id": "1"}] if task else [sent]
+    attempts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if task:
+        next(folder.glob("*.png")).unlink()
+    async with Client(make(max_images=1).app) as client:
+        result = await client.call_tool("generate_image", {"prompt": "a dog"})
+    assert result.is_error and "The server failed" not in text_of(result)
+    assert sandbox.images_made == 1
+
+
+async def test_no_file_outside_the_folder_is_read_whatever_the_records_say(make, sandbox, folder, tmp_path):
+    server = make()
+    async with Client(server.app) as client:
+        made = await client.call_tool("generate_image", {"prompt": "a kitten"})
+    await asyncio.to_thread(end, server)
+    path = Path(made.structured_content["images"][0]["path"])
+    path.rename(tmp_path / "private.png")
+    manifest = next(folder.glob(".cogview-mcp-sandbox/*/manifest.jsonl"))
+    record = json.loads(manifest.read_text())
+    record["artifact"]["images"][0]["path"] = str(tmp_path / "private.png")
+    manifest.write_text(json.dumps(record) + "\n")
+    async with Client(make().app) as client:
+        with pytest.raises(MCPError, match="cannot be read"):
+            await client.read_resource(made.content[-1].uri)
+        found = await client.call_tool("get_image", {"id": made.structured_content["id"]})
+    assert [block.type for block in found.content] == ["text", "resource_link"]
+
+
 async def test_the_records_are_those_of_a_job(make, folder):
     async with Client(make().app) as client:
         made = await client.call_tool("generate_image", {"prompt": "a kitten"})
@@ -383,6 +455,20 @@ async def test_a_blocked_prompt_is_remembered_with_its_entries(make, sandbox):
         found = await client.call_tool("get_image", {"id": item["id"]})
     assert item["status"] == "blocked" and found.is_error
     assert found.structured_content["content_filter"] == [{"role": "user", "level": 1}]
+
+
+async def test_entries_of_the_filter_beside_another_error_are_no_failure_of_the_server(make, sandbox, folder):
+    server = make()
+    async with Client(server.app) as client:
+        await client.call_tool("generate_image", {"prompt": "a kitten [[content-filter:1]]"})
+    await asyncio.to_thread(end, server)
+    manifest = next(folder.glob(".cogview-mcp-sandbox/*/manifest.jsonl"))
+    record = json.loads(manifest.read_text())
+    record["failures"][0]["error"] = "CogViewMalformedReplyError"
+    manifest.write_text(json.dumps(record) + "\n")
+    async with Client(make().app) as client:
+        found = await client.call_tool("get_image", {"id": record["key"]})
+    assert found.is_error and found.structured_content["error"] == "CogViewMalformedReplyError"
 
 
 async def test_a_file_that_is_gone_is_an_error_and_not_paid_again(make, sandbox):
