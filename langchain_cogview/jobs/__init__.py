@@ -315,7 +315,7 @@ def plan_job(
     finally:
         settings.clear()  # the key may be among them: the frame of an error holds none
     if job.shard:
-        job.shard.refuse_others(job.parent)
+        job.shard.refuse_others(job.parent, into_existing=into_existing)
     with contextlib.ExitStack() as stack:
         if job.remote:
             stack.enter_context(job.remote.opened(into_existing=into_existing))
@@ -438,7 +438,7 @@ class _Job:
                 folder.lock()
                 yield folder
             return
-        self.shard.begin(self.parent)
+        self.shard.begin(self.parent, into_existing=into_existing)
         with JobFolder(self.folder, create=True) as folder:
             with locked_parent(self.parent) as parent:
                 folder.lock()

@@ -36,9 +36,9 @@ from langchain_cogview.jobs.folder import (
     write_error,
 )
 from langchain_cogview.jobs.history import read_history
-from langchain_cogview.jobs.ledger import locked_parent
-from langchain_cogview.jobs.manifest import MANIFEST, attempts_of, manifest_of
-from langchain_cogview.jobs.plan import job_settings
+from langchain_cogview.jobs.ledger import LEDGER, locked_parent
+from langchain_cogview.jobs.manifest import ATTEMPTS, MANIFEST, attempts_of, manifest_of
+from langchain_cogview.jobs.plan import job_settings, refuse_foreign_folder
 from langchain_cogview.jobs.prompts import can_be_read_once, copied_prompts, cost_text, count_text, refuse_one
 from langchain_cogview.jobs.remote import SETTINGS_NAME, remote_job
 from langchain_cogview.jobs.report import ContactSheet, compact
@@ -124,50 +124,65 @@ class Shard:
         """
         return int(key[:16], 16) % self.count == self.number - 1
 
-    def begin(self, parent: Path) -> None:
+    def begin(self, parent: Path, *, into_existing: bool) -> None:
         """Create the folder of the shard, unless the job is divided in another way.
 
         Args:
             parent: The folder of the job.
+            into_existing: As for `refuse_others`.
 
         Raises:
             CogViewConfigurationError: As `refuse_others`. Of two processes that begin different divisions at the same moment, at
                 most one goes on.
         """
-        self.refuse_others(parent)
+        self.refuse_others(parent, into_existing=into_existing)
         folder = parent / self.name
         if folder.is_dir():
             return
         JobFolder(folder, create=True).close()
         try:
-            self.refuse_others(parent)
+            self.refuse_others(parent, into_existing=into_existing)
         except CogViewConfigurationError:
             with contextlib.suppress(OSError):
                 folder.rmdir()
             raise
 
-    def refuse_others(self, parent: Path) -> None:
+    def refuse_others(self, parent: Path, *, into_existing: bool) -> None:
         """Check that the folder of the job has no shards of another division, whose prompts would be paid for again.
 
         Args:
             parent: The folder of the job.
+            into_existing: Whether the job may begin beside other files than its own, as for `run_job`.
 
         Raises:
-            CogViewConfigurationError: It has, or it holds a job that is not divided.
+            CogViewConfigurationError: It has, it holds a job that is not divided, or it has other files before the first shard.
         """
         with JobFolder(parent) as folder:
             names = folder.names()
-        counts = {int(found[2]) for name in names if (found := SHARD_FOLDER.fullmatch(name))} - {self.count}
+            divisions = {int(found[2]) for name in names if (found := SHARD_FOLDER.fullmatch(name))}
+            if not divisions and SETTINGS_NAME not in names and not _is_divided(folder):
+                refuse_foreign_folder(folder, into_existing=into_existing)
+                self._refuse_taken(folder, names)
+        counts = divisions - {self.count}
         if counts:
             raise CogViewConfigurationError(
                 f"The job in {printable(str(parent), 120)} is divided into {counts.pop()} shards, not {self.count}; nothing was "
                 "sent.",
                 hint="Use the same count in all processes, or choose another folder.",
             )
-        if "job.json" in names:
+        if SETTINGS_NAME in names:
             raise CogViewConfigurationError(
                 f"The job in {printable(str(parent), 120)} is not divided into shards; nothing was sent.",
                 hint="Continue it without shard, or choose another folder.",
+            )
+
+    def _refuse_taken(self, folder: JobFolder, names: set[str]) -> None:
+        # The job replaces its own files, so these names must not be in use before it begins.
+        taken = sorted(names & {MANIFEST, ATTEMPTS, DIVISION, LEDGER, _PROMPTS})
+        if taken:
+            raise CogViewConfigurationError(
+                f"{taken[0]} in {printable(str(folder.path), 120)} existed before the job; nothing was sent.",
+                hint="Move it away, or choose another folder.",
             )
 
 
@@ -394,6 +409,14 @@ def _keep(
             parent.replace(DIVISION, [json.dumps(division.model_dump(), indent=1).encode() + b"\n"])
         except OSError as error:
             raise write_error(folder / DIVISION, error) from None
+
+
+def _is_divided(folder: JobFolder) -> bool:
+    # Also where the shards themselves were removed.
+    try:
+        return bool(_Division.model_validate_json(folder.read(DIVISION, _MAX_BYTES) or b""))
+    except ValidationError:
+        return False
 
 
 def _read(path: Path) -> tuple[_Division, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -80,6 +81,42 @@ def test_a_job_without_shards_is_not_divided_later(sandbox, tmp_path):
     with pytest.raises(CogViewConfigurationError, match="is not divided into shards"):
         run(sandbox, tmp_path, "1/2")
     assert len(sandbox.requests) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("plan", [False, True], ids=["run", "plan"])
+def test_a_folder_with_other_files_is_refused_and_used_when_the_caller_agrees(sandbox, tmp_path, plan):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "index.html").write_text("mine")
+    attempt = plan_job if plan else run_job
+    options = {"shard": "1/2", "base_url": sandbox.base_url, **({} if plan else {"progress": False})}
+    with pytest.raises(CogViewConfigurationError, match="is not empty and holds no job"):
+        attempt(PROMPTS, tmp_path, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "notes.txt"]
+    attempt(PROMPTS, tmp_path, into_existing=True, **options)
+    if not plan:
+        run_job(PROMPTS, tmp_path, **options)  # which goes on
+        assert merge_shards(tmp_path).contact_sheet.name != "index.html"
+    assert {(tmp_path / name).read_text() for name in ("index.html", "notes.txt")} == {"mine"}
+
+
+@pytest.mark.parametrize("text", ["mine", "{}", ""])
+@pytest.mark.parametrize("name", ["manifest.jsonl", "attempts.jsonl", "shards.json", "budget.json", "shards-prompts"])
+def test_no_file_is_replaced_that_was_there_before_the_job(sandbox, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    for agreed in (False, True):
+        with pytest.raises(CogViewConfigurationError, match="existed before the job" if agreed else "holds no job"):
+            run_shards(PROMPTS, tmp_path, 2, base_url=sandbox.base_url, progress=False, into_existing=agreed, budget=1)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: text}
+    assert not sandbox.requests
+
+
+def test_a_job_whose_shards_were_removed_begins_anew(sandbox, tmp_path):
+    for _ in range(2):
+        run_shards(PROMPTS, tmp_path, 2, base_url=sandbox.base_url, progress=False, budget=9)
+        merge_shards(tmp_path)
+        for shard in tmp_path.glob("shard-*-of-2"):
+            shutil.rmtree(shard)
+    assert len(sandbox.requests) == 2 * len(PROMPTS)
 
 
 def test_two_workers_on_one_shard_do_not_pay_twice(sandbox, tmp_path):

@@ -146,7 +146,7 @@ def test_a_link_in_place_of_the_page_is_not_followed(sandbox, tmp_path):
     mine = tmp_path / "mine.json"
     mine.write_text("{}")
     folder = tmp_path / "job"
-    folder.mkdir()
+    run(sandbox, folder, "2/2", limit=0)
     (folder / LEDGER).symlink_to(mine)
     with pytest.raises(CogViewConfigurationError, match="is not a regular file"):
         run(sandbox, folder, "1/2", budget=BUDGET)
