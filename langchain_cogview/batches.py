@@ -188,8 +188,9 @@ def all_or_first_error(results: list[Any]) -> list[ImageResult]:
     errors = [result for result in results if isinstance(result, Exception)]
     if not errors:
         return results
-    own = [error for error in errors if isinstance(error, CogViewError)]
-    candidates = own if all(map(is_retryable, results)) else [error for error in own if not error.is_retryable]
+    cogview_errors = [error for error in errors if isinstance(error, CogViewError)]
+    may_all_be_repeated = all(map(is_retryable, results))
+    candidates = [error for error in cogview_errors if may_all_be_repeated or not error.is_retryable]
     if not candidates:
         message = f"{len(errors)} of the {len(results)} inputs failed: {type(errors[0]).__name__}."
         candidates = [CogViewBatchError(message)]

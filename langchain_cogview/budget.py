@@ -110,9 +110,9 @@ class Budget:
     @property
     def images_left(self) -> int | None:
         """The number of images that are left; None without a limit."""
-        own = None if self.max_images is None else max(self.max_images - self._spending.images, 0)
+        left = None if self.max_images is None else max(self.max_images - self._spending.images, 0)
         other = self._also.images_left if self._also else None
-        return min((number for number in (own, other) if number is not None), default=None)
+        return min((number for number in (left, other) if number is not None), default=None)
 
     def reserve(self, price: Money, count: int = 1) -> Reservation:
         """Reserve images for one request.

@@ -106,7 +106,7 @@ class ReplyGuard:
         """The last byte of the request was written."""
         self._is_request_sent = True
 
-    def take(self, max_bytes: int) -> bytes:
+    def read(self, max_bytes: int) -> bytes:
         """Return the next piece for httpcore.
 
         Returns:
@@ -201,7 +201,7 @@ class SyncStream(httpcore.NetworkStream):
         left = self._backend.time_left(timeout, httpcore.ReadTimeout)
         if self.guard.is_empty:
             self.guard.put(self._stream.read(READ_BYTES, left))
-        return self.guard.take(max_bytes)
+        return self.guard.read(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Collect the bytes of a request. httpcore ends a request by writing nothing; then it is sent."""
@@ -362,7 +362,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
                 self.guard.put(await self._channel.receive())
             except OSError as error:
                 raise httpcore.ReadError(str(error)) from error
-        return self.guard.take(max_bytes)
+        return self.guard.read(max_bytes)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Async version of `SyncStream.write`."""

@@ -1,6 +1,6 @@
 """httpx transports over single connections of httpcore, kept per process and event loop.
 
-`SyncTransport` and `AsyncTransport` take one idle connection for each request, the last used first, or open one; there is no
+`SyncTransport` and `AsyncTransport` acquire one idle connection for each request, the last used first, or open one; there is no
 pool to search, so that hundreds in flight cost no more than one. httpcore does HTTP, TLS and proxies; `network` has what
 connections are made of. A request may carry these extensions, beside httpcore's own `timeout` and `trace`:
 
@@ -288,10 +288,10 @@ class _Idle(Generic[ConnectionT]):
         self._keepalive_seconds = keepalive_seconds
         self._connections: dict[_Route, deque[ConnectionT]] = {}
 
-    def take(self, route: _Route) -> ConnectionT | None:
+    def acquire(self, route: _Route) -> ConnectionT | None:
         """Return the connection that was used last, or None."""
         connections = self._connections.get(route)
-        with contextlib.suppress(IndexError):  # another thread may take the last
+        with contextlib.suppress(IndexError):  # another thread may acquire the last
             while connections:
                 connection = connections.pop()
                 if connection.is_usable():
@@ -299,7 +299,7 @@ class _Idle(Generic[ConnectionT]):
                 connection.close()
         return None
 
-    def give_back(self, connection: ConnectionT) -> None:
+    def release(self, connection: ConnectionT) -> None:
         """Keep a connection if it can be used again, or close it. Close idle connections that are too old."""
         connections = self._connections.setdefault(connection.route, deque())
         if connection.is_usable() and len(connections) < MOST_IDLE:
@@ -343,7 +343,7 @@ class SyncTransport(httpx.BaseTransport):
         route = _Route.of(request)
         deadline = request.extensions.get(DEADLINE) or Deadline(None)
         while True:
-            idle = self._connections().take(route)
+            idle = self._connections().acquire(route)
             connection = idle or _SyncConnection(route, self._keepalive_seconds)
             try:
                 response = connection.send(request, deadline)
@@ -352,7 +352,7 @@ class SyncTransport(httpx.BaseTransport):
                 if idle and isinstance(error, UnexpectedDataError):
                     continue  # it became unusable in the last moment
                 raise
-            body = _SyncBody(connection, response, lambda connection: self._connections().give_back(connection))
+            body = _SyncBody(connection, response, lambda connection: self._connections().release(connection))
             return httpx.Response(
                 response.status, headers=response.headers, stream=body, extensions=response.extensions
             )
@@ -409,7 +409,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         route = _Route.of(request)
         connections = self._connections()
         while True:
-            idle = connections.idle.take(route)
+            idle = connections.idle.acquire(route)
             connection = idle or _AsyncConnection(route, self._keepalive_seconds, connections.open_sockets)
             try:
                 response = await connection.send(request)
@@ -418,7 +418,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
                 if idle and isinstance(error, UnexpectedDataError):
                     continue  # it became unusable in the last moment
                 raise
-            body = _AsyncBody(connection, response, connections.idle.give_back)
+            body = _AsyncBody(connection, response, connections.idle.release)
             return httpx.Response(
                 response.status, headers=response.headers, stream=body, extensions=response.extensions
             )

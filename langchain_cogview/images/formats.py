@@ -114,7 +114,7 @@ def inspect(file: BinaryIO) -> ImageInfo:
     window = _Window(file)
     if not window.size:
         raise ImageFormatError("the file is empty")
-    mime_type = sniff(window.take(0, min(12, window.size)))
+    mime_type = sniff(window.read_at(0, min(12, window.size)))
     if mime_type is None:
         raise ImageFormatError("the file is not a PNG, JPEG or WebP image")
     measure = {"image/png": _measure_png, "image/jpeg": _measure_jpeg, "image/webp": _measure_webp}[mime_type]
@@ -133,7 +133,7 @@ class _Window:
         self._start = 0
         self._buffer = b""
 
-    def take(self, start: int, length: int) -> bytes:
+    def read_at(self, start: int, length: int) -> bytes:
         # Exactly `length` bytes, up to 64 kB.
         offset = start - self._start
         if offset < 0 or offset + length > len(self._buffer):
@@ -146,7 +146,7 @@ class _Window:
 
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
         while start < end:
-            piece = self.take(start, min(end - start, _WINDOW))
+            piece = self.read_at(start, min(end - start, _WINDOW))
             yield piece
             start += len(piece)
 
@@ -187,7 +187,7 @@ def _measure_png(window: _Window) -> _Measured:
     colour = 0
     position, has_pixels = len(_PNG_MAGIC), False
     for _ in range(MAX_PARTS):
-        head = window.take(position, 8)
+        head = window.read_at(position, 8)
         length, name = int.from_bytes(head[:4], "big"), head[4:]
         if length >> 31 or not name.isalpha():
             raise ImageFormatError("the PNG image is damaged: it has an impossible chunk")
@@ -197,10 +197,10 @@ def _measure_png(window: _Window) -> _Measured:
         checksum = 0
         for piece in window.pieces(position + 4, end):
             checksum = zlib.crc32(piece, checksum)
-        if checksum != int.from_bytes(window.take(end, 4), "big"):
+        if checksum != int.from_bytes(window.read_at(end, 4), "big"):
             raise ImageFormatError("the PNG image is damaged: a checksum is wrong")
         if size is None:
-            header = window.take(position + 8, length) if length == 13 else b""  # noqa: PLR2004
+            header = window.read_at(position + 8, length) if length == 13 else b""  # noqa: PLR2004
             size, colour = _png_header(header), header[9]
         has_pixels = has_pixels or (name == b"IDAT" and length > 0)
         position = end + 4
@@ -223,10 +223,10 @@ def _measure_jpeg(window: _Window) -> _Measured:  # noqa: C901  one branch for e
     size: tuple[int, int] | None = None
     position, scans, frame, components = 2, 0, 0, 0
     for _ in range(MAX_PARTS):
-        if window.take(position, 1) != b"\xff":
+        if window.read_at(position, 1) != b"\xff":
             raise ImageFormatError("the JPEG image is damaged: a marker is missing")
         position = window.find(_JPEG_FILL_END, position) + 1
-        marker = window.take(position - 1, 1)[0]
+        marker = window.read_at(position - 1, 1)[0]
         if marker == _EOI:
             if not size or not scans:
                 raise ImageFormatError("the JPEG image is damaged: it ends before its pixels")
@@ -236,11 +236,11 @@ def _measure_jpeg(window: _Window) -> _Measured:  # noqa: C901  one branch for e
             continue
         if marker in _MISPLACED:
             raise ImageFormatError("the JPEG image is damaged: a marker is out of place")
-        length = int.from_bytes(window.take(position, 2), "big")
+        length = int.from_bytes(window.read_at(position, 2), "big")
         if length < 2 or (marker in _FRAMES and (size or length < 8)):  # noqa: PLR2004
             raise ImageFormatError("the JPEG image is damaged: its header is wrong")
         if marker in _FRAMES:
-            head = window.take(position + 3, 5)
+            head = window.read_at(position + 3, 5)
             size = _checked(int.from_bytes(head[2:4], "big"), int.from_bytes(head[:2], "big"))
             frame, components = marker, head[4]
         position += length
@@ -262,7 +262,7 @@ def _jpeg_memory(size: tuple[int, int], frame: int, components: int, scans: int)
 
 
 def _measure_webp(window: _Window) -> _Measured:
-    riff = int.from_bytes(window.take(4, 4), "little")
+    riff = int.from_bytes(window.read_at(4, 4), "little")
     _expect_end(window, 8 + riff + riff % 2)
     size: tuple[int, int] | None = None
     position, has_pixels = 12, False
@@ -271,12 +271,12 @@ def _measure_webp(window: _Window) -> _Measured:
             if size is None or not has_pixels:
                 raise ImageFormatError("the WebP image is damaged: it has no pixels")
             return _Measured(size, 17, 17)  # Pillow treats every WebP as an animation, with four canvases
-        head = window.take(position, 8)
+        head = window.read_at(position, 8)
         name, length = head[:4], int.from_bytes(head[4:], "little")
         position += 8
         end = position + length + length % 2
         if name in (b"VP8 ", b"VP8L", b"VP8X"):
-            found = _checked(*_webp_size(name, window.take(position, min(length, 10))))
+            found = _checked(*_webp_size(name, window.read_at(position, min(length, 10))))
             if size not in (None, found):
                 raise ImageFormatError("the WebP image is damaged: its sizes disagree")
             size = found

@@ -166,8 +166,8 @@ def remote_folder(url: str | os.PathLike[str] | Folder, options: Mapping[str, An
     protocol, rest = parts[1].lower(), parts[2].rstrip("/")
     _check_rest(protocol, rest)
     _check_protocol(protocol)
-    if own := _OWN_OPTIONS.intersection(options or {}):
-        raise _wrong(f"storage_options hold {min(own)!r}, which is set here", "Leave it out.")
+    if refused := _OWN_OPTIONS.intersection(options or {}):
+        raise _wrong(f"storage_options hold {min(refused)!r}, which is set here", "Leave it out.")
     return RemoteFolder(f"{protocol}://{rest}", dict(options or {}))
 
 

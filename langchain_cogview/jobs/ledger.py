@@ -160,8 +160,8 @@ class ShardLedger:
             if spent is None:
                 raise self._conflict(name, budget)
             page.shards[name] = _Entry(amount=str(spent), open=False)
-        own = page.shards.get(self._name)
-        amount = own.amount if own else str(self._spent(parent, self._name))
+        before = page.shards.get(self._name)
+        amount = before.amount if before else str(self._spent(parent, self._name))
         page.shards[self._name] = _Entry(amount=amount, open=True, budget=None if limit is None else str(limit))
         self._write(parent, page)
         self._is_kept = True
@@ -182,16 +182,16 @@ class ShardLedger:
                 entries[name] = _Entry(amount=str(self._spent(parent, name)), open=False)
         self._others = _total(entries, but=self._name)
 
-    def budget(self, own: Budget) -> Budget:
+    def budget(self, counted: Budget) -> Budget:
         """Make the budget of this shard, which asks the page when it needs more.
 
         Args:
-            own: The budget that counts what the shard has spent.
+            counted: The budget that counts what the shard has spent.
 
         Returns:
-            The budget; `own` itself where there is no limit.
+            The budget; `counted` itself where there is no limit.
         """
-        return own if self._limit is None else ShardBudget(self, self._limit, own)
+        return counted if self._limit is None else ShardBudget(self, self._limit, counted)
 
     def reserve(self, held: Decimal, short: Decimal, step: Decimal) -> Decimal | None:
         """Reserve more for this shard.
@@ -287,9 +287,9 @@ class ShardLedger:
 
     def _conflict(self, name: str, budget: Decimal | None) -> CogViewConfigurationError:
         other = "no budget" if budget is None else f"a budget of {Money(budget, self._currency)}"
-        own = "none" if self._limit is None else f"one of {Money(self._limit, self._currency)}"
+        this = "none" if self._limit is None else f"one of {Money(self._limit, self._currency)}"
         return CogViewConfigurationError(
-            f"Another process works on {name} of {self._where} with {other}, and this one has {own}; nothing was sent.",
+            f"Another process works on {name} of {self._where} with {other}, and this one has {this}; nothing was sent.",
             hint="Use the same budget in all processes, or wait until the other one ends.",
         )
 
@@ -333,11 +333,11 @@ class ShardBudget(Budget):
     Args:
         ledger: The ledger of all shards.
         limit: The budget of all shards.
-        own: What the shard has spent.
+        counted: The budget that counts what the shard has spent.
     """
 
-    def __init__(self, ledger: ShardLedger, limit: Decimal, own: Budget) -> None:
-        spending: Spending = own._spending  # noqa: SLF001  of this package
+    def __init__(self, ledger: ShardLedger, limit: Decimal, counted: Budget) -> None:
+        spending: Spending = counted._spending  # noqa: SLF001  of this package
         super().__init__(limit, spending.currency, owner="all shards of this job", spending=spending)
         self.limit = limit
         """The budget of all shards."""

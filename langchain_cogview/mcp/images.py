@@ -117,7 +117,7 @@ class _Call:
         await in_thread(self.submitted, request_id, task_id, model)
 
     def _note(self, values: dict[str, Any]) -> None:
-        self._images.records.own[0].note({"key": self._request.image_id, **values})
+        self._images.records.locked[0].note({"key": self._request.image_id, **values})
 
 
 class ServerImages(PendingImages):
@@ -143,7 +143,7 @@ class ServerImages(PendingImages):
         self._unanswered: dict[tuple[Any, ...], list[ServerImage]] = {}
         self._starting = threading.Lock()
         try:
-            for folder in self.records.own:
+            for folder in self.records.locked:
                 self._resume(folder)
             self.limits()
         except BaseException:
@@ -168,7 +168,7 @@ class ServerImages(PendingImages):
         with self._starting:
             if not self._counted.get(""):  # what was spent before this process began
                 self._counted[""] = 1
-                for model, count in sum((item.spent() for item in self.records.own), Counter()).items():
+                for model, count in sum((item.spent() for item in self.records.locked), Counter()).items():
                     budget.commit(price_of(self.tool.generator, model), count)
             for model in {*others, *self._counted} - {""}:
                 change = others[model] - self._counted[model]
@@ -274,7 +274,7 @@ class ServerImages(PendingImages):
             raise
         finally:
             JOURNAL.reset(token)
-        return self._record_result(self.records.own[0], image, result, call.sent)
+        return self._record_result(self.records.locked[0], image, result, call.sent)
 
     def _record_result(
         self, folder: ServerFolder, image: ServerImage, result: ImageResult, sent: tuple[str, ...]
@@ -295,7 +295,7 @@ class ServerImages(PendingImages):
             return
         failure = failure_record(ImageFailure.of(error, 0), image.arguments["model"])
         with contextlib.suppress(CogViewError, OSError):
-            self.records.own[0].note_ended(self._record(image, [], [failure], list(sent)))
+            self.records.locked[0].note_ended(self._record(image, [], [failure], list(sent)))
 
     def _record(
         self, image: ServerImage, images: list[dict[str, Any]], failures: list[dict[str, Any]], sent: list[str]

@@ -258,7 +258,7 @@ class ServerRecords:
     def __init__(self, images: Path, *, sandbox: bool) -> None:
         self.images = images
         self.path = images / (SANDBOX_FOLDER if sandbox else SERVICE_FOLDER)
-        self.own: list[ServerFolder] = []
+        self.locked: list[ServerFolder] = []
         """The folders that this process has locked. New requests are recorded in the first."""
         self._others: dict[str, ServerFolder] = {}
         self._lock = threading.Lock()
@@ -272,7 +272,7 @@ class ServerRecords:
         with JobFolder(self.path, create=True):
             self.adopt()
         number = 0
-        while not self.own:
+        while not self.locked:
             number += 1
             if number > MAX_SERVERS:
                 raise CogViewConfigurationError(
@@ -287,7 +287,7 @@ class ServerRecords:
         Returns:
             Those that were not locked before.
         """
-        known = {item.folder.path for item in self.own}
+        known = {item.folder.path for item in self.locked}
         paths = sorted(path for path in self.path.glob("server-[0-9][0-9][0-9]") if path not in known)
         return [adopted for path in paths if (adopted := self._adopt(path)) is not None]
 
@@ -302,7 +302,7 @@ class ServerRecords:
         except BaseException:
             folder.close()
             raise
-        self.own.append(adopted)
+        self.locked.append(adopted)
         self._others.pop(path.name, None)
         return adopted
 
@@ -312,9 +312,9 @@ class ServerRecords:
         Returns:
             Their folders, which this process only reads.
         """
-        own = {item.folder.path.name for item in self.own}
+        locked = {item.folder.path.name for item in self.locked}
         for path in sorted(self.path.glob("server-[0-9][0-9][0-9]")):
-            if path.name not in own and path.name not in self._others:
+            if path.name not in locked and path.name not in self._others:
                 self._others[path.name] = ServerFolder(JobFolder(path), is_own=False)
         for item in self._others.values():
             item.refresh()
@@ -323,7 +323,7 @@ class ServerRecords:
     def all(self) -> list[ServerFolder]:
         """Return the folders of this server and of the others, as they are now."""
         with self._lock:
-            return [*self.own, *self.others()]
+            return [*self.locked, *self.others()]
 
     def spent(self) -> Counter[str]:
         """Return how many images all servers have paid for, or may have, by model."""
@@ -361,7 +361,7 @@ class ServerRecords:
             check: Called with what all servers have spent; an exception keeps the request from being sent.
         """
         with self.exclusive():
-            folders = [*self.own, *self.others()]
+            folders = [*self.locked, *self.others()]
             check(sum((item.spent() for item in folders), Counter()))
             folders[0].note_sent(request, request_id, model)
 
@@ -386,5 +386,5 @@ class ServerRecords:
 
     def close(self) -> None:
         """Release all locks."""
-        for item in [*self.own, *self._others.values()]:
+        for item in [*self.locked, *self._others.values()]:
             item.close()

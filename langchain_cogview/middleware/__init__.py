@@ -150,8 +150,8 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
             raise CogViewConfigurationError(
                 f"{names} cannot be passed together with tool= or tools=.", hint="Set it on the tool."
             )
-        own = [*([tool] if tool else []), *(tools or ())]
-        for item in own:
+        agent_tools = [*([tool] if tool else []), *(tools or ())]
+        for item in agent_tools:
             _counting(item, limits)  # which checks that the prices are known
             image_tool = _image_tool(item)
             if image_tool and image_tool.content_format != "text":
@@ -160,14 +160,14 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
                     "model that takes none refuses them.",
                     hint="Leave it out: see= says whether the model is shown images.",
                 )
-        access = _access(own)
+        access = _access(agent_tools)
         self._thumbnails = sight.Thumbnails.of(access, temporary_folder)
         self._access = access
         self._ledger = Ledger()
         self._blind: dict[str, None] = {}
-        self._names = ", ".join(f"`{item.name}`" for item in own)
+        self._names = ", ".join(f"`{item.name}`" for item in agent_tools)
         self._look = None if self.see == "never" else _look_tool((), access)
-        self.tools = [*own, *([self._look] if self._look else [])]
+        self.tools = [*agent_tools, *([self._look] if self._look else [])]
 
     @staticmethod
     def spent(state: Any) -> Charges:

@@ -191,12 +191,12 @@ class Conversation:
         with self._total.lock:
             self._open.discard(name)
 
-    def news(self, record: Any, own: str) -> dict[str, list[Any]]:
+    def news(self, record: Any, call: str) -> dict[str, list[Any]]:
         """Find what is missing in a state, or has changed since, when a call ends.
 
         Args:
             record: The value of the state.
-            own: Name of the call's entry.
+            call: Name of the call's entry.
 
         Returns:
             The entries to write. Calls in flight write their own: LangGraph merges parallel writes in the order of the calls, so
@@ -207,7 +207,7 @@ class Conversation:
             entries = {
                 name: _entry(spending)
                 for name, spending in self._calls.items()
-                if (spending.images or name in known) and (name == own or name not in self._open)
+                if (spending.images or name in known) and (name == call or name not in self._open)
             }
         return {name: entry for name, entry in entries.items() if _plain(known.get(name)) != entry}
 

@@ -152,8 +152,12 @@ def _status(error: BaseException) -> int | None:
     if isinstance(response, Mapping):  # of botocore
         found = response.get("ResponseMetadata")
         return _integer(found.get("HTTPStatusCode")) if isinstance(found, Mapping) else None
-    own = (getattr(error, "status_code", None), getattr(response, "status_code", None), getattr(error, "code", None))
-    return next((status for status in own if type(status) is int), None)
+    statuses = (
+        getattr(error, "status_code", None),
+        getattr(response, "status_code", None),
+        getattr(error, "code", None),
+    )
+    return next((status for status in statuses if type(status) is int), None)
 
 
 def _integer(value: Any) -> int | None:
