@@ -94,7 +94,8 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
         generator: The generator of the tool that is made; None: it is made of the other arguments.
         see: Whether the chat model is shown images. `auto`: if its `profile` says that it takes them, in tool messages or else
             in a message of the user; `always`: also without a profile; `never`. If a model refuses a request with images, it is
-            sent once more without them, and that model gets none afterwards.
+            sent once more without them, and the refused images are not shown to that model again. After three refusals in a row,
+            each of other images, it gets none any more.
         keep: How many images are shown, the latest of the conversation, at most 20. The model can ask for an older one with the
             tool `look_at_image`.
         **settings: Arguments of `CogViewImageTool`. `budget` and `max_images` limit each conversation, at list prices; they
@@ -164,7 +165,7 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
         self._thumbnails = sight.Thumbnails.of(access, temporary_folder)
         self._access = access
         self._ledger = Ledger()
-        self._blind: dict[str, None] = {}
+        self._refusals = sight.ImageRefusals()
         self._names = ", ".join(f"`{item.name}`" for item in agent_tools)
         self._look = None if self.see == "never" else _look_tool((), access)
         self.tools = [*agent_tools, *([self._look] if self._look else [])]
@@ -222,14 +223,16 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
             What the handler returns.
         """
         call = _ModelCall(self, request)
-        thumbnails = self._thumbnails.of_images(call.images) if call.images else {}
+        thumbnails = call.shown(self._thumbnails.of_images(call.images) if call.images else {})
         try:
             reply: ModelReply = handler(call.request(thumbnails))
         except Exception as error:
             if not thumbnails or not sight.refuses_images(error):
                 raise
             reply = handler(call.blind_request())
-            self._remember(request.model, error)
+            call.note_refused(thumbnails, error)
+        else:
+            call.note_accepted(thumbnails)
         return reply
 
     async def awrap_model_call(
@@ -245,22 +248,17 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
             What the handler returns.
         """
         call = _ModelCall(self, request)
-        thumbnails = await in_thread(self._thumbnails.of_images, call.images) if call.images else {}
+        thumbnails = call.shown(await in_thread(self._thumbnails.of_images, call.images) if call.images else {})
         try:
             reply: ModelReply = await handler(call.request(thumbnails))
         except Exception as error:
             if not thumbnails or not sight.refuses_images(error):
                 raise
             reply = await handler(call.blind_request())
-            self._remember(request.model, error)
+            call.note_refused(thumbnails, error)
+        else:
+            call.note_accepted(thumbnails)
         return reply
-
-    def _remember(self, model: Any, error: Exception) -> None:
-        if isinstance(error, ContextOverflowError):  # a shorter conversation may have room for images
-            return
-        name = sight.model_key(model)
-        self._blind[name] = None
-        logger.warning("The model %s refused a request with images; it gets none from now on.", name)
 
     def placement(self, model: Any) -> Placement:
         """Say where a chat model gets images.
@@ -269,9 +267,10 @@ class CogViewMiddleware(AgentMiddleware[CogViewState, Any, Any]):
             model: The chat model.
 
         Returns:
-            The placement; `Placement.NONE` for a model that has refused images.
+            The placement; `Placement.NONE` for a model that refuses all images.
         """
-        return Placement.NONE if sight.model_key(model) in self._blind else sight.placement_of(model, self.see)
+        takes_images = self._refusals.takes_images(sight.model_key(model))
+        return sight.placement_of(model, self.see) if takes_images else Placement.NONE
 
     def paragraph(self, placement: Placement) -> str:
         """Write the paragraph for the system prompt.
@@ -362,6 +361,26 @@ class _ModelCall:
         found = [item.image for item in self._shown if item.image]
         self.images = found if self._placement is not Placement.NONE else []
         """The images of which thumbnails are needed."""
+        self._refusals = middleware._refusals  # noqa: SLF001
+        self._model = sight.model_key(request.model)
+
+    def shown(self, thumbnails: Mapping[str, Preview]) -> dict[str, Preview]:
+        """Return the thumbnails that this model has not refused."""
+        return self._refusals.without_refused(self._model, thumbnails, len(self._messages))
+
+    def note_accepted(self, thumbnails: Mapping[str, Preview]) -> None:
+        """Remember that the model accepted a request with these thumbnails."""
+        if thumbnails:
+            self._refusals.note_accepted(self._model, thumbnails)
+
+    def note_refused(self, thumbnails: Mapping[str, Preview], error: Exception) -> None:
+        """Remember that the model refused a request with these thumbnails, and accepted it without them."""
+        is_too_long = isinstance(error, ContextOverflowError)
+        self._refusals.note_refused(self._model, thumbnails, len(self._messages), is_too_long=is_too_long)
+        takes_images = self._refusals.takes_images(self._model)
+        what = "the new ones are not shown to it again" if takes_images else "it gets none from now on"
+        if not is_too_long:
+            logger.warning("The model %s refused a request with images; %s.", self._model, what)
 
     def request(self, thumbnails: Mapping[str, Preview]) -> ModelRequest[Any]:
         """Return the request with these thumbnails."""

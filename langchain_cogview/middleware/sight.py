@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +39,10 @@ MAX_LOOKS: Final = 4
 """How many images that the model asked to see in one step it is shown."""
 _HELD_BYTES: Final = 16 << 20
 _READ_SECONDS: Final = 10.0
+MAX_REFUSALS: Final = 3
+"""How many requests in a row a model refuses, each with other images, until it gets no images any more."""
+MAX_REMEMBERED: Final = 1_000
+"""How many images are remembered as refused, and how many as accepted; the oldest are forgotten first."""
 _MAX_WRAPPERS: Final = 8
 _REFUSALS: Final = frozenset({400, 404, 413, 415, 422})
 _SERVER_ERROR: Final = 500
@@ -144,6 +149,93 @@ def refuses_images(error: BaseException) -> bool:
             return _is_about_images(seen)
         seen = seen.__cause__
     return False
+
+
+class ImageRefusals:
+    """Which images chat models have refused, and which models refuse all images. Thread-safe, and bounded in memory.
+
+    A request can be refused because of one of its images, or because the model takes none. Therefore the images of a refused
+    request are not shown to this model again, except those that it has accepted before. A model that refuses `MAX_REFUSALS`
+    requests in a row, each with other images, gets no images any more.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_a_row: dict[str, int] = {}
+        self._accepted: dict[tuple[str, bytes], None] = {}
+        self._refused: dict[tuple[str, bytes], int] = {}
+        """From how many messages on an image is not shown."""
+
+    def takes_images(self, model: str) -> bool:
+        """Whether a model is shown images.
+
+        Args:
+            model: Its `model_key`.
+
+        Returns:
+            False after `MAX_REFUSALS` refusals in a row.
+        """
+        return self._in_a_row.get(model, 0) < MAX_REFUSALS
+
+    def without_refused(self, model: str, thumbnails: Mapping[str, Preview], messages: int) -> dict[str, Preview]:
+        """Leave out the thumbnails that a model has refused.
+
+        Args:
+            model: Its `model_key`.
+            thumbnails: The thumbnails by the id of the image.
+            messages: The number of messages of the request.
+
+        Returns:
+            The others.
+        """
+        with self._lock:
+            return {
+                name: item
+                for name, item in thumbnails.items()
+                if messages < self._refused.get(_image_key(model, item), messages + 1)
+            }
+
+    def note_accepted(self, model: str, thumbnails: Mapping[str, Preview]) -> None:
+        """Remember that a model has accepted a request with images.
+
+        Args:
+            model: Its `model_key`.
+            thumbnails: The thumbnails of the request.
+        """
+        with self._lock:
+            self._in_a_row.pop(model, None)
+            for item in thumbnails.values():
+                _keep(self._accepted, _image_key(model, item), None)
+
+    def note_refused(
+        self, model: str, thumbnails: Mapping[str, Preview], messages: int, *, is_too_long: bool = False
+    ) -> None:
+        """Remember that a model has refused a request with images, and has accepted it without them.
+
+        Args:
+            model: Its `model_key`.
+            thumbnails: The thumbnails of the request.
+            messages: The number of messages of the request.
+            is_too_long: Whether the request was too long: then the images are shown again in requests with fewer messages.
+        """
+        keys = [_image_key(model, item) for item in thumbnails.values()]
+        with self._lock:
+            # Parallel requests may have the same image.
+            if not is_too_long and not any(key in self._refused for key in keys):
+                _keep(self._in_a_row, model, self._in_a_row.get(model, 0) + 1)
+            for key in [key for key in keys if key not in self._accepted] or keys:
+                _keep(self._refused, key, messages if is_too_long else 0)
+
+
+def _image_key(model: str, thumbnail: Preview) -> tuple[str, bytes]:
+    return model, hashlib.sha256(thumbnail.content).digest()
+
+
+def _keep(remembered: dict[Any, Any], key: Any, value: Any) -> None:
+    remembered.pop(key, None)  # what is kept again becomes the newest
+    remembered[key] = value
+    if len(remembered) > MAX_REMEMBERED:
+        del remembered[next(iter(remembered))]
 
 
 def _status(error: BaseException) -> int | None:

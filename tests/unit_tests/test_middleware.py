@@ -18,7 +18,7 @@ from langchain.agents.middleware import (
     wrap_model_call,
     wrap_tool_call,
 )
-from langchain_core.exceptions import ModelInvalidRequestError, ModelRateLimitError
+from langchain_core.exceptions import ContextOverflowError, ModelInvalidRequestError, ModelRateLimitError
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
@@ -38,6 +38,8 @@ from langchain_cogview import (
     images_from_messages,
     spending_approval,
 )
+from langchain_cogview.middleware import sight
+from langchain_cogview.notebook.previews import Preview
 
 IN_TOOLS = {"image_inputs": True, "image_tool_message": True}
 IN_INPUTS = {"image_inputs": True, "image_tool_message": False}
@@ -369,8 +371,6 @@ def test_a_large_image_is_shown_small(middleware, tmp_path):
 def test_thumbnails_are_made_once_and_requests_are_equal(middleware, tmp_path, monkeypatch):
     content, made = png(), []
     (tmp_path / "own.png").write_bytes(content)
-    from langchain_cogview.middleware import sight
-
     monkeypatch.setattr(sight, "make_thumbnail", lambda content, of=sight.make_thumbnail: made.append(1) or of(content))
     requests = [asked_about(middleware, artifact_with(tmp_path / "own.png", content)) for _ in range(3)]
     assert len(made) == 1
@@ -381,15 +381,91 @@ def test_thumbnails_are_made_once_and_requests_are_equal(middleware, tmp_path, m
 
 
 @both
-def test_a_refused_image_costs_one_more_request_and_is_remembered(middleware, sandbox, caplog, how):
-    model = model_of(wants("a kitten"), wants("a puppy"), profile=IN_TOOLS, refuses=True)
+def test_a_refused_image_costs_one_more_request_and_is_not_sent_again(middleware, caplog, how):
+    model = model_of(wants("a kitten"), AIMessage("Done."), AIMessage("Done."), profile=IN_TOOLS, refuses=True)
+    agent = create_agent(model, middleware=[middleware], checkpointer=InMemorySaver())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            output = run(agent, how, config=THREAD)
+    assert output["messages"][-1].content == "Here you are."
+    assert [len(blocks(request)) for request in model.requests] == [0, 1, 0, 0, 0]
+    assert "You cannot see the images" in model.requests[2][0].text
+    assert "cannot be shown to you" in texts(model.requests[-1])
+    assert caplog.text.count("refused a request with images") == 1
+
+
+@both
+def test_a_model_that_refuses_other_images_too_gets_none_after_the_third(middleware, sandbox, caplog, how):
+    prompts = ["a kitten", "a puppy", "a foal", "a calf"]
+    model = model_of(*map(wants, prompts), profile=IN_TOOLS, refuses=True)
     with caplog.at_level(logging.WARNING):
         output = run(create_agent(model, middleware=[middleware]), how)
-    assert output["messages"][-1].content == "Here you are."
-    assert [len(blocks(request)) for request in model.requests] == [0, 1, 0, 0]
-    assert "You cannot see the images" in model.requests[2][0].text
-    assert (len(ids_of(output)), len(sandbox.requests)) == (2, 2)
-    assert "refused a request with images" in caplog.text
+    assert [len(blocks(request)) for request in model.requests] == [0, 1, 0, 1, 0, 1, 0, 0]
+    assert "You cannot see the images" in model.requests[-1][0].text
+    assert (len(ids_of(output)), len(sandbox.requests)) == (4, 4)
+    assert "it gets none from now on" in caplog.records[-1].message
+
+
+class Choosy(Scripted):
+    """Refuses the images whose numbers, in the order in which it is shown them, are in `bad`."""
+
+    bad: set
+    _seen: dict = PrivateAttr(default_factory=dict)
+
+    def _generate(self, messages, *args, **kwargs):
+        numbers = {self._seen.setdefault(block["base64"], len(self._seen)) for block in blocks(messages)}
+        if numbers & self.bad:
+            self._requests.append(messages)
+            raise ModelInvalidRequestError("The image cannot be processed.")
+        return super()._generate(messages, *args, **kwargs)
+
+
+@both
+@pytest.mark.parametrize("bad", [{0}, {0, 2, 4}], ids=str)
+def test_a_refused_image_keeps_no_other_image_from_the_model(sandbox, tmp_path, how, bad):
+    middleware = CogViewMiddleware(base_url=sandbox.base_url, output_dir=tmp_path, keep=3)
+    prompts = ["a kitten", "a puppy", "a foal", "a calf", "a lamb", "a kid"]
+    model = Choosy(responses=[*map(wants, prompts), AIMessage("Done.")], profile=IN_TOOLS, bad=bad)
+    run(create_agent(model, middleware=[middleware]), how)
+    # Of the last three images, those that were not refused; each refused one costs one request with it and one without any.
+    shown = [len(blocks(request)) for request in model.requests]
+    assert shown == ([0, 1, 0, 1, 2, 3, 3, 3] if bad == {0} else [0, 1, 0, 1, 2, 0, 2, 2, 0, 2])
+    assert len(model._seen) == len(prompts)
+
+
+@both
+def test_images_that_make_a_request_too_long_are_shown_again_in_a_shorter_one(middleware, how):
+    class Short(Scripted):
+        def _generate(self, messages, *args, **kwargs):
+            if blocks(messages) and len(messages) > 5:
+                self._requests.append(messages)
+                raise ContextOverflowError("Too long.")
+            return super()._generate(messages, *args, **kwargs)
+
+    model = Short(responses=[wants("a kitten"), *[AIMessage("Done.")] * 4], profile=IN_TOOLS)
+    agent = create_agent(model, middleware=[middleware], checkpointer=InMemorySaver())
+    for _ in range(3):
+        output = run(agent, how, config=THREAD)
+    run(create_agent(model, middleware=[middleware]), how, output["messages"][:3])
+    # The refusal is paid for once, and not in every further turn of the long conversation.
+    assert [len(blocks(request)) for request in model.requests] == [0, 1, 1, 0, 0, 1]
+
+
+def test_what_is_remembered_of_refused_images_is_bounded(monkeypatch):
+    monkeypatch.setattr(sight, "MAX_REMEMBERED", 2)
+    refusals, images = sight.ImageRefusals(), {name: Preview(name.encode(), "image/jpeg") for name in "abc"}
+    for name in "abc":
+        refusals.note_accepted("m", {name: images[name]})
+        refusals.note_refused("m", {name: images[name]}, 1)
+    assert refusals.without_refused("m", images, 1) == {"a": images["a"]}
+    assert refusals.without_refused("other", images, 1) == images
+
+
+def test_parallel_requests_with_the_same_image_count_as_one_refusal():
+    refusals, images = sight.ImageRefusals(), {"a": Preview(b"a", "image/jpeg")}
+    for _ in range(2 * sight.MAX_REFUSALS):
+        refusals.note_refused("m", images, 1)
+    assert refusals.takes_images("m")
 
 
 class Failing(Scripted):
