@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 import uuid
+import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -125,15 +127,32 @@ class _Announcement(EventHandler):
 class PendingImages:
     """The images that a toolkit has started. Thread-safe.
 
+    They belong to the process that started them: an unpickled object and a forked process begin without any. A deep copy in the
+    same process shares them.
+
     Args:
         tool: The tool whose generator and limits are used.
     """
 
     def __init__(self, tool: CogViewImageTool) -> None:
         self._tool = tool
+        self.forget()
+        _alive.add(self)
+
+    def forget(self) -> None:
+        """Reset, in a forked process: the threads that make the images are those of the parent."""
         self._images: OrderedDict[str, PendingImage] = OrderedDict()
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PendingImages, (self._tool,)
+
+    def __copy__(self) -> PendingImages:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PendingImages:
+        return self
 
     @property
     def tasks_generator(self) -> CogViewImageGenerator | None:
@@ -305,6 +324,18 @@ class PendingImages:
             if not image.result.done():
                 image.result.set_result(result)
         return result
+
+
+_alive: Final[weakref.WeakSet[PendingImages]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for images in list(_alive):
+        images.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _waited(future: Future[Any]) -> asyncio.Future[Any]:

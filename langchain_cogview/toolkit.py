@@ -109,6 +109,19 @@ class _LimitedTool(_ToolkitTool):
         """
         return self.model_copy(update={"tool": self.tool.with_budget(budget)})
 
+    def _schema(self) -> Any:
+        return self.tool.args_schema
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        # The class of the schema is made for this instance, and the other process makes its own.
+        state["__dict__"] = {**state["__dict__"], "args_schema": None}
+        return state
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self.args_schema = self._schema()
+
 
 class StartImageTool(_LimitedTool):
     """Starts an image, which is paid for, and returns its id within a second."""
@@ -232,6 +245,9 @@ class EstimateTool(_LimitedTool):
     ) -> tuple[str, EstimateArtifact]:
         return self._run(prompt, size, quality, n)
 
+    def _schema(self) -> Any:
+        return _estimate_schema(self.tool.args_schema)
+
 
 class ToolkitSettings(ToolSettings, total=False):
     """The keyword arguments of `CogViewToolkit` other than `tool` and `wait`: those of `CogViewImageTool`."""
@@ -246,6 +262,8 @@ class CogViewToolkit(BaseToolkit):
     call returns within a second with an id, and collecting the image is free and waits at most `wait` seconds at a time. A model
     with a task endpoint goes on at the service, where another process can collect it too; for the others the paid request goes on
     in a thread of this process, whatever becomes of the tool call. Nothing is sent twice.
+
+    A pickled toolkit brings its settings, without the key. What it has started stays in its process, after a fork too.
 
     Example:
         >>> from langchain_cogview import CogViewToolkit

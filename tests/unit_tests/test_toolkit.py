@@ -1,18 +1,24 @@
 """A host's time limit ends a call of a tool, not the image: it is paid for once, and collected later for nothing."""
 
 import asyncio
+import copy
+import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import cloudpickle
 import pytest
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda
 
 from langchain_cogview import CogViewToolkit, ContentFilterCallbackHandler, images_from_messages
+from langchain_cogview.sandbox import SandboxServer
 from langchain_cogview.toolkit import MAX_WAIT
+from tests.conftest import FAKE_KEY
 from tests.unit_tests.test_agent import Scripted
 
 both = pytest.mark.parametrize("how", ["sync", "async"])
@@ -235,3 +241,76 @@ def test_calls_that_collect_at_once_save_one_image(sandbox, tmp_path, how, model
         with ThreadPoolExecutor() as pool:
             texts = list(pool.map(get.invoke, [{"id": image_id}] * 4))
     assert len(set(texts)) == len(list(tmp_path.glob("*.png"))) == len(sandbox.downloads) == 1
+
+
+PICKLERS = {"pickle": pickle, "cloudpickle": cloudpickle}
+
+
+@pytest.mark.parametrize("pickler", PICKLERS)
+@models
+def test_a_pickled_toolkit_brings_its_settings_and_starts_images_of_its_own(sandbox, tmp_path, model, pickler):
+    toolkit = toolkit_of(sandbox, tmp_path, model=model, api_key=FAKE_KEY, wait=30, max_images=5)
+    start, get, *_ = toolkit.get_tools()
+    running = called(start, "sync", prompt=SLOW).artifact["id"]
+    content = PICKLERS[pickler].dumps(toolkit)
+    assert FAKE_KEY.encode() not in content
+    other = pickle.loads(content)
+    assert (other.wait, other.tool.max_images, other.tool.generator.model) == (30, 5, model)
+    its_start, its_get, *_ = other.get_tools()
+    if model != "glm-image":  # a task of the service is found by its id everywhere
+        assert called(its_get, "sync", id=running).content.startswith("No image with the id")
+    started = called(its_start, "sync", prompt="a puppy").artifact["id"]
+    assert "Made 1 image" in called(its_get, "sync", id=started).content
+    assert "Made 1 image" in called(get, "sync", id=running).content
+    assert sandbox.images_made == 2
+
+
+@pytest.mark.parametrize("pickler", PICKLERS)
+def test_the_pickled_tools_of_a_toolkit_belong_together_again(sandbox, tmp_path, pickler):
+    tools = toolkit_of(sandbox, tmp_path).get_tools()
+    start, get, estimate = pickle.loads(PICKLERS[pickler].dumps(tools))
+    assert [item.args for item in (start, get, estimate)] == [item.args for item in tools]
+    image_id = called(start, "sync", prompt="a kitten").artifact["id"]
+    assert "Made 1 image" in called(get, "sync", id=image_id).content
+    assert "Nothing was sent" in called(estimate, "sync", prompt="a kitten", n=2).content
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda toolkit: toolkit.model_copy(deep=True)])
+def test_a_copy_in_the_same_process_collects_what_was_started(sandbox, tmp_path, copied):
+    toolkit = toolkit_of(sandbox, tmp_path, max_images=1)
+    image_id = called(toolkit.get_tools()[0], "sync", prompt=SLOW).artifact["id"]
+    start, get, *_ = copied(toolkit).get_tools()
+    assert "Made 1 image" in called(get, "sync", id=image_id).content
+    assert called(start, "sync", prompt="a puppy").status == "error"  # the copy spends from the same limit
+    assert sandbox.images_made == 1
+
+
+FORKING = """
+import os, sys
+from langchain_cogview import CogViewToolkit
+
+start, get, _ = CogViewToolkit(base_url=sys.argv[1], output_dir=sys.argv[2], api_key="k").get_tools()
+
+def started(prompt):
+    call = {"type": "tool_call", "name": start.name, "id": "1", "args": {"prompt": prompt}}
+    return {"id": start.invoke(call).artifact["id"]}
+
+running = started("[[slow:2]] a kitten")
+child = os.fork()
+if not child:
+    print("child:", get.invoke(running), get.invoke(started("a puppy")), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print("parent:", get.invoke(running))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
+def test_a_forked_process_starts_and_collects_images_of_its_own(tmp_path):
+    with SandboxServer() as server:
+        command = [sys.executable, "-c", FORKING, server.base_url, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+        assert server.sandbox.images_made == len(list(tmp_path.glob("*.png"))) == 2
+    child, parent = done.stdout.splitlines()
+    assert child.startswith("child: No image with the id") and "Made 1 image" in child
+    assert parent.startswith("parent: Made 1 image")
