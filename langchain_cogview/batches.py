@@ -23,7 +23,13 @@ from langchain_core.runnables.config import get_config_list, merge_configs
 
 from langchain_cogview.catalog import DEFAULT_MODEL
 from langchain_cogview.concurrency import PRIORITY, batch_work, in_thread, raised_by_signal
-from langchain_cogview.errors import CogViewBatchError, CogViewError, is_retryable, printable
+from langchain_cogview.errors import (
+    CogViewBatchError,
+    CogViewError,
+    CogViewInvalidRequestError,
+    is_retryable,
+    printable,
+)
 from langchain_cogview.notebook.display import BatchResults
 from langchain_cogview.pools import astream_tasks, in_tasks, in_threads, numbered, stream_in_threads
 from langchain_cogview.request import ImageInput, ImageRequest
@@ -155,20 +161,40 @@ def _configs(config: RunnableConfig) -> Callable[[int], RunnableConfig]:
 
 
 def check_many(inputs: Any) -> None:
-    """Refuse a single input in place of many: its letters or keys would become prompts.
+    """Refuse a single input in place of a list: its letters or keys would become prompts.
+
+    Args:
+        inputs: The inputs of a batch.
+
+    Raises:
+        CogViewInvalidRequestError: They are no list, nor anything else that has a length.
+    """
+    check_iterable(inputs)
+    if not isinstance(inputs, Sized):
+        raise CogViewInvalidRequestError(
+            f"Nothing was sent: a batch takes a list of inputs, and this is of type {type(inputs).__name__}.",
+            hint="Make a list of it with list(...); stream_many of the generator takes iterators too.",
+        )
+
+
+def check_iterable(inputs: Any, kind: Any = Iterable) -> None:
+    """Refuse a single input in place of many.
 
     Args:
         inputs: The inputs.
+        kind: What they may be.
 
     Raises:
-        TypeError: It is a single input.
+        CogViewInvalidRequestError: They are something else, or a single input.
     """
     from langchain_core.prompt_values import PromptValue  # noqa: PLC0415
 
-    if isinstance(inputs, str | bytes | Mapping | ImageRequest | PromptValue | BaseMessage):
-        raise TypeError(
-            f"Many inputs are expected, and this is a single one, of type {type(inputs).__name__}. "
-            "Put it into a list, or call invoke or ainvoke."
+    is_single = isinstance(inputs, str | bytes | Mapping | ImageRequest | PromptValue | BaseMessage)
+    if is_single or not isinstance(inputs, kind):
+        raise CogViewInvalidRequestError(
+            f"Nothing was sent: many inputs are expected, and this is {'a single one, ' if is_single else ''}of type "
+            f"{type(inputs).__name__}.",
+            hint="Pass a list of inputs; a single one goes to invoke or ainvoke.",
         )
 
 
@@ -251,12 +277,14 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
             The number of the input, from 0, and its result or the exception that it raised.
 
         Raises:
-            TypeError: The inputs are an async iterable or a single input.
+            CogViewInvalidRequestError: The inputs are an async iterable or a single input.
         """
         if isinstance(inputs, AsyncIterable):
-            raise TypeError("stream_many takes an iterable. For an async iterable, call astream_many.")
+            raise CogViewInvalidRequestError(
+                "Nothing was sent: stream_many takes an iterable, and this is an async one.", hint="Call astream_many."
+            )
         config = without_key(config)
-        check_many(inputs)
+        check_iterable(inputs)
         with progress_bar(self._count(inputs), config, progress) as (shared, count):
             config_of = _configs(shared)
             tasks = (
@@ -281,7 +309,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
             As `stream_many`.
         """
         config = without_key(config)
-        check_many(inputs)
+        check_iterable(inputs, Iterable | AsyncIterable)
         await load_progress_bar(progress)
         with progress_bar(self._count(inputs), config, progress) as (shared, count):
             config_of = _configs(shared)
@@ -426,7 +454,7 @@ class BatchRunnable(RunnableSerializable[ImageInput, ImageResult]):
         # The calls of a batch, and how many of them run at once.
         config = without_key(config)
         check_many(inputs)
-        configs = get_config_list(config, len(inputs)) if inputs else []
+        configs = get_config_list(config, len(inputs)) if len(inputs) else []
         tasks: list[Callable[[], Any]] = [
             partial(call, item, item_config, **overrides) for item, item_config in zip(inputs, configs, strict=True)
         ]

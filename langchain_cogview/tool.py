@@ -1,7 +1,7 @@
 """`CogViewImageTool`, the `BaseTool` for agents: the schema of its arguments, and the texts that the model reads."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
@@ -32,6 +32,7 @@ from langchain_cogview.answers import ContentFormat, aanswer, answer, described,
 from langchain_cogview.api.redaction import SafeErrors, attempt
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.artifact import ImageArtifact
+from langchain_cogview.batches import check_many
 from langchain_cogview.budget import Budget, Spending
 from langchain_cogview.catalog import ModelInfo, Quality, currency_of, legal_size, model_info
 from langchain_cogview.cost import Money, checked_amount
@@ -166,6 +167,44 @@ class ImageToolBase(BaseTool):
         """
         metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
         return await super().arun(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
+
+    # LangChain would take the letters of a text for prompts, and each would be paid for.
+
+    def batch(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run the tool once for each input, as LangChain does. A single input is refused.
+
+        Returns:
+            As `BaseTool.batch`.
+        """
+        check_many(inputs)
+        return super().batch(inputs, *args, **kwargs)
+
+    async def abatch(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Async version of `batch`.
+
+        Returns:
+            As `batch`.
+        """
+        check_many(inputs)
+        return await super().abatch(inputs, *args, **kwargs)
+
+    def batch_as_completed(self, inputs: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Run the tool once for each input, and yield each output as it is finished. A single input is refused.
+
+        Returns:
+            As `BaseTool.batch_as_completed`.
+        """
+        check_many(inputs)
+        return super().batch_as_completed(inputs, *args, **kwargs)
+
+    def abatch_as_completed(self, inputs: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Async version of `batch_as_completed`.
+
+        Returns:
+            As `batch_as_completed`.
+        """
+        check_many(inputs)
+        return super().abatch_as_completed(inputs, *args, **kwargs)
 
 
 class CogViewImageTool(SafeErrors, ImageToolBase):

@@ -160,7 +160,7 @@ def gallery(
         The gallery, which a notebook shows if it is the last value of a cell.
 
     Raises:
-        TypeError: An item is something else.
+        CogViewInvalidRequestError: An item is something else.
         CogViewConfigurationError: `storage` does not name remote folders.
 
     Example:
@@ -179,6 +179,7 @@ def gallery(
         results = [*results.images, *results.failures]
     if isinstance(results, GeneratedImage | ImageFailure | BaseException | Mapping):
         results = [results]
+    _check(results, Iterable)
     return Gallery(_numbered(results), access=image_access(**reading))
 
 
@@ -294,13 +295,17 @@ def _numbered(results: Iterable[Any]) -> list[tuple[int, Any]]:
     numbered = []
     for position, item in enumerate(results):
         number, result = item if _is_pair(item) else (position, item)
-        if not isinstance(result, GeneratedImage | ImageResult | ImageFailure | BaseException | Mapping):
-            raise TypeError(
-                f"A gallery takes results, images, exceptions and artifacts, not {type(result).__name__}. "
-                "For the messages of an agent, pass images_from_messages(messages)."
-            )
+        _check(result, GeneratedImage | ImageResult | ImageFailure | BaseException | Mapping)
         numbered.append((number, result))
     return sorted(numbered, key=lambda pair: pair[0])
+
+
+def _check(item: Any, kind: Any) -> None:
+    if not isinstance(item, kind):
+        raise CogViewInvalidRequestError(
+            f"A gallery takes results, images, exceptions and artifacts, not {type(item).__name__}.",
+            hint="For the messages of an agent, pass images_from_messages(messages).",
+        )
 
 
 def _is_pair(item: Any) -> bool:

@@ -10,7 +10,16 @@ import pytest
 from langchain_core.rate_limiters import BaseRateLimiter
 from PIL import Image
 
-from langchain_cogview import CogViewContentFilterError, CogViewError, CogViewImageGenerator, Sandbox
+from langchain_cogview import (
+    CogViewContentFilterError,
+    CogViewError,
+    CogViewImageGenerator,
+    CogViewImageTool,
+    CogViewInvalidRequestError,
+    CogViewToolkit,
+    ImageRequest,
+    Sandbox,
+)
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 PATIENCE = 60
@@ -83,7 +92,7 @@ def test_the_sync_stream_says_that_an_async_iterable_is_for_the_other(generator)
     async def prompts():
         yield "a fox"
 
-    with pytest.raises(TypeError, match="astream_many"):
+    with pytest.raises(CogViewInvalidRequestError, match="astream_many"):
         next(generator.stream_many(prompts()))
 
 
@@ -315,14 +324,48 @@ def test_a_hundred_thousand_results_are_never_in_hand_at_once(how):
     assert most <= 3 * slots + 2
 
 
-@pytest.mark.parametrize("one", ["a cat", {"prompt": "a cat"}])
-def test_one_input_in_place_of_many_is_refused_before_anything_is_sent(generator, sandbox, one):
-    for many in (generator.stream_many, generator.batch, generator.batch_as_completed):
-        with pytest.raises(TypeError, match="list"):
-            list(many(one))
-    with pytest.raises(TypeError, match="list"):
-        asyncio.run(generator.abatch(one))
+async def each(iterator):
+    return [item async for item in iterator]
+
+
+def many_of(generator, how):
+    tool = CogViewImageTool(generator=generator)
+    start, *_ = CogViewToolkit(tool=tool).get_tools()
+    if how == "async":
+        streams = generator.astream_many, generator.abatch_as_completed, tool.abatch_as_completed
+        batches = generator.abatch, tool.abatch, start.abatch
+        awaited = [lambda inputs, stream=stream: each(stream(inputs)) for stream in streams]
+        return [lambda inputs, many=many: asyncio.run(many(inputs)) for many in (*awaited, *batches)]
+    streams = generator.stream_many, generator.batch_as_completed, tool.batch_as_completed
+    return [*(lambda inputs, s=stream: list(s(inputs)) for stream in streams), generator.batch, tool.batch, start.batch]
+
+
+@both
+@pytest.mark.parametrize(
+    "one", ["a cat", b"a cat", {"prompt": "a cat"}, ImageRequest(prompt="a cat"), 5, None], ids=repr
+)
+def test_one_input_in_place_of_many_is_refused_before_anything_is_sent(generator, sandbox, how, one):
+    for many in many_of(generator, how):
+        with pytest.raises(CogViewInvalidRequestError, match="Pass a list"):
+            many(one)
     assert not sandbox.requests
+
+
+@both
+def test_an_iterator_is_for_the_stream(generator, sandbox, how):
+    stream, *others = many_of(generator, how)
+    for batch in others:
+        with pytest.raises(CogViewInvalidRequestError, match="stream_many"):
+            batch(iter(["a cat"]))
+    assert not sandbox.requests
+    assert [number for number, _ in stream(iter(["a cat"]))] == [0]
+
+
+@both
+def test_a_column_of_a_table_is_a_list_of_prompts(generator, how):
+    column = pytest.importorskip("pandas").Series(["a cat", "a dog"])
+    results = generator.batch(column) if how == "sync" else asyncio.run(generator.abatch(column))
+    assert [result.prompt for result in results] == ["a cat", "a dog"]
 
 
 async def test_a_sync_call_that_blocks_the_loop_whose_tasks_have_all_slots_ends_with_an_error(sandbox):

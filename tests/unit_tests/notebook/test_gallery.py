@@ -128,7 +128,7 @@ def test_a_result_of_several_images_has_several_tiles():
 
 @pytest.mark.parametrize("items", [[1], ["a.png"], [None], [(1, 2, 3)], 5])
 def test_what_it_cannot_show_is_an_error(items):
-    with pytest.raises(TypeError):
+    with pytest.raises(CogViewInvalidRequestError, match="A gallery takes"):
         gallery(items)
 
 

@@ -24,7 +24,7 @@ from langchain.agents import create_agent
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda
-from langchain_cogview import CogViewError, CogViewImageGenerator, CogViewImageTool, Sandbox
+from langchain_cogview import CogViewError, CogViewImageGenerator, CogViewImageTool, Sandbox, gallery, run_job
 
 class Scripted(FakeMessagesListChatModel):
     def bind_tools(self, tools, **kwargs):
@@ -52,6 +52,12 @@ CELLS = {
     "illegal size": "generator.invoke('x', size='1x1')",
     "bad batch": "generator.batch(['a', {'prompt': ''}, 'c'])",
     "awaited batch": "await generator.abatch(['a', '[[content-filter:1]] b', 'c'])",
+    "text in place of a list": "generator.batch('a kitten')",
+    "awaited text in place of a list": "await generator.abatch('a kitten')",
+    "text in place of a stream": "list(generator.stream_many('a kitten'))",
+    "text in place of calls": "tool.batch('a kitten')",
+    "text in place of results": "gallery('a kitten')",
+    "number in place of a job": "run_job(5, 'job')",
     "tool": "tool.invoke({'prompt': 'x'})",
     "agent": "agent.invoke({'messages': 'x'})",
     "awaited agent": "await agent.ainvoke({'messages': 'x'})",
@@ -88,7 +94,10 @@ def test_an_error_takes_at_most_twelve_lines_and_shows_the_cell(shown, name):
     assert not [line for line in lines if line.startswith("File ")]
 
 
-@pytest.mark.parametrize("name", ["blocked", "illegal size", "tool", "constructor"])
+@pytest.mark.parametrize(
+    "name",
+    ["blocked", "illegal size", "tool", "constructor", *(name for name in CELLS if "in place" in name)],
+)
 def test_the_message_is_the_last_line(shown, name):
     assert shown[name].splitlines()[-1].startswith("CogView")
 
