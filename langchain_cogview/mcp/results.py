@@ -16,7 +16,7 @@ from langchain_cogview.answers import text_for_model
 from langchain_cogview.concurrency import in_thread
 from langchain_cogview.cost import Money
 from langchain_cogview.errors import MAX_MODEL_TEXT, CogViewError, Outcome, printable
-from langchain_cogview.notebook.gallery import gallery
+from langchain_cogview.notebook.gallery import Gallery
 from langchain_cogview.notebook.html import page
 from langchain_cogview.notebook.previews import THUMBNAIL_SIDE, Preview, make_thumbnail
 
@@ -252,14 +252,15 @@ def gallery_html(images: ServerImages) -> str:
     Returns:
         A page of at most about 150 kB, with embedded images, that loads nothing.
     """
-    items = []
+    labelled: list[tuple[str, ImageResult]] = []
     for record in images.listed(MAX_IMAGES):
         if "artifact" in record:
             try:
-                items.append(images.read(record))
+                result = images.read(record)
             except CogViewError:  # a damaged record is left out, as list_images shows it
                 continue
-    body = gallery(items)._repr_mimebundle_()["text/html"]
+            labelled.append((result.images[0].id if result.images else record["key"], result))
+    body = Gallery(labelled)._repr_mimebundle_()["text/html"]
     return page(f'<div id="new"></div>\n{body}', title="CogView", script=_SCRIPT).decode()
 
 

@@ -32,7 +32,7 @@ from langchain_cogview.errors import (
     most_severe,
     printable,
 )
-from langchain_cogview.notebook.html import MAX_TILES, Kind, Layout, Tile, fitted, grid, json_bytes
+from langchain_cogview.notebook.html import MAX_TILES, Kind, Layout, Tile, fitted, grid, json_bytes, parts_of
 from langchain_cogview.notebook.previews import PILLOW_MISSING, PREVIEW_BYTES, decoded, in_kernel, in_marimo, preview_of
 from langchain_cogview.text import moment_text
 
@@ -90,9 +90,10 @@ def result_output(result: ImageResult, contents: Sequence[bytes | None]) -> dict
     """
     if len(result.images) == 1 and not result.failures:
         return _one(result.images[0], contents[0], repr(result))
-    numbered = enumerate(zip(result.images, contents, strict=True))
-    tiles = [image_tile(image, content, label=str(number)) for number, (image, content) in numbered]
-    tiles += [failure_tile(failure) for failure in result.failures]
+    parts = parts_of(result)
+    images, failures = parts[: len(result.images)], parts[len(result.images) :]
+    tiles = [image_tile(image, content, label=label) for (label, image), content in zip(images, contents, strict=True)]
+    tiles += [failure_tile(failure, label=label) for label, failure in failures]
     return _output(tiles, printable(repr(result), 2_000), MANY_BYTES)
 
 
@@ -124,10 +125,8 @@ class BatchResults(list[Any]):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         tiles, charges = [], Charges()
-        for number, result in enumerate(self):
-            parts = [*result.images, *result.failures] if hasattr(result, "images") else [result]
-            for position, part in enumerate(parts, 1):
-                label = f"{number}.{position}" if len(parts) > 1 else str(number)
+        for index, result in enumerate(self):
+            for label, part in parts_of(result, f"[{index}]"):
                 if hasattr(part, "sha256"):
                     tiles.append(image_tile(part, part._content, label=label))  # noqa: SLF001
                     charges.add(Money.of_image(part))

@@ -15,7 +15,18 @@ from langchain_cogview.images.remote import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.store import write_whole
 from langchain_cogview.messages import failures_from_messages, images_from_messages, read_each
 from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, file_tile, kinds_text
-from langchain_cogview.notebook.html import MAX_TILES, SAVED_LAYOUT, Layout, Tile, fitted, grid, json_bytes, page, table
+from langchain_cogview.notebook.html import (
+    MAX_TILES,
+    SAVED_LAYOUT,
+    Layout,
+    Tile,
+    fitted,
+    grid,
+    json_bytes,
+    page,
+    parts_of,
+    table,
+)
 from langchain_cogview.result import GeneratedImage, ImageFailure, ImageResult
 
 if TYPE_CHECKING:
@@ -35,7 +46,7 @@ class Gallery:
     `gallery`, `compare` and `acompare` make it. The files of the images are read when it is made.
 
     Args:
-        numbered: Numbers and items.
+        numbered: Indexes, or labels, and items.
         rows: Labels of the rows of a table.
         columns: Labels of its columns; without columns, the images are shown side by side.
         prompt: The prompt, if all items have the same.
@@ -49,7 +60,7 @@ class Gallery:
 
     def __init__(
         self,
-        numbered: Iterable[tuple[int, Any]],
+        numbered: Iterable[tuple[int | str, Any]],
         *,
         rows: Sequence[str] = (),
         columns: Sequence[str] = (),
@@ -143,7 +154,9 @@ def gallery(
     storage_options: Mapping[str, Any] | None = None,
     allowed_image_hosts: str | Iterable[str] | None = None,
 ) -> Gallery:
-    """Show many images side by side, with numbers. In place of an image that failed or was blocked there is the reason.
+    """Show many images side by side, each with its index. In place of an image that failed or was blocked there is the reason.
+
+    The label `[3]` is an image of `results[3]`, and `[3].images[1]` the second one of several.
 
     Saved files are read now; nothing is fetched. Without Pillow, only images of at most 40 kB are shown.
 
@@ -327,13 +340,8 @@ def _read(item: Any, access: ImageAccess) -> Any:
         return images if any(isinstance(image, GeneratedImage) for image in images) else error
 
 
-def _tiles(number: int, item: Any) -> Iterator[Tile]:
-    if isinstance(item, ImageResult):
-        parts: list[Any] = [*item.images, *item.failures]
-    else:
-        parts = item if isinstance(item, list) else [item]
-    for position, part in enumerate(parts, 1):
-        label = f"{number}.{position}" if len(parts) > 1 else str(number)
+def _tiles(index: int | str, item: Any) -> Iterator[Tile]:
+    for label, part in parts_of(item, f"[{index}]" if isinstance(index, int) else index):
         if isinstance(part, GeneratedImage):
             yield file_tile(part, label=label)
         else:

@@ -15,7 +15,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 from langchain_cogview.notebook.previews import Preview, make_preview
@@ -178,6 +178,26 @@ def json_bytes(value: object) -> int:
 
 
 # --- tiles
+
+
+def parts_of(item: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Return the images and failures of an item, each with the code that finds it, such as `[3].images[1]`.
+
+    Whatever counts from 1, such as the lines of a contact sheet, has no brackets.
+
+    Args:
+        item: A result, an image, a failure, an exception, or a list of these.
+        name: The code that finds the item.
+
+    Returns:
+        Labels and parts. The label of an only part is the name.
+    """
+    if hasattr(item, "images") and not isinstance(item, BaseException):
+        parts = [(f"{name}.images[{index}]", image) for index, image in enumerate(item.images)]
+        parts += [(f"{name}.failures[{index}]", failure) for index, failure in enumerate(item.failures)]
+    else:
+        parts = [(f"{name}[{index}]", part) for index, part in enumerate(item if isinstance(item, list) else [item])]
+    return parts if len(parts) > 1 else [(name, part) for _, part in parts]
 
 
 def grid(tiles: Sequence[Tile], layout: Layout, heading: str = "") -> str:

@@ -504,7 +504,7 @@ async def test_an_image_has_smaller_sizes_by_query(make):
 async def test_the_gallery_is_an_app_with_the_images_and_one_script_that_its_policy_names(make):
     async with Client(make().app) as client:
         for prompt in ("a kitten", "</script><script>alert(1)</script>"):
-            await client.call_tool("generate_image", {"prompt": prompt})
+            made = await client.call_tool("generate_image", {"prompt": prompt})
         tools = (await client.list_tools()).tools
         assert "io.modelcontextprotocol/ui" in (client.server_capabilities.extensions or {})
         page = (await client.read_resource("ui://cogview/gallery")).contents[0]
@@ -513,6 +513,7 @@ async def test_the_gallery_is_an_app_with_the_images_and_one_script_that_its_pol
     }
     assert linked == {"generate_image", "get_image", "list_images"}
     assert page.mime_type == "text/html;profile=mcp-app" and len(page.text) < 200_000
+    assert f"<b>{made.structured_content['id']}</b>" in page.text
     assert page.text.count("data:image/") >= 2 and page.text.count("<script>") == 1
     script = page.text.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

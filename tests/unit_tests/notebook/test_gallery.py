@@ -18,6 +18,7 @@ from langchain_cogview import (
     ImageFailure,
     ImageResult,
 )
+from langchain_cogview.notebook.display import BatchResults
 from langchain_cogview.notebook.gallery import Gallery, acompare, compare, gallery
 from langchain_cogview.notebook.html import Tile, contact_sheet
 from langchain_cogview.notebook.previews import HELD
@@ -66,8 +67,8 @@ def test_a_batch_with_failures_is_shown_whole_and_numbered(generator):
     made = gallery(results)
     seen = shown(made)
     assert len(seen.images()) == 2
-    assert [bold for bold in seen.texts if bold in {"0", "1", "2", "3", "Blocked", "Failed"}] == [
-        "0", "Blocked", "1", "Failed", "2", "3",
+    assert [bold for bold in seen.texts if bold in {"[0]", "[1]", "[2]", "[3]", "Blocked", "Failed"}] == [
+        "[0]", "Blocked", "[1]", "Failed", "[2]", "[3]",
     ]  # fmt: skip
     assert "The content filter blocked the prompt at level 1 (severe)." in seen.text
     assert repr(made) == "Gallery(2 images, 1 blocked, 1 failed, sandbox; list price 0.12 CNY)"
@@ -78,11 +79,11 @@ def test_what_stream_many_gives_is_put_in_order(generator):
     made = gallery([(2, result(image(id="c"))), (0, BLOCKED), (1, result(image(id="b")))])
     assert [getattr(item, "image", None) and item.image.id for item in made.results] == [None, "b", "c"]
     seen = shown(gallery(generator.stream_many(["x", "y", "z"])))
-    assert [text for text in seen.texts if text in "012"] == ["0", "1", "2"]
+    assert [text for text in seen.texts if text.startswith("[")] == ["[0]", "[1]", "[2]"]
 
 
-def test_a_number_that_stream_many_gave_stays():
-    assert "7" in shown(gallery([(7, BLOCKED)])).texts
+def test_an_index_that_stream_many_gave_stays():
+    assert "[7]" in shown(gallery([(7, BLOCKED)])).texts
 
 
 @pytest.mark.parametrize(
@@ -120,10 +121,17 @@ def test_errors_and_records_of_failures_are_tiles():
     assert shown(gallery(BLOCKED)).texts.count("Blocked") == 1
 
 
-def test_a_result_of_several_images_has_several_tiles():
+@pytest.mark.parametrize("of", [gallery, BatchResults])
+def test_a_label_is_the_code_that_finds_the_image(of):
     failure = ImageFailure(index=1, error="X", message="Nope.")
-    seen = shown(gallery([result(image()), result(image(), image(), failures=(failure,))]))
-    assert {"0", "1.1", "1.2", "1.3"} <= set(seen.texts)
+    prompts = {"one": "[0]", "two": "[1].images[0]", "three": "[1].images[1]"}
+    results = [result(image(prompt="one")), result(image(prompt="two"), image(prompt="three"), failures=(failure,))]
+    seen = shown(of(results))
+    labels = [text for text in seen.texts if text.startswith("[")]
+    assert labels == [*prompts.values(), "[1].failures[0]"]
+    for prompt, label in prompts.items():
+        found = eval(f"results{label}")
+        assert getattr(found, "image", found).prompt == prompt
 
 
 @pytest.mark.parametrize("items", [[1], ["a.png"], [None], [(1, 2, 3)], 5])
