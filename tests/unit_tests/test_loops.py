@@ -85,7 +85,7 @@ def test_connections_end_with_their_loop_without_a_warning():
         assert (done.stdout, errors, server.posts) == ("done\n", [], 7)
 
 
-@pytest.mark.parametrize("module", ["nest_asyncio", "nest_asyncio2"])
+@pytest.mark.parametrize("module", ["nest_asyncio", pytest.param("nest_asyncio2", marks=pytest.mark.heavy)])
 def test_under_nest_asyncio_nothing_is_printed_at_exit(module):
     pytest.importorskip(module)
     with FaultServer(named_image) as server:

@@ -116,14 +116,14 @@ async def test_a_stream_holds_what_is_under_way_and_not_what_went_through(servic
     await drained(100)
     tracemalloc.start()
     try:
-        await drained(100)
+        await drained(50)
         few = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        await drained(1000)
+        await drained(500)
         many = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert many < few + 500_000
+    assert many < few + 250_000
 
 
 def test_images_are_not_held_while_they_are_saved(service, tmp_path):

@@ -187,10 +187,10 @@ def test_json_on_a_terminal_is_json(tmp_path):
     [
         (("schema",), 0),
         pytest.param(("--version",), 0, marks=pytest.mark.heavy),
-        (("a cat", "--size", "1000x1000", "--sandbox"), 2),
+        pytest.param(("a cat", "--size", "1000x1000", "--sandbox"), 2, marks=pytest.mark.heavy),
         (("a cat [[content-filter]]", "--sandbox"), 3),
         pytest.param(("batch", "prompts.txt", "-o", "job", "--sandbox", "--dry-run"), 0, marks=pytest.mark.heavy),
-        (("batch", "nowhere.txt", "-o", "job", "--sandbox"), 2),
+        pytest.param(("batch", "nowhere.txt", "-o", "job", "--sandbox"), 2, marks=pytest.mark.heavy),
         (("doctor", "--offline", "--sandbox"), 0),
         pytest.param(("doctor", "--offline"), 2, marks=pytest.mark.heavy),
     ],
