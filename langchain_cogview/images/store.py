@@ -390,15 +390,17 @@ def local_path(path: str | os.PathLike[str], argument: str) -> Path:
         The path; a relative path stays relative.
 
     Raises:
-        CogViewConfigurationError: The path begins with `~`, and the home folder is not known.
+        CogViewConfigurationError: No file can have this name, or it begins with `~` and the home folder is not known.
     """
     try:
+        os.fsencode(path)
         return Path(path).expanduser()
+    except UnicodeEncodeError:
+        problem, hint = "holds a character that no file name can have", "Pass another path."
     except RuntimeError:
-        raise CogViewConfigurationError(
-            f"{argument} begins with '~', but that home folder is not known here.",
-            hint="Set the environment variable HOME, or pass an absolute path.",
-        ) from None
+        problem = "begins with '~', but that home folder is not known here"
+        hint = "Set the environment variable HOME, or pass an absolute path."
+    raise CogViewConfigurationError(f"{argument} {problem}.", hint=hint)
 
 
 def checked_folder(value: Any) -> Any:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from langchain_cogview.api.settings import is_sandbox
 from langchain_cogview.cost import Charges, Money
 from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.images.store import local_path
 from langchain_cogview.jobs.folder import (
     SHARD_FOLDER,
     FolderInUseError,
@@ -193,7 +194,7 @@ def local_folder(output_dir: str | Path) -> Path:
         The absolute path.
 
     Raises:
-        CogViewConfigurationError: It is a URL, or it cannot be found.
+        CogViewConfigurationError: It is a URL, or no folder, or it cannot be found.
     """
     text = str(output_dir)
     if "://" in text or "\0" in text or not text.strip():
@@ -202,7 +203,9 @@ def local_folder(output_dir: str | Path) -> Path:
             hint="Pass a path. A job at a URL of a store, such as s3://bucket/job, is for run_job, and has no shards.",
         )
     try:
-        return Path(output_dir).expanduser().resolve()
+        return local_path(output_dir, "output_dir").resolve()
+    except CogViewConfigurationError:
+        raise
     except (OSError, RuntimeError, TypeError) as error:
         raise CogViewConfigurationError(
             f"The folder cannot be found: {printable(str(error)).rstrip('.')}.", hint="Choose another folder."

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from langchain_cogview import CogViewImageGenerator
 from langchain_cogview.errors import CogViewConfigurationError, CogViewStorageError
@@ -124,6 +125,7 @@ FOLDERS = {
     "where none can be made": lambda folder: Path("/proc/nowhere"),
     "with a name too long": lambda folder: folder / ("x" * 300),
     "with a null byte": lambda folder: folder / "a\0b",
+    "with half a character": lambda folder: folder / "\ud800",
     "that is a dangling link": lambda folder: folder / "dangling",
     "that may not be written": lambda folder: _forbidden(folder / "forbidden"),
 }
@@ -142,7 +144,7 @@ def test_a_bad_folder_costs_no_image(folder: str, how: How, tmp_path: Path) -> N
             generator = CogViewImageGenerator(
                 base_url=server.base_url, api_key=KEY, output_dir=FOLDERS[folder](tmp_path)
             )
-        except (CogViewConfigurationError, ValueError):
+        except (CogViewConfigurationError, ValidationError):
             return  # refused before anything was paid
         outcome = call(generator, how, Verdict())
         if isinstance(outcome, CogViewConfigurationError):
