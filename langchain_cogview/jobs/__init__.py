@@ -397,7 +397,7 @@ class _Job:
         """Return whether the folder has a job; refuse a job with other arguments, and a folder with other files."""
         settings = read_settings(folder)
         if settings is None:
-            refuse_foreign_folder(folder, into_existing=into_existing)
+            refuse_foreign_folder(folder, folder.names(), into_existing=into_existing)
         else:
             _refuse_other_settings(self.shown_folder, settings, self.settings)
         return settings is not None

@@ -570,9 +570,8 @@ def write_settings(folder: JobFolder, settings: Mapping[str, Any]) -> None:
         raise write_error(folder.path / SETTINGS, error) from None
 
 
-def refuse_foreign_folder(folder: JobFolder, *, into_existing: bool) -> None:
-    """Refuse a folder that has no job but other files, unless the caller agreed to add files to it."""
-    names = folder.names()
+def refuse_foreign_folder(folder: JobFolder, names: set[str], *, into_existing: bool) -> None:
+    """Refuse a folder that has no job but files of these names, unless the caller agreed to add files to it."""
     if not names:
         return
     where = printable(str(folder.path), 120)

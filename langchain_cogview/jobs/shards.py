@@ -159,10 +159,10 @@ class Shard:
             CogViewConfigurationError: It has, it holds a job that is not divided, or it has other files before the first shard.
         """
         with JobFolder(parent) as folder:
-            names = folder.names()
+            names = folder.names()  # one look: a worker that begins at the same moment creates its shard first
             divisions = {int(found[2]) for name in names if (found := SHARD_FOLDER.fullmatch(name))}
             if not divisions and SETTINGS_NAME not in names and not _is_divided(folder):
-                refuse_foreign_folder(folder, into_existing=into_existing)
+                refuse_foreign_folder(folder, names, into_existing=into_existing)
                 self._refuse_taken(folder, names)
         counts = divisions - {self.count}
         if counts:

@@ -119,6 +119,21 @@ def test_a_job_whose_shards_were_removed_begins_anew(sandbox, tmp_path):
     assert len(sandbox.requests) == 2 * len(PROMPTS)
 
 
+def test_a_worker_that_begins_while_another_looks_is_joined(sandbox, tmp_path, monkeypatch):
+    names = JobFolder.names
+
+    def and_another_begins(folder):
+        found = names(folder)
+        monkeypatch.undo()
+        run(sandbox, tmp_path, "2/2")
+        return found
+
+    monkeypatch.setattr(JobFolder, "names", and_another_begins)
+    run(sandbox, tmp_path, "1/2")
+    assert merge_shards(tmp_path).prompts == {"made": len(PROMPTS)}
+    assert len(sandbox.requests) == len(PROMPTS)
+
+
 def test_two_workers_on_one_shard_do_not_pay_twice(sandbox, tmp_path):
     with JobFolder(tmp_path / "shard-1-of-2", create=True) as folder:
         folder.lock()
