@@ -46,7 +46,16 @@ from langchain_cogview.jobs.prompts import count_text
 from langchain_cogview.jobs.remote import remote_job
 from langchain_cogview.jobs.report import compact, published, report_of
 from langchain_cogview.jobs.run import FILES_PER_IMAGE, JobRun
-from langchain_cogview.jobs.shards import OPTIONS, MergedJob, Shard, Workers, job_generator, local_folder, merge_shards
+from langchain_cogview.jobs.shards import (
+    OPTIONS,
+    MergedJob,
+    Shard,
+    Workers,
+    begun_count,
+    job_generator,
+    local_folder,
+    merge_shards,
+)
 from langchain_cogview.pools import astream_tasks, stream_in_threads
 
 if TYPE_CHECKING:
@@ -394,9 +403,10 @@ class _Job:
         return job
 
     def was_begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
-        """Return whether the folder has a job; refuse a job with other arguments, and a folder with other files."""
+        """Return whether the folder has a job; refuse a job with other arguments or in shards, and a folder with other files."""
         settings = read_settings(folder)
         if settings is None:
+            _refuse_shards(folder)
             refuse_foreign_folder(folder, folder.names(), into_existing=into_existing)
         else:
             _refuse_other_settings(self.shown_folder, settings, self.settings)
@@ -521,6 +531,16 @@ async def _off_the_loop(calls: Iterator[Callable[[], Any]]) -> AsyncIterator[Cal
 def _raise_error(result: Any) -> None:
     if isinstance(result, Exception):  # only an error of the job itself
         raise result
+
+
+def _refuse_shards(folder: JobFolder) -> None:
+    # A job that begins beside them would pay for their prompts again.
+    count = begun_count(folder.path)
+    if count:
+        raise CogViewConfigurationError(
+            f"The job in {printable(str(folder.path), 120)} is divided into {count:,} shards; nothing was sent.",
+            hint=f"Continue it with --shards {count} or run_shards, or choose another folder.",
+        )
 
 
 def _refuse_limit(limit: int | None) -> None:

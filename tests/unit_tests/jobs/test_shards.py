@@ -69,7 +69,7 @@ def test_what_names_no_shard_is_refused(sandbox, tmp_path, shard):
 def test_another_division_of_the_same_folder_is_refused_and_leaves_nothing(sandbox, tmp_path):
     made = run(sandbox, tmp_path, "1/3").made
     for shard in ("1/2", None):
-        with pytest.raises(CogViewConfigurationError, match=r"divided into 3 shards, not 2|holds no job"):
+        with pytest.raises(CogViewConfigurationError, match=r"divided into 3 shards(, not 2)?; nothing was sent"):
             run(sandbox, tmp_path, shard)
     assert [item.name for item in tmp_path.iterdir()] == ["shard-1-of-3"]
     assert len(sandbox.requests) == made
@@ -81,6 +81,16 @@ def test_a_job_without_shards_is_not_divided_later(sandbox, tmp_path):
     with pytest.raises(CogViewConfigurationError, match="is not divided into shards"):
         run(sandbox, tmp_path, "1/2")
     assert len(sandbox.requests) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("agreed", [False, True])
+def test_a_job_in_shards_is_not_begun_again_without_them(sandbox, tmp_path, agreed):
+    run(sandbox, tmp_path, "1/3")
+    sent = len(sandbox.requests)
+    for attempt, options in ((run_job, {"progress": False}), (plan_job, {})):
+        with pytest.raises(CogViewConfigurationError, match="is divided into 3 shards.*--shards 3"):
+            attempt(PROMPTS, tmp_path, base_url=sandbox.base_url, into_existing=agreed, **options)
+    assert len(sandbox.requests) == sent
 
 
 @pytest.mark.parametrize("plan", [False, True], ids=["run", "plan"])
