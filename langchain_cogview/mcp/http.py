@@ -11,7 +11,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
-from langchain_cogview.errors import CogViewConfigurationError
+from langchain_cogview.errors import CogViewConfigurationError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,6 +112,9 @@ def run_http(
         port: The port; 0 for a free one, which the log names.
         token: The bearer token; None for none.
         allowed_hosts: As for `http_app`.
+
+    Raises:
+        CogViewConfigurationError: The address is in use, or cannot be served for another reason.
     """
     app = http_app(server, host=host, token=token, allowed_hosts=allowed_hosts)
     config = uvicorn.Config(
@@ -119,6 +122,11 @@ def run_http(
     )
     try:
         uvicorn.Server(config).run()
+    except SystemExit:
+        raise CogViewConfigurationError(
+            f"The server could not start at {printable(host, 80)}, port {port}; the log says why.",
+            hint="Choose another port, or end the program that uses it.",
+        ) from None
     finally:
         server.finish()
 

@@ -540,5 +540,7 @@ def run_stdio(server: CogViewServer) -> None:
 
     try:
         anyio.run(serve)
+    except* ConnectionError:
+        logger.warning("The client has closed its end of the streams.")
     finally:
         server.finish()

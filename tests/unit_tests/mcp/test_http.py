@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 
 import httpx
@@ -16,7 +17,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import ElicitResult
 
 from langchain_cogview.errors import CogViewConfigurationError
-from langchain_cogview.mcp.http import http_app, is_loopback
+from langchain_cogview.mcp.http import http_app, is_loopback, run_http
 from langchain_cogview.mcp.server import Approval, CogViewServer, ServerSettings
 
 MODES = ["legacy", "2026-07-28"]
@@ -115,6 +116,15 @@ def test_an_address_that_others_reach_needs_a_token(tmp_path, host):
     with pytest.raises(CogViewConfigurationError, match="16"):
         http_app(server, host=host, token="short")
     assert not is_loopback(host)
+
+
+def test_an_address_in_use_ends_the_command_with_a_sentence(sandbox, tmp_path):
+    settings = {"base_url": sandbox.base_url, "output_dir": tmp_path / "images"}
+    server = CogViewServer(ServerSettings(settings, Approval.parse("never"), "none"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CogViewConfigurationError, match=f"could not start at 127.0.0.1, port {port}"):
+            run_http(server, host="127.0.0.1", port=port, token=None)
 
 
 async def test_garbage_over_http_gets_an_error_and_the_server_goes_on(serve):

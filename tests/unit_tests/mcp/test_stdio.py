@@ -115,6 +115,17 @@ def test_garbage_is_answered_or_ignored_and_the_server_goes_on(tmp_path):
     assert output == b"" and "Traceback" not in errors
 
 
+def test_a_client_that_reads_no_more_ends_the_server_without_a_traceback_once_the_image_is_saved(tmp_path, service):
+    server = Process(tmp_path, env=environment(service))
+    server.call(1, "generate_image", prompt="a kitten", wait_seconds=0)
+    server.receive(1)
+    server.process.stdout.close()
+    server.send({"jsonrpc": "2.0", "id": 2, "method": "ping"})
+    errors = server.process.communicate()[1].decode()
+    assert server.process.returncode == 0 and "Traceback" not in errors
+    assert service.sandbox.images_made == 1 and len([*tmp_path.glob("*.png")]) == 1
+
+
 @pytest.mark.heavy
 def test_the_image_of_a_client_that_disconnects_is_saved_and_a_later_session_has_it(tmp_path, service):
     server = Process(tmp_path, env=environment(service))
