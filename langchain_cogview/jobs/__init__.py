@@ -21,9 +21,9 @@ from langchain_core.runnables.config import merge_configs
 from langchain_cogview.batches import load_progress_bar
 from langchain_cogview.catalog import currency_of
 from langchain_cogview.concurrency import entered_in_thread, in_thread
-from langchain_cogview.errors import CogViewConfigurationError, printable
+from langchain_cogview.errors import CogViewConfigurationError, CogViewError, printable
 from langchain_cogview.jobs.files import spare_descriptors
-from langchain_cogview.jobs.folder import FolderInUseError, JobFolder
+from langchain_cogview.jobs.folder import SHARD_FOLDER, FolderInUseError, JobFolder
 from langchain_cogview.jobs.history import read_history
 from langchain_cogview.jobs.items import Problem, PromptList, check_prompts, checked_items
 from langchain_cogview.jobs.ledger import ShardLedger, locked_parent
@@ -406,6 +406,9 @@ class _Job:
         """Return whether the folder has a job; refuse a job with other arguments or in shards, and a folder with other files."""
         settings = read_settings(folder)
         if settings is None:
+            if self.shard:
+                begun = _settings_of_shards(self.parent) or self.settings
+                _refuse_other_settings(self.shown_folder, begun, self.settings)
             _refuse_shards(folder)
             refuse_foreign_folder(folder, folder.names(), into_existing=into_existing)
         else:
@@ -531,6 +534,17 @@ async def _off_the_loop(calls: Iterator[Callable[[], Any]]) -> AsyncIterator[Cal
 def _raise_error(result: Any) -> None:
     if isinstance(result, Exception):  # only an error of the job itself
         raise result
+
+
+def _settings_of_shards(parent: Path) -> dict[str, Any] | None:
+    # Of the first shard that has some. With others, a prompt would belong to another shard, and could be paid for twice.
+    with JobFolder(parent) as folder:
+        for name in sorted(filter(SHARD_FOLDER.fullmatch, folder.names())):
+            with contextlib.suppress(CogViewError, OSError), folder.subfolder(name) as part:
+                settings = read_settings(part)
+                if settings is not None:
+                    return settings
+    return None
 
 
 def _refuse_shards(folder: JobFolder) -> None:

@@ -83,6 +83,17 @@ def test_a_job_without_shards_is_not_divided_later(sandbox, tmp_path):
     assert len(sandbox.requests) == len(PROMPTS)
 
 
+def test_all_shards_have_the_same_settings(sandbox, tmp_path):
+    run(sandbox, tmp_path, "1/3", size="16:9")
+    sent = len(sandbox.requests)
+    # By its size a prompt would belong to another shard than before.
+    for attempt, options in ((run_job, {"progress": False}), (plan_job, {})):
+        with pytest.raises(CogViewConfigurationError, match="begun with other arguments; nothing was sent. size was"):
+            attempt(PROMPTS, tmp_path, shard="2/3", base_url=sandbox.base_url, size="square", **options)
+    assert len(sandbox.requests) == sent
+    assert run(sandbox, tmp_path, "2/3", size="16:9").made
+
+
 @pytest.mark.parametrize("agreed", [False, True])
 def test_a_job_in_shards_is_not_begun_again_without_them(sandbox, tmp_path, agreed):
     run(sandbox, tmp_path, "1/3")
