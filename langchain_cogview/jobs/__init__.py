@@ -404,7 +404,7 @@ class _Job:
 
     def was_begun(self, folder: JobFolder, *, into_existing: bool) -> bool:
         """Return whether the folder has a job; refuse a job with other arguments or in shards, and a folder with other files."""
-        settings = read_settings(folder)
+        settings = read_settings(folder, self.shown_folder if self.remote else str(folder.path))
         if settings is None:
             if self.shard:
                 begun = _settings_of_shards(self.parent) or self.settings
@@ -541,7 +541,7 @@ def _settings_of_shards(parent: Path) -> dict[str, Any] | None:
     with JobFolder(parent) as folder:
         for name in sorted(filter(SHARD_FOLDER.fullmatch, folder.names())):
             with contextlib.suppress(CogViewError, OSError), folder.subfolder(name) as part:
-                settings = read_settings(part)
+                settings = read_settings(part, str(part.path))
                 if settings is not None:
                     return settings
     return None

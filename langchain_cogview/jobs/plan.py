@@ -534,8 +534,8 @@ class _Settings(BaseModel):
     settings: dict[str, str | int | bool | None]
 
 
-def read_settings(folder: JobFolder) -> dict[str, Any] | None:
-    """Return the arguments that apply to every prompt of the folder's job; None if it has no job yet.
+def read_settings(folder: JobFolder, shown: str) -> dict[str, Any] | None:
+    """Return the arguments that apply to every prompt of the folder's job; None if it has no job yet. `shown` is its path or URL.
 
     Raises:
         CogViewConfigurationError: The file is damaged, of a later version, or not a regular file.
@@ -550,12 +550,12 @@ def read_settings(folder: JobFolder) -> dict[str, Any] | None:
         content = None
     if content is None or content.type != SETTINGS_TYPE:
         raise CogViewConfigurationError(
-            f"The file {printable(str(folder.path / SETTINGS), 120)} does not belong to a job, or is damaged.",
+            f"The file {printable(f'{shown}/{SETTINGS}', 120)} does not belong to a job, or is damaged.",
             hint="Choose another folder.",
         )
     if content.version != SETTINGS_VERSION:
         raise CogViewConfigurationError(
-            f"The job in {printable(str(folder.path), 120)} was begun with another version of this package.",
+            f"The job in {printable(shown, 120)} was begun with another version of this package.",
             hint="Continue with that version, or choose another folder.",
         )
     return dict(content.settings)

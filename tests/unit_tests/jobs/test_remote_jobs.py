@@ -555,6 +555,15 @@ def test_damaged_records_are_refused_by_name(store, sandbox, url, damage):
     assert len(sandbox.requests) == 2
 
 
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"type":"cogview.job","version":99,"settings":{}}'])
+def test_damaged_settings_are_named_by_the_url(store, sandbox, url, damage):
+    run(sandbox, url, limit=1)
+    put(store, url, "job.json", damage)
+    with pytest.raises(CogViewConfigurationError, match=re.escape(f" {url}")):
+        run(sandbox, url)
+    assert len(sandbox.requests) == 1
+
+
 # --- the command
 
 
