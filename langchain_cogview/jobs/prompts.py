@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import stat
 import sys
@@ -141,7 +142,7 @@ class PromptFile:
             return PromptLine(number, arguments, problem="A value beside its arguments cannot be written as JSON.")
         if _is_deeper(extra, _MAX_DEPTH):
             return PromptLine(number, arguments, problem="A value beside its arguments is nested too deeply.")
-        return PromptLine(number, arguments, extra)
+        return PromptLine(number, arguments, {name: _in_json(item) for name, item in extra.items()})
 
     def _from_values(self, values: Iterable[str | Mapping[str, Any]]) -> Iterator[PromptLine]:
         for number, value in enumerate(values, 1):
@@ -346,6 +347,15 @@ def _is_deeper(value: Any, depth: int) -> bool:
         return False
     items = value.values() if isinstance(value, dict) else value
     return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+
+
+def _in_json(value: Any) -> Any:
+    """Return a value with null for the numbers that JSON lacks: pandas has NaN where a value is missing."""
+    if isinstance(value, dict):
+        return {name: _in_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line_problem(text: str, file: TextIO) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tracemalloc
 
 import pytest
@@ -366,6 +367,11 @@ def test_what_stands_beside_a_prompt_comes_back_as_it_was_written():
     extra = {"mood": "calm \ud800 \\", "tags": ["犬", 1, 2.5, None, True], "nested": {"a b": {"c": "d e"}}}
     (item,) = checked({"prompt": "a cat on a mat", **extra}).items
     assert (item.extra, item.arguments) == (extra, {"prompt": "a cat on a mat"})
+
+
+def test_a_missing_value_of_pandas_is_null_so_that_every_program_reads_the_manifest():
+    (item,) = checked({"prompt": "a cat", "rating": math.nan, "more": [1.5, {"most": math.inf}]}).items
+    assert item.extra == {"rating": None, "more": [1.5, {"most": None}]}
 
 
 def test_thousands_of_prompts_are_held_as_they_were_read_and_take_little_memory():
