@@ -168,6 +168,19 @@ class ImageToolBase(BaseTool):
         metadata = {**(metadata or {}), "tool_call_id": tool_call_id}
         return await super().arun(*args, tool_call_id=tool_call_id, metadata=metadata, **kwargs)
 
+    def _schema(self) -> Any:
+        return type(self).model_fields["args_schema"].default
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        # The class of the schema may be made for this instance, and the other process makes its own.
+        state["__dict__"] = {**state["__dict__"], "args_schema": None}
+        return state
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self.args_schema = self._schema()
+
     # LangChain would take the letters of a text for prompts, and each would be paid for.
 
     def batch(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any]:
@@ -480,15 +493,8 @@ class CogViewImageTool(SafeErrors, ImageToolBase):
         """
         return await aanswer(result, self.content_format, shown_to_user=self.shown_to_user)
 
-    def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        # The class of the schema is made for this instance, and the other process makes its own.
-        state["__dict__"] = {**state["__dict__"], "args_schema": None}
-        return state
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
-        self.args_schema = arguments_schema(self.generator, self.style)
+    def _schema(self) -> Any:
+        return arguments_schema(self.generator, self.style)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "CogViewImageTool":
         return self.model_copy()
@@ -555,10 +561,7 @@ def arguments_schema(generator: CogViewImageGenerator, style: Style | None = Non
         ),
     }
     arguments = create_model(
-        "CogViewImageArguments",
-        __base__=ImageArguments,
-        __doc__="Arguments of the image tool.",
-        **fields,
+        "CogViewImageArguments", __base__=ImageArguments, __doc__="Arguments of the image tool.", **fields
     )
     # LangChain reads the annotations of the signature twice in each call, and takes long over those of the fields.
     signature = inspect.signature(arguments)

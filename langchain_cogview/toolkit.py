@@ -112,16 +112,6 @@ class _LimitedTool(_ToolkitTool):
     def _schema(self) -> Any:
         return self.tool.args_schema
 
-    def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        # The class of the schema is made for this instance, and the other process makes its own.
-        state["__dict__"] = {**state["__dict__"], "args_schema": None}
-        return state
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
-        self.args_schema = self._schema()
-
 
 class StartImageTool(_LimitedTool):
     """Starts an image, which is paid for, and returns its id within a second."""
