@@ -130,7 +130,13 @@ def run_in_a_shell(code: str, folder: Path) -> str:
     return output
 
 
-@pytest.mark.parametrize("page", sorted(set(PAGES) - TRANSLATIONS))
+def _marks(page):
+    # Each command of a shell takes a second.
+    has_commands = any(block.runs and block.language in {"bash", "shell"} for block in blocks(PAGES[page]))
+    return [pytest.mark.docs] if has_commands and page != "README.md" else []
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=_marks(page)) for page in sorted(set(PAGES) - TRANSLATIONS)])
 def test_every_block_runs_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
