@@ -1,8 +1,10 @@
 """The public names, and what the modules of the package import."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -28,6 +30,20 @@ def test_the_layers_keep_their_direction():
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_module_is_in_a_layer_and_each_layer_in_a_row_of_the_table_for_developers():
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    layers = [
+        {name.removeprefix("langchain_cogview.").replace(".", "/") for name in re.split(" [:|] ", layer)}
+        for layer in settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    ]
+    table = re.findall(
+        r"^\| (`\w[^|]*) \|", (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("Rules for")[0], re.MULTILINE
+    )
+    assert [set(re.findall(r"`([\w/]+?)/?`", row)) for row in table] == layers
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {name.split("/")[0] for layer in layers for name in layer} == modules - {"__init__"}
 
 
 def test_no_modules_import_each_other_in_a_circle():
