@@ -303,7 +303,7 @@ class Endpoint:
                 sent = f"The request {call.body.get('request_id', '')} was sent before this"
                 error.add_note(f"{sent}: an image may have been made and charged.")
             return error
-        return self._salvaged(reading, call, read) or self._as_ours(error, progress, deadline.seconds)
+        return self._salvaged(reading, call, read) or self._as_cogview_error(error, progress, deadline.seconds)
 
     def _salvaged(self, reading: _Reading | None, call: Call, read: Reader[Any]) -> _Received | None:
         """Return an incomplete reply if it holds the link of the image, which is paid for."""
@@ -316,7 +316,7 @@ class Endpoint:
             return None
         return received
 
-    def _as_ours(self, error: Exception, progress: Progress, limit: float | None) -> CogViewError:
+    def _as_cogview_error(self, error: Exception, progress: Progress, limit: float | None) -> CogViewError:
         if isinstance(error, CogViewError):
             return error
         reason = redactor(self.api_key).text(str(error))

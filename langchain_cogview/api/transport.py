@@ -112,12 +112,12 @@ def raise_as_httpx(error: BaseException) -> NoReturn:
     raise error
 
 
-_IS_OURS: Final[ContextVar[bool]] = ContextVar("cogview_request", default=False)
+_IN_HTTPCORE: Final[ContextVar[bool]] = ContextVar("cogview_request", default=False)
 
 
 def _shorten_records(record: logging.LogRecord) -> bool:
     # httpcore's records are "event details"; the details can hold what a server has put into the head of its reply.
-    if _IS_OURS.get():
+    if _IN_HTTPCORE.get():
         record.msg, record.args = str(record.msg).partition(" ")[0], ()
     return True
 
@@ -126,17 +126,17 @@ for _name in ("connection", "http11", "proxy", "socks"):
     logging.getLogger(f"httpcore.{_name}").addFilter(_shorten_records)
 
 
-class _Ours:
+class _HttpcoreCall:
     """Around calls of httpcore: shorten its log records to the event, and raise its errors as those of httpx."""
 
     __slots__ = ("_token",)
 
     def __enter__(self) -> None:
-        self._token = _IS_OURS.set(True)
+        self._token = _IN_HTTPCORE.set(True)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(ValueError):  # a coroutine that is destroyed ends in another context
-            _IS_OURS.reset(self._token)
+            _IN_HTTPCORE.reset(self._token)
         if isinstance(error, Exception):
             raise_as_httpx(error)
 
@@ -178,7 +178,7 @@ class _SyncConnection(_Connection):
 
     def send(self, request: httpx.Request, deadline: Deadline) -> httpcore.Response:
         self.backend.deadline = deadline
-        with _Ours():
+        with _HttpcoreCall():
             response = self._http.handle_request(_httpcore_request(request))
             if self.backend.stream:
                 self.backend.stream.guard.head_was_read(response.status, response.headers)
@@ -201,7 +201,7 @@ class _SyncBody(httpx.SyncByteStream):
         parts = self._response.iter_stream()
         stream = self._connection.backend.stream
         while True:
-            with _Ours():
+            with _HttpcoreCall():
                 part = next(parts, None)
                 if part and stream:
                     stream.guard.chunk_was_read(len(part))
@@ -213,7 +213,7 @@ class _SyncBody(httpx.SyncByteStream):
         if not self._is_closed:
             self._is_closed = True
             try:
-                with _Ours():
+                with _HttpcoreCall():
                     self._response.close()
             except BaseException:
                 self._connection.close()
@@ -232,7 +232,7 @@ class _AsyncConnection(_Connection):
         self._http = pool.create_connection(route.origin)
 
     async def send(self, request: httpx.Request) -> httpcore.Response:
-        with _Ours():
+        with _HttpcoreCall():
             response = await self._http.handle_async_request(_httpcore_request(request))
             if self.backend.stream:
                 self.backend.stream.guard.head_was_read(response.status, response.headers)
@@ -257,7 +257,7 @@ class _AsyncBody(httpx.AsyncByteStream):
         parts: Any = self._response.aiter_stream()
         async with contextlib.aclosing(parts):
             while True:
-                with _Ours():
+                with _HttpcoreCall():
                     part = await anext(parts, None)
                     if part and stream:
                         stream.guard.chunk_was_read(len(part))
@@ -273,7 +273,7 @@ class _AsyncBody(httpx.AsyncByteStream):
         if not self._is_closed:
             self._is_closed = True
             try:
-                with _Ours():
+                with _HttpcoreCall():
                     await self._response.aclose()
             except BaseException:
                 self._connection.close()

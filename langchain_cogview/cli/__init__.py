@@ -137,7 +137,7 @@ class GenerateByDefault(PlainFlags, TyperGroup):
         Returns:
             The context.
         """
-        with _usage_errors_as_ours():
+        with _short_usage_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
@@ -146,7 +146,7 @@ class GenerateByDefault(PlainFlags, TyperGroup):
         Returns:
             The command's result.
         """
-        with _usage_errors_as_ours():
+        with _short_usage_errors():
             return super().invoke(ctx)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
@@ -177,7 +177,7 @@ class GenerateByDefault(PlainFlags, TyperGroup):
 
 
 @contextlib.contextmanager
-def _usage_errors_as_ours() -> Iterator[None]:
+def _short_usage_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
