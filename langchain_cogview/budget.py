@@ -280,7 +280,15 @@ def reserved(budget: Budget | Reservation | None, price: Money, count: int) -> I
 
     Yields:
         The reservation; None without a budget.
+
+    Raises:
+        CogViewConfigurationError: `budget` is something else.
     """
+    if budget is not None and not isinstance(budget, Budget | Reservation):
+        raise CogViewConfigurationError(
+            f"budget= of a call takes a Budget, not {type(budget).__name__}; nothing was sent.",
+            hint='Make one, and pass it to all calls that it is to limit: Budget("0.30", "CNY").',
+        )
     reservation = budget.reserve(price, count) if isinstance(budget, Budget) else budget
     try:
         yield reservation

@@ -80,6 +80,18 @@ def test_a_limit_holds_whatever_langchain_wraps_around_the_generator(sandbox, tm
 
 
 @both
+@pytest.mark.parametrize("budget", ["0.50", 1, Decimal(1), True])
+def test_an_amount_in_place_of_a_budget_is_refused_and_nothing_is_sent(sandbox, how, budget):
+    generator = CogViewImageGenerator(base_url=sandbox.base_url)
+    with pytest.raises(CogViewConfigurationError, match="takes a Budget"):
+        if how == "sync":
+            generator.invoke("x", budget=budget)
+        else:
+            asyncio.run(generator.ainvoke("x", budget=budget))
+    assert not sandbox.requests
+
+
+@both
 def test_what_is_configured_at_the_call_is_counted(sandbox, tmp_path, how):
     generator = CogViewImageGenerator(base_url=sandbox.base_url, output_dir=tmp_path)
     fields = generator.configurable_fields(n=ConfigurableField(id="n"), model=ConfigurableField(id="model"))
