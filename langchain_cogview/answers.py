@@ -215,7 +215,8 @@ def _saved(image: GeneratedImage) -> GeneratedImage:
         folder = temporary_folder()
         folder.mkdir(mode=0o700, exist_ok=True)
         path = image.save(folder)
-        note = f"The image is saved in a temporary folder: {path.parent}. Set output_dir to keep it."
+        advice = "Choose another output_dir" if _was_not_saved(image) else "Set output_dir"
+        note = f"The image is saved in a temporary folder: {path.parent}. {advice} to keep it."
         kept = {"path": path}
     except Exception as error:  # the image is paid for, and the artifact still has its link
         if raised_by_signal(error):
@@ -224,6 +225,10 @@ def _saved(image: GeneratedImage) -> GeneratedImage:
         note = f"The image could not be saved in a temporary folder: {printable(why)}. Only its link is left."
     warnings = [warning.removesuffix(IN_MEMORY).rstrip() for warning in image.warnings]
     return image.model_copy(update={**kept, "warnings": (*warnings, note)})
+
+
+def _was_not_saved(image: GeneratedImage) -> bool:
+    return any(warning.endswith(IN_MEMORY) for warning in image.warnings)
 
 
 @cache

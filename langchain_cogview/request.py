@@ -133,17 +133,17 @@ def describe_validation(error: ValidationError) -> str:
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             name = printable(str(item["loc"][-1]), 60)
-            lines.append(
-                f"There is no argument {name!r}."
-                + (f" {UNSUPPORTED_ARGUMENTS[name]}" if name in UNSUPPORTED_ARGUMENTS else "")
-            )
+            close = difflib.get_close_matches(name, ("prompt", "size", "quality"), n=1, cutoff=0.6)
+            hint = UNSUPPORTED_ARGUMENTS.get(name) or (f"Did you mean {close[0]!r}?" if close else "")
+            lines.append(f"There is no argument {name!r}. {hint}".rstrip())
             continue
         start = next((start for start in _PREDICATES if text.startswith(start)), None)
         if start and where:
             lines.append(f"{where} {_PREDICATES[start]}{text.removeprefix(start)}")
             continue
         lines.append(f"{where}: {text}" if where else text)
-    return "; ".join(lines)
+    text = "; ".join(lines)
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def specified(value: Any, *, quality: bool) -> Any:

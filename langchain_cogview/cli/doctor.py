@@ -68,6 +68,7 @@ EXTRAS: Final = {
     "agents": ("langchain", "pillow"),
     "cli": ("typer",),
     "images": ("pillow",),
+    "mcp": ("mcp", "pillow", "typer"),
     "notebook": ("ipython", "pillow"),
     "progress": ("tqdm",),
     "ray": ("ray",),

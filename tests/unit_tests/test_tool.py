@@ -195,6 +195,7 @@ def test_a_legal_size_that_is_not_offered_and_words_work_too(tool, sandbox, how)
         ({"prompt": "  "}, "The prompt is blank"),
         ({"size": "1024x1024"}, "prompt is missing"),
         ({"prompt": "x", "n": 4}, "There is no argument 'n'."),
+        ({"promt": "x"}, "prompt is missing; There is no argument 'promt'. Did you mean 'prompt'?"),
         ({"prompt": "x", "quality": "shiny"}, "quality must be 'standard' or 'hd'"),
         ({"prompt": "x", "quality": 5}, "quality must be 'standard' or 'hd'"),
         ({"prompt": "x", "size": 5}, "size must be a valid string"),
@@ -336,7 +337,7 @@ def test_without_an_output_dir_images_are_saved_all_the_same(sandbox, tmp_path, 
 def test_a_generator_is_used_as_it_is(generator, sandbox):
     image = ImageResult.from_artifact(CogViewImageTool(generator=generator).invoke(call(prompt="x")).artifact).images[0]
     assert image.read().startswith(b"\x89PNG")
-    assert "temporary folder" in image.warnings[0]
+    assert "Set output_dir to keep it." in image.warnings[0]
 
 
 def test_an_image_in_a_temporary_folder_is_not_described_as_in_memory(sandbox):
@@ -345,6 +346,7 @@ def test_an_image_in_a_temporary_folder_is_not_described_as_in_memory(sandbox):
     assert result.path.is_file()
     assert "could not be saved in output_dir (/proc/nowhere)" in result.warnings[0]
     assert "temporary folder" in result.warnings[1]
+    assert "Choose another output_dir to keep it." in result.warnings[1]
     assert "memory" not in " ".join((*result.warnings, *result.image.warnings))
 
 

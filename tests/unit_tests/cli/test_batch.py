@@ -198,7 +198,7 @@ def test_bad_lines_refuse_the_job_and_skip_bad_leaves_them_out(batch, folder, sa
     assert refused.stderr.splitlines() == [
         "Error: 2 lines of 3 are not valid; nothing was sent.",
         "Fix them, or leave them out with --skip-bad.",
-        "Line 2: n must be at least 1",
+        "Line 2: n must be at least 1.",
         "Line 3: A prompt is a string or an object with the key 'prompt', not a list.",
     ]
     assert not (folder / "out").exists()
