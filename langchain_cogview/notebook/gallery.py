@@ -14,7 +14,7 @@ from langchain_cogview.errors import CogViewError, CogViewInvalidRequestError, C
 from langchain_cogview.images.remote import ANY_FILE, ImageAccess, image_access
 from langchain_cogview.images.store import write_whole
 from langchain_cogview.messages import failures_from_messages, images_from_messages, read_each
-from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, file_tile, kinds_text
+from langchain_cogview.notebook.display import MANY_BYTES, failure_tile, file_tile, kinds_text, replace_status
 from langchain_cogview.notebook.html import (
     MAX_TILES,
     SAVED_LAYOUT,
@@ -111,6 +111,7 @@ class Gallery:
         return f"Gallery({self._summary().replace(' · ', ', ')})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        replace_status(sum(kind in {"image", "absent"} for kind in self._kinds))
         return dict(self._output)
 
     def _render_output(self) -> dict[str, Any]:

@@ -311,6 +311,10 @@ def executed(tmp_path_factory):
         "started.wait(300)\nNone"
     )
     cells.append("done.set()\nthread.join(300)")
+    cells.append(
+        "from langchain_cogview import CogViewImageGenerator, gallery\n"
+        "gallery(CogViewImageGenerator(base_url='sandbox:').stream_many(['a fox', '[[content-filter]] x']))"
+    )
     cells.append("display.status_line(False)\ngenerate()\nNone")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -320,10 +324,10 @@ def executed(tmp_path_factory):
         NotebookClient(
             notebook, timeout=400, startup_timeout=400, resources={"metadata": {"path": str(folder)}}
         ).execute()
-    first, *others, blocked, late, later, off = notebook.cells
+    first, *others, blocked, late, later, gallery, off = notebook.cells
     assert first.outputs == []
     return dict(zip(CELLS, others, strict=True)) | {
-        "blocked": blocked, "late": late, "later": later, "off": off, "all": notebook,
+        "blocked": blocked, "late": late, "later": later, "gallery": gallery, "off": off, "all": notebook,
     }  # fmt: skip
 
 
@@ -350,6 +354,11 @@ class TestInANotebook:
         (output,) = executed["late"].outputs
         assert output.data["text/plain"].endswith(" · 1 image · sandbox, no cost")
         assert executed["later"].outputs == []
+
+    def test_a_gallery_of_what_the_cell_made_has_the_only_summary(self, executed):
+        line, shown = executed["gallery"].outputs
+        assert line.data == {"text/plain": ""}
+        assert "1 image · 1 blocked" in shown.data["text/html"]
 
     def test_it_can_be_turned_off(self, executed):
         assert executed["off"].outputs == []
